@@ -1,0 +1,25 @@
+"""M-VAR: scale-wise autoregressive image generation on optimised kernels."""
+
+from mvar.build import build
+from mvar.checkpoint import CheckpointError, load_model, load_tokenizer, save
+from mvar.config import SCHEDULES, ModelConfig
+from mvar.generate import Generated, generate
+from mvar.model import MVAR
+from mvar.tokenizer import Tokenizer, TokenizerConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MVAR",
+    "SCHEDULES",
+    "CheckpointError",
+    "Generated",
+    "ModelConfig",
+    "Tokenizer",
+    "TokenizerConfig",
+    "build",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "save",
+]

@@ -1,0 +1,49 @@
+"""A model and its tokenizer with random weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mvar.checkpoint import schedule
+from mvar.config import ModelConfig
+from mvar.model import MVAR
+from mvar.tokenizer import Tokenizer, TokenizerConfig
+
+
+def build(
+    depth: int = 16,
+    resolution: int = 256,
+    num_classes: int = 1000,
+    seed: int = 0,
+    *,
+    patch_nums: Sequence[int] | None = None,
+    tokenizer: TokenizerConfig | None = None,
+    **sizes: Any,
+) -> tuple[MVAR, Tokenizer]:
+    """A model and a tokenizer that fit together, in evaluation mode, float32, initialised from `seed`.
+
+    Args:
+        depth: blocks; the width is 64·depth.
+        resolution: 256, 512 or 1024, for the published token maps; `patch_nums` gives others.
+        tokenizer: its sizes; None for the published one's.
+        sizes: further fields of :class:`mvar.ModelConfig`, such as `bidirectional=True`.
+
+    Raises:
+        ValueError: a size out of range.
+    """
+    maps = schedule(resolution, patch_nums if tokenizer is None else tokenizer.patch_nums)
+    tokenizer = tokenizer or TokenizerConfig(maps)
+    config = ModelConfig(
+        depth=depth,
+        patch_nums=maps,
+        num_classes=num_classes,
+        num_codes=tokenizer.num_codes,
+        code_dim=tokenizer.code_dim,
+        **sizes,
+    )
+    model = MVAR(config).initialise(seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        images = Tokenizer(tokenizer)
+    return model.eval(), images.eval()

@@ -1,0 +1,155 @@
+"""Reading and writing weights: official .pth files, and safetensors of our own with the configuration inside.
+
+Pickles are read with torch's weights_only loader alone, which runs no code from the file.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mvar.config import SCHEDULES, ModelConfig
+from mvar.files import replacing
+from mvar.model import MVAR
+from mvar.tokenizer import Tokenizer, TokenizerConfig
+
+CONFIG_KEY = "mvar_config"  # in the metadata of our own files
+# Buffers of the published files that follow from the configuration and that we do not keep.
+DERIVED = ("attn_bias_for_masking",)
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class CheckpointError(ValueError):
+    """A file that is no usable set of weights; the message says which file and what is wrong."""
+
+
+def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> MVAR:
+    """An M-VAR model in evaluation mode, float32, from an official or an own file.
+
+    Every size is read off the file: q/k norm from whether `scale_mul_1H11` is there, patch numbers from
+    `blocks.0.attn.patch_nums`, the rest from shapes; our own files carry their configuration.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: truncated, a pickle that is more than weights, a missing or unknown name, a wrong
+            shape, or a value that is not finite.
+    """
+    state, stored = _read(path)
+    config = _config(path, ModelConfig, stored, lambda: ModelConfig.from_state_dict(state))
+    return _filled(path, _on_meta(MVAR, config), state, device)
+
+
+def load_tokenizer(
+    path: str | Path,
+    *,
+    resolution: int | None = None,
+    patch_nums: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+) -> Tokenizer:
+    """A tokenizer in evaluation mode, float32, from an official or an own file.
+
+    The official file serves several resolutions and does not say which: `resolution` (256, 512 or 1024)
+    or `patch_nums` does; without them, 10 scales mean 256×256 and 14 mean 1024×1024.
+
+    Raises:
+        as :func:`load_model`.
+    """
+    if resolution is not None:
+        patch_nums = schedule(resolution, patch_nums)
+    state, stored = _read(path)
+    if stored is not None and patch_nums is not None:
+        stored = stored | {"patch_nums": list(patch_nums)}
+    config = _config(path, TokenizerConfig, stored, lambda: TokenizerConfig.from_state_dict(state, patch_nums))
+    return _filled(path, _on_meta(Tokenizer, config), state, device)
+
+
+def save(path: str | Path, module: MVAR | Tokenizer, *, dtype: torch.dtype | None = None) -> None:
+    """Write safetensors with the configuration inside; floating weights in `dtype`, None as they are."""
+    state = {
+        name: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous()
+        for name, t in module.state_dict().items()
+    }
+    with replacing(path) as aside:
+        save_file(state, aside, metadata={CONFIG_KEY: json.dumps(asdict(module.config))})
+
+
+def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The token maps' side lengths: those given, or the published ones of a resolution."""
+    if patch_nums is not None:
+        return tuple(patch_nums)
+    if resolution not in SCHEDULES:
+        raise ValueError(f"resolution: expected one of {', '.join(map(str, SCHEDULES))}, got {resolution}")
+    return SCHEDULES[resolution]
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object] | None]:
+    """All tensors of a file, and the configuration stored in it, if any."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    with file.open("rb") as stream:
+        # A safetensors file begins with the length of its JSON header, eight bytes, and the header's brace.
+        is_safetensors = stream.read(9)[8:] == b"{"
+    if is_safetensors:
+        try:
+            with safe_open(file, "pt") as content:
+                stored = (content.metadata() or {}).get(CONFIG_KEY)
+                state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: truncated or corrupted: {error}") from error
+        try:
+            return state, json.loads(stored) if stored is not None else None
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{file}: its stored configuration is no JSON: {error}") from error
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{file}: not loaded, because it is more than weights or corrupted: {_first_line(error)}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{file}: truncated or corrupted: {_first_line(error)}") from error
+    if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise CheckpointError(f"{file}: expected a state dict of names and tensors")
+    return dict(loaded), None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _config(path, cls, stored, read_off):  # type: ignore[no-untyped-def]
+    try:
+        return cls(**stored) if stored is not None else read_off()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _on_meta(cls: type[Module], config: object) -> Module:
+    with torch.device("meta"):
+        return cls(config)
+
+
+def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: str | torch.device) -> Module:
+    """The module with these weights, after a check of every name, shape and value."""
+    expected = module.state_dict()
+    found = state.keys() - {name for name in state if name.endswith(DERIVED)}
+    if missing := sorted(expected.keys() - found):
+        raise CheckpointError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]!r}")
+    if unknown := sorted(found - expected.keys()):
+        raise CheckpointError(f"{path}: {len(unknown)} unknown weights, the first is {unknown[0]!r}")
+    for name, value in expected.items():
+        resized = name == "quantize.ema_vocab_hit_SV"  # statistics of one schedule, dropped by another
+        if state[name].shape != value.shape and not resized:
+            raise CheckpointError(f"{path}: {name}: expected shape {tuple(value.shape)}, got {tuple(state[name].shape)}")
+        if not bool(state[name].isfinite().all()):
+            raise CheckpointError(f"{path}: {name}: not all values are finite")
+    floats = {n: t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for n, t in state.items()}
+    module.load_state_dict(floats, strict=True, assign=True)
+    return module.eval()

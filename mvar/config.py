@@ -1,0 +1,150 @@
+"""Sizes of a model, and the published schedules of token maps."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+SCHEDULES: Mapping[int, tuple[int, ...]] = {
+    256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
+"""Side lengths of the token maps, by image resolution (VAR's trainer, `--pn`)."""
+
+HEAD_DIM = 64
+QK_NORM_FROM_DEPTH = 24  # the published d12, d16 and d20 have no q/k norm, d24 and d32 have it
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Every size of an M-VAR model; the defaults are those of the published ones.
+
+    patch_nums: side lengths of the token maps, strictly increasing.
+    width: C; None for 64·depth. Attention heads are width / 64.
+    num_codes, code_dim: the tokenizer's V and width of a code.
+    qk_norm: unit queries and keys with a learned temperature a head; None for as published (depth ≥ 24).
+    bidirectional: the mixer's backward direction inside each scale.
+    state_dim, expand, conv_width, mixer_head_dim: Mamba-2's N, E/C, taps and P.
+    label_drop: share of labels replaced by the unconditional one in training.
+    drop_path: stochastic depth of the last block, growing linearly from 0; None for VAR's 0.1·depth/24.
+
+    Raises ValueError where a field is out of range.
+    """
+
+    depth: int
+    patch_nums: tuple[int, ...]
+    width: int | None = None
+    num_classes: int = 1000
+    num_codes: int = 4096
+    code_dim: int = 32
+    qk_norm: bool | None = None
+    bidirectional: bool = False
+    state_dim: int = 64
+    expand: int = 2
+    conv_width: int = 4
+    mixer_head_dim: int = 64
+    mlp_ratio: float = 4.0
+    label_drop: float = 0.1
+    drop_path: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
+        sizes = ("depth", "num_classes", "num_codes", "code_dim", "state_dim", "expand", "conv_width", "mixer_head_dim")
+        for name in sizes:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+        defaults = {
+            "width": HEAD_DIM * self.depth,
+            "qk_norm": self.depth >= QK_NORM_FROM_DEPTH,
+            "drop_path": 0.1 * self.depth / 24,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.channels < 1 or self.channels % HEAD_DIM:
+            raise ValueError(f"width: expected a multiple of {HEAD_DIM}, got {self.width}")
+        if self.inner_width % self.mixer_head_dim:
+            raise ValueError(f"mixer_head_dim: expected a divisor of {self.inner_width}, got {self.mixer_head_dim}")
+        for name in ("label_drop", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number from 0 to below 1, got {getattr(self, name)}")
+        if not 0 < self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio: expected a number above 0, got {self.mlp_ratio}")
+
+    @property
+    def channels(self) -> int:
+        """C, as a number."""
+        assert self.width is not None
+        return self.width
+
+    @property
+    def heads(self) -> int:
+        return self.channels // HEAD_DIM
+
+    @property
+    def inner_width(self) -> int:
+        """E, the mixer's width."""
+        return self.expand * self.channels
+
+    @property
+    def mixer_heads(self) -> int:
+        return self.inner_width // self.mixer_head_dim
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Tokens per scale."""
+        return tuple(n * n for n in self.patch_nums)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.scales)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "ModelConfig":
+        """Read every size off an official state dict (label_drop and drop_path are not in there).
+
+        Raises ValueError for a weight that is missing or whose shape makes no sense.
+        """
+
+        def shape(name: str, dims: int) -> list[int]:
+            if name not in state:
+                raise ValueError(f"these are not the weights of an M-VAR model: {name!r} is missing")
+            if state[name].dim() != dims:
+                raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(state[name].shape)}")
+            return list(state[name].shape)
+
+        width, code_dim = shape("word_embed.weight", 2)
+        inner, xbc = shape("blocks.0.mamba.norm.weight", 1)[0], shape("blocks.0.mamba.conv1d.weight", 3)[0]
+        mixer_heads = shape("blocks.0.mamba.D", 1)[0]
+        shape("blocks.0.attn.patch_nums", 1)
+        squares = [int(n) for n in state["blocks.0.attn.patch_nums"]]
+        patch_nums = tuple(math.isqrt(max(n, 0)) for n in squares)
+        if [n * n for n in patch_nums] != squares:
+            raise ValueError(f"blocks.0.attn.patch_nums: expected squares of patch numbers, got {squares}")
+        return cls(
+            depth=next(i for i in range(len(state) + 1) if f"blocks.{i}.attn.proj.weight" not in state),
+            patch_nums=patch_nums,
+            width=width,
+            num_classes=shape("class_emb.weight", 2)[0] - 1,
+            num_codes=shape("head.weight", 2)[0],
+            code_dim=code_dim,
+            qk_norm="blocks.0.attn.scale_mul_1H11" in state,
+            bidirectional=state["blocks.0.mamba.dt_bias"].dim() == 2 if "blocks.0.mamba.dt_bias" in state else False,
+            state_dim=(xbc - inner) // 2,
+            expand=inner // width,
+            conv_width=shape("blocks.0.mamba.conv1d.weight", 3)[2],
+            mixer_head_dim=inner // mixer_heads,
+            mlp_ratio=shape("blocks.0.ffn.fc1.weight", 2)[0] / width,
+        )
+
+
+def check_patch_nums(patch_nums: Sequence[int]) -> tuple[int, ...]:
+    """The side lengths as a tuple; ValueError unless they are positive whole numbers, strictly increasing."""
+    values = tuple(patch_nums)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in values)
+    if not values or not whole or any(fine <= coarse for coarse, fine in zip(values, values[1:], strict=False)):
+        raise ValueError(f"patch_nums: expected increasing positive whole numbers, got {values}")
+    return values

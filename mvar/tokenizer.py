@@ -1,0 +1,384 @@
+"""VAR's multi-scale residual VQ-VAE: images to token maps, coarse to fine, and back.
+
+Tian et al., "Visual Autoregressive Modeling" (arXiv 2404.02905), section 3.2 and algorithms 1 and 2.
+A feature map f̂ is built up scale by scale, from f̂ = 0:
+
+    z_k = area-downsample(f − f̂, p_k × p_k)          what is still missing, seen at scale k
+    r_k = the nearest code to each vector of z_k      the tokens of scale k
+    f̂  ← f̂ + φ_k(bicubic-upsample(codebook[r_k]))     φ(x) = ½·x + ½·conv(x), a few φ shared by all scales
+
+The quantizer computes in float32, whatever the dtype of the weights and under autocast too: the tokens are
+decided by differences that a 16-bit format does not resolve.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+from mvar.autoencoder import NORM_GROUPS, Decoder, Encoder
+
+HITS_KEY = "quantize.ema_vocab_hit_SV"
+PHI_RATIO = 0.5  # the convolution's share of φ
+HITS_DECAY = 0.99
+
+PUBLISHED_PATCH_NUMS = {
+    10: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),  # 256×256
+    14: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),  # 1024×1024
+}
+"""Side lengths of the token maps, by the number of scales."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Every size of a tokenizer; the defaults are those of the published `vae_ch160v4096z32.pth`.
+
+    patch_nums: side lengths of the token maps, strictly increasing; the last one is the feature map's.
+    num_codes, code_dim: size of the codebook.
+    ch, ch_mult, num_res_blocks, attention: the autoencoder, see `mvar.autoencoder.Encoder`.
+    num_phi: number of φ convolutions, shared by the scales.
+    beta: weight of the commitment loss.
+
+    Raises ValueError or TypeError where a field is of no use.
+    """
+
+    patch_nums: tuple[int, ...]
+    num_codes: int = 4096
+    code_dim: int = 32
+    ch: int = 160
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attention: bool = True
+    num_phi: int = 4
+    beta: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("patch_nums", "ch_mult"):
+            values = getattr(self, name)
+            if not isinstance(values, Sequence) or not values or not all(_is_positive_int(v) for v in values):
+                raise ValueError(f"{name} must be a non-empty tuple of positive integers, got {values!r}")
+            object.__setattr__(self, name, tuple(values))
+        if any(fine <= coarse for coarse, fine in zip(self.patch_nums, self.patch_nums[1:], strict=False)):
+            raise ValueError(f"patch_nums must be strictly increasing, got {self.patch_nums}")
+        for name in ("num_codes", "code_dim", "ch", "num_res_blocks", "num_phi"):
+            if not _is_positive_int(getattr(self, name)):
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if self.ch % NORM_GROUPS:
+            raise ValueError(f"ch must be a multiple of {NORM_GROUPS} (the groups of its GroupNorm), got {self.ch}")
+        if not isinstance(self.attention, bool):
+            raise TypeError(f"attention must be a bool, got {self.attention!r}")
+        if not isinstance(self.beta, (int, float)) or not 0 <= self.beta < float("inf"):
+            raise ValueError(f"beta must be a finite number >= 0, got {self.beta!r}")
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], patch_nums: Sequence[int] | None = None) -> "TokenizerConfig":
+        """Read every size off the names and shapes of a tokenizer's weights (`beta` is not in there).
+
+        Without `patch_nums` the number of scales decides: 10 and 14 are the published schedules of 256×256
+        and 1024×1024. The published file serves other resolutions too, with their `patch_nums`.
+
+        Raises ValueError for a missing weight and for a number of scales of no published schedule.
+        """
+
+        def shape(name: str) -> torch.Size:
+            if name not in state:
+                raise ValueError(f"these are not the weights of a tokenizer: {name!r} is missing")
+            return state[name].shape
+
+        def count(pattern: str) -> int:
+            shape(pattern.format(0))
+            return next(n for n in range(1, len(state) + 1) if pattern.format(n) not in state)
+
+        if patch_nums is None:
+            num_scales = shape(HITS_KEY)[0]
+            if num_scales not in PUBLISHED_PATCH_NUMS:
+                raise ValueError(f"patch_nums must be given: no published schedule has {num_scales} scales")
+            patch_nums = PUBLISHED_PATCH_NUMS[num_scales]
+        num_codes, code_dim = shape("quantize.embedding.weight")
+        ch = shape("encoder.conv_in.weight")[0]
+        levels = count("encoder.down.{}.block.0.conv1.weight")
+        return cls(
+            patch_nums=tuple(patch_nums),
+            num_codes=num_codes,
+            code_dim=code_dim,
+            ch=ch,
+            ch_mult=tuple(shape(f"encoder.down.{i}.block.0.conv1.weight")[0] // ch for i in range(levels)),
+            num_res_blocks=count("encoder.down.0.block.{}.conv1.weight"),
+            attention="encoder.mid.attn_1.qkv.weight" in state,
+            num_phi=count("quantize.quant_resi.qresi_ls.{}.weight"),
+        )
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def phi_index(k: int, num_scales: int, num_phi: int) -> int:
+    """Which of the shared φ serves scale k: the one whose tick lies nearest to k/(S−1) in [0, 1].
+
+    The rule of the public VAR code: `num_phi` ticks in even steps from 1/(3n) to 1 − 1/(3n) for n = 4, from
+    1/(2n) to 1 − 1/(2n) otherwise; the lower one wins a tie. Scales 2 and 7 of the published 10 lie halfway
+    between two ticks, so that rounding decides: the order of the arithmetic is part of the rule.
+    """
+    margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
+    step = (1 - margin - margin) / max(num_phi - 1, 1)
+    ticks = [i * step + margin for i in range(num_phi)]
+    if num_phi > 1:
+        ticks[-1] = 1 - margin
+    position = k / max(num_scales - 1, 1)
+    return min(range(num_phi), key=lambda i: abs(ticks[i] - position))
+
+
+class _Phi(nn.Conv2d):
+    """φ(x) = ½·x + ½·conv(x) in float32: (B, Cv, H, W) → (B, Cv, H, W)."""
+
+    def __init__(self, code_dim: int) -> None:
+        super().__init__(code_dim, code_dim, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None  # nn.Conv2d's type allows for none
+        convolved = F.conv2d(x, self.weight.float(), self.bias.float(), padding=1)
+        return (1 - PHI_RATIO) * x + PHI_RATIO * convolved
+
+
+class _SharedPhi(nn.Module):
+    """All φ of a quantizer: `forward(k, x)` applies that of scale k."""
+
+    def __init__(self, num_phi: int, num_scales: int, code_dim: int) -> None:
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(_Phi(code_dim) for _ in range(num_phi))
+        self.choice = [phi_index(k, num_scales, num_phi) for k in range(num_scales)]
+
+    def forward(self, k: int, x: Tensor) -> Tensor:
+        return self.qresi_ls[self.choice[k]](x)
+
+
+class QuantizerOutput(NamedTuple):
+    features: Tensor
+    """(B, Cv, H, W) float32: f̂; its gradient goes straight through to the encoder's features."""
+    vq_loss: Tensor
+    """Scalar: mean over the scales of β·‖f − sg(f̂)‖² + ‖sg(f) − f̂‖², each a mean over the elements."""
+    usage: Tensor
+    """(S,) float32: the fraction of the codes that this batch uses at each scale."""
+
+
+class Quantizer(nn.Module):
+    """Codebook, φ and code statistics; its methods take float32 features and check nothing."""
+
+    ema_vocab_hit_SV: Tensor
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.patch_nums = config.patch_nums
+        self.num_codes = config.num_codes
+        self.beta = config.beta
+        self.embedding = nn.Embedding(config.num_codes, config.code_dim)
+        self.quant_resi = _SharedPhi(config.num_phi, len(config.patch_nums), config.code_dim)
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(config.patch_nums), config.num_codes))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, l) int64 → (B, l, Cv) float32."""
+        return F.embedding(tokens, self.embedding.weight.float())
+
+    def scale_features(self, k: int, embeddings: Tensor) -> Tensor:
+        """What scale k adds to f̂: (B, p_k², Cv) → (B, Cv, H, W)."""
+        side, full = self.patch_nums[k], self.patch_nums[-1]
+        grid = embeddings.transpose(1, 2).unflatten(2, (side, side))  # (B, Cv, p_k, p_k)
+        if side != full:
+            grid = F.interpolate(grid, size=(full, full), mode="bicubic")
+        grid = grid.contiguous()  # the memory layout picks the convolution's kernel, and with it the rounding
+        with torch.autocast(grid.device.type, enabled=False):
+            return self.quant_resi(k, grid)
+
+    def scale_rows(self, k: int, features: Tensor) -> Tensor:
+        """Features seen at scale k: (B, Cv, H, W) → (B, p_k², Cv)."""
+        side = self.patch_nums[k]
+        if side != self.patch_nums[-1]:
+            features = F.interpolate(features, size=(side, side), mode="area")
+        return features.flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def nearest(self, rows: Tensor) -> Tensor:
+        """The code at the smallest Euclidean distance: (B, l, Cv) → (B, l) int64."""
+        codes = self.embedding.weight.float()
+        with torch.autocast(rows.device.type, enabled=False):
+            # ‖z − c‖² less ‖z‖², which is the same for all codes
+            distances = torch.addmm(codes.square().sum(dim=1), rows.flatten(0, 1), codes.T, alpha=-2)  # (B·l, V)
+        return distances.argmin(dim=1).view(rows.shape[:2])
+
+    def quantize(self, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Coarse to fine: the tokens (B, p_k²) of each scale, and f̂ (B, Cv, H, W) up to that scale."""
+        rest = features.detach()
+        f_hat = torch.zeros_like(rest)
+        for k in range(len(self.patch_nums)):
+            tokens = self.nearest(self.scale_rows(k, rest))
+            added = self.scale_features(k, self.embed(tokens))
+            f_hat = f_hat + added
+            rest = rest - added.detach()
+            yield tokens, f_hat
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantize (B, Cv, H, W) float32 with gradients; in training mode, count the codes in the hit buffer."""
+        f_hat, losses, hits = features, [], []
+        for tokens, f_hat in self.quantize(features):
+            commitment = F.mse_loss(features, f_hat.detach())
+            losses.append(self.beta * commitment + F.mse_loss(f_hat, features.detach()))
+            hits.append(tokens.flatten().bincount(minlength=self.num_codes))
+        hits_sv = torch.stack(hits).to(self.ema_vocab_hit_SV.dtype)  # (S, V)
+        if self.training:
+            self._record(hits_sv)
+        return QuantizerOutput(
+            features=features + (f_hat - features).detach(),
+            vq_loss=torch.stack(losses).mean(),
+            usage=(hits_sv > 0).float().mean(dim=1),
+        )
+
+    @torch.no_grad()
+    def _record(self, hits_sv: Tensor) -> None:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(hits_sv)
+        seen = self.ema_vocab_hit_SV.any(dim=1, keepdim=True)  # the first batch sets the average
+        self.ema_vocab_hit_SV.copy_(torch.where(seen, self.ema_vocab_hit_SV.lerp(hits_sv, 1 - HITS_DECAY), hits_sv))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # One published file serves several schedules. Its statistics fit one of them only: the others start at zero.
+        name = prefix + "ema_vocab_hit_SV"
+        stored = state_dict.get(name)
+        if stored is not None and stored.shape[0] != len(self.patch_nums):
+            state_dict[name] = stored.new_zeros(self.ema_vocab_hit_SV.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TokenizerOutput(NamedTuple):
+    """What a training step needs; see `QuantizerOutput` for the last two."""
+
+    images: Tensor
+    """(B, 3, R, R) float32: the reconstruction, not clamped."""
+    vq_loss: Tensor
+    usage: Tensor
+
+
+class Tokenizer(nn.Module):
+    """Images (B, 3, R, R) in [−1, 1] ↔ tokens (B, L) int64, all scales in a row, coarse to fine.
+
+    Parameter and buffer names are those of the published weight files. All methods but `forward` run without
+    gradients, never write to their arguments, and raise ValueError or TypeError for an argument that does not fit.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        sizes = (config.ch, config.ch_mult, config.num_res_blocks, config.attention, config.code_dim)
+        self.encoder = Encoder(*sizes)
+        self.decoder = Decoder(*sizes)
+        self.quantize = Quantizer(config)
+        self.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=3, padding=1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=3, padding=1)
+        self.patch_nums = config.patch_nums
+        self.scales = tuple(side**2 for side in config.patch_nums)
+        self.num_tokens = sum(self.scales)
+        self.num_codes = config.num_codes
+        self.code_dim = config.code_dim
+        self.downsampling = 2 ** (len(config.ch_mult) - 1)
+        self.resolution = config.patch_nums[-1] * self.downsampling
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, R, R) floating point in [−1, 1] → (B, L) int64."""
+        return torch.cat([tokens for tokens, _ in self.quantize.quantize(self._features(images))], dim=1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """(B, L) int64 → (B, 3, R, R) float32, clamped to [−1, 1]."""
+        self._check_tokens(tokens)
+        *_, f_hat = self._partial_sums(tokens)
+        return self.decode_features(f_hat)
+
+    @torch.no_grad()
+    def teacher_forcing_inputs(self, tokens: Tensor) -> Tensor:
+        """(B, L) int64 → (B, L − p_0², Cv) float32: for each scale but the first, f̂ of the coarser ones seen at it."""
+        self._check_tokens(tokens)
+        sums = self._partial_sums(tokens)
+        rows = [self.next_input(k, f_hat) for k, f_hat in zip(range(1, len(self.scales)), sums, strict=False)]
+        return torch.cat(rows, dim=1) if rows else self.embed(tokens[:, :0])
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The codes' vectors: (B, l) int64 → (B, l, Cv) float32.
+
+        The one method that does not check the range of the tokens: that would wait for the device at every scale.
+        """
+        _check_token_dtype(tokens)
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must have shape (B, l), got {tuple(tokens.shape)}")
+        return self.quantize.embed(tokens)
+
+    @torch.no_grad()
+    def scale_features(self, k: int, embeddings: Tensor) -> Tensor:
+        """What scale k adds to the feature map f̂: (B, p_k², Cv) floating point → (B, Cv, H, W) float32."""
+        self._check_scale(k)
+        _check_floating("embeddings", embeddings, ("B", self.scales[k], self.code_dim))
+        return self.quantize.scale_features(k, embeddings.float())
+
+    @torch.no_grad()
+    def next_input(self, k: int, f_hat: Tensor) -> Tensor:
+        """What the model is given for scale k, f̂ of the coarser scales: (B, Cv, H, W) → (B, p_k², Cv) float32."""
+        self._check_scale(k)
+        self._check_features(f_hat)
+        return self.quantize.scale_rows(k, f_hat.float())
+
+    @torch.no_grad()
+    def decode_features(self, f_hat: Tensor) -> Tensor:
+        """A feature map (B, Cv, H, W) → images (B, 3, R, R) float32, clamped to [−1, 1]."""
+        self._check_features(f_hat)
+        return self._images(f_hat).clamp(-1, 1)
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """Reconstruct (B, 3, R, R) in [−1, 1] for training; in training mode the hit buffer is updated."""
+        quantized = self.quantize(self._features(images))
+        return TokenizerOutput(self._images(quantized.features), quantized.vq_loss, quantized.usage)
+
+    def _features(self, images: Tensor) -> Tensor:
+        _check_floating("images", images, ("B", 3, self.resolution, self.resolution))
+        return self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))).float()  # (B, Cv, H, W)
+
+    def _images(self, f_hat: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype))).float()
+
+    def _partial_sums(self, tokens: Tensor) -> Iterator[Tensor]:
+        """f̂ (B, Cv, H, W) after each scale."""
+        by_scale = enumerate(tokens.split(self.scales, dim=1))
+        return accumulate(self.scale_features(k, self.embed(tokens_k)) for k, tokens_k in by_scale)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        _check_token_dtype(tokens)
+        if tokens.dim() != 2 or tokens.shape[1] != self.num_tokens:
+            raise ValueError(f"tokens must have shape (B, {self.num_tokens}), got {tuple(tokens.shape)}")
+        if bool(((tokens < 0) | (tokens >= self.num_codes)).any()):
+            found = f"{int(tokens.min())} to {int(tokens.max())}"
+            raise ValueError(f"tokens must lie in [0, {self.num_codes}), got {found}")
+
+    def _check_scale(self, k: int) -> None:
+        if not 0 <= k < len(self.scales):
+            raise ValueError(f"k must be a scale's index in [0, {len(self.scales)}), got {k}")
+
+    def _check_features(self, f_hat: Tensor) -> None:
+        _check_floating("f_hat", f_hat, ("B", self.code_dim, self.patch_nums[-1], self.patch_nums[-1]))
+
+
+def _check_token_dtype(tokens: Tensor) -> None:
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"tokens must be int64, got {tokens.dtype}")
+
+
+def _check_floating(name: str, value: Tensor, shape: tuple[str | int, ...]) -> None:
+    """Raise unless `value` is floating point and of that shape, whose first entry "B" stands for any number."""
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.dim() != len(shape) or value.shape[1:] != shape[1:]:
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")

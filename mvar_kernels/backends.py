@@ -1,0 +1,145 @@
+"""What can run on this machine, and which kernel an op uses.
+
+The only place that looks at hardware. An op asks :meth:`Op.choose`; `auto` takes the first kernel
+without an objection, in the device's order of preference; a backend asked for by name raises with
+its objection instead of falling back.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+PREFERENCE: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+# Chosen by name only: other people's packages, kept for comparison.
+PEERS = ("flash_attn", "mamba_ssm")
+NAMES = ("auto", "reference", "cpu", "triton", "cuda", *PEERS)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One op on one backend: the same three doors everywhere.
+
+    `why_not` takes the inputs of `forward` and answers None or an objection ("dtype float64 is not
+    float32 or bfloat16"). `why_not_backward`, where the backward is offered for less than the
+    forward, takes the same arguments and is asked before `backward` is used.
+    """
+
+    why_not: Callable[..., str | None]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    why_not_backward: Callable[..., str | None] | None = None
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot do what was asked."""
+
+
+@cache
+def native() -> ModuleType | None:
+    """The C++ extension, or None where it was not built."""
+    try:
+        return importlib.import_module("mvar_kernels._native")
+    except ImportError:
+        return None
+
+
+@cache
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot run on this machine at all, or None."""
+    match name:
+        case "reference":
+            return None
+        case "cpu":
+            return None if native() else "the C++ extension was not built (no compiler at install)"
+        case "cuda":
+            module = native()
+            if module is None:
+                return "the C++ extension was not built (no compiler at install)"
+            if not module.build_info()["cuda"]:
+                return str(module.build_info()["cuda_reason"])
+            return None if torch.cuda.is_available() else "no CUDA device"
+        case "triton":
+            if importlib.util.find_spec("triton") is None:
+                return "triton is not installed (a CUDA build of torch brings it)"
+            return None if torch.cuda.is_available() else "no CUDA device"
+        case _:
+            missing = importlib.util.find_spec(name) is None
+            return f"{name} is not installed" if missing else None
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name, with None where it is available here and else the reason why not."""
+    return {name: unavailable(name) for name in NAMES if name != "auto"}
+
+
+def check_name(backend: str) -> None:
+    """Raise ValueError unless `backend` is one of :data:`NAMES`."""
+    if backend not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}; got {backend!r}")
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The fastest dtype for matrix products that the device has natively.
+
+    bfloat16 where the device multiplies it natively (GPUs from Ampere on, CPUs with avx512_bf16),
+    float16 on older GPUs, else float32.
+    """
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
+    module = native()
+    if device.type == "cpu" and module is not None and module.instruction_set() == "avx512":
+        return torch.bfloat16  # the extension's "avx512" stands for a CPU with avx512_bf16
+    return torch.float32
+
+
+class Op:
+    """The kernels of one op: `modules` maps a backend to its module inside the op's package.
+
+    The module exports the :class:`Kernel` as `<op>_<backend>` and is imported when first asked
+    for, so that importing mvar_kernels never imports Triton.
+    """
+
+    def __init__(self, name: str, package: str, modules: Mapping[str, str]) -> None:
+        self.name, self.package, self.modules = name, package, dict(modules)
+
+    def kernel(self, backend: str) -> Kernel:
+        module = importlib.import_module(f".{self.modules[backend]}", self.package)
+        kernel: Kernel = getattr(module, f"{self.name}_{backend}")
+        return kernel
+
+    def objection(self, backend: str, device: torch.device, *inputs: Any, backward: bool) -> str | None:
+        """Why `backend` cannot run this op on these inputs, or None."""
+        if backend not in self.modules:
+            return f"has no {self.name} kernel"
+        reason = unavailable(backend)
+        if reason is not None:
+            return reason
+        if backend != "reference" and backend not in PREFERENCE.get(device.type, ()) + PEERS:
+            return f"inputs are on {device.type}"
+        kernel = self.kernel(backend)
+        if backward and kernel.backward is None:
+            return f"{self.name} has no backward kernel"
+        ask = (kernel.why_not_backward if backward else None) or kernel.why_not
+        return ask(*inputs)
+
+    def choose(self, backend: str, device: torch.device, *inputs: Any, backward: bool = False) -> Kernel:
+        """The kernel to use. `inputs` are what its `why_not` takes."""
+        if backend != "auto":
+            objection = self.objection(backend, device, *inputs, backward=backward)
+            if objection is not None:
+                raise BackendError(f"{self.name}: backend {backend!r} asked for, but: {objection}")
+            return self.kernel(backend)
+        for name in PREFERENCE.get(device.type, ("reference",)):
+            if self.objection(name, device, *inputs, backward=backward) is None:
+                return self.kernel(name)
+        raise BackendError(f"{self.name}: no backend takes these inputs")

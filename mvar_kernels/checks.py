@@ -1,0 +1,67 @@
+"""Argument checks at the door of every op: which argument, what was expected, what came."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and states are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensor(
+    op: str,
+    name: str,
+    value: Tensor,
+    dims: str,
+    sizes: dict[str, int],
+    like: Tensor | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    """Check a tensor's type, rank, sizes, dtype and device.
+
+    `dims` names the dimensions ("B L C", or a number for a fixed size); sizes already in `sizes`
+    must agree and new ones are entered. `like`: another tensor whose dtype and device must be
+    shared.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name}: expected a Tensor ({dims.replace(' ', ', ')}), got {type(value).__name__}")
+    names = dims.split()
+    expected = [int(d) if d.isdigit() else sizes.get(d) for d in names]
+    if value.dim() != len(names) or any(e is not None and e != s for e, s in zip(expected, value.shape, strict=False)):
+        known = ", ".join(d if e is None or d.isdigit() else f"{d}={e}" for d, e in zip(names, expected, strict=True))
+        raise ValueError(f"{op}: {name}: expected shape ({known}), got {tuple(value.shape)}")
+    sizes.update((d, s) for d, s in zip(names, value.shape, strict=True) if not d.isdigit())
+    if value.dtype not in dtypes:
+        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: {name}: expected dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{op}: {name}: expected device {like.device} as the first input, got {value.device}")
+
+
+def same_dtype(op: str, first: str, **tensors: Tensor) -> None:
+    """Check that all tensors share the dtype of the one named `first`."""
+    for name, value in tensors.items():
+        if value.dtype != tensors[first].dtype:
+            got, want = (str(t.dtype).removeprefix("torch.") for t in (value, tensors[first]))
+            raise TypeError(f"{op}: {name}: expected dtype {want} as {first}, got {got}")
+
+
+def scale_lengths(op: str, scales: tuple[int, ...], length: int) -> None:
+    """Check tokens per scale: positive whole numbers that add up to `length`."""
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in scales) or not scales:
+        raise ValueError(f"{op}: scales: expected positive whole numbers, got {scales}")
+    if sum(scales) != length:
+        raise ValueError(f"{op}: scales: expected to add up to L={length}, got {scales} with sum {sum(scales)}")
+
+
+def directions(op: str, both: bool, scales: tuple[int, ...] | None, length: int) -> tuple[int, ...]:
+    """The scales a scan needs: those given when bidirectional, one for the whole sequence else."""
+    if not both:
+        return (length,)
+    if scales is None:
+        raise ValueError(f"{op}: scales: expected tokens per scale, as A has two directions; got None")
+    scale_lengths(op, tuple(scales), length)
+    return tuple(scales)

@@ -1,0 +1,1 @@
+"""Adaptive layer norm, alone and fused with the gated residual before it."""

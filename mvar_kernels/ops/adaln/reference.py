@@ -1,0 +1,62 @@
+"""adaLN in plain PyTorch: the specification. Arithmetic in float32, or float64 for float64 inputs."""
+
+import torch
+from torch import Tensor
+
+from mvar_kernels.backends import Kernel
+from mvar_kernels.checks import accumulator
+
+
+def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LN(x)·(1+scale) + shift over the last dimension, rounded once, to x's dtype."""
+    acc = accumulator(x.dtype)
+    centred = x.to(acc) - x.to(acc).mean(-1, keepdim=True)  # (B, L, C)
+    normed = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (normed * (1 + scale.to(acc))[:, None] + shift.to(acc)[:, None]).to(x.dtype)
+
+
+def gated_adaln(
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate·branch, rounded to x's dtype, and adaLN of that x'."""
+    acc = accumulator(x.dtype)
+    x_new = (x.to(acc) + gate.to(acc)[:, None] * branch.to(acc)).to(x.dtype)
+    return x_new, adaln(x_new, scale, shift, eps)
+
+
+def adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """With n = LN(x), r = 1/σ and w = grad·(1+scale): dx = r·(w − mean(w) − n·mean(w·n))."""
+    dx, dscale, dshift = _layer_norm_vjp(grad_out, x, scale, eps)
+    return dx.to(x.dtype), dscale.to(x.dtype), dshift.to(x.dtype)
+
+
+def gated_adaln_backward(
+    grad_x_new: Tensor, grad_out: Tensor, x_new: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradient d at x' reaches x as it is, the branch times the gate, and the gate summed over tokens."""
+    acc = accumulator(x_new.dtype)
+    dx_norm, dscale, dshift = _layer_norm_vjp(grad_out, x_new, scale, eps)
+    d = grad_x_new.to(acc) + dx_norm  # (B, L, C)
+    dbranch = gate.to(acc)[:, None] * d
+    dgate = (branch.to(acc) * d).sum(1)
+    dtype = x_new.dtype
+    return d.to(dtype), dbranch.to(dtype), dgate.to(dtype), dscale.to(dtype), dshift.to(dtype)
+
+
+def _layer_norm_vjp(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulator(x.dtype)
+    grad = grad_out.to(acc)
+    centred = x.to(acc) - x.to(acc).mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed = centred * rstd
+    w = grad * (1 + scale.to(acc))[:, None]
+    dx = rstd * (w - w.mean(-1, keepdim=True) - normed * (w * normed).mean(-1, keepdim=True))
+    return dx, (grad * normed).sum(1), grad.sum(1)
+
+
+def _takes_all(*inputs: Tensor | float) -> None:
+    return None
+
+
+adaln_reference = Kernel(_takes_all, adaln, adaln_backward)
+gated_adaln_reference = Kernel(_takes_all, gated_adaln, gated_adaln_backward)

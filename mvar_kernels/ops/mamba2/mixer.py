@@ -1,0 +1,160 @@
+"""mamba2_mixer: Mamba-2 between its two projections, in one op, with the state carried in and out.
+
+    [z, xBC, dt] = zxbcdt
+    [x, B, C]    = SiLU(causal depth-wise conv of xBC, width 4, with bias)
+    Δ            = softplus(dt + dt_bias),  A = −exp(A_log)
+    y            = ssd_scan(x, Δ, A, B, C, D)                        (see scan.py)
+    out          = RMSNorm(y · SiLU(z)) · norm_weight
+
+The state between two calls is the last width−1 rows of xBC before the convolution, and the scan's h:
+constant in size, so that generation passes every token through the layer once (arXiv 2405.21060).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mvar_kernels import checks
+from mvar_kernels.backends import Op, check_name
+
+_OP = Op("mamba2_mixer", __package__, {"reference": "reference"})
+
+
+class Mamba2State(NamedTuple):
+    """What a mixer remembers of all tokens so far.
+
+    conv: (B, width−1, E+2N), the last rows of [x, B, C] before the convolution, dtype of the input.
+    ssm: (B, H, P, N), the scan's state, float32 (float64 for float64).
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+def mamba2_mixer(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    state: Mamba2State | None = None,
+    scales: tuple[int, ...] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Mamba2State]:
+    """Convolution, SiLU, scan, skip, gate and RMSNorm over new tokens, from the state of all earlier ones.
+
+    E is the inner width, H the heads, P = E/H, N the state size (one group).
+
+    Args:
+        zxbcdt: (B, L, 2E+2N+H): [z, x, B, C, dt]; bidirectional 2E+2N+2H, the backward dt last.
+        conv_weight, conv_bias: (E+2N, width) and (E+2N,).
+        dt_bias, A_log: (H,), or (2, H) for both directions (forward first).
+        D, norm_weight: (H,) and (E,). All parameters in any floating dtype, used in float32.
+        eps: of the RMSNorm.
+        state: from the call on the tokens before; None at the start of a sequence.
+        scales: tokens per scale; needed when bidirectional, not used else.
+        backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
+
+    Returns:
+        (B, L, E) in the dtype of zxbcdt, and the new state. Inputs are never written to.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+        BackendError: the named backend cannot run on these inputs.
+    """
+    op = "mamba2_mixer"
+    sizes: dict[str, int] = {}
+    checks.tensor(op, "zxbcdt", zxbcdt, "B L width", sizes)
+    for name, value, dims in (("D", D, "H"), ("norm_weight", norm_weight, "E"), ("conv_weight", conv_weight, "E+2N taps")):
+        checks.tensor(op, name, value, dims, sizes, like=zxbcdt)
+    checks.tensor(op, "conv_bias", conv_bias, "E+2N", sizes, like=zxbcdt)
+    both = isinstance(A_log, Tensor) and A_log.dim() == 2
+    heads = "2 H" if both else "H"
+    checks.tensor(op, "A_log", A_log, heads, sizes, like=zxbcdt)
+    checks.tensor(op, "dt_bias", dt_bias, heads, sizes, like=zxbcdt)
+    E, H, xbc = sizes["E"], sizes["H"], sizes["E+2N"]
+    if E % H or xbc <= E or (xbc - E) % 2:
+        raise ValueError(f"{op}: conv_weight: expected E+2N channels with E={E} a multiple of H={H}, got {xbc}")
+    width = E + xbc + dt_bias.numel()
+    if sizes["width"] != width or sizes["L"] < 1:
+        raise ValueError(f"{op}: zxbcdt: expected (B, L≥1, 2E+2N+{'2' if both else ''}H={width}), got {tuple(zxbcdt.shape)}")
+    acc = checks.accumulator(zxbcdt.dtype)
+    sizes |= {"taps-1": sizes["taps"] - 1, "P": E // H, "N": (xbc - E) // 2}
+    if state is None:
+        state = Mamba2State(
+            zxbcdt.new_zeros(sizes["B"], sizes["taps-1"], xbc),
+            zxbcdt.new_zeros([sizes[d] for d in "BHPN"], dtype=acc),
+        )
+    checks.tensor(op, "state.conv", state.conv, "B taps-1 E+2N", sizes, like=zxbcdt, dtypes=(zxbcdt.dtype,))
+    checks.tensor(op, "state.ssm", state.ssm, "B H P N", sizes, like=zxbcdt, dtypes=(acc,))
+    scales = checks.directions(op, both, scales, sizes["L"])
+    check_name(backend)
+    params = [conv_weight, conv_bias, dt_bias, A_log, D, norm_weight]
+    y, conv, ssm = torch.ops.mvar.mamba2_mixer(zxbcdt, params, list(state), scales, eps, backend)
+    return y, Mamba2State(conv, ssm)
+
+
+@torch.library.custom_op("mvar::mamba2_mixer", mutates_args=())
+def _mamba2_mixer(
+    zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: list[int], eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (zxbcdt, params, state, tuple(scales), eps)
+    y, conv, ssm = _OP.choose(backend, zxbcdt.device, *inputs).forward(*inputs)
+    return y, conv, ssm
+
+
+@_mamba2_mixer.register_fake
+def _(
+    zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: list[int], eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = zxbcdt.new_empty(*zxbcdt.shape[:2], params[-1].shape[0])
+    return y, state[0].new_empty(state[0].shape), state[1].new_empty(state[1].shape)
+
+
+@torch.library.custom_op("mvar::mamba2_mixer_backward", mutates_args=())
+def _mamba2_mixer_backward(
+    grads: list[Tensor],
+    zxbcdt: Tensor,
+    params: list[Tensor],
+    state: list[Tensor],
+    scales: list[int],
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    inputs = (zxbcdt, params, state, tuple(scales), eps)
+    kernel = _OP.choose(backend, zxbcdt.device, *inputs, backward=True)
+    assert kernel.backward is not None
+    return list(kernel.backward(grads, *inputs))
+
+
+@_mamba2_mixer_backward.register_fake
+def _(
+    grads: list[Tensor],
+    zxbcdt: Tensor,
+    params: list[Tensor],
+    state: list[Tensor],
+    scales: list[int],
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (zxbcdt, *params, *state)]
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    zxbcdt, params, state, *ctx.options = inputs
+    ctx.save_for_backward(zxbcdt, *params, *state)
+
+
+def _autograd(ctx, *grads):  # type: ignore[no-untyped-def]
+    zxbcdt, *rest = ctx.saved_tensors
+    params, state = rest[:-2], rest[-2:]
+    first, *others = torch.ops.mvar.mamba2_mixer_backward(list(grads), zxbcdt, params, state, *ctx.options)
+    return first, others[:-2], others[-2:], None, None, None
+
+
+_mamba2_mixer.register_autograd(_autograd, setup_context=_setup)

@@ -1,0 +1,122 @@
+"""Mamba-2's scan and mixer in plain PyTorch: the specification. Arithmetic in float32, or float64 for float64.
+
+The scan is computed chunk by chunk: inside a chunk as a masked matrix product, between chunks through
+the state. The token-by-token recurrence it must equal is in the tests.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvar_kernels.backends import Kernel
+from mvar_kernels.checks import accumulator
+
+CHUNK = 64
+
+
+def scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, *, own: bool = True
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t ⊗ B_t and y_t = h_t C_t, from `state`.
+
+    x (B, L, H, P), dt = Δ (B, L, H), A (H), B and C (B, L, N), state (B, H, P, N), all in one dtype.
+    Returns y (B, L, H, P) and the last state. own=False leaves each token's own term out of y, not out of h.
+    """
+    outs = []
+    for start in range(0, x.shape[1], CHUNK):
+        span = slice(start, start + CHUNK)
+        xdt = x[:, span] * dt[:, span, :, None]  # (B, q, H, P)
+        log_a = (dt[:, span] * A).transpose(1, 2)  # (B, H, q)
+        products = _segment_sums(log_a).exp()  # (B, H, t, s): product of a over s+1 … t
+        decay = products if own else products.tril(-1)
+        scores = torch.einsum("btn,bsn->bts", C[:, span], B[:, span])
+        inside = torch.einsum("bhts,bshp->bthp", scores[:, None] * decay, xdt)
+        since_start = log_a.cumsum(-1).exp()  # (B, H, t): product of a over the chunk up to t
+        before = torch.einsum("btn,bhpn,bht->bthp", C[:, span], state, since_start)
+        added = torch.einsum("bshp,bsn,bhs->bhpn", xdt, B[:, span], products[:, :, -1])
+        state = since_start[:, :, -1, None, None] * state + added
+        outs.append(inside + before)
+    return torch.cat(outs, 1), state
+
+
+def _segment_sums(log_a: Tensor) -> Tensor:
+    """S[t, s] = log_a[s+1] + … + log_a[t] for t ≥ s, else −inf. (…, q) → (…, q, q)
+
+    Summed along each column; the difference of two prefix sums would cancel.
+    """
+    q = log_a.shape[-1]
+    ones = torch.ones(q, q, dtype=torch.bool, device=log_a.device)
+    columns = log_a[..., :, None].expand(*log_a.shape, q).masked_fill(~ones.tril(-1), 0)
+    return columns.cumsum(-2).masked_fill(~ones.tril(), -torch.inf)
+
+
+def backward_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, scales: tuple[int, ...]) -> Tensor:
+    """r_t C_t with r_t = a_t (r_{t+1} + Δ_{t+1} x_{t+1} ⊗ B_{t+1}) inside each scale: flip, scan, flip."""
+    zero = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
+    outs = []
+    for span in torch.arange(x.shape[1]).split(list(scales)):
+        flipped = [t[:, span[0] : span[-1] + 1].flip(1) for t in (x, dt, B, C)]
+        y, _ = scan(flipped[0], flipped[1], A, flipped[2], flipped[3], zero, own=False)
+        outs.append(y.flip(1))
+    return torch.cat(outs, 1)
+
+
+def ssd_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, scales: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """y (B, L, H, P) in x's dtype and the last state (B, H, P, N). dt (B, L, 2, H) and A (2, H): bidirectional."""
+    acc = accumulator(x.dtype)
+    x_acc, dt, A, B, C, D = (t.to(acc) for t in (x, dt, A, B, C, D))
+    both = A.dim() == 2
+    y, last = scan(x_acc, dt[:, :, 0] if both else dt, A[0] if both else A, B, C, state.to(acc))
+    if both:
+        y = y + backward_scan(x_acc, dt[:, :, 1], A[1], B, C, scales)
+    return (y + D[:, None] * x_acc).to(x.dtype), last
+
+
+def mamba2_mixer(
+    zxbcdt: Tensor,
+    params: list[Tensor],
+    state: list[Tensor],
+    scales: tuple[int, ...],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, E) and the new (conv, ssm) state; params and shapes as in :func:`mvar_kernels.mamba2_mixer`."""
+    acc = accumulator(zxbcdt.dtype)
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.to(acc) for p in params)
+    conv_state, ssm_state = state
+    E, (H,), width = norm_weight.shape[0], D.shape, conv_weight.shape[1]
+    N = (conv_weight.shape[0] - E) // 2
+    z, xbc, dt = zxbcdt.split([E, E + 2 * N, dt_bias.numel()], -1)
+
+    rows = torch.cat([conv_state, xbc], 1)  # (B, width−1+L, E+2N)
+    convolved = F.conv1d(rows.to(acc).transpose(1, 2), conv_weight[:, None], conv_bias, groups=E + 2 * N)
+    x, B, C = F.silu(convolved.transpose(1, 2)).split([E, N, N], -1)
+
+    delta = F.softplus(dt.to(acc).unflatten(-1, dt_bias.shape) + dt_bias)
+    heads = x.unflatten(-1, (H, E // H))  # (B, L, H, P)
+    y, last = ssd_scan(heads, delta, -A_log.exp(), B, C, D, ssm_state, scales)
+
+    gated = y.flatten(2) * F.silu(z.to(acc))
+    normed = gated * (gated.square().mean(-1, keepdim=True) + eps).rsqrt() * norm_weight
+    return normed.to(zxbcdt.dtype), rows[:, rows.shape[1] - width + 1 :].clone(), last
+
+
+def ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple[int, ...]) -> list[Tensor]:
+    """Gradients of ssd_scan's tensors: the forward's own derivative."""
+    return list(torch.func.vjp(lambda *t: ssd_scan(*t, scales), *tensors)[1](tuple(grads)))
+
+
+def mamba2_mixer_backward(
+    grads: list[Tensor], zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: tuple[int, ...], eps: float
+) -> list[Tensor]:
+    """Gradients of zxbcdt, the parameters and the two states, in that order: the forward's own derivative."""
+
+    def forward(*t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return mamba2_mixer(t[0], list(t[1:-2]), list(t[-2:]), scales, eps)
+
+    return list(torch.func.vjp(forward, zxbcdt, *params, *state)[1](tuple(grads)))
+
+
+ssd_scan_reference = Kernel(lambda *inputs: None, ssd_scan, ssd_scan_backward)
+mamba2_mixer_reference = Kernel(lambda *inputs: None, mamba2_mixer, mamba2_mixer_backward)

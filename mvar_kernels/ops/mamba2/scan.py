@@ -1,0 +1,118 @@
+"""ssd_scan: the bare recurrence of Mamba-2 (arXiv 2405.21060), its public function, checks and autograd.
+
+Per head, with Δ_t > 0 and A < 0:
+
+    h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t ⊗ B_t           (P×N)
+    y_t = h_t C_t + D x_t
+
+Bidirectional: a backward scan over the whole sequence would let a coarse scale see finer ones, so the
+backward direction runs inside each scale, with its own Δ' and A', and the same x, B and C (hence
+the same C Bᵀ). r_t = 0 at the last token of each scale:
+
+    r_t = exp(Δ'_t A') (r_{t+1} + Δ'_{t+1} x_{t+1} ⊗ B_{t+1})
+    y_t = h_t C_t + r_t C_t + D x_t
+
+Equal to: flip each scale, scan from zero, leave out each token's own term, flip back. Hydra (arXiv
+2407.09941) is the quasi-separable ancestor.
+"""
+
+import torch
+from torch import Tensor
+
+from mvar_kernels import checks
+from mvar_kernels.backends import Op, check_name
+
+_OP = Op("ssd_scan", __package__, {"reference": "reference"})
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    scales: tuple[int, ...] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Scan a sequence from a given state; returns the outputs and the state after the last token.
+
+    Args:
+        x: (B, L, H, P), float16, bfloat16, float32 or float64.
+        dt: Δ, (B, L, H), positive, or (B, L, 2, H) for both directions (forward first), dtype of x.
+        A: (H,), negative, or (2, H) for both directions.
+        B, C: (B, L, N), dtype of x, shared by all heads.
+        D: (H,), weight of the skip; None for none.
+        initial_state: (B, H, P, N) before the first token, float32 (float64 for float64); None for zero.
+        scales: tokens per scale; needed when bidirectional, not used else.
+        backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
+
+    Returns:
+        y (B, L, H, P) in the dtype of x, and the last forward state (B, H, P, N) in float32 (float64
+        for float64). Inputs are never written to.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+        BackendError: the named backend cannot run on these inputs.
+    """
+    op = "ssd_scan"
+    sizes: dict[str, int] = {}
+    checks.tensor(op, "x", x, "B L H P", sizes)
+    both = isinstance(A, Tensor) and A.dim() == 2
+    checks.tensor(op, "A", A, "2 H" if both else "H", sizes, like=x)
+    checks.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=x)
+    checks.tensor(op, "B", B, "B L N", sizes, like=x)
+    checks.tensor(op, "C", C, "B L N", sizes, like=x)
+    checks.same_dtype(op, "x", x=x, dt=dt, B=B, C=C)
+    if x.shape[1] < 1:
+        raise ValueError(f"{op}: x: expected at least one token, got L=0")
+    if D is None:
+        D = A.new_zeros(sizes["H"])
+    checks.tensor(op, "D", D, "H", sizes, like=x)
+    acc = checks.accumulator(x.dtype)
+    if initial_state is None:
+        initial_state = x.new_zeros([sizes[d] for d in "BHPN"], dtype=acc)
+    checks.tensor(op, "initial_state", initial_state, "B H P N", sizes, like=x, dtypes=(acc,))
+    scales = checks.directions(op, both, scales, x.shape[1])
+    check_name(backend)
+    y, state = torch.ops.mvar.ssd_scan([x, dt, A, B, C, D, initial_state], scales, backend)
+    return y, state
+
+
+@torch.library.custom_op("mvar::ssd_scan", mutates_args=())
+def _ssd_scan(tensors: list[Tensor], scales: list[int], backend: str) -> tuple[Tensor, Tensor]:
+    y, state = _OP.choose(backend, tensors[0].device, *tensors, tuple(scales)).forward(*tensors, tuple(scales))
+    return y, state
+
+
+@_ssd_scan.register_fake
+def _(tensors: list[Tensor], scales: list[int], backend: str) -> tuple[Tensor, Tensor]:
+    x, state = tensors[0], tensors[-1]
+    return x.new_empty(x.shape), state.new_empty(state.shape)
+
+
+@torch.library.custom_op("mvar::ssd_scan_backward", mutates_args=())
+def _ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: list[int], backend: str) -> list[Tensor]:
+    kernel = _OP.choose(backend, grads[0].device, *tensors, tuple(scales), backward=True)
+    assert kernel.backward is not None
+    return list(kernel.backward(grads, tensors, tuple(scales)))
+
+
+@_ssd_scan_backward.register_fake
+def _(grads: list[Tensor], tensors: list[Tensor], scales: list[int], backend: str) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in tensors]
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    tensors, ctx.scales, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, grad_y, grad_state):  # type: ignore[no-untyped-def]
+    tensors = list(ctx.saved_tensors)
+    return torch.ops.mvar.ssd_scan_backward([grad_y, grad_state], tensors, ctx.scales, ctx.backend), None, None
+
+
+_ssd_scan.register_autograd(_autograd, setup_context=_setup)

@@ -1,0 +1,138 @@
+"""Cases, bytes and FLOPs of ssd_scan and mamba2_mixer."""
+
+import torch
+from torch import Tensor
+
+from mvar_kernels.ops.mamba2 import reference
+from mvar_kernels.ops.mamba2.mixer import Mamba2State, mamba2_mixer
+from mvar_kernels.ops.mamba2.scan import ssd_scan
+from mvar_kernels.specs import PER_HEAD_SUM, Case, Inputs, Spec
+
+EPS = 1e-5
+PARAMETERS = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
+
+
+def _case(name: str, B: int, L: int, H: int, P: int, N: int, scales: tuple[int, ...] | None = None) -> Case:
+    return Case(name, {"B": B, "L": L, "H": H, "P": P, "N": N}, {"scales": scales})
+
+
+CASES = (
+    _case("one_token", 2, 1, 2, 64, 64),
+    _case("odd", 3, 13, 3, 5, 7),
+    _case("chunks", 1, 150, 2, 64, 64),
+    _case("bidirectional", 2, 30, 2, 64, 64, scales=(1, 4, 9, 16)),
+    _case("bidirectional_odd", 1, 75, 3, 5, 7, scales=(2, 1, 72)),
+    _case("d16_256_scale", 1, 256, 4, 64, 64),
+)
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _log_decay_rates(generator: torch.Generator, *shape: int) -> Tensor:
+    """A_log as mamba_ssm starts it: log of uniform in [1, 16]."""
+    return (1 + 15 * torch.rand(shape, generator=generator, dtype=torch.float64)).log()
+
+
+def _heads(case: Case) -> tuple[int, ...]:
+    return (2, case.sizes["H"]) if case.options["scales"] else (case.sizes["H"],)
+
+
+def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
+    B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
+    return {
+        "x": _normal(generator, B, L, H, P),
+        "dt": torch.nn.functional.softplus(_normal(generator, B, L, *_heads(case)) - 3),
+        "A": -_log_decay_rates(generator, *_heads(case)).exp(),
+        "B": _normal(generator, B, L, N),
+        "C": _normal(generator, B, L, N),
+        "D": 1 + 0.1 * _normal(generator, H),
+        "initial_state": _normal(generator, B, H, P, N),
+    }
+
+
+def _mixer_inputs(case: Case, generator: torch.Generator) -> Inputs:
+    B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
+    E, heads = H * P, _heads(case)
+    count = len(heads) * H  # of dt columns
+    return {
+        "zxbcdt": _normal(generator, B, L, 2 * E + 2 * N + count),
+        "conv_weight": 0.5 * _normal(generator, E + 2 * N, 4),
+        "conv_bias": 0.1 * _normal(generator, E + 2 * N),
+        "dt_bias": _normal(generator, *heads) - 3,
+        "A_log": _log_decay_rates(generator, *heads),
+        "D": 1 + 0.1 * _normal(generator, H),
+        "norm_weight": 1 + 0.1 * _normal(generator, E),
+        "conv": _normal(generator, B, 3, E + 2 * N),
+        "ssm": _normal(generator, B, H, P, N),
+    }
+
+
+def _call_mixer(t: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
+    y, state = mamba2_mixer(
+        t["zxbcdt"],
+        *(t[name] for name in PARAMETERS),
+        eps=EPS,
+        state=Mamba2State(t["conv"], t["ssm"]),
+        scales=case.options["scales"],
+        backend=backend,
+    )
+    return y, *state
+
+
+def _call_scan(t: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
+    args = (t[name] for name in ("x", "dt", "A", "B", "C", "D"))
+    return ssd_scan(*args, initial_state=t["initial_state"], scales=case.options["scales"], backend=backend)
+
+
+def _scales(case: Case) -> tuple[int, ...]:
+    return case.options["scales"] or (case.sizes["L"],)
+
+
+def _scan_flops(case: Case) -> int:
+    B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
+    return len(_heads(case)) * 4 * B * L * H * P * N
+
+
+def _scan_work(case: Case, itemsize: int) -> tuple[int, int]:
+    B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
+    moved = B * L * (2 * H * P + 2 * N + len(_heads(case)) * H) * itemsize + 2 * 4 * B * H * P * N
+    return moved, _scan_flops(case)
+
+
+def _mixer_work(case: Case, itemsize: int) -> tuple[int, int]:
+    B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
+    moved = B * L * (3 * H * P + 2 * N + len(_heads(case)) * H) * itemsize + 2 * 4 * B * H * P * N
+    return moved, _scan_flops(case) + B * L * (8 * (H * P + 2 * N) + 8 * H * P)
+
+
+SSD_SCAN = Spec(
+    op="ssd_scan",
+    cases=CASES,
+    inputs=_scan_inputs,
+    call=_call_scan,
+    reference=lambda t, case: reference.ssd_scan(*t.values(), _scales(case)),
+    outputs=("y", "state"),
+    grads=("x", "dt", "A", "B", "C", "D", "initial_state"),
+    keeps_dtype=("A", "D", "initial_state"),
+    slack={"grad of A": PER_HEAD_SUM, "grad of D": PER_HEAD_SUM},
+    work=_scan_work,
+)
+
+MAMBA2_MIXER = Spec(
+    op="mamba2_mixer",
+    cases=CASES,
+    inputs=_mixer_inputs,
+    call=_call_mixer,
+    reference=lambda t, case: reference.mamba2_mixer(
+        t["zxbcdt"], [t[name] for name in PARAMETERS], [t["conv"], t["ssm"]], _scales(case), EPS
+    ),
+    outputs=("y", "conv", "ssm"),
+    grads=("zxbcdt", *PARAMETERS, "conv", "ssm"),
+    keeps_dtype=("dt_bias", "A_log", "D", "ssm"),
+    slack={f"grad of {name}": PER_HEAD_SUM for name in ("dt_bias", "A_log", "D")},
+    work=_mixer_work,
+)
+
+SPECS = (SSD_SCAN, MAMBA2_MIXER)

@@ -1,0 +1,215 @@
+"""sample_tokens and soft_embedding: the maths, the public functions and their checks.
+
+    logits   = (1+c)·cond − c·uncond                                         classifier-free guidance
+    top-k    keeps every logit ≥ the k-th largest (ties stay)
+    top-p    then: in ascending order, drops while the cumulative softmax ≤ 1−p, never the largest
+             (equal logits in the order of their codes)
+    token    = argmax of logits + Gumbel noise over what is left             a draw from the softmax
+
+The order and the rules are VAR's (arXiv 2404.02905). The softmax weights of top-p are whole multiples
+of 2⁻³⁰ of the largest, so that the cut is the same on every backend; noise.py has the noise.
+
+    soft     = softmax((logits·sharpness + noise) / temperature) · codebook  VAR's `more_smooth`
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mvar_kernels import checks
+from mvar_kernels.backends import Op, check_name
+
+_SAMPLE = Op("sample_tokens", __package__, {"reference": "reference"})
+_SOFT = Op("soft_embedding", __package__, {"reference": "reference"})
+MAX_SEED = 2**63 - 1
+MAX_WORD = 2**32 - 1
+
+
+def sample_tokens(
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    *,
+    guidance: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    image_index: Tensor | None = None,
+    scale_index: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Draw a token at every position of one scale.
+
+    Args:
+        cond: (B, l, V) logits, float16, bfloat16, float32 or float64.
+        uncond: as cond, or None where the logits are guided already.
+        guidance: c ≥ 0 in (1+c)·cond − c·uncond; VAR's is cfg·k/(K−1) at scale k of K.
+        top_k: 0, or V and more, keeps all codes; 1 is the arg-max.
+        top_p: in (0, 1]; 1 keeps all codes.
+        seed: in [0, 2⁶³).
+        image_index: (B,) int64, which image of the seed's series each row is, modulo 2³²; None: 0 … B−1.
+        scale_index: which scale of the pyramid.
+        backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
+
+    Returns:
+        (B, l) int64.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
+        BackendError: the named backend cannot run on these inputs.
+    """
+    op = "sample_tokens"
+    image_index = _check(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
+    tokens: Tensor = torch.ops.mvar.sample_tokens(
+        cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index, backend
+    )
+    return tokens
+
+
+def soft_embedding(
+    cond: Tensor,
+    uncond: Tensor | None,
+    codebook: Tensor,
+    *,
+    guidance: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    sharpness: float = 1.0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    image_index: Tensor | None = None,
+    scale_index: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """The Gumbel-softmax mean of the codebook at every position of one scale (no gradients).
+
+    Args:
+        codebook: (V, width), floating point.
+        sharpness: factor on the logits; VAR's is 1 + k/(K−1).
+        temperature: above 0; VAR's is max(0.27·(1 − 0.95·k/(K−1)), 0.005).
+        others: as in :func:`sample_tokens`, with the same noise.
+
+    Returns:
+        (B, l, width) in the codebook's dtype.
+
+    Raises:
+        as :func:`sample_tokens`.
+    """
+    op = "soft_embedding"
+    image_index = _check(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
+    checks.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
+    for name, value in (("sharpness", sharpness), ("temperature", temperature)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{op}: {name}: expected a number above 0, got {value}")
+    mean: Tensor = torch.ops.mvar.soft_embedding(
+        cond, uncond, codebook, image_index, guidance, top_k, top_p, sharpness, temperature, seed, scale_index, backend
+    )
+    return mean
+
+
+def _check(
+    op: str,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    image_index: Tensor | None,
+    scale_index: int,
+    backend: str,
+) -> Tensor:
+    """Check everything the two ops share; the image indices, made here where none were given."""
+    sizes: dict[str, int] = {}
+    checks.tensor(op, "cond", cond, "B l V", sizes)
+    if uncond is not None:
+        checks.tensor(op, "uncond", uncond, "B l V", sizes, like=cond)
+        checks.same_dtype(op, "cond", cond=cond, uncond=uncond)
+    if image_index is None:
+        image_index = torch.arange(cond.shape[0], device=cond.device)
+    checks.tensor(op, "image_index", image_index, "B", sizes, like=cond, dtypes=(torch.int64,))
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"{op}: guidance: expected a number of at least 0, got {guidance}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"{op}: top_k: expected a whole number of at least 0 (0 keeps all), got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"{op}: top_p: expected a number above 0 and up to 1 (all), got {top_p}")
+    for name, value, most in (("seed", seed, MAX_SEED), ("scale_index", scale_index, MAX_WORD)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+            raise ValueError(f"{op}: {name}: expected a whole number from 0 to {most}, got {value}")
+    check_name(backend)
+    return image_index
+
+
+
+
+@torch.library.custom_op("mvar::sample_tokens", mutates_args=())
+def _sample_tokens(
+    cond: Tensor,
+    uncond: Tensor | None,
+    image_index: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    scale_index: int,
+    backend: str,
+) -> Tensor:
+    inputs = (cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index)
+    tokens: Tensor = _SAMPLE.choose(backend, cond.device, *inputs).forward(*inputs)
+    return tokens
+
+
+@_sample_tokens.register_fake
+def _(
+    cond: Tensor,
+    uncond: Tensor | None,
+    image_index: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    scale_index: int,
+    backend: str,
+) -> Tensor:
+    return cond.new_empty(cond.shape[:2], dtype=torch.int64)
+
+
+@torch.library.custom_op("mvar::soft_embedding", mutates_args=())
+def _soft_embedding(
+    cond: Tensor,
+    uncond: Tensor | None,
+    codebook: Tensor,
+    image_index: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    sharpness: float,
+    temperature: float,
+    seed: int,
+    scale_index: int,
+    backend: str,
+) -> Tensor:
+    inputs = (
+        cond, uncond, codebook, image_index, guidance, top_k, top_p, sharpness, temperature, seed, scale_index
+    )  # fmt: skip
+    mean: Tensor = _SOFT.choose(backend, cond.device, *inputs).forward(*inputs)
+    return mean
+
+
+@_soft_embedding.register_fake
+def _(
+    cond: Tensor,
+    uncond: Tensor | None,
+    codebook: Tensor,
+    image_index: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    sharpness: float,
+    temperature: float,
+    seed: int,
+    scale_index: int,
+    backend: str,
+) -> Tensor:
+    return codebook.new_empty(*cond.shape[:2], codebook.shape[1])

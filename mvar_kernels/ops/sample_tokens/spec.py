@@ -1,0 +1,106 @@
+"""Cases, bytes and FLOPs of sample_tokens and soft_embedding."""
+
+import torch
+
+from mvar_kernels.ops.sample_tokens import reference
+from mvar_kernels.ops.sample_tokens.op import sample_tokens, soft_embedding
+from mvar_kernels.specs import Case, Inputs, Spec
+
+
+def _case(name: str, B: int, length: int, V: int, **options: object) -> Case:
+    defaults = {"guidance": 0.0, "top_k": 0, "top_p": 1.0, "guided": False, "ties": False}
+    return Case(name, {"B": B, "l": length, "V": V}, defaults | options)
+
+
+CASES = (
+    _case("one_code", 1, 1, 1),
+    _case("all_codes", 2, 5, 67),
+    _case("arg_max", 2, 5, 67, top_k=1),
+    _case("top_k", 2, 5, 67, top_k=9, guided=True, guidance=1.5),
+    _case("top_p", 2, 5, 67, top_p=0.7),
+    _case("ties", 3, 16, 130, top_k=40, top_p=0.8, ties=True),
+    _case("d16_scale", 1, 64, 4096, top_k=900, top_p=0.96, guided=True, guidance=0.75),
+)
+
+
+def _inputs(case: Case, generator: torch.Generator) -> Inputs:
+    shape = [case.sizes[d] for d in ("B", "l", "V")]
+
+    def logits() -> torch.Tensor:
+        values = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.round() if case.options["ties"] else values
+
+    inputs = {"cond": logits()}
+    if case.options["guided"]:
+        inputs["uncond"] = logits()
+    return inputs
+
+
+def _soft_inputs(case: Case, generator: torch.Generator) -> Inputs:
+    codebook = torch.randn(case.sizes["V"], 32, generator=generator, dtype=torch.float64)
+    return _inputs(case, generator) | {"codebook": codebook}
+
+
+def _image_index(case: Case) -> torch.Tensor:
+    return torch.arange(7, 7 + case.sizes["B"])
+
+
+def _filters(case: Case) -> dict[str, float | int]:
+    return {name: case.options[name] for name in ("guidance", "top_k", "top_p")}
+
+
+DRAW = {"seed": 2**40 + 3, "scale_index": 5}
+SOFT = {"sharpness": 1.5, "temperature": 0.2}
+
+
+def _work(case: Case, itemsize: int) -> tuple[int, int]:
+    rows, V = case.sizes["B"] * case.sizes["l"], case.sizes["V"]
+    return (1 + case.options["guided"]) * rows * V * itemsize + 8 * rows, 20 * rows * V
+
+
+SPECS = (
+    Spec(
+        op="sample_tokens",
+        cases=CASES,
+        inputs=_inputs,
+        call=lambda t, case, backend: (
+            sample_tokens(
+                t["cond"],
+                t.get("uncond"),
+                **_filters(case),
+                **DRAW,
+                image_index=_image_index(case),
+                backend=backend,
+            ),
+        ),
+        reference=lambda t, case: (
+            reference.sample_tokens(t["cond"], t.get("uncond"), _image_index(case), **_filters(case), **DRAW),
+        ),
+        outputs=("tokens",),
+        work=_work,
+    ),
+    Spec(
+        op="soft_embedding",
+        cases=CASES,
+        inputs=_soft_inputs,
+        call=lambda t, case, backend: (
+            soft_embedding(
+                t["cond"],
+                t.get("uncond"),
+                t["codebook"],
+                **_filters(case),
+                **SOFT,
+                **DRAW,
+                image_index=_image_index(case),
+                backend=backend,
+            ),
+        ),
+        reference=lambda t, case: (
+            reference.soft_embedding(
+                t["cond"], t.get("uncond"), t["codebook"], _image_index(case), **_filters(case), **SOFT, **DRAW
+            ),
+        ),
+        outputs=("mean",),
+        work=_work,
+    ),
+)

@@ -1,0 +1,150 @@
+"""scale_attention: the maths, the public function, its checks and autograd.
+
+The sequence is a pyramid of token maps, coarse to fine; `scales` are their lengths.
+
+    diagonal:  tokens of scale k attend to all tokens of scale k             (M-VAR, arXiv 2411.10433)
+    causal:    tokens of scale k attend to all tokens of scales ≤ k          (VAR, arXiv 2404.02905)
+
+    out = softmax(scale · q kᵀ) v
+
+With `log_temperature` τ, one per head, queries and keys are unit vectors (VAR's attn_l2_norm):
+
+    q ← q/‖q‖ · exp(min(τ, log 100)),   k ← k/‖k‖
+
+At 256×256 the diagonal holds 110k score pairs a head, against 462k of the full 680×680 square.
+"""
+
+import torch
+from torch import Tensor
+
+from mvar_kernels import checks
+from mvar_kernels.backends import Op, check_name
+
+_OP = Op("scale_attention", __package__, {"reference": "reference"})
+PATTERNS = ("diagonal", "causal")
+
+
+def scale_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[int, ...],
+    *,
+    pattern: str = "diagonal",
+    scale: float | None = None,
+    log_temperature: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention inside each scale, or over the scale and all coarser ones.
+
+    Args:
+        q: (B, Lq, H, D). Lq is L, or the length of the last few scales (a key/value cache).
+        k, v: (B, L, H, D), dtype of q. Views into a packed (B, L, 3, H, D) are read in place.
+        scales: tokens per scale, coarse to fine; they add up to L.
+        pattern: "diagonal" (own scale) or "causal" (own and coarser scales).
+        scale: factor on the scores; None for VAR's: 1 with log_temperature, else 0.25/√D.
+        log_temperature: (H,), floating point, or None for no q/k norm.
+        backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
+
+    Returns:
+        (B, Lq, H, D), contiguous, the dtype of q; softmax and sums in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+        BackendError: the named backend cannot run on these inputs.
+    """
+    op = "scale_attention"
+    scales = tuple(scales)
+    sizes: dict[str, int] = {}
+    checks.tensor(op, "q", q, "B Lq H D", sizes)
+    checks.tensor(op, "k", k, "B L H D", sizes, like=q)
+    checks.tensor(op, "v", v, "B L H D", sizes, like=q)
+    checks.same_dtype(op, "q", q=q, k=k, v=v)
+    if log_temperature is not None:
+        checks.tensor(op, "log_temperature", log_temperature, "H", sizes, like=q)
+    checks.scale_lengths(op, scales, k.shape[1])
+    if q.shape[1] not in {sum(scales[i:]) for i in range(len(scales))}:
+        raise ValueError(f"{op}: q: expected L or the length of the last few of scales {scales}, got Lq={q.shape[1]}")
+    if pattern not in PATTERNS:
+        raise ValueError(f"{op}: pattern: expected one of {', '.join(PATTERNS)}; got {pattern!r}")
+    check_name(backend)
+    if scale is None:
+        scale = 1.0 if log_temperature is not None else 0.25 * q.shape[-1] ** -0.5
+    out: Tensor = torch.ops.mvar.scale_attention(q, k, v, log_temperature, scales, pattern == "causal", scale, backend)[0]
+    return out
+
+
+@torch.library.custom_op("mvar::scale_attention", mutates_args=())
+def _scale_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_temperature: Tensor | None,
+    scales: list[int],
+    causal: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    inputs = (q, k, v, log_temperature, tuple(scales), causal, scale)
+    out, lse = _OP.choose(backend, q.device, *inputs).forward(*inputs)
+    return out, lse
+
+
+@_scale_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_temperature: Tensor | None,
+    scales: list[int],
+    causal: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    B, Lq, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, Lq), dtype=checks.accumulator(q.dtype))
+
+
+@torch.library.custom_op("mvar::scale_attention_backward", mutates_args=())
+def _scale_attention_backward(
+    grad_out: Tensor,
+    out_lse: list[Tensor],
+    qkvt: list[Tensor],
+    scales: list[int],
+    causal: bool,
+    scale: float,
+    backend: str,
+) -> list[Tensor]:
+    q, k, v, log_temperature = (*qkvt, None)[:4]
+    inputs = (q, k, v, log_temperature, tuple(scales), causal, scale)
+    kernel = _OP.choose(backend, grad_out.device, *inputs, backward=True)
+    assert kernel.backward is not None
+    return list(kernel.backward(grad_out, *out_lse, *inputs))
+
+
+@_scale_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    out_lse: list[Tensor],
+    qkvt: list[Tensor],
+    scales: list[int],
+    causal: bool,
+    scale: float,
+    backend: str,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in qkvt]
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, log_temperature, *ctx.options = inputs
+    ctx.normed = log_temperature is not None
+    ctx.save_for_backward(*output, q, k, v, *([log_temperature] if ctx.normed else []))
+
+
+def _autograd(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    out, lse, *qkvt = ctx.saved_tensors
+    grads = torch.ops.mvar.scale_attention_backward(grad_out, [out, lse], qkvt, *ctx.options)
+    return *grads, *([] if ctx.normed else [None]), None, None, None, None
+
+
+_scale_attention.register_autograd(_autograd, setup_context=_setup)

@@ -1,0 +1,74 @@
+"""Scale attention in plain PyTorch: the specification. Arithmetic in float32, or float64 for float64."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mvar_kernels.backends import Kernel
+from mvar_kernels.checks import accumulator
+
+MAX_LOG_TEMPERATURE = math.log(100)  # VAR's bound on the learned temperature
+NORM_EPS = 1e-12
+
+
+def spans(scales: tuple[int, ...], queries: int, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """(query rows, key rows) of each scale that has queries; the queries are the last ones of the sequence."""
+    start = 0
+    first = sum(scales) - queries
+    for length in scales:
+        if start >= first:
+            yield (
+                slice(start - first, start - first + length),
+                slice(0 if causal else start, start + length),
+            )
+        start += length
+
+
+def scale_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_temperature: Tensor | None,
+    scales: tuple[int, ...],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, Lq, H, D) and the log of each row's sum of exponentials (B, H, Lq)."""
+    acc = accumulator(q.dtype)
+    q, k, v_acc = q.to(acc), k.to(acc), v.to(acc)
+    if log_temperature is not None:
+        temperature = log_temperature.to(acc).clamp_max(MAX_LOG_TEMPERATURE).exp()  # (H)
+        q = torch.nn.functional.normalize(q, dim=-1, eps=NORM_EPS) * temperature[:, None]
+        k = torch.nn.functional.normalize(k, dim=-1, eps=NORM_EPS)
+    outs, lses = [], []
+    for rows, keys in spans(scales, q.shape[1], causal):
+        scores = scale * torch.einsum("bqhd,bkhd->bhqk", q[:, rows], k[:, keys])
+        outs.append(torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v_acc[:, keys]))
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs, 1).to(v.dtype), torch.cat(lses, -1)
+
+
+def scale_attention_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_temperature: Tensor | None,
+    scales: tuple[int, ...],
+    causal: bool,
+    scale: float,
+) -> list[Tensor]:
+    """Gradients of q, k, v and, where given, log_temperature: the forward's own derivative."""
+    tensors = [q, k, v] if log_temperature is None else [q, k, v, log_temperature]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None = None) -> Tensor:
+        return scale_attention(q, k, v, temperature, scales, causal, scale)[0]
+
+    return list(torch.func.vjp(forward, *tensors)[1](grad_out))
+
+
+scale_attention_reference = Kernel(lambda *inputs: None, scale_attention, scale_attention_backward)

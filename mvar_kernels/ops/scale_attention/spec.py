@@ -1,0 +1,97 @@
+"""Cases, bytes and FLOPs of scale_attention."""
+
+import torch
+
+from mvar_kernels.ops.scale_attention import reference
+from mvar_kernels.ops.scale_attention.op import scale_attention
+from mvar_kernels.specs import PER_HEAD_SUM, Case, Inputs, Spec
+
+VAR_256 = tuple(n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+SMALL = (1, 4, 9, 16)
+
+
+def _case(name: str, scales: tuple[int, ...], B: int, H: int, D: int, **options: object) -> Case:
+    return Case(name, {"B": B, "H": H, "D": D}, {"scales": scales, "pattern": "diagonal", "norm": False} | options)
+
+
+CASES = (
+    _case("one_token", (1,), 1, 1, 64),
+    _case("diagonal", SMALL, 2, 3, 64),
+    _case("diagonal_norm", SMALL, 2, 3, 64, norm=True),
+    _case("causal", SMALL, 2, 3, 64, pattern="causal"),
+    _case("causal_norm", SMALL, 2, 3, 64, pattern="causal", norm=True),
+    _case("odd", (3, 1, 17, 5), 3, 2, 24, scale=0.3),
+    _case("cache", SMALL, 2, 2, 64, pattern="causal", query_scales=2, norm=True),
+    _case("packed", SMALL, 2, 3, 64, packed=True),
+    _case("d16_256", VAR_256, 1, 2, 64, norm=True),
+)
+
+
+def _inputs(case: Case, generator: torch.Generator) -> Inputs:
+    B, H, D = (case.sizes[d] for d in "BHD")
+    scales = case.options["scales"]
+    L, Lq = sum(scales), sum(scales[-case.options.get("query_scales", len(scales)) :])
+    packed = 2.0 * torch.randn(B, L, 3, H, D, generator=generator, dtype=torch.float64)
+    # q, k, v leave here as views into the packed projection; the test keeps their strides for "packed".
+    q, k, v = packed.unbind(2)
+    inputs = {"q": q[:, L - Lq :], "k": k, "v": v}
+    if not case.options.get("packed"):
+        inputs = {name: t.contiguous() for name, t in inputs.items()}
+    if case.options["norm"]:
+        # One head above the bound of log 100: its temperature is clamped and gets no gradient.
+        inputs["log_temperature"] = torch.linspace(1.0, 5.0, H, dtype=torch.float64)
+    return inputs
+
+
+def _scale(case: Case) -> float | None:
+    return case.options.get("scale")
+
+
+def _reference(t: Inputs, case: Case) -> tuple[torch.Tensor, ...]:
+    default = 1.0 if case.options["norm"] else 0.25 * case.sizes["D"] ** -0.5
+    out, _ = reference.scale_attention(
+        t["q"],
+        t["k"],
+        t["v"],
+        t.get("log_temperature"),
+        case.options["scales"],
+        case.options["pattern"] == "causal",
+        _scale(case) or default,
+    )
+    return (out,)
+
+
+def _work(case: Case, itemsize: int) -> tuple[int, int]:
+    B, H, D = (case.sizes[d] for d in "BHD")
+    scales = case.options["scales"]
+    L, Lq = sum(scales), sum(scales[-case.options.get("query_scales", len(scales)) :])
+    spans = reference.spans(scales, Lq, case.options["pattern"] == "causal")
+    pairs = sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in spans)
+    return 2 * (L + Lq) * B * H * D * itemsize, 4 * pairs * B * H * D
+
+
+SPECS = (
+    Spec(
+        op="scale_attention",
+        cases=CASES,
+        inputs=_inputs,
+        call=lambda t, case, backend: (
+            scale_attention(
+                t["q"],
+                t["k"],
+                t["v"],
+                case.options["scales"],
+                pattern=case.options["pattern"],
+                scale=_scale(case),
+                log_temperature=t.get("log_temperature"),
+                backend=backend,
+            ),
+        ),
+        reference=_reference,
+        outputs=("out",),
+        grads=("q", "k", "v", "log_temperature"),
+        keeps_dtype=("log_temperature",),
+        slack={"grad of log_temperature": PER_HEAD_SUM},
+        work=_work,
+    ),
+)

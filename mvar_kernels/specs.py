@@ -1,0 +1,53 @@
+"""What an op's `spec.py` says of it: cases, inputs, slack, bytes and FLOPs.
+
+Read by the contract test and by the benchmarks, so that what is timed is what is proved. The
+tolerance is one rule for all: against the float64 reference, a kernel's error is at most twice that
+of the same-dtype reference plus one rounding, for every output and every gradient.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The gradient of a number per head sums B·L or more signed terms: its error follows the sum of their
+# magnitudes, while the reference's own error on so few elements is a matter of luck.
+PER_HEAD_SUM = (4.0, "few elements, each a sum of many signed terms")
+HALVES_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call; `name` is unique within the op."""
+
+    name: str
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One op, for tests and benchmarks.
+
+    inputs: the case's input tensors in float64, from a seeded generator; those in `grads` get gradients.
+    call: the public function on those inputs, as a tuple of outputs.
+    reference: the plain PyTorch specification on the same inputs, differentiable, in any dtype.
+    keeps_dtype: inputs that stay float32 when the rest is float16 or bfloat16.
+    slack: output or gradient name → (factor on the tolerance, the reason for it).
+    work: bytes moved at least and floating-point operations, for a case and bytes per element.
+    """
+
+    op: str
+    cases: tuple[Case, ...]
+    inputs: Callable[[Case, torch.Generator], Inputs]
+    call: Callable[[Inputs, Case, str], tuple[Tensor, ...]]
+    reference: Callable[[Inputs, Case], tuple[Tensor, ...]]
+    outputs: tuple[str, ...]
+    work: Callable[[Case, int], tuple[int, int]]
+    grads: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = HALVES_AND_SINGLE
+    keeps_dtype: tuple[str, ...] = ()
+    slack: Mapping[str, tuple[float, str]] = field(default_factory=dict)

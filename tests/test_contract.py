@@ -1,0 +1,172 @@
+"""Every op × backend × case × dtype, from the specs alone.
+
+Tolerance, one rule for all: against the float64 reference a kernel's error is at most twice that of the
+same-dtype reference plus one rounding at the magnitude of the tensor; slack is a number in spec.py
+with its reason. Outputs that are whole numbers must be equal to the same-dtype reference's.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvar_kernels.backends import backends
+from mvar_kernels.ops.adaln.spec import SPECS as ADALN
+from mvar_kernels.ops.mamba2.spec import SPECS as MAMBA2
+from mvar_kernels.ops.sample_tokens.spec import SPECS as SAMPLE
+from mvar_kernels.ops.scale_attention.spec import SPECS as ATTENTION
+from mvar_kernels.specs import Case, Inputs, Spec
+
+SPECS = {spec.op: spec for spec in (*ADALN, *ATTENTION, *MAMBA2, *SAMPLE)}
+AVAILABLE = [name for name, reason in backends().items() if reason is None]
+DEVICE = {"cuda": "cuda", "triton": "cuda"}
+OPERATORS = {name: getattr(torch.ops.mvar, name).default for name in SPECS}
+COMPILED_CASES = 2  # cases of each op that also go through opcheck and torch.compile
+
+
+def covered(spec: Spec, backend: str, dtype: torch.dtype) -> bool:
+    """Whether the backend offers this op in this dtype: what it offers, it must get right."""
+    case = spec.cases[0]
+    try:
+        spec.call(prepared(spec, case, dtype, backend), case, backend)
+    except RuntimeError as error:
+        assert "asked for, but" in str(error)
+        return False
+    return True
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def prepared(spec: Spec, case: Case, dtype: torch.dtype, backend: str = "reference") -> Inputs:
+    """The case's inputs in `dtype`, strides kept, on the backend's device."""
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = spec.inputs(case, seeded())
+    device = DEVICE.get(backend, "cpu")
+    return {name: t.to(device, kept if name in spec.keeps_dtype else dtype) for name, t in inputs.items()}
+
+
+def evaluate(spec: Spec, case: Case, inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
+    """Outputs and, with seeded cotangents, gradients; backend None is the plain PyTorch reference."""
+    leaves = {n: t.detach().requires_grad_(n in spec.grads) for n, t in inputs.items()}
+    outs = spec.reference(leaves, case) if backend is None else spec.call(leaves, case, backend)
+    results = dict(zip(spec.outputs, (o.detach() for o in outs), strict=True))
+    wanted = [name for name in spec.grads if name in leaves]
+    if wanted:
+        generator = seeded()
+        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outs]
+        grads = torch.autograd.grad(outs, [leaves[n] for n in wanted], cotangents)
+        results |= {f"grad of {n}": g for n, g in zip(wanted, grads, strict=True)}
+    return results
+
+
+def params() -> Iterator[object]:
+    for op, spec in SPECS.items():
+        for backend in AVAILABLE:
+            for dtype in spec.dtypes:
+                if covered(spec, backend, dtype):
+                    for case in spec.cases:
+                        label = str(dtype).removeprefix("torch.")
+                        yield pytest.param(spec, case, backend, dtype, id=f"{op}-{backend}-{case.name}-{label}")
+
+
+PARAMS = list(params())
+
+
+def compare(spec: Spec, got: dict[str, Tensor], same: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    assert got.keys() == same.keys() == exact.keys()
+    for name, value in got.items():
+        value = value.cpu()
+        assert value.shape == exact[name].shape and value.dtype == same[name].dtype, name
+        if not value.dtype.is_floating_point:
+            assert torch.equal(value, same[name]), name
+            continue
+        assert value.isfinite().all(), f"{name} is not finite"
+        error = (value.double() - exact[name]).abs().max()
+        reference_error = (same[name].double() - exact[name]).abs().max()
+        rounding = torch.finfo(value.dtype).eps * exact[name].abs().max()
+        slack = spec.slack.get(name, (1.0, ""))[0]
+        assert error <= slack * (2 * reference_error + rounding), f"{name}: {error:.3g}, reference {reference_error:.3g}"
+
+
+@pytest.mark.parametrize(("spec", "case", "backend", "dtype"), PARAMS)
+def test_agrees_with_float64(spec: Spec, case: Case, backend: str, dtype: torch.dtype, poisoned: None) -> None:
+    inputs = prepared(spec, case, dtype, backend)
+    originals = {n: t.clone() for n, t in inputs.items()}
+    got = evaluate(spec, case, inputs, backend)
+    again = evaluate(spec, case, inputs, backend)
+    assert all(torch.equal(got[n], again[n]) for n in got), "not the same answer twice"
+    assert all(torch.equal(inputs[n], originals[n]) for n in inputs), "an input was written to"
+    on_cpu = {n: t.cpu() for n, t in inputs.items()}
+    same = evaluate(spec, case, on_cpu, None)
+    exact = evaluate(spec, case, {n: t.double() for n, t in on_cpu.items()}, None)
+    compare(spec, got, same, exact)
+    for layout in (every_other, transposed):
+        compare(spec, evaluate(spec, case, {n: layout(t) for n, t in inputs.items()}, backend), same, exact)
+
+
+def every_other(t: Tensor) -> Tensor:
+    """The same values with every stride doubled."""
+    wide = t.new_full([2 * s for s in t.shape], torch.nan if t.is_floating_point() else 0)
+    view = wide[(slice(None, None, 2),) * t.dim()]
+    view.copy_(t)
+    return view
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values with the memory order reversed."""
+    return t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
+
+
+COMPILED = [
+    pytest.param(*p.values, id=p.id)  # type: ignore[attr-defined]
+    for p in PARAMS
+    if p.values[3] == torch.float32 and p.values[1] in p.values[0].cases[1 : 1 + COMPILED_CASES]  # type: ignore[attr-defined]
+]
+
+
+@pytest.mark.parametrize(("spec", "case", "backend", "dtype"), COMPILED)
+def test_opcheck(
+    spec: Spec, case: Case, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schema, fake tensors, autograd registration and AOT tracing of the very call the op makes."""
+    captured = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.mvar, spec.op, lambda *args: captured.append(args) or OPERATORS[spec.op](*args))
+        inputs = prepared(spec, case, dtype, backend)
+        spec.call({n: t.requires_grad_(n in spec.grads) for n, t in inputs.items()}, case, backend)
+    torch.library.opcheck(OPERATORS[spec.op], captured[0])
+
+
+@pytest.mark.parametrize(("spec", "case", "backend", "dtype"), COMPILED)
+def test_compiles_whole(spec: Spec, case: Case, backend: str, dtype: torch.dtype) -> None:
+    """torch.compile(fullgraph=True) of the public function gives the eager answer, gradients too."""
+    inputs = prepared(spec, case, dtype, backend)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda t: spec.call(t, case, backend), fullgraph=True, backend="aot_eager")
+    eager = evaluate(spec, case, inputs, backend)
+
+    class Compiled:
+        call = staticmethod(lambda t, case, backend: compiled(t))
+        outputs, grads = spec.outputs, spec.grads
+
+    got = evaluate(Compiled, case, inputs, backend)  # type: ignore[arg-type]
+    assert all(torch.equal(got[n], eager[n]) for n in eager)
+
+
+def test_every_op_has_a_reference_and_a_spec() -> None:
+    forwards = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("mvar::")}
+    assert {n for n in forwards if not n.endswith("_backward")} == set(SPECS)
+    assert {p.values[0].op for p in PARAMS if p.values[2] == "reference"} == set(SPECS)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_names_are_unique_and_work_is_counted(op: str) -> None:
+    spec = SPECS[op]
+    assert len({case.name for case in spec.cases}) == len(spec.cases)
+    for case in spec.cases:
+        moved, flops = spec.work(case, 2)
+        doubled, same_flops = spec.work(case, 4)
+        assert moved > 0 and flops > 0 and doubled > moved and same_flops == flops

@@ -1,0 +1,146 @@
+"""The noise's bits, the filters' rules and the draw's distribution."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import mvar_kernels as mk
+from mvar_kernels.ops.sample_tokens import noise
+from mvar_kernels.ops.sample_tokens.reference import filtered_logits, guided_logits
+
+
+@pytest.mark.parametrize(
+    ("counter", "seed", "words"),
+    [  # known answers published with the Random123 library
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((noise.MASK,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter: tuple[int, ...], seed: int, words: tuple[int, ...]) -> None:
+    got = noise.philox(tuple(torch.tensor(c) for c in counter), seed)  # type: ignore[arg-type]
+    assert tuple(int(w) for w in got) == words
+
+
+def test_log_and_exp_to_the_last_bits() -> None:
+    x = torch.logspace(-12, 3, 200_001, base=10.0)
+    near_one = 1 + torch.linspace(-1e-3, 1e-3, 20_001)
+    for values in (x, near_one):
+        exact = values.double().log()
+        ulp = torch.finfo(torch.float32).eps * exact.abs().clamp_min(1e-30)
+        assert ((noise.log(values) - exact).abs() / ulp).max() <= 2
+    below = torch.linspace(-87, 0, 200_001)
+    assert (noise.exp_negative(below) / below.double().exp() - 1).abs().max() <= 2 * torch.finfo(torch.float32).eps
+    assert noise.exp_negative(torch.tensor([-1e30, -torch.inf])).tolist() == [0.0, 0.0]
+
+
+def test_gumbel_has_its_moments_and_no_infinities() -> None:
+    g = noise.gumbel(torch.arange(4), 64, 4096, 3, seed=11).double()
+    count = g.numel()
+    assert g.isfinite().all()
+    # Mean Euler's gamma, variance π²/6, fourth central moment 27/5·σ⁴: within four standard errors.
+    variance = math.pi**2 / 6
+    assert abs(g.mean() - 0.5772156649) < 4 * math.sqrt(variance / count)
+    assert abs(g.var() - variance) < 4 * variance * math.sqrt((27 / 5 - 1) / count)
+
+
+def test_noise_depends_on_seed_image_scale_position_and_code_alone() -> None:
+    whole = noise.gumbel(torch.arange(5), 6, 10, 2, seed=3)
+    assert torch.equal(noise.gumbel(torch.tensor([3]), 4, 7, 2, seed=3), whole[3:4, :4, :7])
+    for other in (noise.gumbel(torch.arange(5), 6, 10, 2, 3 + 2**32), noise.gumbel(torch.arange(5), 6, 10, 1, 3)):
+        assert not (other == whole).any()
+    assert whole.unique().numel() == whole.numel()
+
+
+def sort_based(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """VAR's own rules by sorting, in float64: which codes are kept, one row at a time."""
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if top_k:
+        kept = logits >= logits.sort(-1, descending=True).values[..., top_k - 1, None]
+    if top_p < 1:
+        masked = logits.double().masked_fill(~kept, -torch.inf)
+        ascending, order = masked.sort(dim=-1, stable=True)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[..., -1] = False
+        kept = kept & ~torch.zeros_like(drop).scatter(-1, order, drop)
+    return kept
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (5, 1.0), (30, 0.5), (900, 0.96), (1, 0.3), (40, 0.001)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_filters_follow_var(top_k: int, top_p: float, ties: bool) -> None:
+    logits = 2 * torch.randn(4, 8, 1000, generator=torch.Generator().manual_seed(0))
+    if ties:
+        logits = logits.round()
+    kept = filtered_logits(logits, top_k, top_p).isfinite()
+    assert torch.equal(kept, sort_based(logits, top_k, top_p))
+    assert kept.any(-1).all()
+
+
+def test_ties_with_the_kth_stay_and_the_largest_is_never_dropped() -> None:
+    logits = torch.tensor([[[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]]])
+    assert filtered_logits(logits, 2, 1.0).isfinite().tolist() == [[[False, True, True, True, True, False]]]
+    assert filtered_logits(logits, 0, 1e-9).isfinite().sum() == 1
+    far = torch.tensor([[[0.0, -1000.0, -torch.inf]]])
+    assert filtered_logits(far, 0, 0.99).isfinite().tolist() == [[[True, False, False]]]
+
+
+def test_draws_follow_the_softmax() -> None:
+    """Chi-square of 40,000 draws against the softmax, at a level of about 10⁻⁴."""
+    logits = torch.linspace(-2, 2, 8).expand(200, 200, 8)
+    tokens = mk.sample_tokens(logits, seed=5)
+    expected = 40_000 * logits[0, 0].double().softmax(-1)
+    observed = tokens.flatten().bincount(minlength=8)
+    assert ((observed - expected) ** 2 / expected).sum() < 30.0  # 7 degrees of freedom
+    only = mk.sample_tokens(logits, seed=5, top_k=3)
+    assert set(only.unique().tolist()) == {5, 6, 7}
+
+
+def test_arg_max_and_guidance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(3, 4, 50, generator=generator) for _ in range(2))
+    guided = 2.5 * cond - 1.5 * uncond
+    assert torch.equal(mk.sample_tokens(cond, uncond, guidance=1.5, top_k=1), guided.argmax(-1))
+    torch.testing.assert_close(guided_logits(cond, uncond, 1.5), guided)
+
+
+def test_soft_embedding_nears_the_token_as_the_temperature_falls() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, codebook = torch.randn(2, 6, 40, generator=generator), torch.randn(40, 8, generator=generator)
+    tokens = mk.sample_tokens(logits, top_k=10, top_p=0.9, seed=2)
+    soft = mk.soft_embedding(logits, None, codebook, top_k=10, top_p=0.9, seed=2, temperature=1e-4)
+    torch.testing.assert_close(soft, codebook[tokens], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"top_k": -1}, r"top_k: expected a whole number of at least 0 \(0 keeps all\), got -1"),
+        ({"top_k": 2.0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"guidance": math.nan}, "guidance"),
+        ({"guidance": -1.0}, "guidance"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"scale_index": -1}, "scale_index"),
+        ({"image_index": torch.arange(3)}, r"image_index: expected shape \(B=2\)"),
+        ({"uncond": torch.zeros(2, 3, 4)}, r"uncond: expected shape \(B=2, l=3, V=5\)"),
+        ({"backend": "fast"}, "backend: expected one of"),
+    ],
+)
+def test_errors_name_the_argument(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mk.sample_tokens(torch.zeros(2, 3, 5), **wrong)  # type: ignore[arg-type]
+
+
+def test_a_backend_asked_for_by_name_does_not_fall_back() -> None:
+    with pytest.raises(mk.BackendError, match="backend 'cuda' asked for"):
+        mk.sample_tokens(torch.zeros(2, 3, 5), backend="cuda")
