@@ -4,6 +4,7 @@ from mvar.build import build
 from mvar.checkpoint import CheckpointError, load_model, load_tokenizer, save
 from mvar.config import SCHEDULES, ModelConfig
 from mvar.generate import Generated, generate
+from mvar.initialise import initialise
 from mvar.model import MVAR
 from mvar.tokenizer import Tokenizer, TokenizerConfig
 
@@ -19,6 +20,7 @@ __all__ = [
     "TokenizerConfig",
     "build",
     "generate",
+    "initialise",
     "load_model",
     "load_tokenizer",
     "save",

@@ -7,6 +7,7 @@ import torch
 
 from mvar.checkpoint import schedule
 from mvar.config import ModelConfig
+from mvar.initialise import initialise
 from mvar.model import MVAR
 from mvar.tokenizer import Tokenizer, TokenizerConfig
 
@@ -42,7 +43,7 @@ def build(
         code_dim=tokenizer.code_dim,
         **sizes,
     )
-    model = MVAR(config).initialise(seed=seed)
+    model = initialise(MVAR(config), seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         images = Tokenizer(tokenizer)

@@ -112,8 +112,10 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object] | None
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{file}: not loaded, because it is more than weights or corrupted: {_first_line(error)}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: not loaded, because it is more than weights or corrupted: {_first_line(error)}"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{file}: truncated or corrupted: {_first_line(error)}") from error
     if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise CheckpointError(f"{file}: expected a state dict of names and tensors")
@@ -147,7 +149,9 @@ def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: 
     for name, value in expected.items():
         resized = name == "quantize.ema_vocab_hit_SV"  # statistics of one schedule, dropped by another
         if state[name].shape != value.shape and not resized:
-            raise CheckpointError(f"{path}: {name}: expected shape {tuple(value.shape)}, got {tuple(state[name].shape)}")
+            raise CheckpointError(
+                f"{path}: {name}: expected shape {tuple(value.shape)}, got {tuple(state[name].shape)}"
+            )
         if not bool(state[name].isfinite().all()):
             raise CheckpointError(f"{path}: {name}: not all values are finite")
     floats = {n: t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for n, t in state.items()}

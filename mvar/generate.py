@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -87,7 +87,7 @@ def generate(
         hidden, states = model.hidden(x, modulation, (length,), states, backend=backend)
         progress = k / last if last else 0.0
         logits = model.head(rows.guide(hidden, cfg * progress)).float()  # (B, l, V)
-        draw = {
+        draw: dict[str, Any] = {
             "top_k": top_k,
             "top_p": top_p,
             "seed": seed,
@@ -110,7 +110,8 @@ def generate(
             step = model.word_embed(tokenizer.next_input(k + 1, f_hat).to(x.dtype)) + positions[k + 1]
             x = rows.repeat(step)
     if not bool(hidden.isfinite().all()):
-        raise FloatingPointError(f"model: its output in {model.head.weight.dtype} is not finite: NaN in its weights or overflow")
+        dtype = model.head.weight.dtype
+        raise FloatingPointError(f"model: its output in {dtype} is not finite: NaN in its weights or overflow")
     images = pictures[-1] if return_scales else _to_unit(tokenizer.decode_features(f_hat))
     return Generated(images, torch.cat(tokens, 1), tuple(pictures) if return_scales else None)
 
@@ -152,7 +153,8 @@ def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.devi
     if rows.dim() != 1 or not len(rows) or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(f"labels: expected at least one whole number in a row, got {labels!r}")
     if int(rows.min()) < 0 or int(rows.max()) > num_classes:
-        raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {int(rows.min())} to {int(rows.max())}")
+        found = f"{int(rows.min())} to {int(rows.max())}"
+        raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {found}")
     return rows.to(device, torch.int64)
 
 

@@ -12,7 +12,7 @@ parameter names are those of the published files.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ LN_EPS = 1e-6
 
 class Attention(nn.Module):
     """Multi-head softmax attention inside each scale, (B, L, C) → (B, L, C)."""
+
+    zero_k_bias: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,7 +45,8 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, H, D)
         temperature = self.scale_mul_1H11.flatten() if hasattr(self, "scale_mul_1H11") else None
-        out = mk.scale_attention(*qkv.unbind(2), scales, log_temperature=temperature, backend=backend)
+        q, k, v = qkv.unbind(2)
+        out = mk.scale_attention(q, k, v, scales, log_temperature=temperature, backend=backend)
         return self.proj(out.flatten(2))
 
 
@@ -103,15 +106,19 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mamba = Mamba2(config)
         self.ffn = FeedForward(config)
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.channels, 9 * config.channels))
+        self.ada_lin = _modulation_layer(config.channels, 9)
 
 
-class _HeadNorm(nn.Module):
+class HeadNorm(nn.Module):
     """The modulation of the last layer norm, before the head."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(channels, 2 * channels))
+        self.ada_lin = _modulation_layer(channels, 2)
+
+
+def _modulation_layer(channels: int, vectors: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(channels, vectors * channels))
 
 
 class Modulation(NamedTuple):
@@ -142,7 +149,7 @@ class MVAR(nn.Module):
         levels = [torch.full((1, n), k) for k, n in enumerate(scales)]
         self.register_buffer("lvl_1L", torch.cat(levels, 1))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head_nm = _HeadNorm(C)
+        self.head_nm = HeadNorm(C)
         self.head = nn.Linear(C, config.num_codes)
 
     def forward(self, labels: Tensor, inputs: Tensor, *, backend: str = "auto") -> Tensor:
@@ -170,6 +177,9 @@ class MVAR(nn.Module):
         hidden, _ = self.hidden(x, modulation, self.config.scales, backend=backend)
         return self.head(hidden).float()
 
+    def typed_blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
     def start(self, cond: Tensor) -> Tensor:
         """The first scale's input without its position: (B, C) → (B, first scale, C)."""
         return cond[:, None] + self.pos_start
@@ -181,7 +191,7 @@ class MVAR(nn.Module):
     def modulation(self, cond: Tensor) -> Modulation:
         """The modulation of class embeddings (B, C). It is the same at every scale: once per image is enough."""
         gates, scales, shifts = [], [], []
-        for block in self.blocks:
+        for block in self.typed_blocks():
             nine = block.ada_lin(cond).chunk(9, -1)  # g1 g2 g3 s1 s2 s3 t1 t2 t3
             gates += nine[:3]
             scales += nine[3:6]
@@ -211,7 +221,7 @@ class MVAR(nn.Module):
             i, branch_index = branch_index, branch_index + 1
             return mk.gated_adaln(x, branch, gates[i], s[i + 1], t[i + 1], eps=LN_EPS, backend=backend)
 
-        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+        for block, state in zip(self.typed_blocks(), states or [None] * self.config.depth, strict=True):
             x, h = add(block.attn(h, scales, backend))
             branch, new_state = block.mamba(h, scales, state, backend)
             new_states.append(new_state)
@@ -237,48 +247,6 @@ class MVAR(nn.Module):
         if not inputs.is_floating_point() or inputs.shape != (len(labels), rest, self.config.code_dim):
             expected = (len(labels), rest, self.config.code_dim)
             raise ValueError(f"inputs: expected {expected} floating point, got {tuple(inputs.shape)} {inputs.dtype}")
-
-    @torch.no_grad()
-    def initialise(
-        self, *, ini: float = -1, hd: float = 0.02, aln: float = 0.5, alng: float = 1e-5, seed: int = 0
-    ) -> "MVAR":
-        """Random weights as VAR's trainer makes them, under its own names; Mamba-2's own as in mamba_ssm.
-
-        ini: standard deviation of all linear layers and embeddings, below 0 for √(1/3C).
-        hd: factor on the head's weight. aln: factor on the modulation layers. alng: factor on their gates'
-        rows. (The public M-VAR code applies alng to the first two of its three gates only; here to all.)
-        """
-        generator = torch.Generator().manual_seed(seed)
-        config = self.config
-        C, std = config.channels, ini if ini >= 0 else math.sqrt(1 / (3 * config.channels))
-
-        def normal(parameter: Tensor, std: float) -> None:
-            parameter.copy_(nn.init.trunc_normal_(torch.empty(parameter.shape), std=std, generator=generator))
-
-        def uniform(parameter: Tensor) -> Tensor:
-            return torch.rand(parameter.shape, generator=generator).to(parameter)
-
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
-                normal(module.weight, 0.02 if isinstance(module, nn.Conv1d) else std)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
-        normal(self.pos_start, std)
-        normal(self.pos_1LC, std)
-        self.head.weight.mul_(hd)
-        self.head_nm.ada_lin[-1].weight.mul_(aln)
-        for block in self.blocks:
-            block.attn.proj.weight.div_(math.sqrt(2 * config.depth))
-            block.ffn.fc2.weight.div_(math.sqrt(2 * config.depth))
-            block.ada_lin[-1].weight[: 3 * C].mul_(alng)
-            block.ada_lin[-1].weight[3 * C :].mul_(aln)
-            mixer = block.mamba
-            dt = torch.exp(math.log(1e-3) + uniform(mixer.dt_bias) * math.log(0.1 / 1e-3)).clamp_min(1e-4)
-            mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
-            mixer.A_log.copy_((1 + 15 * uniform(mixer.A_log)).log())
-            mixer.D.fill_(1)
-            mixer.norm.weight.fill_(1)
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The published mask follows from the schedule; as a buffer it would cost L² (357 MB at 1024×1024).

@@ -1,30 +1,22 @@
 """VAR's multi-scale residual VQ-VAE: images to token maps, coarse to fine, and back.
 
 Tian et al., "Visual Autoregressive Modeling" (arXiv 2404.02905), section 3.2 and algorithms 1 and 2.
-A feature map f̂ is built up scale by scale, from f̂ = 0:
-
-    z_k = area-downsample(f − f̂, p_k × p_k)          what is still missing, seen at scale k
-    r_k = the nearest code to each vector of z_k      the tokens of scale k
-    f̂  ← f̂ + φ_k(bicubic-upsample(codebook[r_k]))     φ(x) = ½·x + ½·conv(x), a few φ shared by all scales
-
-The quantizer computes in float32, whatever the dtype of the weights and under autocast too: the tokens are
-decided by differences that a 16-bit format does not resolve.
+An encoder turns an image into a feature map, `mvar.quantizer` that map into tokens and back, and a decoder
+the map into an image.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from mvar.autoencoder import NORM_GROUPS, Decoder, Encoder
+from mvar.quantizer import Quantizer
 
 HITS_KEY = "quantize.ema_vocab_hit_SV"
-PHI_RATIO = 0.5  # the convolution's share of φ
-HITS_DECAY = 0.99
 
 PUBLISHED_PATCH_NUMS = {
     10: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),  # 256×256
@@ -117,144 +109,8 @@ def _is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def phi_index(k: int, num_scales: int, num_phi: int) -> int:
-    """Which of the shared φ serves scale k: the one whose tick lies nearest to k/(S−1) in [0, 1].
-
-    The rule of the public VAR code: `num_phi` ticks in even steps from 1/(3n) to 1 − 1/(3n) for n = 4, from
-    1/(2n) to 1 − 1/(2n) otherwise; the lower one wins a tie. Scales 2 and 7 of the published 10 lie halfway
-    between two ticks, so that rounding decides: the order of the arithmetic is part of the rule.
-    """
-    margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
-    step = (1 - margin - margin) / max(num_phi - 1, 1)
-    ticks = [i * step + margin for i in range(num_phi)]
-    if num_phi > 1:
-        ticks[-1] = 1 - margin
-    position = k / max(num_scales - 1, 1)
-    return min(range(num_phi), key=lambda i: abs(ticks[i] - position))
-
-
-class _Phi(nn.Conv2d):
-    """φ(x) = ½·x + ½·conv(x) in float32: (B, Cv, H, W) → (B, Cv, H, W)."""
-
-    def __init__(self, code_dim: int) -> None:
-        super().__init__(code_dim, code_dim, kernel_size=3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.bias is not None  # nn.Conv2d's type allows for none
-        convolved = F.conv2d(x, self.weight.float(), self.bias.float(), padding=1)
-        return (1 - PHI_RATIO) * x + PHI_RATIO * convolved
-
-
-class _SharedPhi(nn.Module):
-    """All φ of a quantizer: `forward(k, x)` applies that of scale k."""
-
-    def __init__(self, num_phi: int, num_scales: int, code_dim: int) -> None:
-        super().__init__()
-        self.qresi_ls = nn.ModuleList(_Phi(code_dim) for _ in range(num_phi))
-        self.choice = [phi_index(k, num_scales, num_phi) for k in range(num_scales)]
-
-    def forward(self, k: int, x: Tensor) -> Tensor:
-        return self.qresi_ls[self.choice[k]](x)
-
-
-class QuantizerOutput(NamedTuple):
-    features: Tensor
-    """(B, Cv, H, W) float32: f̂; its gradient goes straight through to the encoder's features."""
-    vq_loss: Tensor
-    """Scalar: mean over the scales of β·‖f − sg(f̂)‖² + ‖sg(f) − f̂‖², each a mean over the elements."""
-    usage: Tensor
-    """(S,) float32: the fraction of the codes that this batch uses at each scale."""
-
-
-class Quantizer(nn.Module):
-    """Codebook, φ and code statistics; its methods take float32 features and check nothing."""
-
-    ema_vocab_hit_SV: Tensor
-
-    def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
-        self.patch_nums = config.patch_nums
-        self.num_codes = config.num_codes
-        self.beta = config.beta
-        self.embedding = nn.Embedding(config.num_codes, config.code_dim)
-        self.quant_resi = _SharedPhi(config.num_phi, len(config.patch_nums), config.code_dim)
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(config.patch_nums), config.num_codes))
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(B, l) int64 → (B, l, Cv) float32."""
-        return F.embedding(tokens, self.embedding.weight.float())
-
-    def scale_features(self, k: int, embeddings: Tensor) -> Tensor:
-        """What scale k adds to f̂: (B, p_k², Cv) → (B, Cv, H, W)."""
-        side, full = self.patch_nums[k], self.patch_nums[-1]
-        grid = embeddings.transpose(1, 2).unflatten(2, (side, side))  # (B, Cv, p_k, p_k)
-        if side != full:
-            grid = F.interpolate(grid, size=(full, full), mode="bicubic")
-        grid = grid.contiguous()  # the memory layout picks the convolution's kernel, and with it the rounding
-        with torch.autocast(grid.device.type, enabled=False):
-            return self.quant_resi(k, grid)
-
-    def scale_rows(self, k: int, features: Tensor) -> Tensor:
-        """Features seen at scale k: (B, Cv, H, W) → (B, p_k², Cv)."""
-        side = self.patch_nums[k]
-        if side != self.patch_nums[-1]:
-            features = F.interpolate(features, size=(side, side), mode="area")
-        return features.flatten(2).transpose(1, 2)
-
-    @torch.no_grad()
-    def nearest(self, rows: Tensor) -> Tensor:
-        """The code at the smallest Euclidean distance: (B, l, Cv) → (B, l) int64."""
-        codes = self.embedding.weight.float()
-        with torch.autocast(rows.device.type, enabled=False):
-            # ‖z − c‖² less ‖z‖², which is the same for all codes
-            distances = torch.addmm(codes.square().sum(dim=1), rows.flatten(0, 1), codes.T, alpha=-2)  # (B·l, V)
-        return distances.argmin(dim=1).view(rows.shape[:2])
-
-    def quantize(self, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Coarse to fine: the tokens (B, p_k²) of each scale, and f̂ (B, Cv, H, W) up to that scale."""
-        rest = features.detach()
-        f_hat = torch.zeros_like(rest)
-        for k in range(len(self.patch_nums)):
-            tokens = self.nearest(self.scale_rows(k, rest))
-            added = self.scale_features(k, self.embed(tokens))
-            f_hat = f_hat + added
-            rest = rest - added.detach()
-            yield tokens, f_hat
-
-    def forward(self, features: Tensor) -> QuantizerOutput:
-        """Quantize (B, Cv, H, W) float32 with gradients; in training mode, count the codes in the hit buffer."""
-        f_hat, losses, hits = features, [], []
-        for tokens, f_hat in self.quantize(features):
-            commitment = F.mse_loss(features, f_hat.detach())
-            losses.append(self.beta * commitment + F.mse_loss(f_hat, features.detach()))
-            hits.append(tokens.flatten().bincount(minlength=self.num_codes))
-        hits_sv = torch.stack(hits).to(self.ema_vocab_hit_SV.dtype)  # (S, V)
-        if self.training:
-            self._record(hits_sv)
-        return QuantizerOutput(
-            features=features + (f_hat - features).detach(),
-            vq_loss=torch.stack(losses).mean(),
-            usage=(hits_sv > 0).float().mean(dim=1),
-        )
-
-    @torch.no_grad()
-    def _record(self, hits_sv: Tensor) -> None:
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(hits_sv)
-        seen = self.ema_vocab_hit_SV.any(dim=1, keepdim=True)  # the first batch sets the average
-        self.ema_vocab_hit_SV.copy_(torch.where(seen, self.ema_vocab_hit_SV.lerp(hits_sv, 1 - HITS_DECAY), hits_sv))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # One published file serves several schedules. Its statistics fit one of them only: the others start at zero.
-        name = prefix + "ema_vocab_hit_SV"
-        stored = state_dict.get(name)
-        if stored is not None and stored.shape[0] != len(self.patch_nums):
-            state_dict[name] = stored.new_zeros(self.ema_vocab_hit_SV.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
 class TokenizerOutput(NamedTuple):
-    """What a training step needs; see `QuantizerOutput` for the last two."""
+    """What a training step needs; see `mvar.quantizer.QuantizerOutput` for the last two."""
 
     images: Tensor
     """(B, 3, R, R) float32: the reconstruction, not clamped."""
@@ -275,7 +131,9 @@ class Tokenizer(nn.Module):
         sizes = (config.ch, config.ch_mult, config.num_res_blocks, config.attention, config.code_dim)
         self.encoder = Encoder(*sizes)
         self.decoder = Decoder(*sizes)
-        self.quantize = Quantizer(config)
+        self.quantize = Quantizer(
+            config.patch_nums, config.num_codes, config.code_dim, num_phi=config.num_phi, beta=config.beta
+        )
         self.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=3, padding=1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=3, padding=1)
         self.patch_nums = config.patch_nums
@@ -289,7 +147,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, R, R) floating point in [−1, 1] → (B, L) int64."""
-        return torch.cat([tokens for tokens, _ in self.quantize.quantize(self._features(images))], dim=1)
+        return torch.cat([tokens for tokens, _ in self.quantize.quantize(self.features(images))], dim=1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -339,10 +197,21 @@ class Tokenizer(nn.Module):
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Reconstruct (B, 3, R, R) in [−1, 1] for training; in training mode the hit buffer is updated."""
-        quantized = self.quantize(self._features(images))
+        quantized = self.quantize(self.features(images))
         return TokenizerOutput(self._images(quantized.features), quantized.vq_loss, quantized.usage)
 
-    def _features(self, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def revive_dead_codes(self, images: Tensor, threshold: float = 0.1) -> int:
+        """For training: give the codes that are hardly used a place among what the codes miss in these images.
+
+        A code is dead if an average batch hits it less than `threshold` times, all scales together. Called
+        before the first step (when no code has been hit) this sets the whole codebook; called every few dozen
+        steps it keeps small data sets from falling back on a handful of codes. Returns how many codes it moved.
+        """
+        return self.quantize.revive(self.features(images), threshold)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the quantizer is given, with gradients: (B, 3, R, R) in [−1, 1] → (B, Cv, H, W) float32."""
         _check_floating("images", images, ("B", 3, self.resolution, self.resolution))
         return self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))).float()  # (B, Cv, H, W)
 

@@ -88,7 +88,9 @@ def compare(spec: Spec, got: dict[str, Tensor], same: dict[str, Tensor], exact: 
         reference_error = (same[name].double() - exact[name]).abs().max()
         rounding = torch.finfo(value.dtype).eps * exact[name].abs().max()
         slack = spec.slack.get(name, (1.0, ""))[0]
-        assert error <= slack * (2 * reference_error + rounding), f"{name}: {error:.3g}, reference {reference_error:.3g}"
+        assert error <= slack * (2 * reference_error + rounding), (
+            f"{name}: {error:.3g}, reference {reference_error:.3g}"
+        )
 
 
 @pytest.mark.parametrize(("spec", "case", "backend", "dtype"), PARAMS)
@@ -128,9 +130,7 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(("spec", "case", "backend", "dtype"), COMPILED)
-def test_opcheck(
-    spec: Spec, case: Case, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opcheck(spec: Spec, case: Case, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake tensors, autograd registration and AOT tracing of the very call the op makes."""
     captured = []
     with monkeypatch.context() as patch:

@@ -27,9 +27,11 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[mvar.MVAR, Toke
 
 def small(**sizes: object) -> tuple[mvar.MVAR, Tokenizer]:
     """A random pair of modest size; its gates are wide open, so that every branch counts."""
-    tokenizer = mvar.TokenizerConfig((1, 2, 3, 5), num_codes=64, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False)
+    tokenizer = mvar.TokenizerConfig(
+        (1, 2, 3, 5), num_codes=64, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False
+    )
     model, images = mvar.build(2, num_classes=10, tokenizer=tokenizer, **sizes)
-    return model.initialise(alng=1.0, hd=1.0, seed=4), images
+    return mvar.initialise(model, alng=1.0, hd=1.0, seed=4), images
 
 
 def test_logits_agree_with_the_public_implementation(published: tuple[mvar.MVAR, Tokenizer]) -> None:
@@ -109,7 +111,9 @@ def test_carried_state_equals_the_whole_prefix_on_the_published_case(published: 
 def test_680_token_passes_at_256_not_1710() -> None:
     """Counted at the mixer of a model with the 256×256 schedule; the public algorithm, counted alike, makes 1,710."""
     patch_nums = mvar.SCHEDULES[256]
-    tokenizer_config = mvar.TokenizerConfig(patch_nums, num_codes=32, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False)
+    tokenizer_config = mvar.TokenizerConfig(
+        patch_nums, num_codes=32, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False
+    )
     model, tokenizer = mvar.build(1, num_classes=10, tokenizer=tokenizer_config)
     passes: list[int] = []
     model.blocks[0].mamba.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))

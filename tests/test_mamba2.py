@@ -60,7 +60,9 @@ def test_bidirectional_is_flip_scan_flip() -> None:
     outs = []
     pieces = [v.split(scales, 1) for v in (t["x"], t["dt"][:, :, 1], t["B"], t["C"])]
     for x, dt, B, C in zip(*pieces, strict=True):
-        flipped, _ = recurrence(*(v.flip(1) for v in (x, dt)), t["A"][1], B.flip(1), C.flip(1), torch.zeros(2, 2, 64, 64, dtype=x.dtype))
+        flipped, _ = recurrence(
+            *(v.flip(1) for v in (x, dt)), t["A"][1], B.flip(1), C.flip(1), torch.zeros(2, 2, 64, 64, dtype=x.dtype)
+        )
         own = torch.einsum("blh,blhp,bln,bln->blhp", dt, x, B, C)
         outs.append(flipped.flip(1) - own)
     torch.testing.assert_close(y - forward, torch.cat(outs, 1), **TIGHT)

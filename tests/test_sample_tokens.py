@@ -41,7 +41,7 @@ def test_log_and_exp_to_the_last_bits() -> None:
 
 
 def test_gumbel_has_its_moments_and_no_infinities() -> None:
-    g = noise.gumbel(torch.arange(4), 64, 4096, 3, seed=11).double()
+    g = noise.gumbel(torch.arange(4), (4, 64, 4096), 3, seed=11).double()
     count = g.numel()
     assert g.isfinite().all()
     # Mean Euler's gamma, variance π²/6, fourth central moment 27/5·σ⁴: within four standard errors.
@@ -51,9 +51,10 @@ def test_gumbel_has_its_moments_and_no_infinities() -> None:
 
 
 def test_noise_depends_on_seed_image_scale_position_and_code_alone() -> None:
-    whole = noise.gumbel(torch.arange(5), 6, 10, 2, seed=3)
-    assert torch.equal(noise.gumbel(torch.tensor([3]), 4, 7, 2, seed=3), whole[3:4, :4, :7])
-    for other in (noise.gumbel(torch.arange(5), 6, 10, 2, 3 + 2**32), noise.gumbel(torch.arange(5), 6, 10, 1, 3)):
+    whole = noise.gumbel(torch.arange(5), (5, 6, 10), 2, seed=3)
+    assert torch.equal(noise.gumbel(torch.tensor([3]), (1, 4, 7), 2, seed=3), whole[3:4, :4, :7])
+    for draw in ((2, 3 + 2**32), (1, 3)):
+        other = noise.gumbel(torch.arange(5), (5, 6, 10), *draw)
         assert not (other == whole).any()
     assert whole.unique().numel() == whole.numel()
 

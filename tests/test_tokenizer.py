@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar.tokenizer import PUBLISHED_PATCH_NUMS, Tokenizer, TokenizerConfig, phi_index
+from mvar.quantizer import phi_index
+from mvar.tokenizer import PUBLISHED_PATCH_NUMS, Tokenizer, TokenizerConfig
 
 CASE = Path(__file__).parent / "upstream_case"
 HITS = "quantize.ema_vocab_hit_SV"
@@ -20,8 +21,11 @@ SMALL = TokenizerConfig(
 
 
 def small_tokenizer(**changes: object) -> Tokenizer:
+    """A small random tokenizer, its codes wide apart: the initial ones are all near zero."""
     torch.manual_seed(0)
-    return Tokenizer(dataclasses.replace(SMALL, **changes)).eval()
+    tokenizer = Tokenizer(dataclasses.replace(SMALL, **changes)).eval()
+    torch.nn.init.normal_(tokenizer.quantize.embedding.weight)
+    return tokenizer
 
 
 def random_images(tokenizer: Tokenizer, batch: int = 3) -> Tensor:
@@ -339,6 +343,27 @@ def test_hits_of_all_processes_are_summed(tmp_path, monkeypatch):
     output = tokenizer(images)
     assert tokenizer.quantize.ema_vocab_hit_SV.sum(dim=1).tolist() == [2 * 3 * scale for scale in tokenizer.scales]
     assert torch.equal(output.usage, alone.usage)
+
+
+def test_dead_codes_become_vectors_that_the_codes_are_to_match():
+    tokenizer = small_tokenizer(patch_nums=(4,))
+    images, codebook = random_images(tokenizer, batch=5), tokenizer.quantize.embedding.weight
+    tokenizer.quantize.ema_vocab_hit_SV[0, :60] = 1.0
+    before = codebook.detach().clone()
+    assert tokenizer.revive_dead_codes(images, threshold=0.5) == 4
+    assert torch.equal(codebook[:60], before[:60])
+    features = tokenizer.quant_conv(tokenizer.encoder(images)).flatten(2).transpose(1, 2).flatten(0, 1)
+    assert torch.cdist(codebook[60:], features).min(dim=1).values.max() < 1e-3
+    assert tokenizer.revive_dead_codes(images, threshold=0.5) == 0, "a new code is given time"
+
+
+def test_reviving_before_the_first_step_sets_the_codebook_and_lowers_the_loss():
+    tokenizer = small_tokenizer()
+    images = random_images(tokenizer, batch=8)
+    before = tokenizer(images)
+    assert tokenizer.revive_dead_codes(images) == tokenizer.num_codes
+    after = tokenizer(images)
+    assert after.vq_loss < before.vq_loss and after.usage.sum() > before.usage.sum()
 
 
 # Errors

@@ -103,9 +103,7 @@ def _adaln_backward(
 
 
 @_adaln_backward.register_fake
-def _(
-    grad_out: Tensor, x: Tensor, scale: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 

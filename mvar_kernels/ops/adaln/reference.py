@@ -1,6 +1,5 @@
 """adaLN in plain PyTorch: the specification. Arithmetic in float32, or float64 for float64 inputs."""
 
-import torch
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel

@@ -70,7 +70,11 @@ def mamba2_mixer(
     op = "mamba2_mixer"
     sizes: dict[str, int] = {}
     checks.tensor(op, "zxbcdt", zxbcdt, "B L width", sizes)
-    for name, value, dims in (("D", D, "H"), ("norm_weight", norm_weight, "E"), ("conv_weight", conv_weight, "E+2N taps")):
+    for name, value, dims in (
+        ("D", D, "H"),
+        ("norm_weight", norm_weight, "E"),
+        ("conv_weight", conv_weight, "E+2N taps"),
+    ):
         checks.tensor(op, name, value, dims, sizes, like=zxbcdt)
     checks.tensor(op, "conv_bias", conv_bias, "E+2N", sizes, like=zxbcdt)
     both = isinstance(A_log, Tensor) and A_log.dim() == 2
@@ -82,7 +86,9 @@ def mamba2_mixer(
         raise ValueError(f"{op}: conv_weight: expected E+2N channels with E={E} a multiple of H={H}, got {xbc}")
     width = E + xbc + dt_bias.numel()
     if sizes["width"] != width or sizes["L"] < 1:
-        raise ValueError(f"{op}: zxbcdt: expected (B, L≥1, 2E+2N+{'2' if both else ''}H={width}), got {tuple(zxbcdt.shape)}")
+        raise ValueError(
+            f"{op}: zxbcdt: expected (B, L≥1, 2E+2N+{'2' if both else ''}H={width}), got {tuple(zxbcdt.shape)}"
+        )
     acc = checks.accumulator(zxbcdt.dtype)
     sizes |= {"taps-1": sizes["taps"] - 1, "P": E // H, "N": (xbc - E) // 2}
     if state is None:

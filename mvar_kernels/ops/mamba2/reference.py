@@ -32,11 +32,16 @@ def scan(
         scores = torch.einsum("btn,bsn->bts", C[:, span], B[:, span])
         inside = torch.einsum("bhts,bshp->bthp", scores[:, None] * decay, xdt)
         since_start = log_a.cumsum(-1).exp()  # (B, H, t): product of a over the chunk up to t
-        before = torch.einsum("btn,bhpn,bht->bthp", C[:, span], state, since_start)
-        added = torch.einsum("bshp,bsn,bhs->bhpn", xdt, B[:, span], products[:, :, -1])
+        before = torch.einsum("btn,bhpn->bthp", C[:, span], state) * _per_token(since_start)
+        added = torch.einsum("bshp,bsn->bhpn", xdt * _per_token(products[:, :, -1]), B[:, span])
         state = since_start[:, :, -1, None, None] * state + added
         outs.append(inside + before)
     return torch.cat(outs, 1), state
+
+
+def _per_token(factors: Tensor) -> Tensor:
+    """(B, H, L) → (B, L, H, 1)"""
+    return factors.transpose(1, 2)[..., None]
 
 
 def _segment_sums(log_a: Tensor) -> Tensor:
@@ -104,7 +109,13 @@ def mamba2_mixer(
 
 def ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple[int, ...]) -> list[Tensor]:
     """Gradients of ssd_scan's tensors: the forward's own derivative."""
-    return list(torch.func.vjp(lambda *t: ssd_scan(*t, scales), *tensors)[1](tuple(grads)))
+
+    def forward(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ssd_scan(x, dt, A, B, C, D, state, scales)
+
+    return list(torch.func.vjp(forward, *tensors)[1](tuple(grads)))
 
 
 def mamba2_mixer_backward(

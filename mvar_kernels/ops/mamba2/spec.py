@@ -112,7 +112,9 @@ SSD_SCAN = Spec(
     cases=CASES,
     inputs=_scan_inputs,
     call=_call_scan,
-    reference=lambda t, case: reference.ssd_scan(*t.values(), _scales(case)),
+    reference=lambda t, case: reference.ssd_scan(
+        t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["initial_state"], _scales(case)
+    ),
     outputs=("y", "state"),
     grads=("x", "dt", "A", "B", "C", "D", "initial_state"),
     keeps_dtype=("A", "D", "initial_state"),

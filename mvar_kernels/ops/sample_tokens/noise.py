@@ -10,6 +10,7 @@ every backend can repeat bit for bit.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,13 +37,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def gumbel(image_index: Tensor, positions: int, codes: int, scale_index: int, seed: int) -> Tensor:
-    """Standard Gumbel noise (B, positions, codes) in float32 for images (B,) at one scale.
+def gumbel(image_index: Tensor, shape: Sequence[int], scale_index: int, seed: int) -> Tensor:
+    """Standard Gumbel noise of shape (B, positions, codes) in float32 for images (B,) at one scale.
 
     G = −log E with E = −log(1 − u) exponential. u = word·2⁻³² + 2⁻³³ is fine near 0, where E is small and
     G large: those are the values that win a draw.
     """
     device = image_index.device
+    _, positions, codes = shape
     counter = (
         torch.arange(-(-codes // 4), device=device),
         torch.arange(positions, device=device)[:, None],

@@ -141,8 +141,6 @@ def _check(
     return image_index
 
 
-
-
 @torch.library.custom_op("mvar::sample_tokens", mutates_args=())
 def _sample_tokens(
     cond: Tensor,

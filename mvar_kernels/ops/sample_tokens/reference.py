@@ -49,7 +49,7 @@ def sample_tokens(
 ) -> Tensor:
     """The Gumbel-max draw from what is left: int64 (B, l)."""
     kept = filtered_logits(guided_logits(cond, uncond, guidance), top_k, top_p)
-    return (kept + noise.gumbel(image_index, *kept.shape[1:], scale_index, seed)).argmax(-1)
+    return (kept + noise.gumbel(image_index, kept.shape, scale_index, seed)).argmax(-1)
 
 
 def soft_embedding(
@@ -67,7 +67,7 @@ def soft_embedding(
 ) -> Tensor:
     """The codebook averaged with Gumbel-softmax weights: (B, l, width) in the codebook's dtype."""
     kept = filtered_logits(guided_logits(cond, uncond, guidance), top_k, top_p)
-    noisy = kept * sharpness + noise.gumbel(image_index, *kept.shape[1:], scale_index, seed)
+    noisy = kept * sharpness + noise.gumbel(image_index, kept.shape, scale_index, seed)
     return ((noisy / temperature).softmax(-1) @ codebook.to(kept.dtype)).to(codebook.dtype)
 
 

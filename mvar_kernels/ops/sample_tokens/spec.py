@@ -1,5 +1,7 @@
 """Cases, bytes and FLOPs of sample_tokens and soft_embedding."""
 
+from typing import Any
+
 import torch
 
 from mvar_kernels.ops.sample_tokens import reference
@@ -45,12 +47,12 @@ def _image_index(case: Case) -> torch.Tensor:
     return torch.arange(7, 7 + case.sizes["B"])
 
 
-def _filters(case: Case) -> dict[str, float | int]:
+def _filters(case: Case) -> dict[str, Any]:
     return {name: case.options[name] for name in ("guidance", "top_k", "top_p")}
 
 
-DRAW = {"seed": 2**40 + 3, "scale_index": 5}
-SOFT = {"sharpness": 1.5, "temperature": 0.2}
+DRAW: dict[str, Any] = {"seed": 2**40 + 3, "scale_index": 5}
+SOFT: dict[str, Any] = {"sharpness": 1.5, "temperature": 0.2}
 
 
 def _work(case: Case, itemsize: int) -> tuple[int, int]:

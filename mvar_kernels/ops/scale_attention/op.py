@@ -70,7 +70,9 @@ def scale_attention(
     check_name(backend)
     if scale is None:
         scale = 1.0 if log_temperature is not None else 0.25 * q.shape[-1] ** -0.5
-    out: Tensor = torch.ops.mvar.scale_attention(q, k, v, log_temperature, scales, pattern == "causal", scale, backend)[0]
+    out: Tensor = torch.ops.mvar.scale_attention(q, k, v, log_temperature, scales, pattern == "causal", scale, backend)[
+        0
+    ]
     return out
 
 

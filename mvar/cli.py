@@ -1,0 +1,191 @@
+"""The command line: `mvar demo | sample | train | info`."""
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+# torch takes a second to import: `mvar --help` and bad use are answered before it.
+
+DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
+BACKEND_HELP = "backend of every op, see `mvar info` (default: auto)"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a subcommand. Bad use, bad files and bad values end with exit code 2 and one plain line."""
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = options.run
+    try:
+        run(options)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        if options.traceback:
+            raise
+        print(f"mvar {options.command}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mvar", description="M-VAR: scale-wise autoregressive image generation on optimised kernels.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], help: str, examples: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        return sub
+
+    demo = command(
+        "demo",
+        _demo,
+        "generate handwritten digits from the model inside the package, and check them",
+        "mvar demo\nmvar demo --bidirectional --out digits",
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder for samples.png and scales.png (default: demo)"
+    )
+    demo.add_argument("--bidirectional", action="store_true", help="the model with the bidirectional mixer")
+    demo.add_argument(
+        "--checked", type=int, default=1000, metavar="N", help="digits to generate for the checks (default: 1000)"
+    )
+    _drawing(demo, cfg=None, top_k=None, top_p=None)
+    _machine(demo)
+
+    sample = command(
+        "sample",
+        _sample,
+        "generate images from any weights",
+        "mvar sample --classes 0-9 --count 8 --grid digits.png\n"
+        "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 207,980 --out pictures\n"
+        "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 0-999 --count 50 --npz fid.npz",
+    )
+    sample.add_argument(
+        "--weights", type=Path, help="model, official or own file (default: the digits inside the package)"
+    )
+    sample.add_argument("--tokenizer", type=Path, help="tokenizer that belongs to it")
+    sample.add_argument("--classes", type=_classes, required=True, help="such as 3 or 1,5,7-9")
+    sample.add_argument("--count", type=int, default=1, metavar="N", help="images a class (default: 1)")
+    sample.add_argument(
+        "--batch", type=int, default=16, metavar="N", help="images at a time; does not change them (default: 16)"
+    )
+    sample.add_argument("--out", type=Path, help="folder for one PNG an image")
+    sample.add_argument("--grid", type=Path, help="PNG with all images, one row a class")
+    sample.add_argument("--npz", type=Path, help="npz with all images as the ADM evaluator reads them")
+    sample.add_argument("--smooth", action="store_true", help="soft codes: nicer pictures, not for FID")
+    _drawing(sample, cfg=1.5, top_k=900, top_p=0.96)
+    _machine(sample)
+
+    train = command(
+        "train",
+        _train,
+        "train a tokenizer and a model",
+        "mvar train --preset digits --out runs/digits\n"
+        "mvar train --preset digits --bidirectional --tokenizer runs/digits/tokenizer.safetensors --out runs/both",
+    )
+    train.add_argument("--preset", choices=("digits",), required=True, help="data and recipe")
+    train.add_argument("--out", type=Path, required=True, help="folder for tokenizer.safetensors and model.safetensors")
+    train.add_argument("--tokenizer", type=Path, help="use this tokenizer instead of training one")
+    train.add_argument("--bidirectional", action="store_true", help="the mixer's backward direction inside each scale")
+    train.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
+    train.add_argument(
+        "--shorten", type=float, default=1.0, metavar="F", help="share of the preset's steps (default: 1)"
+    )
+
+    command("info", _info, "tell versions, devices and backends, and why a backend is missing", "mvar info")
+    return parser
+
+
+def _drawing(parser: argparse.ArgumentParser, cfg: float | None, top_k: int | None, top_p: float | None) -> None:
+    def shown(value: float | None) -> str:
+        return f"(default: {'as suits the model' if value is None else value})"
+
+    parser.add_argument("--cfg", type=float, default=cfg, help=f"classifier-free guidance, 0 for none {shown(cfg)}")
+    parser.add_argument("--top-k", type=int, default=top_k, help=f"codes to draw from, 0 for all {shown(top_k)}")
+    parser.add_argument("--top-p", type=float, default=top_p, help=f"share of probability to draw from {shown(top_p)}")
+    parser.add_argument("--seed", type=int, default=0, help="image i is decided by (seed, i) alone (default: 0)")
+
+
+def _machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=DTYPE_NAMES, default="auto", help="of the model (default: the device's fastest)"
+    )
+    parser.add_argument("--backend", default="auto", help=BACKEND_HELP)
+    parser.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda where there is one)")
+
+
+def _classes(text: str) -> list[int]:
+    """ "1,5,7-9" → [1, 5, 7, 8, 9]"""
+    classes: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()) or (last and int(last) < int(first)):
+            raise argparse.ArgumentTypeError(f"expected classes such as 3 or 1,5,7-9, got {text!r}")
+        classes += range(int(first), int(last or first) + 1)
+    return classes
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from mvar.demo import demo
+
+    demo(options)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from mvar.sample import sample
+
+    sample(options)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from mvar.train import train_digits
+
+    train_digits(
+        options.out,
+        bidirectional=options.bidirectional,
+        tokenizer_file=options.tokenizer,
+        seed=options.seed,
+        shorten=options.shorten,
+    )
+
+
+def _info(options: argparse.Namespace) -> None:
+    import torch
+
+    import mvar
+    from mvar_kernels.backends import backends, fastest_dtype, native
+
+    print(
+        f"mvar {mvar.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
+    )
+    print(f"cpu: {torch.get_num_threads()} threads, fastest dtype {fastest_dtype(torch.device('cpu'))}")
+    for i in range(torch.cuda.device_count()):
+        device = torch.device("cuda", i)
+        memory_gib = torch.cuda.get_device_properties(i).total_memory / 2**30
+        print(f"{device}: {torch.cuda.get_device_name(i)}, {memory_gib:.0f} GiB, fastest dtype {fastest_dtype(device)}")
+    extension = native()
+    if extension is not None:
+        facts = ", ".join(f"{name} {value}" for name, value in extension.build_info().items())
+        print(f"extension: runs {extension.instruction_set()}; {facts}")
+    print("backends:")
+    for name, reason in backends().items():
+        print(f"  {name:<11} {'available' if reason is None else f'not available: {reason}'}")
+
+
+if __name__ == "__main__":
+    main()

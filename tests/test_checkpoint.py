@@ -1,0 +1,186 @@
+"""Weight files: what loads, what comes back, and what is refused with one clear error."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mvar
+from mvar.checkpoint import CONFIG_KEY
+from mvar.files import replacing
+from tests import upstream
+
+RELEASED = json.loads((Path(__file__).parent / "upstream_case" / "released_checkpoints.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    for kind in ("model", "tokenizer"):
+        torch.save(upstream.weights(kind), folder / f"{kind}.pth")
+    return folder
+
+
+def test_published_model_has_these_names_shapes_and_dtypes() -> None:
+    """All of d16.pth; and with q/k norm, as published from d24 on."""
+    published = {}
+    for name, (shape, dtype) in RELEASED["mvar_d16"].items():
+        names = [name.replace("blocks.0", f"blocks.{i}") for i in range(16)] if ".0." in name else [name]
+        published |= {n: (tuple(shape), dtype) for n in names}
+    state = {n: torch.empty(s, dtype=getattr(torch, d), device="meta") for n, (s, d) in published.items()}
+    squares = torch.tensor([n * n for n in mvar.SCHEDULES[256]], dtype=torch.int32)
+    config = mvar.ModelConfig.from_state_dict(state | {"blocks.0.attn.patch_nums": squares})
+    assert config == mvar.ModelConfig(depth=16, patch_nums=mvar.SCHEDULES[256])
+    with torch.device("meta"):
+        ours = {n: (tuple(t.shape), str(t.dtype)[6:]) for n, t in mvar.MVAR(config).state_dict().items()}
+        normed = mvar.MVAR(mvar.ModelConfig(depth=24, patch_nums=mvar.SCHEDULES[256])).state_dict()
+    published.pop("attn_bias_for_masking")  # accepted, and not kept: it follows from the schedule
+    assert ours == published
+    assert normed["blocks.23.attn.scale_mul_1H11"].shape == (1, 24, 1, 1)
+
+
+@pytest.mark.parametrize(("depth", "million"), [(12, 198), (16, 464), (20, 900), (24, 1500)])
+def test_published_numbers_of_parameters(depth: int, million: int) -> None:
+    with torch.device("meta"):
+        model = mvar.MVAR(mvar.ModelConfig(depth=depth, patch_nums=mvar.SCHEDULES[256]))
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert abs(count / million - 1) < 0.08
+
+
+def test_official_state_dict_loads_strictly(files: Path) -> None:
+    state = torch.load(files / "model.pth", weights_only=True)
+    model = mvar.MVAR(mvar.ModelConfig.from_state_dict(state))
+    assert model.load_state_dict(state, strict=True).missing_keys == []
+    assert torch.equal(model.blocks[2].mamba.A_log, state["blocks.2.mamba.A_log"])
+
+
+def test_own_file_comes_back_with_its_configuration(tmp_path: Path) -> None:
+    tokenizer_config = mvar.TokenizerConfig(
+        (1, 2, 3), num_codes=32, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False
+    )
+    model, tokenizer = mvar.build(
+        2, num_classes=5, tokenizer=tokenizer_config, bidirectional=True, drop_path=0.25, width=64
+    )
+    mvar.save(tmp_path / "model.safetensors", model)
+    mvar.save(tmp_path / "tokenizer.safetensors", tokenizer)
+    again, images = (
+        mvar.load_model(tmp_path / "model.safetensors"),
+        mvar.load_tokenizer(tmp_path / "tokenizer.safetensors"),
+    )
+    assert again.config == model.config and images.config == tokenizer.config
+    for first, second in ((model, again), (tokenizer, images)):
+        for name, value in first.state_dict().items():
+            assert torch.equal(second.state_dict()[name], value)
+    mvar.save(tmp_path / "half.safetensors", model, dtype=torch.float16)
+    half = mvar.load_model(tmp_path / "half.safetensors")
+    assert half.head.weight.dtype == torch.float32
+    assert torch.equal(half.head.weight, model.head.weight.half().float())
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "tokenizer.safetensors", "half.safetensors"}
+
+
+def test_the_same_tokenizer_file_serves_several_resolutions(files: Path) -> None:
+    tokenizer = mvar.load_tokenizer(files / "tokenizer.pth", patch_nums=(1, 2, 4))
+    assert tokenizer.patch_nums == (1, 2, 4)
+    with pytest.raises(mvar.CheckpointError, match="patch_nums must be given: no published schedule has 6 scales"):
+        mvar.load_tokenizer(files / "tokenizer.pth")
+    with pytest.raises(ValueError, match="resolution: expected one of 256, 512, 1024, got 300"):
+        mvar.load_tokenizer(files / "tokenizer.pth", resolution=300)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("open('/tmp/mvar_test_pickle_ran', 'w')",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    trace = Path("/tmp/mvar_test_pickle_ran")
+    trace.unlink(missing_ok=True)
+    torch.save({"head.weight": Malicious()}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"head.weight": Malicious()}))
+    for name in ("zip.pth", "plain.pth"):
+        for load in (mvar.load_model, mvar.load_tokenizer):
+            with pytest.raises(mvar.CheckpointError, match=f"{name}: not loaded, because it is more than weights"):
+                load(tmp_path / name)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1000])
+def test_truncated_files(files: Path, tmp_path: Path, size: int) -> None:
+    mvar.save(tmp_path / "own.safetensors", mvar.load_model(files / "model.pth"))
+    for file in (files / "model.pth", tmp_path / "own.safetensors"):
+        cut = tmp_path / f"cut{file.suffix}"
+        cut.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(mvar.CheckpointError, match=f"cut{file.suffix}: .*"):
+            mvar.load_model(cut)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("blocks.1.ffn.fc1.bias"), "1 weights are missing, the first is 'blocks.1.ffn.fc1.bias'"),
+        (lambda s: s.pop("word_embed.weight"), "not the weights of an M-VAR model: 'word_embed.weight' is missing"),
+        (lambda s: s.update({"extra": torch.zeros(1)}), "1 unknown weights, the first is 'extra'"),
+        (lambda s: s.update({"head.bias": torch.zeros(7)}), r"head.bias: expected shape \(512,\), got \(7,\)"),
+        (lambda s: s["head.weight"].fill_(torch.nan), "head.weight: not all values are finite"),
+        (lambda s: s["blocks.0.attn.patch_nums"].add_(1), "patch_nums: expected squares"),
+        (lambda s: s.update({"word_embed.weight": torch.zeros(3)}), "word_embed.weight: expected 2 dimensions"),
+        (lambda s: s.update({"head.bias": [1, 2]}), "expected a state dict of names and tensors"),
+    ],
+)
+def test_weights_that_do_not_fit(files: Path, tmp_path: Path, change: object, message: str) -> None:
+    state = torch.load(files / "model.pth", weights_only=True)
+    change(state)  # type: ignore[operator]
+    torch.save(state, tmp_path / "changed.pth")
+    with pytest.raises(mvar.CheckpointError, match=message) as raised:
+        mvar.load_model(tmp_path / "changed.pth")
+    assert str(raised.value).startswith(str(tmp_path / "changed.pth")) and "\n" not in str(raised.value)
+
+
+def test_a_tokenizer_is_no_model(files: Path) -> None:
+    with pytest.raises(mvar.CheckpointError, match="not the weights of an M-VAR model"):
+        mvar.load_model(files / "tokenizer.pth")
+    with pytest.raises(mvar.CheckpointError, match="not the weights of a tokenizer"):
+        mvar.load_tokenizer(files / "model.pth", patch_nums=(1, 2))
+    with pytest.raises(FileNotFoundError, match="absent.pth: no such file"):
+        mvar.load_model("absent.pth")
+
+
+def test_stored_configuration_that_makes_no_sense(tmp_path: Path) -> None:
+    for stored, message in (("{", "no JSON"), ('{"depth": 0, "patch_nums": [1]}', "depth"), ('{"deep": 1}', "deep")):
+        save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={CONFIG_KEY: stored})
+        with pytest.raises(mvar.CheckpointError, match=message):
+            mvar.load_model(tmp_path / "odd.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), replacing(target) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    with replacing(target) as aside:
+        aside.write_text("new")
+    assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(OSError, match="cannot write /proc/"):
+        with replacing("/proc/mvar/file.txt"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"depth": 0}, "depth"),
+        ({"width": 100}, "width: expected a multiple of 64"),
+        ({"patch_nums": (1, 3, 2)}, "patch_nums: expected increasing"),
+        ({"patch_nums": ()}, "patch_nums"),
+        ({"label_drop": 1.0}, "label_drop"),
+        ({"mixer_head_dim": 48}, "mixer_head_dim: expected a divisor"),
+    ],
+)
+def test_sizes_out_of_range(sizes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mvar.ModelConfig(**({"depth": 2, "patch_nums": (1, 2)} | sizes))  # type: ignore[arg-type]
