@@ -346,14 +346,20 @@ def test_hits_of_all_processes_are_summed(tmp_path, monkeypatch):
 
 
 def test_dead_codes_become_vectors_that_the_codes_are_to_match():
-    tokenizer = small_tokenizer(patch_nums=(4,))
+    tokenizer = small_tokenizer()
     images, codebook = random_images(tokenizer, batch=5), tokenizer.quantize.embedding.weight
-    tokenizer.quantize.ema_vocab_hit_SV[0, :60] = 1.0
-    before = codebook.detach().clone()
-    assert tokenizer.revive_dead_codes(images, threshold=0.5) == 4
-    assert torch.equal(codebook[:60], before[:60])
-    features = tokenizer.quant_conv(tokenizer.encoder(images)).flatten(2).transpose(1, 2).flatten(0, 1)
-    assert torch.cdist(codebook[60:], features).min(dim=1).values.max() < 1e-3
+    rest, candidates = tokenizer.quant_conv(tokenizer.encoder(images)).detach(), []
+    for k, tokens_k in enumerate(tokenizer.encode(images).split(tokenizer.scales, dim=1)):
+        candidates.append(tokenizer.next_input(k, rest).flatten(0, 1))
+        rest = rest - tokenizer.scale_features(k, tokenizer.embed(tokens_k))
+
+    tokenizer.quantize.ema_vocab_hit_SV[0, :24] = 1.0
+    alive = codebook[:24].detach().clone()
+    assert tokenizer.revive_dead_codes(images, threshold=0.5) == 40
+    assert torch.equal(codebook[:24], alive)
+    distances = [torch.cdist(codebook[24:], rows).min(dim=1).values for rows in candidates]
+    assert torch.stack(distances).min(dim=0).values.max() < 1e-3
+    assert all(to_scale.min() < 1e-3 for to_scale in distances), "every scale has its share"
     assert tokenizer.revive_dead_codes(images, threshold=0.5) == 0, "a new code is given time"
 
 

@@ -1,0 +1,117 @@
+"""adaLN in C++ (csrc/adaln): inputs are read in place wherever their last dimension is contiguous."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mvar_kernels.backends import Kernel, native
+
+
+def _why_not(*inputs: Tensor | float) -> str | None:
+    for value in inputs:
+        if not isinstance(value, Tensor):
+            continue
+        if value.dtype not in (torch.float32, torch.bfloat16):
+            return f"dtype {str(value.dtype).removeprefix('torch.')} is not float32 or bfloat16"
+        if value.device.type != "cpu":
+            return f"inputs are on {value.device.type}"
+    return None
+
+
+def _module() -> ModuleType:
+    module = native()
+    assert module is not None, "backends.unavailable('cpu') answers before a kernel is called"
+    return module
+
+
+def _view(t: Tensor) -> Tensor:
+    """`t` with its last dimension contiguous: itself, or a copy where it must be."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _empty(like: Tensor) -> Tensor:
+    """Contiguous, as every output is. A microsecond cheaper than torch.empty with a shape and a dtype."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    x, scale, shift = _view(x), _view(scale), _view(shift)
+    out = _empty(x)
+    _module().adaln_forward(
+        x.dtype is torch.bfloat16,
+        x.shape,
+        eps,
+        *(x.data_ptr(), x.stride()),
+        *(scale.data_ptr(), scale.stride()),
+        *(shift.data_ptr(), shift.stride()),
+        out.data_ptr(),
+    )
+    return out
+
+
+def _gated_adaln(
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    x, branch, gate, scale, shift = _view(x), _view(branch), _view(gate), _view(scale), _view(shift)
+    x_new, out = _empty(x), _empty(x)
+    _module().gated_adaln_forward(
+        x.dtype is torch.bfloat16,
+        x.shape,
+        eps,
+        *(x.data_ptr(), x.stride()),
+        *(branch.data_ptr(), branch.stride()),
+        *(gate.data_ptr(), gate.stride()),
+        *(scale.data_ptr(), scale.stride()),
+        *(shift.data_ptr(), shift.stride()),
+        x_new.data_ptr(),
+        out.data_ptr(),
+    )
+    return x_new, out
+
+
+def _adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, x, scale = _view(grad_out), _view(x), _view(scale)
+    dx, dscale, dshift = _empty(x), _empty(scale), _empty(scale)
+    _module().adaln_backward(
+        x.dtype is torch.bfloat16,
+        x.shape,
+        eps,
+        *(grad_out.data_ptr(), grad_out.stride()),
+        *(x.data_ptr(), x.stride()),
+        *(scale.data_ptr(), scale.stride()),
+        dx.data_ptr(),
+        dscale.data_ptr(),
+        dshift.data_ptr(),
+    )
+    return dx, dscale, dshift
+
+
+def _gated_adaln_backward(
+    grad_x_new: Tensor, grad_out: Tensor, x_new: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_x_new, grad_out, x_new, branch = _view(grad_x_new), _view(grad_out), _view(x_new), _view(branch)
+    gate, scale = _view(gate), _view(scale)
+    dx, dbranch = _empty(x_new), _empty(x_new)
+    dgate, dscale, dshift = _empty(scale), _empty(scale), _empty(scale)
+    _module().gated_adaln_backward(
+        x_new.dtype is torch.bfloat16,
+        x_new.shape,
+        eps,
+        *(grad_x_new.data_ptr(), grad_x_new.stride()),
+        *(grad_out.data_ptr(), grad_out.stride()),
+        *(x_new.data_ptr(), x_new.stride()),
+        *(branch.data_ptr(), branch.stride()),
+        *(gate.data_ptr(), gate.stride()),
+        *(scale.data_ptr(), scale.stride()),
+        dx.data_ptr(),
+        dbranch.data_ptr(),
+        dgate.data_ptr(),
+        dscale.data_ptr(),
+        dshift.data_ptr(),
+    )
+    return dx, dbranch, dgate, dscale, dshift
+
+
+adaln_cpu = Kernel(_why_not, _adaln, _adaln_backward)
+gated_adaln_cpu = Kernel(_why_not, _gated_adaln, _gated_adaln_backward)
