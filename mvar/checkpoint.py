@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mvar.config import SCHEDULES, ModelConfig
 from mvar.files import replacing
 from mvar.model import MVAR
-from mvar.tokenizer import Tokenizer, TokenizerConfig
+from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
 
 CONFIG_KEY = "mvar_config"  # in the metadata of our own files
 # Buffers of the published files that follow from the configuration and that we do not keep.
@@ -147,7 +147,7 @@ def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: 
     if unknown := sorted(found - expected.keys()):
         raise CheckpointError(f"{path}: {len(unknown)} unknown weights, the first is {unknown[0]!r}")
     for name, value in expected.items():
-        resized = name == "quantize.ema_vocab_hit_SV"  # statistics of one schedule, dropped by another
+        resized = name == HITS_KEY  # statistics of one schedule, dropped by another
         if state[name].shape != value.shape and not resized:
             raise CheckpointError(
                 f"{path}: {name}: expected shape {tuple(value.shape)}, got {tuple(state[name].shape)}"

@@ -53,9 +53,8 @@ class ModelConfig:
         object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
         sizes = ("depth", "num_classes", "num_codes", "code_dim", "state_dim", "expand", "conv_width", "mixer_head_dim")
         for name in sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+            if not is_positive_int(getattr(self, name)):
+                raise ValueError(f"{name}: expected a positive whole number, got {getattr(self, name)!r}")
         defaults = {
             "width": HEAD_DIM * self.depth,
             "qk_norm": self.depth >= QK_NORM_FROM_DEPTH,
@@ -144,7 +143,11 @@ class ModelConfig:
 def check_patch_nums(patch_nums: Sequence[int]) -> tuple[int, ...]:
     """The side lengths as a tuple; ValueError unless they are positive whole numbers, strictly increasing."""
     values = tuple(patch_nums)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in values)
-    if not values or not whole or any(fine <= coarse for coarse, fine in zip(values, values[1:], strict=False)):
+    rising = all(coarse < fine for coarse, fine in zip(values, values[1:], strict=False))
+    if not values or not all(is_positive_int(n) for n in values) or not rising:
         raise ValueError(f"patch_nums: expected increasing positive whole numbers, got {values}")
     return values
+
+
+def is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mvar.autoencoder import NORM_GROUPS, Decoder, Encoder
+from mvar.config import SCHEDULES, check_patch_nums, is_positive_int
 from mvar.quantizer import Quantizer
 
 HITS_KEY = "quantize.ema_vocab_hit_SV"
 
-PUBLISHED_PATCH_NUMS = {
-    10: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),  # 256×256
-    14: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),  # 1024×1024
-}
-"""Side lengths of the token maps, by the number of scales."""
+BY_NUMBER_OF_SCALES = {len(SCHEDULES[resolution]): SCHEDULES[resolution] for resolution in (256, 1024)}
 
 
 @dataclass(frozen=True)
@@ -49,15 +46,13 @@ class TokenizerConfig:
     beta: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("patch_nums", "ch_mult"):
-            values = getattr(self, name)
-            if not isinstance(values, Sequence) or not values or not all(_is_positive_int(v) for v in values):
-                raise ValueError(f"{name} must be a non-empty tuple of positive integers, got {values!r}")
-            object.__setattr__(self, name, tuple(values))
-        if any(fine <= coarse for coarse, fine in zip(self.patch_nums, self.patch_nums[1:], strict=False)):
-            raise ValueError(f"patch_nums must be strictly increasing, got {self.patch_nums}")
+        object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
+        widths = self.ch_mult
+        if not isinstance(widths, Sequence) or not widths or not all(is_positive_int(v) for v in widths):
+            raise ValueError(f"ch_mult must be a non-empty tuple of positive integers, got {widths!r}")
+        object.__setattr__(self, "ch_mult", tuple(widths))
         for name in ("num_codes", "code_dim", "ch", "num_res_blocks", "num_phi"):
-            if not _is_positive_int(getattr(self, name)):
+            if not is_positive_int(getattr(self, name)):
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if self.ch % NORM_GROUPS:
             raise ValueError(f"ch must be a multiple of {NORM_GROUPS} (the groups of its GroupNorm), got {self.ch}")
@@ -87,9 +82,9 @@ class TokenizerConfig:
 
         if patch_nums is None:
             num_scales = shape(HITS_KEY)[0]
-            if num_scales not in PUBLISHED_PATCH_NUMS:
+            if num_scales not in BY_NUMBER_OF_SCALES:
                 raise ValueError(f"patch_nums must be given: no published schedule has {num_scales} scales")
-            patch_nums = PUBLISHED_PATCH_NUMS[num_scales]
+            patch_nums = BY_NUMBER_OF_SCALES[num_scales]
         num_codes, code_dim = shape("quantize.embedding.weight")
         ch = shape("encoder.conv_in.weight")[0]
         levels = count("encoder.down.{}.block.0.conv1.weight")
@@ -103,10 +98,6 @@ class TokenizerConfig:
             attention="encoder.mid.attn_1.qkv.weight" in state,
             num_phi=count("quantize.quant_resi.qresi_ls.{}.weight"),
         )
-
-
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class TokenizerOutput(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mvar.quantizer import phi_index
-from mvar.tokenizer import PUBLISHED_PATCH_NUMS, Tokenizer, TokenizerConfig
+from mvar.tokenizer import BY_NUMBER_OF_SCALES, Tokenizer, TokenizerConfig
 
 CASE = Path(__file__).parent / "upstream_case"
 HITS = "quantize.ema_vocab_hit_SV"
@@ -108,7 +108,7 @@ def as_meta_state(listed: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, T
 
 def test_names_shapes_and_dtypes_are_the_published_ones(published):
     config = TokenizerConfig.from_state_dict(as_meta_state(published))
-    assert config == TokenizerConfig(patch_nums=PUBLISHED_PATCH_NUMS[10])
+    assert config == TokenizerConfig(patch_nums=BY_NUMBER_OF_SCALES[10])
     with torch.device("meta"):
         tokenizer = Tokenizer(config)
     state = tokenizer.state_dict()
@@ -173,10 +173,10 @@ def test_statistics_of_another_schedule_are_left_out_on_loading():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_nums": ()}, "patch_nums must be a non-empty tuple of positive integers"),
-        ({"patch_nums": (0, 2)}, "patch_nums must be a non-empty tuple of positive integers"),
-        ({"patch_nums": (1, 2.5)}, "patch_nums must be a non-empty tuple of positive integers"),
-        ({"patch_nums": (1, 3, 3)}, "patch_nums must be strictly increasing"),
+        ({"patch_nums": ()}, "patch_nums: expected increasing positive whole numbers"),
+        ({"patch_nums": (0, 2)}, "patch_nums: expected increasing positive whole numbers"),
+        ({"patch_nums": (1, 2.5)}, "patch_nums: expected increasing positive whole numbers"),
+        ({"patch_nums": (1, 3, 3)}, "patch_nums: expected increasing positive whole numbers"),
         ({"ch_mult": (1, -1)}, "ch_mult must be a non-empty tuple of positive integers"),
         ({"num_codes": 0}, "num_codes must be a positive integer, got 0"),
         ({"num_phi": True}, "num_phi must be a positive integer, got True"),
