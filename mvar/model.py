@@ -213,20 +213,18 @@ class MVAR(nn.Module):
         x (B, L, C) → the head's input (B, L, C) and one state a block. `states` None: start of the sequence.
         """
         gates, s, t = modulation
-        h = mk.adaln(x, s[0], t[0], eps=LN_EPS, backend=backend)
-        branch_index, new_states = 0, []
 
-        def add(branch: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal branch_index
-            i, branch_index = branch_index, branch_index + 1
+        def add(i: int, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
             return mk.gated_adaln(x, branch, gates[i], s[i + 1], t[i + 1], eps=LN_EPS, backend=backend)
 
-        for block, state in zip(self.typed_blocks(), states or [None] * self.config.depth, strict=True):
-            x, h = add(block.attn(h, scales, backend))
+        h = mk.adaln(x, s[0], t[0], eps=LN_EPS, backend=backend)
+        new_states = []
+        for i, (block, state) in enumerate(zip(self.typed_blocks(), states or [None] * self.config.depth, strict=True)):
+            x, h = add(3 * i, x, block.attn(h, scales, backend))
             branch, new_state = block.mamba(h, scales, state, backend)
+            x, h = add(3 * i + 1, x, branch)
+            x, h = add(3 * i + 2, x, block.ffn(h))
             new_states.append(new_state)
-            x, h = add(branch)
-            x, h = add(block.ffn(h))
         return h, new_states
 
     def _with_stochastic_depth(self, modulation: Modulation) -> Modulation:
