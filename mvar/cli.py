@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -133,10 +134,11 @@ def _classes(text: str) -> list[int]:
     """ "1,5,7-9" → [1, 5, 7, 8, 9]"""
     classes: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or (last and int(last) < int(first)):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise argparse.ArgumentTypeError(f"expected classes such as 3 or 1,5,7-9, got {text!r}")
-        classes += range(int(first), int(last or first) + 1)
+        classes += range(first, last + 1)
     return classes
 
 

@@ -4,19 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 import mvar_kernels as mk
+from mvar.engine import prepared_decoder, prepared_model
 from mvar.model import MVAR, Modulation
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.backends import fastest_dtype
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Parameters of the recurrence, which is computed in float32: rounding them would move every decay.
-FLOAT32_PARAMETERS = ("dt_bias", "A_log", "D", "scale_mul_1H11")
 
 
 @dataclass(frozen=True)
@@ -48,14 +44,14 @@ def generate(
 
     Args:
         model, tokenizer: that fit together, on one device.
-        labels: classes in [0, num_classes); num_classes itself draws unconditionally.
+        labels: classes in [0, num_classes).
         cfg: classifier-free guidance; at scale k of K the weight is cfg·k/(K−1). 0 switches it off.
         top_k: 0 keeps all codes, 1 is the arg-max. top_p: in (0, 1], 1 keeps all codes.
         seed, first_index: image i has the random numbers of (seed, first_index + i) and no others, whatever the batch.
         more_smooth: Gumbel-softmax means of codes instead of codes; nicer pictures, not for FID.
         return_scales: also the picture after each scale, coarse to fine.
-        dtype: of the transformer: float32, bfloat16, float16, or None for the device's fastest. The tokenizer
-            keeps its own.
+        dtype: float32, bfloat16, float16, or None for the device's fastest. The quantizer and the draw stay
+            in float32.
         backend: of every op; "auto" or a name of :func:`mvar_kernels.backends`, which then must take all ops.
 
     Raises:
@@ -69,7 +65,8 @@ def generate(
         raise ValueError(f"cfg: expected a number of at least 0, got {cfg}")
     if isinstance(first_index, bool) or not isinstance(first_index, int) or first_index < 0:
         raise ValueError(f"first_index: expected a whole number of at least 0, got {first_index}")
-    model = in_dtype(model, dtype or fastest_dtype(label_rows.device))
+    dtype = dtype or fastest_dtype(label_rows.device)
+    model, decode = prepared_model(model, dtype), prepared_decoder(tokenizer, dtype)
 
     B, last = len(label_rows), len(config.scales) - 1
     rows = _Rows(B, guided=cfg > 0)
@@ -105,14 +102,13 @@ def generate(
             embedded = tokenizer.embed(tokens[-1])
         f_hat = f_hat + tokenizer.scale_features(k, embedded)
         if return_scales:
-            pictures.append(_to_unit(tokenizer.decode_features(f_hat)))
+            pictures.append(_to_unit(decode(f_hat)))
         if k < last:
             step = model.word_embed(tokenizer.next_input(k + 1, f_hat).to(x.dtype)) + positions[k + 1]
             x = rows.repeat(step)
     if not bool(hidden.isfinite().all()):
-        dtype = model.head.weight.dtype
         raise FloatingPointError(f"model: its output in {dtype} is not finite: NaN in its weights or overflow")
-    images = pictures[-1] if return_scales else _to_unit(tokenizer.decode_features(f_hat))
+    images = pictures[-1] if return_scales else _to_unit(decode(f_hat))
     return Generated(images, torch.cat(tokens, 1), tuple(pictures) if return_scales else None)
 
 
@@ -152,7 +148,7 @@ def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.devi
     rows = torch.as_tensor(labels)
     if rows.dim() != 1 or not len(rows) or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(f"labels: expected at least one whole number in a row, got {labels!r}")
-    if int(rows.min()) < 0 or int(rows.max()) > num_classes:
+    if int(rows.min()) < 0 or int(rows.max()) >= num_classes:
         found = f"{int(rows.min())} to {int(rows.max())}"
         raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {found}")
     return rows.to(device, torch.int64)
@@ -160,29 +156,3 @@ def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.devi
 
 def _to_unit(images: Tensor) -> Tensor:
     return (images + 1) * 0.5
-
-
-_copies: WeakKeyDictionary[MVAR, tuple[tuple[int, ...], dict[torch.dtype, MVAR]]] = WeakKeyDictionary()
-
-
-def in_dtype(model: MVAR, dtype: torch.dtype) -> MVAR:
-    """The model for inference in `dtype`: itself, or a copy kept until the model's weights change."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
-    if model.head.weight.dtype == dtype:
-        return model
-    versions = tuple(v for p in model.parameters() for v in (p.data_ptr(), p._version))
-    known, copies = _copies.get(model, ((), {}))
-    if known != versions:
-        copies = {}
-        _copies[model] = versions, copies
-    if dtype not in copies:
-        with torch.device("meta"):
-            copy = MVAR(model.config)
-        state = {
-            name: t.to(dtype) if t.is_floating_point() and not name.endswith(FLOAT32_PARAMETERS) else t
-            for name, t in model.state_dict().items()
-        }
-        copy.load_state_dict(state, assign=True)
-        copies[dtype] = copy.eval().requires_grad_(False)
-    return copies[dtype]

@@ -24,6 +24,13 @@ from mvar.config import ModelConfig
 LN_EPS = 1e-6
 
 
+class Linear(nn.Linear):
+    """A linear layer that can be given its bias at the call."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias if bias is None else bias)
+
+
 class Attention(nn.Module):
     """Multi-head softmax attention inside each scale, (B, L, C) → (B, L, C)."""
 
@@ -33,7 +40,7 @@ class Attention(nn.Module):
         super().__init__()
         C = config.channels
         self.heads = config.heads
-        self.mat_qkv = nn.Linear(C, 3 * C, bias=False)
+        self.mat_qkv = Linear(C, 3 * C, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
         self.register_buffer("zero_k_bias", torch.zeros(C))
         self.register_buffer("patch_nums", torch.tensor(config.scales, dtype=torch.int32))  # the published name
@@ -43,7 +50,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, scales: tuple[int, ...], backend: str) -> Tensor:
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, H, D)
+        qkv = self.mat_qkv(x, bias).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, H, D)
         temperature = self.scale_mul_1H11.flatten() if hasattr(self, "scale_mul_1H11") else None
         q, k, v = qkv.unbind(2)
         out = mk.scale_attention(q, k, v, scales, log_temperature=temperature, backend=backend)

@@ -120,10 +120,10 @@ REVIVE_EVERY = 25
 ENCODE_BATCH = 256
 
 DIGITS_TOKENIZER = TokenizerConfig(
-    patch_nums=(1, 2, 3, 4), num_codes=512, ch=32, ch_mult=(1, 1, 1, 2), num_res_blocks=1, attention=False
+    patch_nums=(1, 2, 3, 4), num_codes=256, ch=32, ch_mult=(1, 1, 1, 2), num_res_blocks=1, attention=False
 )
-DIGITS_TOKENIZER_RECIPE = Recipe(steps=600, batch=64, lr=4e-3, betas=(0.9, 0.99), average=0.98)
-DIGITS_MODEL_RECIPE = Recipe(steps=500, batch=64, lr=2e-3, weight_decay=0.05)
+DIGITS_TOKENIZER_RECIPE = Recipe(steps=700, batch=64, lr=6e-3, betas=(0.9, 0.99), average=0.98)
+DIGITS_MODEL_RECIPE = Recipe(steps=1400, batch=64, lr=2e-3, weight_decay=0.05)
 
 
 def train_digits(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mvar
+from mvar.engine import prepared_model
 from mvar.tokenizer import Tokenizer
 from tests import upstream
 
@@ -79,7 +80,8 @@ def generate_over_the_prefix(
 def guided_logits_of(model: mvar.MVAR, run: object) -> tuple[mvar.Generated, Tensor]:
     """What the head gives during a generation, all scales in a row."""
     seen: list[Tensor] = []
-    handle = model.head.register_forward_hook(lambda module, args, output: seen.append(output))
+    head = prepared_model(model, torch.float32).head
+    handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         out = run()  # type: ignore[operator]
     finally:
@@ -116,7 +118,8 @@ def test_680_token_passes_at_256_not_1710() -> None:
     )
     model, tokenizer = mvar.build(1, num_classes=10, tokenizer=tokenizer_config)
     passes: list[int] = []
-    model.blocks[0].mamba.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
+    for counted in (model, prepared_model(model, torch.float32)):
+        counted.blocks[0].mamba.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
     mvar.generate(model, tokenizer, [1], dtype=torch.float32)
     assert sum(passes) == 680
     passes.clear()
@@ -128,7 +131,8 @@ def test_modulation_runs_once_a_generation() -> None:
     """Once for the whole batch, the unconditional row once: B + 1 rows."""
     model, tokenizer = small()
     rows: list[int] = []
-    model.blocks[1].ada_lin.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    prepared = prepared_model(model, torch.float32)
+    prepared.blocks[1].ada_lin.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     mvar.generate(model, tokenizer, LABELS, dtype=torch.float32)
     assert rows == [4]
 
@@ -160,7 +164,8 @@ def test_global_random_state_is_neither_read_nor_moved() -> None:
 def test_guidance_off_leaves_the_unconditional_rows_out() -> None:
     model, tokenizer = small()
     rows: list[int] = []
-    model.blocks[0].mamba.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    prepared = prepared_model(model, torch.float32)
+    prepared.blocks[0].mamba.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     mvar.generate(model, tokenizer, LABELS, cfg=0, dtype=torch.float32)
     assert set(rows) == {3}
 
@@ -177,24 +182,22 @@ def test_pictures_of_every_scale() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_copy_follows_the_weights(dtype: torch.dtype) -> None:
     """Made once, made anew when a weight changes, and near float32: the logits within a few roundings."""
-    from mvar.generate import in_dtype
-
     model, tokenizer = small()
-    copy = in_dtype(model, dtype)
-    assert in_dtype(model, dtype) is copy and copy.blocks[0].mamba.A_log.dtype == torch.float32
+    copy = prepared_model(model, dtype)
+    assert prepared_model(model, dtype) is copy and copy.blocks[0].mamba.A_log.dtype == torch.float32
     inputs = torch.randn(3, 38, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact, rough = model(LABELS, inputs), copy(LABELS, inputs)
         assert (exact - rough).norm() / exact.norm() < 16 * torch.finfo(dtype).eps
         model.head.bias.add_(1)
-    assert in_dtype(model, dtype) is not copy
+    assert prepared_model(model, dtype) is not copy
     assert mvar.generate(model, tokenizer, LABELS, dtype=dtype).images.isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"labels": [10, 11]}, ValueError, "labels: expected classes from 0 to 9, got 10 to 11"),
+        ({"labels": [1, 10]}, ValueError, "labels: expected classes from 0 to 9, got 1 to 10"),
         ({"labels": [-1]}, ValueError, "labels"),
         ({"labels": []}, ValueError, "labels: expected at least one"),
         ({"labels": [1.5]}, ValueError, "labels"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from mvar_kernels.backends import Kernel
 from mvar_kernels.checks import accumulator
 
-CHUNK = 64
+CHUNK = 32  # the fastest of 32, 64, 128 on an AMD Zen 5 core
 
 
 def scan(

@@ -1,0 +1,89 @@
+"""The public algorithm in plain PyTorch, the baseline of the generation benchmark.
+
+At every scale each Mamba layer runs again over all coarser tokens and the modulation is computed again; LN,
+modulation, gate and residual are separate passes; guidance comes after the head; codes are drawn by topk, sort
+and multinomial. (OliverRensu/MVAR, models/mvar.py and basic_mvar.py: what it does, not how it is written; its
+Mamba-2 is the chunked PyTorch form here, its attention torch's own.)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvar.model import MVAR, Attention, Block, Mamba2
+from mvar.tokenizer import Tokenizer
+from mvar_kernels.ops.mamba2.reference import scan
+
+
+@torch.no_grad()
+def generate(
+    model: MVAR, tokenizer: Tokenizer, labels: Tensor, *, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96
+) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, R, R) in [0, 1] and tokens (B, L); draws from torch's global generator."""
+    config, B = model.config, len(labels)
+    both = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+    cond = model.class_emb(both)
+    positions = model.positions()
+    x = model.start(cond) + positions[:, : config.scales[0]]
+    caches: list[Tensor | None] = [None] * config.depth
+    f_hat = torch.zeros(B, config.code_dim, *2 * config.patch_nums[-1:])
+    tokens, end = [], 0
+    for k, length in enumerate(config.scales):
+        end += length
+        for i, block in enumerate(model.typed_blocks()):
+            x, caches[i] = _block(block, x, cond, caches[i])
+        scale, shift = model.head_nm.ada_lin(cond)[:, None].chunk(2, -1)
+        logits = model.head(_norm(x) * (1 + scale) + shift).float()
+        c = cfg * k / (len(config.scales) - 1)
+        tokens.append(draw((1 + c) * logits[:B] - c * logits[B:], top_k, top_p))
+        f_hat = f_hat + tokenizer.scale_features(k, tokenizer.embed(tokens[-1]))
+        if k + 1 < len(config.scales):
+            rows = model.word_embed(tokenizer.next_input(k + 1, f_hat))
+            x = (rows + positions[:, end : end + config.scales[k + 1]]).repeat(2, 1, 1)
+    return (tokenizer.decode_features(f_hat) + 1) / 2, torch.cat(tokens, 1)
+
+
+def draw(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Top-k, top-p by sorting, and a draw: (B, l, V) → (B, l)."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        ascending, order = logits.sort(-1)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[..., -1] = False
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def _block(block: Block, x: Tensor, cond: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+    g1, g2, g3, s1, s2, s3, t1, t2, t3 = block.ada_lin(cond)[:, None].chunk(9, -1)
+    x = x + g1 * _attention(block.attn, _norm(x) * (1 + s1) + t1)
+    cache = x if cache is None else torch.cat([cache, x], 1)
+    x = x + (g2 * _mamba(block.mamba, _norm(cache) * (1 + s2) + t2))[:, -x.shape[1] :]
+    return x + g3 * block.ffn(_norm(x) * (1 + s3) + t3), cache
+
+
+def _attention(attn: Attention, x: Tensor) -> Tensor:
+    bias = torch.cat([attn.q_bias, attn.zero_k_bias, attn.v_bias])
+    q, k, v = attn.mat_qkv(x, bias).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, D)
+    out = F.scaled_dot_product_attention(q, k, v, scale=0.25 * q.shape[-1] ** -0.5)
+    return attn.proj(out.transpose(1, 2).flatten(2))
+
+
+def _mamba(mamba: Mamba2, x: Tensor) -> Tensor:
+    E, H = mamba.norm.weight.shape[0], mamba.D.shape[0]
+    N = (mamba.conv1d.weight.shape[0] - E) // 2
+    z, xbc, dt = mamba.in_proj(x).split([E, E + 2 * N, H], -1)
+    taps = mamba.conv1d.weight.shape[-1]
+    convolved = F.conv1d(xbc.transpose(1, 2), mamba.conv1d.weight, mamba.conv1d.bias, padding=taps - 1, groups=E + 2 * N)
+    inner, B, C = F.silu(convolved[..., : x.shape[1]].transpose(1, 2)).float().split([E, N, N], -1)
+    heads = inner.unflatten(-1, (H, E // H))
+    state = heads.new_zeros(x.shape[0], H, E // H, N)
+    with torch.autocast(x.device.type, enabled=False):
+        y, _ = scan(heads, F.softplus(dt.float() + mamba.dt_bias), -mamba.A_log.exp(), B, C, state)
+    gated = (y + mamba.D[:, None] * heads).flatten(2) * F.silu(z.float())
+    return mamba.out_proj(F.rms_norm(gated, (E,), mamba.norm.weight, eps=1e-5))
