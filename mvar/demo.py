@@ -11,7 +11,7 @@ from mvar import digits
 from mvar.generate import generate
 from mvar.pictures import grid, save_png
 from mvar.sample import device_of, drawing
-from mvar_kernels.backends import backends
+from mvar_kernels.backends import backends, fastest_dtype
 
 COLUMNS = 10
 BATCH = 100
@@ -48,7 +48,8 @@ def demo(options: argparse.Namespace) -> None:
     quality = digits.quality(pixels[: options.checked] * 2 - 1, labels[: options.checked])
     available = ", ".join(name for name, reason in backends().items() if reason is None)
     print(f"pictures: {options.out / 'samples.png'}, {options.out / 'scales.png'}")
-    print(f"backend: {options.backend} on {device} (available: {available}), dtype {options.dtype}")
+    dtype = shared["dtype"] or fastest_dtype(device)
+    print(f"backend: {options.backend} on {device} (available: {available}), {dtype}")
     print(f"speed: {1000 * seconds / count:.2f} ms an image, {count} images in batches of {BATCH}")
     checks = quality.checks()
     for text, holds in checks:

@@ -37,6 +37,7 @@ class Spec:
     reference: the plain PyTorch specification on the same inputs, differentiable, in any dtype.
     keeps_dtype: inputs that stay float32 when the rest is float16 or bfloat16.
     slack: output or gradient name → (factor on the tolerance, the reason for it).
+    bench: the cases that benchmarks time, of a size that occurs in published models.
     work: bytes moved at least and floating-point operations, for a case and bytes per element.
     """
 
@@ -51,3 +52,4 @@ class Spec:
     dtypes: tuple[torch.dtype, ...] = HALVES_AND_SINGLE
     keeps_dtype: tuple[str, ...] = ()
     slack: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    bench: tuple[Case, ...] = ()

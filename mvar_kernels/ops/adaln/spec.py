@@ -16,6 +16,7 @@ CASES = (
     Case("wide_row", {"B": 1, "L": 3, "C": 4096}),
     Case("d16_256", {"B": 2, "L": 680, "C": 1024}),
 )
+BENCH = CASES[-1:]
 
 
 def _inputs(case: Case, generator: torch.Generator, *, gated: bool) -> Inputs:
@@ -44,6 +45,7 @@ ADALN = Spec(
     reference=lambda t, case: (reference.adaln(t["x"], t["scale"], t["shift"], EPS),),
     outputs=("out",),
     grads=("x", "scale", "shift"),
+    bench=BENCH,
     work=lambda case, itemsize: _work(case, itemsize, tensors=2, flops=8),
 )
 
@@ -57,6 +59,7 @@ GATED_ADALN = Spec(
     reference=lambda t, case: reference.gated_adaln(t["x"], t["branch"], t["gate"], t["scale"], t["shift"], EPS),
     outputs=("x_new", "out"),
     grads=("x", "branch", "gate", "scale", "shift"),
+    bench=BENCH,
     work=lambda case, itemsize: _work(case, itemsize, tensors=4, flops=10),
 )
 

@@ -24,6 +24,11 @@ CASES = (
     _case("bidirectional_odd", 1, 75, 3, 5, 7, scales=(2, 1, 72)),
     _case("d16_256_scale", 1, 256, 4, 64, 64),
 )
+VAR_256 = tuple(n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+BENCH = (
+    _case("d16_256", 2, 680, 32, 64, 64),
+    _case("d16_256_bidirectional", 2, 680, 32, 64, 64, scales=VAR_256),
+)
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
@@ -119,6 +124,7 @@ SSD_SCAN = Spec(
     grads=("x", "dt", "A", "B", "C", "D", "initial_state"),
     keeps_dtype=("A", "D", "initial_state"),
     slack={"grad of A": PER_HEAD_SUM, "grad of D": PER_HEAD_SUM},
+    bench=BENCH,
     work=_scan_work,
 )
 
@@ -134,6 +140,7 @@ MAMBA2_MIXER = Spec(
     grads=("zxbcdt", *PARAMETERS, "conv", "ssm"),
     keeps_dtype=("dt_bias", "A_log", "D", "ssm"),
     slack={f"grad of {name}": PER_HEAD_SUM for name in ("dt_bias", "A_log", "D")},
+    bench=BENCH,
     work=_mixer_work,
 )
 

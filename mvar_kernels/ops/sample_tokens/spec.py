@@ -23,6 +23,7 @@ CASES = (
     _case("ties", 3, 16, 130, top_k=40, top_p=0.8, ties=True),
     _case("d16_scale", 1, 64, 4096, top_k=900, top_p=0.96, guided=True, guidance=0.75),
 )
+BENCH = (_case("d16_256_last_scale", 16, 256, 4096, top_k=900, top_p=0.96),)
 
 
 def _inputs(case: Case, generator: torch.Generator) -> Inputs:
@@ -79,6 +80,7 @@ SPECS = (
             reference.sample_tokens(t["cond"], t.get("uncond"), _image_index(case), **_filters(case), **DRAW),
         ),
         outputs=("tokens",),
+        bench=BENCH,
         work=_work,
     ),
     Spec(
@@ -103,6 +105,7 @@ SPECS = (
             ),
         ),
         outputs=("mean",),
+        bench=BENCH,
         work=_work,
     ),
 )

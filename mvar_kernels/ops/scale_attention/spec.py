@@ -25,6 +25,10 @@ CASES = (
     _case("packed", SMALL, 2, 3, 64, packed=True),
     _case("d16_256", VAR_256, 1, 2, 64, norm=True),
 )
+BENCH = (
+    _case("d16_256", VAR_256, 2, 16, 64, packed=True),
+    _case("d16_256_causal", VAR_256, 2, 16, 64, packed=True, pattern="causal"),
+)
 
 
 def _inputs(case: Case, generator: torch.Generator) -> Inputs:
@@ -92,6 +96,7 @@ SPECS = (
         grads=("q", "k", "v", "log_temperature"),
         keeps_dtype=("log_temperature",),
         slack={"grad of log_temperature": PER_HEAD_SUM},
+        bench=BENCH,
         work=_work,
     ),
 )

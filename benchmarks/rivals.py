@@ -1,0 +1,79 @@
+"""What each op is held against: the same computation as people write it in PyTorch, at its best."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import public
+from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, SSD_SCAN
+from mvar_kernels.ops.scale_attention.reference import spans
+from mvar_kernels.specs import Case, Inputs
+
+Rival = Callable[[Inputs, Case], tuple[Tensor, ...]]
+
+
+def _adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    normed = F.layer_norm(t["x"], t["x"].shape[-1:], eps=1e-6)
+    return (normed * (1 + t["scale"][:, None]) + t["shift"][:, None],)
+
+
+def _gated_adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    x = t["x"] + t["gate"][:, None] * t["branch"]
+    return x, *_adaln(t | {"x": x}, case)
+
+
+def _scale(case: Case) -> float:
+    return 0.25 * case.sizes["D"] ** -0.5
+
+
+def _pieces(t: Inputs, case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(q, k, v), each (B, H, rows, D), of every scale."""
+    causal = case.options["pattern"] == "causal"
+    q, k, v = (t[name].transpose(1, 2) for name in ("q", "k", "v"))
+    return [
+        (q[:, :, rows], k[:, :, keys], v[:, :, keys])
+        for rows, keys in spans(case.options["scales"], t["q"].shape[1], causal)
+    ]
+
+
+def _sdpa_by_scale(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    outs = [F.scaled_dot_product_attention(q, k, v, scale=_scale(case)) for q, k, v in _pieces(t, case)]
+    return (torch.cat(outs, 2).transpose(1, 2),)
+
+
+def _matmul_by_scale(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    outs = [((q * _scale(case)) @ k.transpose(-1, -2)).softmax(-1) @ v for q, k, v in _pieces(t, case)]
+    return (torch.cat(outs, 2).transpose(1, 2),)
+
+
+def _sdpa_dense_mask(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    q, k, v = (t[name].transpose(1, 2) for name in ("q", "k", "v"))
+    mask = _mask(case.options["scales"], case.options["pattern"], q.dtype)
+    return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=_scale(case)).transpose(1, 2),)
+
+
+def _mask(scales: tuple[int, ...], pattern: str, dtype: torch.dtype) -> Tensor:
+    level = torch.repeat_interleave(torch.arange(len(scales)), torch.tensor(scales))
+    kept = level[:, None] >= level if pattern == "causal" else level[:, None] == level
+    return torch.zeros(kept.shape, dtype=dtype).masked_fill(~kept, -torch.inf)
+
+
+def _draw(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    return (public.draw(t["cond"].float(), case.options["top_k"], case.options["top_p"]),)
+
+
+RIVALS: Mapping[str, Mapping[str, Rival]] = {
+    "adaln": {"eager": _adaln},
+    "gated_adaln": {"eager": _gated_adaln},
+    "scale_attention": {
+        "SDPA by scale": _sdpa_by_scale,
+        "matmul by scale": _matmul_by_scale,
+        "SDPA, dense mask": _sdpa_dense_mask,
+    },
+    "ssd_scan": {"chunked PyTorch": SSD_SCAN.reference},
+    "mamba2_mixer": {"chunked PyTorch": MAMBA2_MIXER.reference},
+    "sample_tokens": {"topk, sort, multinomial": _draw},
+}
+"""Plain PyTorch, by op and name. `ops.py` adds torch.compile of the first of each."""
