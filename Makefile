@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test lint demo clean
+.PHONY: setup test lint demo bench clean
 
 setup: .venv/native
 
@@ -26,6 +26,12 @@ lint: setup
 
 demo: setup
 	$(BIN)/mvar demo
+
+# The allocator settings keep torch's eager side from giving its memory back and faulting it in again.
+bench: setup
+	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=68719476736 MALLOC_TOP_PAD_=268435456 \
+	sh -c '$(BIN)/python -m benchmarks.ops && $(BIN)/python -m benchmarks.generate'
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf .venv build dist *.egg-info mvar_kernels/_native*.so

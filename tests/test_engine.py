@@ -1,0 +1,63 @@
+"""Inference copies: the same numbers as the modules they were made from."""
+
+import pytest
+import torch
+
+import mvar
+from mvar.engine import PackedFeedForward, PackedLinear, packs, prepared_decoder, prepared_model
+from mvar.model import FeedForward, Linear
+
+CPU = torch.device("cpu")
+
+
+def rounding(dtype: torch.dtype, terms: int) -> float:
+    """Largest relative error of a sum of so many products, in units of the result's size: √terms roundings, ×8."""
+    return 8 * terms**0.5 * torch.finfo(dtype).eps if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_packed_layers_equal_their_originals(dtype: torch.dtype, rows: int) -> None:
+    assert packs(CPU, dtype)
+    torch.manual_seed(0)
+    config = mvar.ModelConfig(depth=1, patch_nums=(1, 2), width=128)
+    x = torch.randn(2, rows, 128).to(dtype)
+    bias = torch.randn(384).to(dtype)
+    linear = Linear(128, 384, bias=False).to(dtype)
+    ffn = FeedForward(config).to(dtype)
+    with torch.no_grad():
+        pairs = (
+            (PackedLinear(linear)(x), linear.double()(x.double())),
+            (PackedLinear(linear.to(dtype))(x, bias), linear.double()(x.double(), bias.double())),
+            (PackedFeedForward(ffn)(x), ffn.double()(x.double())),
+        )
+    for got, exact in pairs:
+        assert got.dtype == dtype and got.shape == exact.shape
+        assert (got - exact).abs().max() <= rounding(dtype, 512) * exact.abs().max()
+
+
+def test_the_decoder_by_dtype() -> None:
+    _, tokenizer = mvar.build(
+        1,
+        num_classes=2,
+        tokenizer=mvar.TokenizerConfig((1, 2, 4), num_codes=16, ch=32, ch_mult=(1, 2), num_res_blocks=1),
+    )
+    features = torch.randn(3, 32, 4, 4, generator=torch.Generator().manual_seed(0))
+    exact = tokenizer.decode_features(features)
+    torch.testing.assert_close(prepared_decoder(tokenizer, torch.float32)(features), exact, rtol=0, atol=1e-5)
+    rough = prepared_decoder(tokenizer, torch.bfloat16)(features)
+    psnr_db = -10 * ((rough - exact).square().mean() / 4).log10()
+    assert rough.dtype == torch.float32 and 35 < psnr_db < 80  # not bit-equal either: it did run in bfloat16
+
+
+def test_a_copy_leaves_its_model_alone() -> None:
+    """No parameter of the original is converted, replaced or packed."""
+    model, _ = mvar.build(
+        1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
+    )
+    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        copy = prepared_model(model, dtype)
+        assert copy is not model and copy.pos_1LC.dtype == dtype
+    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
+    assert isinstance(model.blocks[0].ffn, FeedForward)
