@@ -153,7 +153,7 @@ def test_training_learns_and_writes_loadable_files(tmp_path: Path, capsys: pytes
     lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
     for name in ("tokenizer", "model"):
         losses = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)]
-        assert losses[-1] < losses[0] * 0.9
+        assert losses[-1] < losses[0] - 0.1
     model = mvar.load_model(tmp_path / "model.safetensors")
     tokenizer = mvar.load_tokenizer(tmp_path / "tokenizer.safetensors")
     assert mvar.generate(model, tokenizer, [3], dtype=torch.float32).images.shape == (1, 3, 32, 32)
