@@ -34,4 +34,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf .venv build dist *.egg-info mvar_kernels/_native*.so
+	rm -rf .venv build demo dist *.egg-info mvar_kernels/_native*.so

@@ -43,8 +43,8 @@ def build(
         code_dim=tokenizer.code_dim,
         **sizes,
     )
-    model = initialise(MVAR(config), seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         images = Tokenizer(tokenizer)
+        model = initialise(MVAR(config), seed=seed)
     return model.eval(), images.eval()

@@ -5,10 +5,10 @@ Pickles are read with torch's weights_only loader alone, which runs no code from
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,8 +43,13 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> MVAR:
             shape, or a value that is not finite.
     """
     state, stored = _read(path)
-    config = _config(path, ModelConfig, stored, lambda: ModelConfig.from_state_dict(state))
-    return _filled(path, _on_meta(MVAR, config), state, device)
+
+    def config(stored: dict[str, Any]) -> ModelConfig:
+        return ModelConfig(**stored) if stored else ModelConfig.from_state_dict(state)
+
+    model = _filled(path, _built(path, MVAR, stored, config), state, device)
+    _check_schedule(path, model)
+    return model
 
 
 def load_tokenizer(
@@ -65,10 +70,12 @@ def load_tokenizer(
     if resolution is not None:
         patch_nums = schedule(resolution, patch_nums)
     state, stored = _read(path)
-    if stored is not None and patch_nums is not None:
-        stored = stored | {"patch_nums": list(patch_nums)}
-    config = _config(path, TokenizerConfig, stored, lambda: TokenizerConfig.from_state_dict(state, patch_nums))
-    return _filled(path, _on_meta(Tokenizer, config), state, device)
+
+    def config(stored: dict[str, Any]) -> TokenizerConfig:
+        given = {} if patch_nums is None else {"patch_nums": tuple(patch_nums)}
+        return TokenizerConfig(**(stored | given)) if stored else TokenizerConfig.from_state_dict(state, patch_nums)
+
+    return _filled(path, _built(path, Tokenizer, stored, config), state, device)
 
 
 def save(path: str | Path, module: MVAR | Tokenizer, *, dtype: torch.dtype | None = None) -> None:
@@ -90,11 +97,11 @@ def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[
     return SCHEDULES[resolution]
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object] | None]:
-    """All tensors of a file, and the configuration stored in it, if any."""
+def _read(path: str | Path) -> tuple[dict[str, Tensor], object]:
+    """All tensors of a file, and the configuration stored in it, empty if there is none."""
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
+        raise FileNotFoundError(f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}")
     with file.open("rb") as stream:
         # A safetensors file begins with the length of its JSON header, eight bytes, and the header's brace.
         is_safetensors = stream.read(9)[8:] == b"{"
@@ -106,7 +113,7 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object] | None
         except SafetensorError as error:
             raise CheckpointError(f"{file}: truncated or corrupted: {error}") from error
         try:
-            return state, json.loads(stored) if stored is not None else None
+            return state, json.loads(stored) if stored is not None else {}
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{file}: its stored configuration is no JSON: {error}") from error
     try:
@@ -115,31 +122,34 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object] | None
         raise CheckpointError(
             f"{file}: not loaded, because it is more than weights or corrupted: {_first_line(error)}"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{file}: truncated or corrupted: {_first_line(error)}") from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
+    except Exception as error:  # what a corrupted byte raises inside the reader is any of a dozen types
+        raise CheckpointError(f"{file}: truncated or corrupted, or no weights: {_first_line(error)}") from error
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in loaded.items()
+    ):
         raise CheckpointError(f"{file}: expected a state dict of names and tensors")
-    return dict(loaded), None
+    return dict(loaded), {}
 
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _config(path, cls, stored, read_off):  # type: ignore[no-untyped-def]
+def _built(
+    path: str | Path, module: type[Module], stored: object, config: Callable[[dict[str, Any]], object]
+) -> Module:
+    """The module without storage, from the stored configuration or one read off the weights."""
     try:
-        return cls(**stored) if stored is not None else read_off()
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _on_meta(cls: type[Module], config: object) -> Module:
-    with torch.device("meta"):
-        return cls(config)
+        if not isinstance(stored, dict):
+            raise TypeError(f"its stored configuration is no table of names: {stored!r}")
+        with torch.device("meta"):
+            return module(config(stored))
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: no usable sizes for a {module.__name__}: {_first_line(error)}") from error
 
 
 def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: str | torch.device) -> Module:
-    """The module with these weights, after a check of every name, shape and value."""
+    """The module with these weights, after a check of every name, shape, kind and value."""
     expected = module.state_dict()
     found = state.keys() - {name for name in state if name.endswith(DERIVED)}
     if missing := sorted(expected.keys() - found):
@@ -147,13 +157,29 @@ def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: 
     if unknown := sorted(found - expected.keys()):
         raise CheckpointError(f"{path}: {len(unknown)} unknown weights, the first is {unknown[0]!r}")
     for name, value in expected.items():
-        resized = name == HITS_KEY  # statistics of one schedule, dropped by another
-        if state[name].shape != value.shape and not resized:
-            raise CheckpointError(
-                f"{path}: {name}: expected shape {tuple(value.shape)}, got {tuple(state[name].shape)}"
-            )
-        if not bool(state[name].isfinite().all()):
-            raise CheckpointError(f"{path}: {name}: not all values are finite")
-    floats = {n: t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for n, t in state.items()}
-    module.load_state_dict(floats, strict=True, assign=True)
+        got, shape = state[name], list(value.shape)
+        if name == HITS_KEY and got.dim() == 2:
+            shape[0] = got.shape[0]  # statistics of one schedule, dropped by another
+        if list(got.shape) != shape:
+            raise CheckpointError(f"{path}: {name}: expected shape {tuple(shape)}, got {tuple(got.shape)}")
+        if got.layout != torch.strided or got.is_meta or got.is_floating_point() != value.is_floating_point():
+            raise CheckpointError(f"{path}: {name}: expected dense {_kind(value)} values, got {got.dtype} {got.layout}")
+        if got.is_complex() or not bool(got.isfinite().all()):
+            raise CheckpointError(f"{path}: {name}: not all values are finite real numbers")
+    values = {n: t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for n, t in state.items()}
+    module.load_state_dict(values, strict=True, assign=True)
     return module.eval()
+
+
+def _kind(value: Tensor) -> str:
+    return "floating-point" if value.is_floating_point() else "whole-number"
+
+
+def _check_schedule(path: str | Path, model: MVAR) -> None:
+    """The buffers that repeat the schedule must all say the same."""
+    scales = torch.tensor(model.config.scales)
+    levels = torch.arange(len(scales)).repeat_interleave(scales)[None]
+    for name, value in model.named_buffers():
+        agreed = {"patch_nums": scales, "lvl_1L": levels}.get(name.rsplit(".")[-1])
+        if agreed is not None and not torch.equal(value.cpu().long(), agreed):
+            raise CheckpointError(f"{path}: {name}: does not follow from the patch numbers {model.config.patch_nums}")

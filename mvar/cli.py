@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if options.traceback:
             raise
-        print(f"mvar {options.command}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"mvar {options.command}: error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -83,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--classes", type=_classes, required=True, help="such as 3 or 1,5,7-9")
     sample.add_argument("--count", type=int, default=1, metavar="N", help="images a class (default: 1)")
     sample.add_argument(
-        "--batch", type=int, default=16, metavar="N", help="images at a time; does not change them (default: 16)"
+        "--batch",
+        type=int,
+        default=16,
+        metavar="N",
+        help="images at a time; leaves their random numbers as they are (default: 16)",
     )
     sample.add_argument("--out", type=Path, help="folder for one PNG an image")
     sample.add_argument("--grid", type=Path, help="PNG with all images, one row a class")
@@ -119,7 +124,7 @@ def _drawing(parser: argparse.ArgumentParser, cfg: float | None, top_k: int | No
     parser.add_argument("--cfg", type=float, default=cfg, help=f"classifier-free guidance, 0 for none {shown(cfg)}")
     parser.add_argument("--top-k", type=int, default=top_k, help=f"codes to draw from, 0 for all {shown(top_k)}")
     parser.add_argument("--top-p", type=float, default=top_p, help=f"share of probability to draw from {shown(top_p)}")
-    parser.add_argument("--seed", type=int, default=0, help="image i is decided by (seed, i) alone (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="image i draws from (seed, i) alone (default: 0)")
 
 
 def _machine(parser: argparse.ArgumentParser) -> None:

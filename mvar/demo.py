@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from mvar import digits
+from mvar.files import check_writable
 from mvar.generate import generate
 from mvar.pictures import grid, save_png
 from mvar.sample import device_of, drawing
@@ -21,6 +22,7 @@ def demo(options: argparse.Namespace) -> None:
     """Write samples.png and scales.png, print speed and checks; exit code 1 where a check fails."""
     if options.checked < 2 * digits.NUM_CLASSES:
         raise ValueError(f"--checked: expected at least {2 * digits.NUM_CLASSES}, got {options.checked}")
+    check_writable(options.out / "samples.png")
     device = device_of(options)
     for name, value in digits.DRAWING.items():
         if getattr(options, name) is None:

@@ -27,7 +27,11 @@ PACKED_ROWS = 512  # the number of rows that oneDNN's packed layout is chosen fo
 
 
 def prepared_model(model: MVAR, dtype: torch.dtype) -> MVAR:
-    """A copy of the model for inference in `dtype`, made once and anew when the model's weights have changed."""
+    """A copy of the model for inference in `dtype`, made once and anew when the model's weights have changed.
+
+    Changes are seen by torch's version counters: those of optimisers, load_state_dict and in-place operations are;
+    writes through `.data`, which torch does not count, are not.
+    """
     copy: MVAR = _cached(model, dtype, _copy_model)
     return copy
 
@@ -44,7 +48,8 @@ _copies: WeakKeyDictionary[nn.Module, tuple[list[int], dict[torch.dtype, Any]]] 
 def _cached(module: nn.Module, dtype: torch.dtype, make: Callable[[Any, torch.dtype], nn.Module]) -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
-    versions = [number for p in module.parameters() for number in (p.data_ptr(), p._version)]
+    tensors = [*module.parameters(), *module.buffers()]
+    versions = [n for t in tensors for n in (t.data_ptr(), 0 if t.is_inference() else t._version)]
     known, copies = _copies.get(module, ([], {}))
     if known != versions:
         copies = {}

@@ -7,6 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise OSError naming `path` unless a file can be written there: to be asked before the work, not after it."""
+    _create_aside(Path(path)).unlink()
+
+
+def _create_aside(target: Path) -> Path:
+    try:
+        if target.is_dir() or not target.name:
+            raise IsADirectoryError(0, "a folder is in its place")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error.strerror or error}") from error
+    os.close(handle)
+    return Path(name)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write to, in the same folder; on success it takes the place of `path`, on an error it is gone.
@@ -14,13 +31,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises OSError naming `path` where its folder cannot be written to.
     """
     target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside_name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
-    except OSError as error:
-        raise OSError(f"cannot write {target}: {error.strerror or error}") from error
-    os.close(handle)
-    aside = Path(aside_name)
+    aside = _create_aside(target)
     try:
         yield aside
         umask = os.umask(0)

@@ -1,6 +1,5 @@
 """Drawing images: every token passes every layer once, because the mixers' states are carried."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +12,8 @@ from mvar.engine import prepared_decoder, prepared_model
 from mvar.model import MVAR, Modulation
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.backends import fastest_dtype
+
+MAX_CFG = 1e6  # far beyond use, and far from overflow in float32
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def generate(
         labels: classes in [0, num_classes).
         cfg: classifier-free guidance; at scale k of K the weight is cfg·k/(K−1). 0 switches it off.
         top_k: 0 keeps all codes, 1 is the arg-max. top_p: in (0, 1], 1 keeps all codes.
-        seed, first_index: image i has the random numbers of (seed, first_index + i) and no others, whatever the batch.
+        seed, first_index: image i has the random numbers of (seed, first_index + i) and no others, whatever the
+            batch. (The model's own rounding can depend on the batch: in 16-bit dtypes a token may then differ.)
         more_smooth: Gumbel-softmax means of codes instead of codes; nicer pictures, not for FID.
         return_scales: also the picture after each scale, coarse to fine.
         dtype: float32, bfloat16, float16, or None for the device's fastest. The quantizer and the draw stay
@@ -56,15 +58,15 @@ def generate(
 
     Raises:
         ValueError, TypeError: an argument out of range, or a model and a tokenizer that do not fit together.
-        FloatingPointError: the model's output is not finite (NaN in its weights, or overflow in float16).
+        FloatingPointError: logits or images are not finite (NaN in the weights, or overflow).
     """
     config = model.config
     check_fit(model, tokenizer)
     label_rows = _labels(labels, config.num_classes, model.lvl_1L.device)
-    if not 0 <= cfg < math.inf:
-        raise ValueError(f"cfg: expected a number of at least 0, got {cfg}")
-    if isinstance(first_index, bool) or not isinstance(first_index, int) or first_index < 0:
-        raise ValueError(f"first_index: expected a whole number of at least 0, got {first_index}")
+    if isinstance(cfg, bool) or not isinstance(cfg, int | float) or not 0 <= cfg <= MAX_CFG:
+        raise ValueError(f"cfg: expected a number from 0 to {MAX_CFG:g}, got {cfg!r}")
+    if isinstance(first_index, bool) or not isinstance(first_index, int) or not 0 <= first_index < 2**32:
+        raise ValueError(f"first_index: expected a whole number from 0 to 2³²−1, got {first_index}")
     dtype = dtype or fastest_dtype(label_rows.device)
     model, decode = prepared_model(model, dtype), prepared_decoder(tokenizer, dtype)
 
@@ -80,10 +82,14 @@ def generate(
     f_hat = codebook.new_zeros(B, config.code_dim, *2 * config.patch_nums[-1:], dtype=torch.float32)
     states: list[mk.Mamba2State] | None = None
     tokens, pictures = [], []
+    finite = torch.ones(
+        (), dtype=torch.bool, device=label_rows.device
+    )  # read once, at the end: no waiting between scales
     for k, length in enumerate(config.scales):
         hidden, states = model.hidden(x, modulation, (length,), states, backend=backend)
         progress = k / last if last else 0.0
         logits = model.head(rows.guide(hidden, cfg * progress)).float()  # (B, l, V)
+        finite &= logits.isfinite().all()
         draw: dict[str, Any] = {
             "top_k": top_k,
             "top_p": top_p,
@@ -106,9 +112,9 @@ def generate(
         if k < last:
             step = model.word_embed(tokenizer.next_input(k + 1, f_hat).to(x.dtype)) + positions[k + 1]
             x = rows.repeat(step)
-    if not bool(hidden.isfinite().all()):
-        raise FloatingPointError(f"model: its output in {dtype} is not finite: NaN in its weights or overflow")
     images = pictures[-1] if return_scales else _to_unit(decode(f_hat))
+    if not bool(finite & images.isfinite().all()):
+        raise FloatingPointError(f"logits or images in {dtype} are not finite: NaN in the weights, or overflow")
     return Generated(images, torch.cat(tokens, 1), tuple(pictures) if return_scales else None)
 
 
@@ -145,12 +151,16 @@ def check_fit(model: MVAR, tokenizer: Tokenizer) -> None:
 
 
 def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.device) -> Tensor:
-    rows = torch.as_tensor(labels)
-    if rows.dim() != 1 or not len(rows) or rows.is_floating_point() or rows.dtype == torch.bool:
+    try:
+        rows = torch.as_tensor(labels)
+        whole = rows.dim() == 1 and len(rows) > 0 and not (rows.is_floating_point() or rows.is_complex())
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        whole = False
+    if not whole or rows.dtype == torch.bool:
         raise ValueError(f"labels: expected at least one whole number in a row, got {labels!r}")
-    if int(rows.min()) < 0 or int(rows.max()) >= num_classes:
-        found = f"{int(rows.min())} to {int(rows.max())}"
-        raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {found}")
+    lowest, highest = int(rows.min()), int(rows.max())
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {lowest} to {highest}")
     return rows.to(device, torch.int64)
 
 

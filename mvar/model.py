@@ -219,10 +219,11 @@ class MVAR(nn.Module):
 
         x (B, L, C) → the head's input (B, L, C) and one state a block. `states` None: start of the sequence.
         """
-        gates, s, t = modulation
+        # Under autocast layers answer in 16 bits; x and what is added to it stay in x's dtype.
+        gates, s, t = ([vector.to(x.dtype) for vector in vectors] for vectors in modulation)
 
         def add(i: int, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-            return mk.gated_adaln(x, branch, gates[i], s[i + 1], t[i + 1], eps=LN_EPS, backend=backend)
+            return mk.gated_adaln(x, branch.to(x.dtype), gates[i], s[i + 1], t[i + 1], eps=LN_EPS, backend=backend)
 
         h = mk.adaln(x, s[0], t[0], eps=LN_EPS, backend=backend)
         new_states = []
@@ -237,10 +238,10 @@ class MVAR(nn.Module):
     def _with_stochastic_depth(self, modulation: Modulation) -> Modulation:
         """Switch whole branches off for some samples by their gates (Huang et al., arXiv 1603.09382)."""
         assert self.config.drop_path is not None
-        rates = torch.linspace(0, self.config.drop_path, self.config.depth).tolist()
+        last = max(self.config.depth - 1, 1)
         gates = []
         for i, gate in enumerate(modulation.gates):
-            keep = 1 - rates[i // 3]
+            keep = 1 - self.config.drop_path * (i // 3) / last
             kept = torch.rand(gate.shape[0], 1, device=gate.device) < keep if keep < 1 else None
             gates.append(gate if kept is None else gate * kept / keep)
         return modulation._replace(gates=gates)

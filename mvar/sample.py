@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from mvar import digits
 from mvar.checkpoint import load_model, load_tokenizer
+from mvar.files import check_writable
 from mvar.generate import generate
 from mvar.model import MVAR
 from mvar.pictures import grid, save_npz, save_png, to_bytes
@@ -26,6 +27,9 @@ def sample(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if (options.weights is None) != (options.tokenizer is None):
         raise ValueError("--weights and --tokenizer: give both, or neither for the digits inside the package")
+    for path in (options.grid, options.npz, options.out and options.out / "000000.png"):
+        if path is not None:
+            check_writable(path)
     model, tokenizer = _load(options.weights, options.tokenizer, device_of(options))
     labels = torch.tensor(options.classes).repeat_interleave(options.count)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mvar import digits
 from mvar.checkpoint import load_tokenizer, save
 from mvar.config import ModelConfig
+from mvar.files import check_writable
 from mvar.initialise import initialise
 from mvar.model import MVAR
 from mvar.tokenizer import Tokenizer, TokenizerConfig
@@ -135,12 +136,17 @@ def train_digits(
     """
     if not 0 < shorten <= 1:
         raise ValueError(f"--shorten: expected a number above 0 and up to 1, got {shorten}")
+    if seed < 0:
+        raise ValueError(f"--seed: expected a whole number of at least 0, got {seed}")
+    for name in ("tokenizer.safetensors", "model.safetensors"):
+        check_writable(out / name)
     train, _ = digits.load()
     # oneDNN's float32 products, 2.2 times faster than MKL's on AMD Zen 5, with full float32 accuracy on CPUs.
     torch.set_float32_matmul_precision("medium")
 
     def shortened(recipe: Recipe) -> Recipe:
-        return replace(recipe, steps=max(round(recipe.steps * shorten), 1))
+        steps = max(round(recipe.steps * shorten), 1)
+        return replace(recipe, steps=steps, warmup=min(recipe.warmup, -(-steps // 5)))
 
     if tokenizer_file is None:
         tokenizer = train_tokenizer(DIGITS_TOKENIZER, train.images, shortened(DIGITS_TOKENIZER_RECIPE), seed)

@@ -1,5 +1,8 @@
 """Argument checks at the door of every op: which argument, what was expected, what came."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,10 +52,18 @@ def same_dtype(op: str, first: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name}: expected dtype {want} as {first}, got {got}")
 
 
-def scale_lengths(op: str, scales: tuple[int, ...], length: int) -> None:
+def positive(op: str, **numbers: float) -> None:
+    """Check that every argument is a finite number above 0."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{op}: {name}: expected a number above 0, got {value!r}")
+
+
+def scale_lengths(op: str, scales: Sequence[int], length: int) -> None:
     """Check tokens per scale: positive whole numbers that add up to `length`."""
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in scales) or not scales:
-        raise ValueError(f"{op}: scales: expected positive whole numbers, got {scales}")
+    whole = isinstance(scales, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in scales)
+    if not whole or not scales or min(scales) < 1:
+        raise ValueError(f"{op}: scales: expected positive whole numbers, got {scales!r}")
     if sum(scales) != length:
         raise ValueError(f"{op}: scales: expected to add up to L={length}, got {scales} with sum {sum(scales)}")
 
@@ -63,5 +74,5 @@ def directions(op: str, both: bool, scales: tuple[int, ...] | None, length: int)
         return (length,)
     if scales is None:
         raise ValueError(f"{op}: scales: expected tokens per scale, as A has two directions; got None")
-    scale_lengths(op, tuple(scales), length)
+    scale_lengths(op, scales, length)
     return tuple(scales)

@@ -128,6 +128,13 @@ def test_truncated_files(files: Path, tmp_path: Path, size: int) -> None:
         (lambda s: s["blocks.0.attn.patch_nums"].add_(1), "patch_nums: expected squares"),
         (lambda s: s.update({"word_embed.weight": torch.zeros(3)}), "word_embed.weight: expected 2 dimensions"),
         (lambda s: s.update({"head.bias": [1, 2]}), "expected a state dict of names and tensors"),
+        (lambda s: s.update({7: torch.zeros(1)}), "expected a state dict of names and tensors"),
+        (lambda s: s.update({"head.bias": torch.zeros(512).long()}), "head.bias: expected dense floating-point values"),
+        (lambda s: s.update({"head.bias": torch.zeros(512) + 1j}), "head.bias: expected dense floating-point values"),
+        (lambda s: s.update({"head.bias": torch.zeros(512).to_sparse()}), "head.bias: expected dense"),
+        (lambda s: s.update({"word_embed.weight": torch.zeros(0, 8)}), "no usable sizes for a MVAR"),
+        (lambda s: s["lvl_1L"].fill_(99), "lvl_1L: does not follow from the patch numbers"),
+        (lambda s: s["blocks.1.attn.patch_nums"].zero_(), "blocks.1.attn.patch_nums: does not follow"),
     ],
 )
 def test_weights_that_do_not_fit(files: Path, tmp_path: Path, change: object, message: str) -> None:
@@ -148,8 +155,25 @@ def test_a_tokenizer_is_no_model(files: Path) -> None:
         mvar.load_model("absent.pth")
 
 
+def test_random_corruption_is_a_checkpoint_error(files: Path, tmp_path: Path) -> None:
+    content, generator = (files / "tokenizer.pth").read_bytes(), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        spoilt = bytearray(content)
+        for place in torch.randint(0, 4000, (8,), generator=generator).tolist():
+            spoilt[place] ^= 0xFF
+        (tmp_path / "spoilt.pth").write_bytes(spoilt)
+        with pytest.raises(mvar.CheckpointError, match="spoilt.pth: "):
+            mvar.load_tokenizer(tmp_path / "spoilt.pth", patch_nums=upstream.PATCH_NUMS)
+
+
 def test_stored_configuration_that_makes_no_sense(tmp_path: Path) -> None:
-    for stored, message in (("{", "no JSON"), ('{"depth": 0, "patch_nums": [1]}', "depth"), ('{"deep": 1}', "deep")):
+    for stored, message in (
+        ("{", "no JSON"),
+        ("[1]", "no table"),
+        ('{"depth": 1, "patch_nums": [1], "num_codes": 1e30}', "num"),
+        ('{"depth": 0, "patch_nums": [1]}', "depth"),
+        ('{"deep": 1}', "deep"),
+    ):
         save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={CONFIG_KEY: stored})
         with pytest.raises(mvar.CheckpointError, match=message):
             mvar.load_model(tmp_path / "odd.safetensors")

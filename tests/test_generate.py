@@ -201,9 +201,14 @@ def test_half_precision_copy_follows_the_weights(dtype: torch.dtype) -> None:
         ({"labels": [-1]}, ValueError, "labels"),
         ({"labels": []}, ValueError, "labels: expected at least one"),
         ({"labels": [1.5]}, ValueError, "labels"),
-        ({"cfg": -0.5}, ValueError, "cfg: expected a number of at least 0, got -0.5"),
+        ({"cfg": -0.5}, ValueError, r"cfg: expected a number from 0 to 1e\+06, got -0.5"),
         ({"cfg": math.nan}, ValueError, "cfg"),
         ({"cfg": math.inf}, ValueError, "cfg"),
+        ({"cfg": 1e300}, ValueError, "cfg"),
+        ({"labels": "ab"}, ValueError, "labels"),
+        ({"labels": None}, ValueError, "labels"),
+        ({"labels": [2**70]}, ValueError, "labels"),
+        ({"first_index": 2**32}, ValueError, "first_index"),
         ({"top_k": -1}, ValueError, "top_k"),
         ({"top_k": 1.5}, ValueError, "top_k"),
         ({"top_p": 0.0}, ValueError, "top_p"),
@@ -236,12 +241,53 @@ def test_model_and_tokenizer_that_do_not_fit(name: str, config: mvar.TokenizerCo
         mvar.generate(small()[0], Tokenizer(config), [1])
 
 
-def test_nan_weights_are_not_drawn_from() -> None:
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (0, "blocks.1.ffn.fc2.weight"),
+        (0, "blocks.0.mamba.A_log"),
+        (0, "head.weight"),
+        (0, "head.bias"),
+        (1, "quantize.embedding.weight"),
+        (1, "decoder.conv_out.bias"),
+    ],
+)
+def test_nan_weights_are_not_drawn_from(owner: int, name: str) -> None:
+    pair = small()
+    with torch.no_grad():
+        pair[owner].get_parameter(name).view(-1)[0] = torch.nan
+    # A single code of the codebook may not be met: all of its entries are spoilt.
+    if name == "quantize.embedding.weight":
+        pair[owner].get_parameter(name).data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        mvar.generate(*pair, [1], dtype=torch.float32)
+
+
+def test_overflow_in_float16_is_not_drawn_from() -> None:
     model, tokenizer = small()
     with torch.no_grad():
-        model.blocks[1].ffn.fc2.weight[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match="not finite"):
-        mvar.generate(model, tokenizer, [1], dtype=torch.float32)
+        model.head.weight.mul_(1e5)
+    mvar.generate(model, tokenizer, [1], dtype=torch.float32)
+    with pytest.raises(FloatingPointError, match="float16 are not finite"):
+        mvar.generate(model, tokenizer, [1], dtype=torch.float16)
+
+
+def test_the_model_trains_compiled_and_under_autocast() -> None:
+    """One graph with label and branch dropping on; under autocast gradients stay near float32's."""
+    model, _ = small(drop_path=0.3)
+    inputs = torch.randn(3, 38, 32, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
+    compiled(LABELS, inputs).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+    model.eval()
+    grads = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(LABELS, inputs).square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (grads[0] - grads[1]).norm() < 16 * torch.finfo(torch.bfloat16).eps * grads[0].norm()
 
 
 def test_training_mode_drops_labels_and_branches() -> None:
