@@ -76,8 +76,7 @@ def _check(op: str, eps: float, backend: str, **tensors: Tensor) -> None:
         dims = "B L C" if name in ("x", "branch") else "B C"
         checks.tensor(op, name, value, dims, sizes, like=tensors["x"])
     checks.same_dtype(op, "x", **tensors)
-    if not eps > 0:
-        raise ValueError(f"{op}: eps: expected a number above 0, got {eps}")
+    checks.positive(op, eps=eps)
     check_name(backend)
 
 

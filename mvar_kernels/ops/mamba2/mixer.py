@@ -18,7 +18,7 @@ from torch import Tensor
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
 
-_OP = Op("mamba2_mixer", __package__, {"reference": "reference"})
+_OP = Op("mamba2_mixer", __package__, {"cpu": "native", "reference": "reference"})
 
 
 class Mamba2State(NamedTuple):
@@ -82,13 +82,15 @@ def mamba2_mixer(
     checks.tensor(op, "A_log", A_log, heads, sizes, like=zxbcdt)
     checks.tensor(op, "dt_bias", dt_bias, heads, sizes, like=zxbcdt)
     E, H, xbc = sizes["E"], sizes["H"], sizes["E+2N"]
-    if E % H or xbc <= E or (xbc - E) % 2:
+    if H < 1 or sizes["taps"] < 1 or E % H or xbc <= E or (xbc - E) % 2:
         raise ValueError(f"{op}: conv_weight: expected E+2N channels with E={E} a multiple of H={H}, got {xbc}")
     width = E + xbc + dt_bias.numel()
     if sizes["width"] != width or sizes["L"] < 1:
         raise ValueError(
             f"{op}: zxbcdt: expected (B, L≥1, 2E+2N+{'2' if both else ''}H={width}), got {tuple(zxbcdt.shape)}"
         )
+    if state is not None and not isinstance(state, Mamba2State):
+        raise TypeError(f"{op}: state: expected a Mamba2State, got {type(state).__name__}")
     acc = checks.accumulator(zxbcdt.dtype)
     sizes |= {"taps-1": sizes["taps"] - 1, "P": E // H, "N": (xbc - E) // 2}
     if state is None:
@@ -98,6 +100,7 @@ def mamba2_mixer(
         )
     checks.tensor(op, "state.conv", state.conv, "B taps-1 E+2N", sizes, like=zxbcdt, dtypes=(zxbcdt.dtype,))
     checks.tensor(op, "state.ssm", state.ssm, "B H P N", sizes, like=zxbcdt, dtypes=(acc,))
+    checks.positive(op, eps=eps)
     scales = checks.directions(op, both, scales, sizes["L"])
     check_name(backend)
     params = [conv_weight, conv_bias, dt_bias, A_log, D, norm_weight]

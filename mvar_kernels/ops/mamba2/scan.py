@@ -22,7 +22,7 @@ from torch import Tensor
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
 
-_OP = Op("ssd_scan", __package__, {"reference": "reference"})
+_OP = Op("ssd_scan", __package__, {"cpu": "native", "reference": "reference"})
 
 
 def ssd_scan(

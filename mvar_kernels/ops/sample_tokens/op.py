@@ -12,18 +12,17 @@ of 2⁻³⁰ of the largest, so that the cut is the same on every backend; noise
     soft     = softmax((logits·sharpness + noise) / temperature) · codebook  VAR's `more_smooth`
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
 
-_SAMPLE = Op("sample_tokens", __package__, {"reference": "reference"})
-_SOFT = Op("soft_embedding", __package__, {"reference": "reference"})
+_SAMPLE = Op("sample_tokens", __package__, {"cpu": "native", "reference": "reference"})
+_SOFT = Op("soft_embedding", __package__, {"cpu": "native", "reference": "reference"})
 MAX_SEED = 2**63 - 1
 MAX_WORD = 2**32 - 1
+MAX_GUIDANCE = 1e6  # far beyond use, and far from overflow
 
 
 def sample_tokens(
@@ -61,7 +60,7 @@ def sample_tokens(
     op = "sample_tokens"
     image_index = _check(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
     tokens: Tensor = torch.ops.mvar.sample_tokens(
-        cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index, backend
+        cond, uncond, image_index, guidance, min(top_k, cond.shape[-1]), top_p, seed, scale_index, backend
     )
     return tokens
 
@@ -98,9 +97,8 @@ def soft_embedding(
     op = "soft_embedding"
     image_index = _check(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
     checks.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
-    for name, value in (("sharpness", sharpness), ("temperature", temperature)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{op}: {name}: expected a number above 0, got {value}")
+    checks.positive(op, sharpness=sharpness, temperature=temperature)
+    top_k = min(top_k, cond.shape[-1])
     mean: Tensor = torch.ops.mvar.soft_embedding(
         cond, uncond, codebook, image_index, guidance, top_k, top_p, sharpness, temperature, seed, scale_index, backend
     )
@@ -128,12 +126,16 @@ def _check(
     if image_index is None:
         image_index = torch.arange(cond.shape[0], device=cond.device)
     checks.tensor(op, "image_index", image_index, "B", sizes, like=cond, dtypes=(torch.int64,))
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"{op}: guidance: expected a number of at least 0, got {guidance}")
+    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance <= MAX_GUIDANCE:
+        raise ValueError(f"{op}: guidance: expected a number from 0 to {MAX_GUIDANCE:g}, got {guidance!r}")
+    if guidance and uncond is None:
+        raise ValueError(f"{op}: uncond: expected logits to guide away from, as guidance is {guidance}; got None")
+    if sizes["V"] < 1:
+        raise ValueError(f"{op}: cond: expected at least one code, got shape {tuple(cond.shape)}")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"{op}: top_k: expected a whole number of at least 0 (0 keeps all), got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"{op}: top_p: expected a number above 0 and up to 1 (all), got {top_p}")
+    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise ValueError(f"{op}: top_p: expected a number above 0 and up to 1 (all), got {top_p!r}")
     for name, value, most in (("seed", seed, MAX_SEED), ("scale_index", scale_index, MAX_WORD)):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
             raise ValueError(f"{op}: {name}: expected a whole number from 0 to {most}, got {value}")

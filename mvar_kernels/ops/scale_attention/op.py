@@ -20,7 +20,7 @@ from torch import Tensor
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
 
-_OP = Op("scale_attention", __package__, {"reference": "reference"})
+_OP = Op("scale_attention", __package__, {"cpu": "native", "reference": "reference"})
 PATTERNS = ("diagonal", "causal")
 
 
@@ -54,7 +54,6 @@ def scale_attention(
         BackendError: the named backend cannot run on these inputs.
     """
     op = "scale_attention"
-    scales = tuple(scales)
     sizes: dict[str, int] = {}
     checks.tensor(op, "q", q, "B Lq H D", sizes)
     checks.tensor(op, "k", k, "B L H D", sizes, like=q)
@@ -63,13 +62,17 @@ def scale_attention(
     if log_temperature is not None:
         checks.tensor(op, "log_temperature", log_temperature, "H", sizes, like=q)
     checks.scale_lengths(op, scales, k.shape[1])
+    scales = tuple(scales)
     if q.shape[1] not in {sum(scales[i:]) for i in range(len(scales))}:
         raise ValueError(f"{op}: q: expected L or the length of the last few of scales {scales}, got Lq={q.shape[1]}")
     if pattern not in PATTERNS:
         raise ValueError(f"{op}: pattern: expected one of {', '.join(PATTERNS)}; got {pattern!r}")
     check_name(backend)
+    if q.shape[-1] < 1:
+        raise ValueError(f"{op}: q: expected head dimension D of at least 1, got shape {tuple(q.shape)}")
     if scale is None:
         scale = 1.0 if log_temperature is not None else 0.25 * q.shape[-1] ** -0.5
+    checks.positive(op, scale=scale)
     out: Tensor = torch.ops.mvar.scale_attention(q, k, v, log_temperature, scales, pattern == "causal", scale, backend)[
         0
     ]

@@ -1,0 +1,140 @@
+// Where things lie in the workspace.
+#pragma once
+
+#include "chunk.h"
+#include "team.h"
+#include "common/transpose.h"
+
+namespace mvar {
+namespace MVAR_INSTRUCTION_SET {
+namespace {
+
+using mamba2::States;
+
+// Lines are padded to whole vectors and chunks to kChunk lines, so that no loop over them has a tail.
+struct Geometry {
+  int64_t width;      // of a line of x or y of one head: P, padded
+  int64_t N_padded;   // of a line of B or C
+  int64_t state;      // floats of one head's state, (N, P) transposed
+  int64_t shared;     // floats of what the heads share of a chunk
+  int64_t transposed; // floats of the transposes of B or of C of a chunk, for the backward
+  int64_t slots;      // lines of a segment
+  int64_t samples;    // computed together: enough to keep all threads busy, and no more scratch than that
+
+  Geometry(const Sizes& n, const Plan& plan, bool backward) {
+    width = round_up(n.P, kWidth);
+    N_padded = round_up(n.N, kWidth);
+    state = n.N * width;
+    transposed = backward ? n.directions * n.N * kChunk : 0;
+    shared = 2 * kChunk * N_padded + n.directions * (kChunk * kChunk + n.H * kChunk) + 2 * transposed;
+    slots = plan.longest_segment * kChunk;
+    const int64_t tasks = 4 * max_threads() > 64 ? 4 * max_threads() : 64;
+    const int64_t wanted = (tasks + n.H - 1) / n.H;
+    samples = wanted < n.B ? wanted : n.B;
+  }
+};
+
+// Of one chunk of one sample, what all heads read: B and C as lines per token, their products, and Δ as a
+// line per head; for the backward, B and C transposed, too. The second direction sees all but the lines of B
+// and C with the chunk's tokens reversed.
+struct Shared {
+  float *B, *C, *scores, *delta, *B_transposed, *C_transposed;
+
+  Shared(float* data, const Sizes& n, const Geometry& g) {
+    B = data;
+    C = B + kChunk * g.N_padded;
+    scores = C + kChunk * g.N_padded;
+    delta = scores + n.directions * kChunk * kChunk;
+    B_transposed = delta + n.directions * n.H * kChunk;
+    C_transposed = B_transposed + g.transposed;
+  }
+};
+
+// Takes pieces of the workspace, each a multiple of 64 bytes. With a null start it only counts.
+struct Pieces {
+  float* start;
+  int64_t taken = 0;
+  float* take(int64_t floats) {
+    float* piece = start + taken;
+    taken += round_up(floats, 16);
+    return piece;
+  }
+};
+
+MVAR_INLINE View view_of(const Shared& shared, const Chunk& chunk, int64_t direction, int64_t h, const float* A,
+                         const Sizes& n, const Geometry& g, const float* x, float* y) {
+  const int64_t back = direction ? chunk.q - 1 : 0;
+  const int64_t sign = direction ? -1 : 1;
+  const int64_t head = direction * n.H + h;
+  return {chunk.q,
+          x + back * g.width,
+          y + back * g.width,
+          sign * g.width,
+          shared.B + back * g.N_padded,
+          shared.C + back * g.N_padded,
+          sign * g.N_padded,
+          shared.scores + direction * kChunk * kChunk,
+          shared.delta + head * kChunk,
+          A[head],
+          direction == 0};
+}
+
+// scores[t][s] = C_t · B_s, from lines already there; for the second direction both indices are reversed.
+// `transposed`: N·kChunk floats of scratch.
+void find_scores(const Shared& shared, const Chunk& chunk, const Sizes& n, const Geometry& g, float* transposed) {
+  transpose(shared.B, g.N_padded, kChunk, n.N, transposed, kChunk);
+  for_each_tile(chunk.q, kChunk, [&](int64_t t, auto rows, int64_t s, auto cols) MVAR_INLINE_LAMBDA {
+    constexpr int R = decltype(rows)::value, K = decltype(cols)::value;
+    Tile<R, K> tile{};
+    multiply_add(tile, shared.C + t * g.N_padded, g.N_padded, 1, transposed + s, kChunk, n.N);
+    for (int r = 0; r < R; ++r) {
+      for (int k = 0; k < K; ++k) {
+        store(shared.scores + (t + r) * kChunk + s + k * kWidth, tile.sum[r][k], All{});
+      }
+    }
+  });
+  if (n.directions == 1) return;
+  float* reversed = shared.scores + kChunk * kChunk;
+  const int64_t last = chunk.q - 1;
+  for (int64_t t = 0; t <= last; ++t) {
+    for (int64_t s = 0; s <= last; ++s) {
+      reversed[t * kChunk + s] = shared.scores[(last - t) * kChunk + last - s];
+    }
+  }
+}
+
+void transpose_shared(const Shared& shared, const Chunk& chunk, const Sizes& n, const Geometry& g) {
+  for (int64_t d = 0; d < n.directions; ++d) {
+    const int64_t back = d ? (chunk.q - 1) * g.N_padded : 0, step = d ? -g.N_padded : g.N_padded;
+    const int64_t to = d * n.N * kChunk;
+    transpose(shared.B + back, step, chunk.q, n.N, shared.B_transposed + to, kChunk);
+    transpose(shared.C + back, step, chunk.q, n.N, shared.C_transposed + to, kChunk);
+  }
+}
+
+// Δ of token i of the chunk, of a vector of heads from h on.
+MVAR_INLINE void store_delta(const Shared& shared, const Chunk& chunk, int64_t direction, int64_t h, int64_t i,
+                             Vec delta, const Sizes& n) {
+  const int64_t slot = direction ? chunk.q - 1 - i : i;
+  for (int64_t j = 0; j < kWidth && h + j < n.H; ++j) {
+    shared.delta[(direction * n.H + h + j) * kChunk + slot] = delta[j];
+  }
+}
+
+MVAR_INLINE const float* state_of(const States& s, int64_t b, int64_t h) {
+  return s.data + b * s.batch_stride + h * s.head_stride;
+}
+
+// States lie as (P, N) outside and as (N, P) here.
+void load_state(const States& from, int64_t b, int64_t h, const Sizes& n, const Geometry& g, float* state) {
+  if (g.width > n.P) __builtin_memset(state, 0, g.state * sizeof(float));
+  transpose(state_of(from, b, h), from.row_stride, n.P, n.N, state, g.width);
+}
+
+void store_state(const States& to, int64_t b, int64_t h, const Sizes& n, const Geometry& g, const float* state) {
+  transpose(state, g.width, n.N, n.P, (float*)state_of(to, b, h), to.row_stride);
+}
+
+}  // namespace
+}  // namespace MVAR_INSTRUCTION_SET
+}  // namespace mvar

@@ -1,0 +1,115 @@
+// Mamba-2 on CPU: what bindings.cpp calls. The mathematics is in mvar_kernels/ops/mamba2/{scan,mixer}.py.
+//
+// Results do not depend on the number of threads.
+#pragma once
+
+#include "common/instruction_set.h"
+#include "common/views.h"
+
+namespace mvar {
+namespace mamba2 {
+
+struct Sizes {
+  int64_t B, L, H, P, N;
+  int64_t directions;  // 2: bidirectional
+  int64_t taps;        // of the convolution
+  float eps;           // of the RMSNorm
+};
+
+// A run of tokens of one scale that is computed by matrix products: q ≤ kChunk of them.
+struct Chunk {
+  int64_t first, q;
+  bool starts_scale, ends_scale;
+};
+
+constexpr int64_t kChunk = 16;
+
+// The sequence as chunks, and the chunks in segments: segment i is chunks segments[i] … segments[i+1]−1.
+struct Plan {
+  const Chunk* chunks;
+  const int64_t* segments;
+  int64_t segment_count;
+  int64_t longest_segment;  // in chunks
+  int64_t chunk_count() const { return segments[segment_count]; }
+};
+
+// (B, L, H, P), last dimension contiguous
+struct HeadTokens {
+  void* data;
+  int64_t batch_stride, row_stride, head_stride;
+};
+
+// Δ or what becomes it: (B, L, H), or (B, L, 2, H)
+struct StepTokens {
+  void* data;
+  int64_t batch_stride, row_stride, direction_stride;
+};
+
+// (B, H, P, N) float32
+struct States {
+  float* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+// Parameters are contiguous float32; A and dt_bias are (directions, H), A < 0.
+struct ScanForward {
+  HeadTokens x;
+  StepTokens dt;
+  const float* A;
+  Tokens B, C;
+  const float* D;
+  States initial;
+  HeadTokens y;
+  States last;
+};
+
+struct MixerForward {
+  Tokens z, xbc;      // of zxbcdt; xbc is (B, L, E+2N)
+  StepTokens dt;      // of zxbcdt
+  Tokens conv_state;  // (B, taps−1, E+2N)
+  States initial;
+  const float *conv_weight, *conv_bias, *dt_bias, *A, *D, *norm_weight;
+  Tokens y, last_conv;
+  States last;
+};
+
+// Gradients are float32 and contiguous.
+struct ScanBackward {
+  ScanForward forward;  // but for y and last
+  HeadTokens grad_y;
+  States grad_last;
+  HeadTokens dx;
+  StepTokens ddt;
+  Tokens dB, dC;
+  float *dA, *dD;
+  States dinitial;
+};
+
+struct MixerBackward {
+  MixerForward forward;  // but for y, last_conv and last
+  Tokens grad_y, grad_last_conv;
+  States grad_last;
+  Tokens dz, dxbc;  // of dzxbcdt
+  StepTokens ddt;   // of dzxbcdt
+  Tokens dconv_state;
+  States dinitial;
+  float *dconv_weight, *dconv_bias, *ddt_bias, *dA_log, *dD, *dnorm_weight;
+};
+
+struct Kernels {
+  // workspace: as many floats as forward_workspace says, aligned to 64 bytes
+  void (*scan_f32)(const ScanForward&, const Sizes&, const Plan&, float* workspace);
+  void (*scan_bf16)(const ScanForward&, const Sizes&, const Plan&, float* workspace);
+  void (*mixer_f32)(const MixerForward&, const Sizes&, const Plan&, float* workspace);
+  void (*mixer_bf16)(const MixerForward&, const Sizes&, const Plan&, float* workspace);
+  int64_t (*forward_workspace)(const Sizes&, const Plan&);
+  void (*scan_backward)(const ScanBackward&, const Sizes&, const Plan&, float* workspace);
+  void (*mixer_backward)(const MixerBackward&, const Sizes&, const Plan&, float* workspace);
+  int64_t (*backward_workspace)(const Sizes&, const Plan&);
+};
+
+}  // namespace mamba2
+
+MVAR_DECLARE_TABLE(mamba2::Kernels, mamba2_kernels)
+
+}  // namespace mvar

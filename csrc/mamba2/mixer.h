@@ -1,0 +1,116 @@
+// mamba2_mixer: the scan with convolution and SiLU before it, gate and RMSNorm after it. A head computes its
+// own x in scratch and hands on gated rows with their squares summed; when all heads of a segment are done,
+// its rows are normalised.
+#pragma once
+
+#include "convolution.h"
+#include "forward.h"
+
+namespace mvar {
+namespace MVAR_INSTRUCTION_SET {
+namespace {
+
+using mamba2::MixerForward;
+
+template <typename T>
+struct MixerForm {
+  static constexpr bool kFinishesTokens = true;
+  // float32 is gated in the output itself; bfloat16 would be rounded once too often.
+  static constexpr bool kInPlace = sizeof(T) == sizeof(float);
+  const MixerForward& a;
+  const Sizes& n;
+
+  int64_t E() const { return n.H * n.P; }
+
+  void fill_shared(int64_t b, const Chunk& chunk, const Shared& shared, const Scratch& s, const Geometry& g) const {
+    float* lines[] = {shared.B, shared.C};
+    for (int64_t i = 0; i < 2; ++i) {
+      const Channels channels{E() + i * n.N, n.N, g.N_padded};
+      gather_rows<T>(a.xbc, a.conv_state, b, chunk.first, chunk.q, n.taps, channels, s.rows);
+      gather_weights(a.conv_weight, a.conv_bias, n.taps, channels, s.weights);
+      convolve(s.rows, s.weights, chunk.q, n.taps, g.N_padded, lines[i]);
+    }
+    for (int64_t i = 0; i < chunk.q; ++i) {
+      for (int64_t d = 0; d < n.directions; ++d) fill_delta(b, chunk, i, d, shared);
+    }
+  }
+
+  void fill_delta(int64_t b, const Chunk& chunk, int64_t i, int64_t d, const Shared& shared) const {
+    const T* dt = (const T*)a.dt.data + b * a.dt.batch_stride + (chunk.first + i) * a.dt.row_stride +
+                  d * a.dt.direction_stride;
+    for_each_vector(n.H, [&](int64_t h, auto lanes, int) MVAR_INLINE_LAMBDA {
+      const Vec delta = softplus(load(dt + h, lanes) + load(a.dt_bias + d * n.H + h, lanes));
+      store_delta(shared, chunk, d, h, i, delta, n);
+    });
+  }
+
+  void fill_x(int64_t b, int64_t h, const Segment& segment, const Scratch& s, const Geometry& g) const {
+    const Channels channels{h * n.P, n.P, g.width};
+    gather_rows<T>(a.xbc, a.conv_state, b, segment.first, segment.tokens, n.taps, channels, s.rows);
+    gather_weights(a.conv_weight, a.conv_bias, n.taps, channels, s.weights);
+    for (int64_t c = 0; c < segment.count; ++c) {
+      const float* rows = s.rows + (segment.chunks[c].first - segment.first) * g.width;
+      convolve(rows, s.weights, segment.chunks[c].q, n.taps, g.width, s.x + c * kChunk * g.width);
+    }
+  }
+
+  MVAR_INLINE float* gated_row(int64_t b, int64_t l, float* scratch_row) const {
+    return kInPlace ? row<float>(a.y, b, l) : scratch_row;
+  }
+
+  void finish_head(int64_t b, int64_t h, const Segment& segment, const Scratch& s, const Geometry& g, float* gated,
+                   float* squares) const {
+    const Vec D = splat(a.D[h]);
+    for (int64_t c = 0; c < segment.count; ++c) {
+      for (int64_t i = 0; i < segment.chunks[c].q; ++i) {
+        const int64_t l = segment.chunks[c].first + i;
+        const float* x = s.x + (c * kChunk + i) * g.width;
+        const float* y = s.y + (c * kChunk + i) * g.width;
+        const T* z = row<T>(a.z, b, l) + h * n.P;
+        float* to = gated_row(b, l, gated + (l - segment.first) * E()) + h * n.P;
+        Sum total;
+        for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
+          const Vec with_skip = fma(D, load(x + p, lanes), load(y + p, lanes));
+          const Vec value = with_skip * silu(load(z + p, lanes));
+          store(to + p, value, lanes);
+          total.slot[slot] = fma(value, value, total.slot[slot]);
+        });
+        squares[(l - segment.first) * n.H + h] = total.total();
+      }
+    }
+  }
+
+  void finish_token(int64_t b, int64_t l, float* gated, const float* squares) const {
+    double total = 0;
+    for (int64_t h = 0; h < n.H; ++h) total += squares[h];
+    const Vec factor = splat((float)(1 / __builtin_sqrt(total / (double)E() + n.eps)));
+    const float* from = gated_row(b, l, gated);
+    T* to = row<T>(a.y, b, l);
+    for_each_vector(E(), [&](int64_t e, auto lanes, int) MVAR_INLINE_LAMBDA {
+      store(to + e, load(from + e, lanes) * factor * load(a.norm_weight + e, lanes), lanes);
+    });
+  }
+};
+
+// The last taps−1 rows of [state, xbc].
+template <typename T>
+void keep_last_rows(const MixerForward& a, const Sizes& n) {
+  const int64_t channels = n.H * n.P + 2 * n.N;
+  for (int64_t b = 0; b < n.B; ++b) {
+    for (int64_t i = 0; i < n.taps - 1; ++i) {
+      const int64_t l = n.L - (n.taps - 1) + i;
+      const T* from = l < 0 ? row<T>(a.conv_state, b, l + n.taps - 1) : row<T>(a.xbc, b, l);
+      __builtin_memcpy(row<T>(a.last_conv, b, i), from, channels * sizeof(T));
+    }
+  }
+}
+
+template <typename T>
+void mixer(const MixerForward& a, const Sizes& n, const Plan& plan, float* workspace) {
+  run_forward(MixerForm<T>{a, n}, n, plan, workspace);
+  keep_last_rows<T>(a, n);
+}
+
+}  // namespace
+}  // namespace MVAR_INSTRUCTION_SET
+}  // namespace mvar

@@ -1,0 +1,211 @@
+// The backward of mamba2_mixer. Two places of the output hold something else for a while: that of dz, y of
+// the scan, until all heads of a token have it; that of dxbc, the gradient of the convolution, which the last
+// loop turns into that of its input.
+#pragma once
+
+#include "backward.h"
+#include "convolution_backward.h"
+#include "mixer.h"
+
+namespace mvar {
+namespace MVAR_INSTRUCTION_SET {
+namespace {
+
+using mamba2::MixerBackward;
+using mamba2::StepTokens;
+
+struct MixerBackwardForm {
+  static constexpr bool kNeedsOutputs = true;
+  const MixerBackward& a;
+  const Sizes& n;
+  const BackwardSpace& space;
+
+  int64_t E() const { return n.H * n.P; }
+  const States& initial() const { return a.forward.initial; }
+  const States& grad_last() const { return a.grad_last; }
+  const States& dinitial() const { return a.dinitial; }
+  const float* A() const { return a.forward.A; }
+
+  void fill_shared(int64_t b, const Chunk& chunk, const Shared& shared, const BackwardScratch& s,
+                   const Geometry& g) const {
+    MixerForm<float>{a.forward, n}.fill_shared(b, chunk, shared, s.forward, g);
+  }
+
+  void fill_x(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g) const {
+    MixerForm<float>{a.forward, n}.fill_x(b, h, segment, s.forward, g);
+    for (int64_t c = 0; c < segment.count; ++c) {
+      const int64_t first = (segment.chunks[c].first - segment.first) * g.width;
+      convolution_slopes(s.forward.rows + first, s.forward.weights, segment.chunks[c].q, n.taps, g.width,
+                         s.slopes + c * kChunk * g.width);
+    }
+  }
+
+  // y into dz's place, and its part of the two sums that the RMSNorm's backward needs of each token.
+  void keep_outputs(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g,
+                    int64_t sample) const {
+    const Vec D = splat(a.forward.D[h]);
+    for_each_line(segment, g, [&](int64_t l, int64_t at) MVAR_INLINE_LAMBDA {
+      const float* z = row<float>(a.forward.z, b, l) + h * n.P;
+      const float* grad = row<float>(a.grad_y, b, l) + h * n.P;
+      const float* weight = a.forward.norm_weight + h * n.P;
+      float* y = row<float>(a.dz, b, l) + h * n.P;
+      Sum squares, products;
+      for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
+        const Vec value = fma(D, load(s.forward.x + at + p, lanes), load(s.forward.y + at + p, lanes));
+        const Vec gated = value * silu(load(z + p, lanes));
+        store(y + p, value, lanes);
+        squares.slot[slot] = fma(gated, gated, squares.slot[slot]);
+        const Vec weighted = load(grad + p, lanes) * load(weight + p, lanes);
+        products.slot[slot] = fma(gated, weighted, products.slot[slot]);
+      });
+      space.squares[(sample * n.L + l) * n.H + h] = squares.total();
+      space.products[(sample * n.L + l) * n.H + h] = products.total();
+    });
+  }
+
+  // With r = 1/√(mean(gated²)+eps): r, and r³ · mean(gated · w · grad).
+  void find_factors(int64_t token) const {
+    double squares = 0, products = 0;
+    for (int64_t h = 0; h < n.H; ++h) {
+      squares += space.squares[token * n.H + h];
+      products += space.products[token * n.H + h];
+    }
+    const double r = 1 / __builtin_sqrt(squares / (double)E() + n.eps);
+    space.factors[2 * token] = (float)r;
+    space.factors[2 * token + 1] = (float)(r * r * r * (products / (double)E()));
+  }
+
+  // Through norm and gate: dz, dy, the skip's part of dx, and the gradients of norm_weight and D.
+  void fill_dy(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g,
+               int64_t sample) const {
+    const Vec D = splat(a.forward.D[h]);
+    const float* weight = a.forward.norm_weight + h * n.P;
+    // Of this segment alone first: a sum of sums loses less than one long sum.
+    float* dweight = s.forward.rows;
+    __builtin_memset(dweight, 0, g.width * sizeof(float));
+    Sum dD;
+    for_each_line(segment, g, [&](int64_t l, int64_t at) MVAR_INLINE_LAMBDA {
+      const Vec r = splat(space.factors[2 * (sample * n.L + l)]);
+      const Vec m = splat(space.factors[2 * (sample * n.L + l) + 1]);
+      const float* z = row<float>(a.forward.z, b, l) + h * n.P;
+      const float* grad = row<float>(a.grad_y, b, l) + h * n.P;
+      float* dz = row<float>(a.dz, b, l) + h * n.P;
+      for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
+        const Vec y = load(dz + p, lanes), gate = load(z + p, lanes), given = load(grad + p, lanes);
+        const Vec open = sigmoid(gate), factor = gate * open;
+        const Vec gated = y * factor;
+        const Vec dgated = fma(-gated, m, r * (given * load(weight + p, lanes)));
+        const Vec dy = dgated * factor;
+        store(dz + p, dgated * y * silu_slope(gate, open), lanes);
+        store(s.forward.y + at + p, dy, All{});
+        store(s.dx + at + p, D * dy, All{});
+        store(dweight + p, fma(given, gated * r, load(dweight + p, All{})), All{});
+        dD.slot[slot] = fma(dy, load(s.forward.x + at + p, lanes), dD.slot[slot]);
+      });
+    });
+    space.sums.dD[b * n.H + h] += dD.total();
+    float* total = space.sums.dnorm_weight + b * E() + h * n.P;
+    for (int64_t p = 0; p < n.P; ++p) total[p] += dweight[p];
+  }
+
+  // Through softplus: its slope is the sigmoid.
+  void take_delta(int64_t b, int64_t h, int64_t direction, const Chunk& chunk, const float* ddelta) const {
+    const StepTokens& dt = a.forward.dt;
+    const int64_t head = direction * n.H + h;
+    const auto token = [&](int64_t i) { return chunk.first + (direction ? chunk.q - 1 - i : i); };
+    float steps[kChunk] = {};
+    for (int64_t i = 0; i < chunk.q; ++i) {
+      steps[i] = ((const float*)dt.data)[b * dt.batch_stride + token(i) * dt.row_stride + head] +
+                 a.forward.dt_bias[head];
+    }
+    for (int v = 0; v < kChunkVecs; ++v) {
+      float* at = steps + v * kWidth;
+      store(at, sigmoid(load(at, All{})) * load(ddelta + v * kWidth, All{}), All{});
+    }
+    double total = 0;
+    for (int64_t i = 0; i < chunk.q; ++i) {
+      ((float*)a.ddt.data)[b * a.ddt.batch_stride + token(i) * a.ddt.row_stride + head] = steps[i];
+      total += steps[i];
+    }
+    space.sums.ddt_bias[b * n.directions * n.H + head] += total;
+  }
+
+  void finish_head(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g) const {
+    for_each_line(segment, g, [&](int64_t l, int64_t at) MVAR_INLINE_LAMBDA {
+      float* to = row<float>(a.dxbc, b, l) + h * n.P;
+      for_each_vector(n.P, [&](int64_t p, auto lanes, int) MVAR_INLINE_LAMBDA {
+        store(to + p, load(s.dx + at + p, lanes) * load(s.slopes + at + p, lanes), lanes);
+      });
+    });
+  }
+
+  void finish_shared(int64_t b, const Chunk& chunk, const BackwardScratch& s, const Geometry& g) const {
+    const float* lines[] = {s.dB, s.dC};
+    for (int64_t i = 0; i < 2; ++i) {
+      const Channels channels{E() + i * n.N, n.N, g.N_padded};
+      gather_rows<float>(a.forward.xbc, a.forward.conv_state, b, chunk.first, chunk.q, n.taps, channels,
+                         s.forward.rows);
+      gather_weights(a.forward.conv_weight, a.forward.conv_bias, n.taps, channels, s.forward.weights);
+      convolution_slopes(s.forward.rows, s.forward.weights, chunk.q, n.taps, g.N_padded, s.lines);
+      for (int64_t t = 0; t < chunk.q; ++t) {
+        float* to = row<float>(a.dxbc, b, chunk.first + t) + channels.first;
+        const int64_t at = t * g.N_padded;
+        for_each_vector(n.N, [&](int64_t j, auto lanes, int) MVAR_INLINE_LAMBDA {
+          store(to + j, load(lines[i] + at + j, lanes) * load(s.lines + at + j, lanes), lanes);
+        });
+      }
+    }
+  }
+
+  void finish(const BackwardScratch& s) const {
+    const int64_t channels = E() + 2 * n.N, blocks = (channels + kConvBlock - 1) / kConvBlock;
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < n.B * blocks; ++i) {
+      const int64_t first = i % blocks * kConvBlock;
+      const int64_t count = channels - first < kConvBlock ? channels - first : kConvBlock;
+      float* dconv = space.sums.dconv + i / blocks * channels * (n.taps + 1);
+      derive_convolution(a, n, i / blocks, first, count, s.forward.weights, dconv);
+    }
+#pragma omp for schedule(static) nowait
+    for (int64_t c = 0; c < channels; ++c) sum_channel(c, channels);
+  }
+
+  void sum_channel(int64_t c, int64_t channels) const {
+    for (int64_t k = 0; k <= n.taps; ++k) {
+      float total = 0;
+      for (int64_t b = 0; b < n.B; ++b) total += space.sums.dconv[(b * (n.taps + 1) + k) * channels + c];
+      (k < n.taps ? a.dconv_weight[c * n.taps + k] : a.dconv_bias[c]) = total;
+    }
+    if (c < E()) {
+      float total = 0;
+      for (int64_t b = 0; b < n.B; ++b) total += space.sums.dnorm_weight[b * E() + c];
+      a.dnorm_weight[c] = total;
+    }
+    if (c < n.H) a.dD[c] = sum_samples(space.sums.dD, c, n.H, n.B);
+    if (c >= n.H) return;
+    for (int64_t head = c; head < n.directions * n.H; head += n.H) {
+      a.ddt_bias[head] = sum_samples(space.sums.ddt_bias, head, n.directions * n.H, n.B);
+      // A = −exp(A_log)
+      a.dA_log[head] = sum_samples(space.sums.dA, head, n.directions * n.H, n.B) * A()[head];
+    }
+  }
+
+ private:
+  template <typename Body>
+  MVAR_INLINE void for_each_line(const Segment& segment, const Geometry& g, Body body) const {
+    for (int64_t c = 0; c < segment.count; ++c) {
+      for (int64_t i = 0; i < segment.chunks[c].q; ++i) body(segment.chunks[c].first + i, (c * kChunk + i) * g.width);
+    }
+  }
+};
+
+void mixer_backward(const MixerBackward& a, const Sizes& n, const Plan& plan, float* workspace) {
+  const Geometry g(n, plan, true);
+  Pieces pieces{workspace};
+  const BackwardSpace space(pieces, n, plan, g);
+  run_backward(MixerBackwardForm{a, n, space}, n, plan, space, g);
+}
+
+}  // namespace
+}  // namespace MVAR_INSTRUCTION_SET
+}  // namespace mvar

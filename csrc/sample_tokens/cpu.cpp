@@ -1,0 +1,226 @@
+// Drawing tokens on CPU. A row of logits is read from memory once, into the first-level cache, as keys
+// (filter.h); noise is made for the codes alone that the filters leave.
+
+#include "sample_tokens.h"
+
+#include "common/threads.h"
+#include "filter.h"
+
+namespace mvar {
+namespace MVAR_INSTRUCTION_SET {
+namespace {
+
+// Below this many logits starting the threads costs more than they save.
+constexpr int64_t kParallelElements = 1 << 14;
+
+constexpr int64_t kLine = 64;  // bytes of the cache
+
+template <typename T>
+MVAR_INLINE const T* row_of(const Tokens& t, int64_t b, int64_t l) {
+  return (const T*)t.data + b * t.batch_stride + l * t.row_stride;
+}
+
+// A thread's own memory: the row, and a noise word for each of its codes.
+struct Scratch {
+  Row row;
+  int32_t* words;
+};
+
+// The noise of all codes at once (make_words) takes up to four vectors more than there are codes.
+MVAR_INLINE int64_t array_size(int64_t V) { return (V + kWidth - 1) / kWidth * kWidth + 4 * kWidth; }
+
+MVAR_INLINE Scratch scratch_from(Carver& carver, int64_t V) {
+  auto take = [&] { return (int32_t*)carver.take(array_size(V)); };
+  return {{take(), take(), take(), 0, 0, 0, true}, take()};
+}
+
+int64_t share(int64_t V) {
+  Carver carver(nullptr);
+  scratch_from(carver, V);
+  return carver.needed();
+}
+
+int64_t workspace(int64_t V) { return threads() * share(V); }
+
+// The guided logits of one position as keys, all codes.
+template <typename T>
+void read_row(Row& row, const Draw& draw, int64_t V, const T* cond, const T* uncond) {
+  const float more = 1.0f + draw.guidance;
+  VecInt lowest = splat_int(INT32_MAX), highest = splat_int(INT32_MIN);
+  for_each_vector(V, [&](int64_t v, auto lanes, int) MVAR_INLINE_LAMBDA {
+    Vec logits = load(cond + v, lanes);
+    if (uncond) logits = more * logits - draw.guidance * load(uncond + v, lanes);
+    // Adding 0 turns −0 into +0. Nothing, not even a NaN, has the lowest key, which is for padding.
+    const VecInt key = larger(key_of((VecInt)(logits + 0.0f)), splat_int(kLowestKey + 1));
+    store_int(row.keys + v, key);
+    lowest = smaller(lowest, keep_or(INT32_MAX, key, lanes));
+    highest = larger(highest, keep_or(INT32_MIN, key, lanes));
+  });
+  row.count = V;
+  row.whole = true;
+  row.finish();
+  row.lowest = smallest(lowest);
+  row.highest = largest(highest);
+}
+
+// The row to be read next. It is brought into the cache piece by piece while this one's noise is made,
+// which needs no memory: measured (Zen 5, V = 4096), reading then takes a sixth of the time.
+struct Ahead {
+  const char *cond, *uncond;
+  int64_t bytes;
+
+  MVAR_INLINE void fetch(int64_t part, int64_t parts) const {
+    const int64_t lines = (bytes + kLine - 1) / kLine;
+    const int64_t share = (lines + parts - 1) / parts;
+    const int64_t end = (part + 1) * share < lines ? (part + 1) * share : lines;
+    for (int64_t line = part * share; line < end; ++line) {
+      __builtin_prefetch(cond + line * kLine, 0, 2);
+      if (uncond) __builtin_prefetch(uncond + line * kLine, 0, 2);
+    }
+  }
+};
+
+// words[i] is the noise of the row's i-th code. Made before they are used: a processor cannot overlap the
+// long chains of operations of both Philox and the logarithms.
+void make_words(const Scratch& scratch, const Philox& philox, int64_t V, const Ahead& ahead) {
+  const Row& row = scratch.row;
+  // Four codes share a counter: where many are left it is less work to make the words of all.
+  if (4 * row.count < V) {
+    const int64_t vectors = (row.count + kWidth - 1) / kWidth;
+    for (int64_t i = 0; i < vectors; ++i) {
+      ahead.fetch(i, vectors);
+      store_int(scratch.words + i * kWidth, (VecInt)philox.of_codes(row.codes_at(i * kWidth)));
+    }
+    return;
+  }
+  // all[j·groups + g] is word j of the codes 4g … 4g+3.
+  int32_t* all = row.weights;
+  const int64_t groups = array_size(V) / 4, vectors = (V + 4 * kWidth - 1) / (4 * kWidth);
+  for (int64_t i = 0; i < vectors; ++i) {
+    ahead.fetch(i, vectors);
+    VecBits words[4];
+    philox(lane_numbers() + (int32_t)(i * kWidth), words);
+    for (int j = 0; j < 4; ++j) store_int(all + j * groups + i * kWidth, (VecInt)words[j]);
+  }
+  for (int64_t i = 0; i < row.count; i += kWidth) {
+    const VecInt code = row.codes_at(i);
+    store_int(scratch.words + i, gather(all, (code & 3) * (int32_t)groups + (code >> 2)));
+  }
+}
+
+// body(i, scratch) for the i-th of all positions, with its codes filtered and its noise words made.
+template <typename T, typename Body>
+void for_each_position(const Draw& draw, DrawSizes n, float* shares, Body body) {
+  const int64_t positions = n.B * n.L;
+  auto cond = [&](int64_t i) { return row_of<T>(draw.cond, i / n.L, i % n.L); };
+  auto uncond = [&](int64_t i) {
+    return draw.uncond.data ? row_of<T>(draw.uncond, i / n.L, i % n.L) : nullptr;
+  };
+#pragma omp parallel if (positions * n.V > kParallelElements)
+  {
+    Carver own(shares + this_thread() * share(n.V));
+    Scratch scratch = scratch_from(own, n.V);
+    Row& row = scratch.row;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < positions; ++i) {
+      read_row<T>(row, draw, n.V, cond(i), uncond(i));
+      if (0 < draw.top_k && draw.top_k < n.V) keep_top_k(row, draw.top_k);
+      if (draw.top_p < 1) keep_top_p(row, draw.top_p);
+      const uint32_t image = (uint32_t)draw.image_index[i / n.L * draw.image_index_stride];
+      const Philox philox{draw.seed, (uint32_t)(i % n.L), draw.scale_index, image};
+      const int64_t next = i + 1 < positions ? i + 1 : i;
+      make_words(scratch, philox, n.V,
+                 {(const char*)cond(next), (const char*)uncond(next), n.V * (int64_t)sizeof(T)});
+      body(i, scratch);
+    }
+  }
+}
+
+// The code with the largest logit plus noise, the first of equals; 0 if there is none above −∞.
+int64_t largest_code(const Scratch& scratch) {
+  const Row& row = scratch.row;
+  Vec best = splat(-__builtin_inff());
+  VecInt token{};
+  for (int64_t i = 0; i < row.count; i += kWidth) {
+    const Vec noise = gumbel((VecBits)load_int(scratch.words + i));
+    const Vec score = logit_of(load_int(row.keys + i)) + noise;  // padding is a NaN
+    const VecInt better = score > best;
+    best = better ? score : best;
+    token = better ? row.codes_at(i) : token;
+  }
+  int lane = 0;
+  for (int i = 1; i < kWidth; ++i)
+    if (best[i] > best[lane] || (best[i] == best[lane] && token[i] < token[lane])) lane = i;
+  return token[lane];
+}
+
+template <typename T>
+void sample(const Draw& draw, DrawSizes n, int64_t* tokens, float* workspace) {
+  for_each_position<T>(draw, n, workspace,
+                       [&](int64_t i, const Scratch& scratch) { tokens[i] = largest_code(scratch); });
+}
+
+// Leaves in the row the codes whose softmax weight is not zero, and in row.weights the weights, as floats
+// and relative to the largest; answers their sum.
+float soft_weights(Scratch& scratch, const Softening& soft) {
+  Row& row = scratch.row;
+  Vec highest = splat(-__builtin_inff());
+  for (int64_t i = 0; i < row.count; i += kWidth) {
+    const Vec noise = gumbel((VecBits)load_int(scratch.words + i));
+    const Vec score = (logit_of(load_int(row.keys + i)) * soft.sharpness + noise) / soft.temperature;
+    store_int(row.weights + i, (VecInt)score);
+    highest = score > highest ? score : highest;
+  }
+  float most = highest[0];
+  for (int i = 1; i < kWidth; ++i) most = highest[i] > most ? highest[i] : most;
+
+  Vec total{};
+  int64_t left = 0;
+  for (int64_t i = 0; i < row.count; i += kWidth) {
+    const Vec weight = exp_negative((Vec)load_int(row.weights + i) - most);  // 0 for padding, a NaN
+    total += weight;
+    const uint32_t bits = bits_of(weight > 0.0f);
+    compress(row.codes + left, row.codes_at(i), bits);
+    compress(row.weights + left, (VecInt)weight, bits);
+    left += __builtin_popcount(bits);
+  }
+  row.count = left;
+  return sum(total);
+}
+
+// The codebook's rows averaged with the row's weights.
+template <typename C>
+void average(C* mean, const Row& row, const Softening& soft, float total) {
+  const float* weights = (const float*)row.weights;
+  for_each_vector(soft.width, [&](int64_t c, auto lanes, int) MVAR_INLINE_LAMBDA {
+    const C* column = (const C*)soft.codebook + c;
+    Vec partial[kSlots] = {};
+    auto add = [&](int64_t i, int slot) MVAR_INLINE_LAMBDA {
+      const Vec entry = load(column + row.codes[i] * soft.codebook_stride, lanes);
+      partial[slot] = fma(splat(weights[i]), entry, partial[slot]);
+    };
+    int64_t i = 0;
+    for (; i + kSlots <= row.count; i += kSlots)
+      for (int slot = 0; slot < kSlots; ++slot) add(i + slot, slot);
+    for (; i < row.count; ++i) add(i, 0);
+    store(mean + c, ((partial[0] + partial[1]) + (partial[2] + partial[3])) / total, lanes);
+  });
+}
+
+template <typename T, typename C>
+void soften(const Draw& draw, const Softening& soft, DrawSizes n, void* mean, float* workspace) {
+  for_each_position<T>(draw, n, workspace, [&](int64_t i, Scratch& scratch) {
+    const float total = soft_weights(scratch, soft);
+    average((C*)mean + i * soft.width, scratch.row, soft, total);
+  });
+}
+
+}  // namespace
+
+const SampleTokensKernels sample_tokens = {
+    sample<float>,       sample<bf16>,       soften<float, float>, soften<float, bf16>,
+    soften<bf16, float>, soften<bf16, bf16>, workspace,
+};
+
+}  // namespace MVAR_INSTRUCTION_SET
+}  // namespace mvar

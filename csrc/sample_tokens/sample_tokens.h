@@ -1,0 +1,48 @@
+// Drawing tokens on CPU: what bindings.cpp calls. The mathematics is in mvar_kernels/ops/sample_tokens/op.py.
+//
+// Tokens are bit for bit those of reference.py, whatever the instruction set. Results do not depend on
+// the number of threads.
+#pragma once
+
+#include "common/instruction_set.h"
+#include "common/views.h"
+
+namespace mvar {
+
+struct DrawSizes {
+  int64_t B, L, V;
+};
+
+// One scale's logits and how to draw from them.
+struct Draw {
+  Tokens cond, uncond;  // (B, L, V); uncond.data null: cond is guided already
+  const int64_t* image_index;
+  int64_t image_index_stride;
+  float guidance;
+  int64_t top_k;
+  double top_p;
+  uint64_t seed;
+  uint32_t scale_index;
+};
+
+struct Softening {
+  const void* codebook;  // (V, width)
+  int64_t codebook_stride, width;
+  float sharpness, temperature;
+};
+
+struct SampleTokensKernels {
+  // tokens: (B, L); workspace: as many floats as `workspace` says
+  void (*sample_f32)(const Draw&, DrawSizes, int64_t* tokens, float* workspace);
+  void (*sample_bf16)(const Draw&, DrawSizes, int64_t* tokens, float* workspace);
+  // mean: (B, L, width) in the codebook's dtype, the second in the name
+  void (*soft_f32_f32)(const Draw&, const Softening&, DrawSizes, void* mean, float* workspace);
+  void (*soft_f32_bf16)(const Draw&, const Softening&, DrawSizes, void* mean, float* workspace);
+  void (*soft_bf16_f32)(const Draw&, const Softening&, DrawSizes, void* mean, float* workspace);
+  void (*soft_bf16_bf16)(const Draw&, const Softening&, DrawSizes, void* mean, float* workspace);
+  int64_t (*workspace)(int64_t V);
+};
+
+MVAR_DECLARE_TABLE(SampleTokensKernels, sample_tokens)
+
+}  // namespace mvar

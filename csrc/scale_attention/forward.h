@@ -1,0 +1,208 @@
+// The forward pass: softmax over blocks of keys with a running maximum, in units of log 2.
+#pragma once
+
+#include "common/exp.h"
+#include "schedule.h"
+
+namespace mvar {
+namespace MVAR_INSTRUCTION_SET {
+namespace {
+
+// What a thread works in: the packed keys and values of a head, and one block of queries.
+template <typename Word>
+struct ForwardBuffers {
+  Panels keys;          // columns: keys, depth: D
+  Panels values;        // columns: D, depth: keys
+  float* key_factor;    // (keys)
+  float* offset;        // (kKeyBlock)
+  float* queries;       // (kQueryBlock, words of D)
+  float* query_factor;  // (kQueryBlock), for powers of 2
+  float* scores;        // (kQueryBlock, kScoreStride), then weights, as words of the key dimension
+  float* peaks;         // (kQueryBlock, kWidth): lane by lane the largest scores
+  float* maximum;       // (kQueryBlock): largest score of the key blocks so far; so are the next two
+  float* total;         // (kQueryBlock): sum of the weights
+  float* sums;          // (kQueryBlock, columns): weighted sums of values
+  float* correction;    // (kQueryBlock): what earlier sums are multiplied by
+  int64_t columns;      // D in whole vectors
+
+  ForwardBuffers(Carver& carver, const Sizes& n) {
+    const int64_t most = most_keys(n);
+    columns = round_up(n.D, kWidth);
+    keys = {carver.take(panel_floats(words<Word>(n.D), most)), words<Word>(n.D)};
+    values = {carver.take(panel_floats(words<Word>(most), n.D)), words<Word>(most)};
+    key_factor = carver.take(round_up(most, kPanel));
+    offset = carver.take(kKeyBlock);
+    queries = carver.take(kQueryBlock * words<Word>(n.D));
+    query_factor = carver.take(kQueryBlock);
+    scores = carver.take(kQueryBlock * kScoreStride);
+    peaks = carver.take(kQueryBlock * kWidth);
+    maximum = carver.take(kQueryBlock);
+    total = carver.take(kQueryBlock);
+    sums = carver.take(kQueryBlock * columns);
+    correction = carver.take(kQueryBlock);
+  }
+};
+
+// Keys and values first..last of the span's keys, `first` a multiple of the vector width.
+template <typename T, typename Word>
+void pack_keys(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const Sizes& n, Head at,
+               int64_t span_start, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += kWidth) {
+    const int64_t rows = smaller(kWidth, last - i);
+    const auto key = [&](int64_t j) { return row<T>(a.k, at.b, span_start + i + j, at.h); };
+    const auto value = [&](int64_t j) { return row<T>(a.v, at.b, span_start + i + j, at.h); };
+    pack_columns<Word>(w.keys, i, rows, key, n.D);
+    for (int64_t j = 0; j < rows; j += Word::kDepth) {
+      const T* second = j + 1 < rows ? value(j + 1) : nullptr;
+      pack_word<Word>(w.values, (i + j) / Word::kDepth, value(j), second, n.D);
+    }
+    store(w.key_factor + i, key_factors<Word>(n, w.keys, i), All{});
+  }
+}
+
+template <typename T, typename Word>
+void begin_queries(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const Sizes& n, Head at,
+                   QueryBlock block) {
+  const int64_t depth = words<Word>(n.D);
+  const float heat = temperature(n, at.h);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const T* q = row<T>(a.q, at.b, block.first + r, at.h);
+    pack_row<Word>(w.queries + r * depth, q, n.D);
+    w.query_factor[r] = log2_factor(query_factor<Word>(n, heat, q));
+    w.maximum[r] = -__builtin_inff();
+    w.total[r] = 0.0f;
+  }
+  __builtin_memset(w.sums, 0, block.tiled_rows() * w.columns * sizeof(float));
+  // Rows that only fill a tile: anything finite will do.
+  for (int64_t r = block.rows; r < block.tiled_rows(); ++r) {
+    __builtin_memset(w.queries + r * depth, 0, depth * sizeof(float));
+    w.correction[r] = 0.0f;
+  }
+}
+
+MVAR_INLINE void store_weights(Single, float* row, int64_t key, Vec p) { store(row + key, p, All{}); }
+#if defined(__AVX512BF16__)
+MVAR_INLINE void store_weights(Pair, float* row, int64_t key, Vec p) { store((bf16*)row + key, p, All{}); }
+#endif
+
+// Scores become weights, in place: 2^(query_factor · score − maximum).
+template <typename Word>
+void weigh(ForwardBuffers<Word>& w, QueryBlock block, int64_t keys) {
+  for (int64_t r = 0; r < block.rows; ++r) {
+    float* scores = w.scores + r * kScoreStride;
+    const float before = w.maximum[r];
+    const float peak = largest(load(w.peaks + r * kWidth, All{})) * w.query_factor[r];
+    const float maximum = peak > before ? peak : before;
+    const Vec factor = splat(w.query_factor[r]), shift = splat(-maximum);
+    Sum total;
+    for_each_vector(round_up(keys, kWidth), [&](int64_t c, auto, int slot) MVAR_INLINE_LAMBDA {
+      const Vec p = exp2(fma(load(scores + c, All{}), factor, shift));
+      total.slot[slot] += p;
+      store_weights(Word{}, scores, c, p);
+    });
+    w.correction[r] = exp2(splat(before - maximum))[0];
+    w.total[r] = w.total[r] * w.correction[r] + total.total();
+    w.maximum[r] = maximum;
+  }
+}
+
+// sums = correction · sums + weights · values first_key..
+template <typename Word>
+void add_values(ForwardBuffers<Word>& w, QueryBlock block, int64_t first_key, int64_t keys, int64_t D) {
+  for_each_panel(D, [&](int64_t column, auto vectors) MVAR_INLINE_LAMBDA {
+    constexpr int count = decltype(vectors)::count;
+    const float* panel = w.values.at(first_key / Word::kDepth, column);
+    for (int64_t tile = 0; tile < block.rows; tile += kTileRows) {
+      Tile<count> s;
+      multiply<Word>(s, w.scores + tile * kScoreStride, kScoreStride, 1, panel, words<Word>(keys));
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vec correction = broadcast(w.correction + tile + r);
+        for (int v = 0; v < count; ++v) {
+          float* out = w.sums + (tile + r) * w.columns + column + v * kWidth;
+          store(out, fma(load(out, All{}), correction, s.at[r][v]), All{});
+        }
+      }
+    }
+  });
+}
+
+template <typename T, typename Word>
+void finish_queries(const ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const Sizes& n, Head at,
+                    QueryBlock block) {
+  float* lse = a.lse + (at.b * n.H + at.h) * n.Lq + block.first;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    T* out = row<T>(a.out, at.b, block.first + r, at.h);
+    const float* sums = w.sums + r * w.columns;
+    const Vec inverse = splat(1.0f / w.total[r]);
+    for_each_vector(n.D, [&](int64_t d, auto lanes, int) MVAR_INLINE_LAMBDA {
+      store(out + d, load(sums + d, lanes) * inverse, lanes);
+    });
+    lse[r] = w.maximum[r] * kLog2 + __builtin_logf(w.total[r]);
+  }
+}
+
+// One head's query blocks number part, part + parts, … : any share of them gives the same bits.
+template <typename T, typename Word>
+void forward_part(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const Sizes& n, Head at, int64_t part,
+                  int64_t parts) {
+  int64_t packed = 0, number = 0;
+  for_each_span(n, [&](const Span& span) {
+    if (span.opens) packed = 0;
+    const int64_t keys = span.last_key - span.first_key;
+    for (int64_t first = span.first_row; first < span.last_row; first += kQueryBlock, ++number) {
+      if (number % parts != part) continue;
+      // The last vector of keys may have been packed before all of them were to be seen.
+      if (packed < keys) pack_keys<T>(w, a, n, at, span.first_key, packed / kWidth * kWidth, keys);
+      packed = keys;
+      const QueryBlock block{first, smaller(kQueryBlock, span.last_row - first)};
+      begin_queries<T>(w, a, n, at, block);
+      for (int64_t key = 0; key < keys; key += kKeyBlock) {
+        const int64_t count = smaller(kKeyBlock, keys - key);
+        fill_offsets(w.offset, count);
+        score<Word>({w.queries, w.keys, w.key_factor, w.offset, w.scores, kScoreStride, w.peaks}, block, key, count);
+        weigh(w, block, count);
+        add_values(w, block, key, count, n.D);
+      }
+      finish_queries<T>(w, a, n, at, block);
+    }
+  });
+}
+
+// Into how many parts a head is cut: the fewest that give every thread as many, and none where the
+// heads are many, as each part packs the keys anew.
+int64_t parts_of_a_head(int64_t heads) {
+  int64_t divisor = heads, rest = threads();
+  if (heads >= 4 * rest) return 1;
+  while (rest) {
+    const int64_t remainder = divisor % rest;
+    divisor = rest;
+    rest = remainder;
+  }
+  return threads() / divisor;
+}
+
+template <typename T>
+int64_t forward_workspace(const Sizes& n) {
+  Carver carver(nullptr);
+  ForwardBuffers<typename WordOf<T>::Word>(carver, n);
+  return threads() * carver.needed();
+}
+
+template <typename T>
+void forward(const ScaleAttentionForward& a, const Sizes& n, float* workspace) {
+  const int64_t parts = parts_of_a_head(n.B * n.H);
+  const int64_t share = forward_workspace<T>(n) / threads();
+#pragma omp parallel if (products(n) > kParallelProducts)
+  {
+    Carver carver(workspace + this_thread() * share);
+    ForwardBuffers<typename WordOf<T>::Word> buffers(carver, n);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n.B * n.H * parts; ++i) {
+      forward_part<T>(buffers, a, n, {i / parts / n.H, i / parts % n.H}, i % parts, parts);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace MVAR_INSTRUCTION_SET
+}  // namespace mvar

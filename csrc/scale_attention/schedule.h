@@ -1,0 +1,236 @@
+// What forward and backward share: the walk over the schedule, blocks of queries and keys, norms.
+#pragma once
+
+#include "common/panels.h"
+#include "common/threads.h"
+#include "scale_attention.h"
+
+namespace mvar {
+namespace MVAR_INSTRUCTION_SET {
+namespace {
+
+// Queries and keys are taken in blocks, so that a panel of keys stays in the first-level cache for a
+// block of queries, and a block's scores in the second-level one.
+constexpr int64_t kQueryBlock = 8 * kTileRows;
+constexpr int64_t kKeyBlock = 256;
+// From one row of scores to the next. Rows a power of two apart would share few sets of the cache.
+constexpr int64_t score_stride(int64_t keys) { return (keys + kPanel - 1) / kPanel * kPanel + 16; }
+constexpr int64_t kScoreStride = score_stride(kKeyBlock);
+static_assert(kKeyBlock % kPanel == 0, "a block of keys is whole panels");
+
+// Below this many multiplications starting the threads costs more than they save.
+constexpr int64_t kParallelProducts = 1 << 19;
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2 = 0.6931471805599453f;
+constexpr float kMaxLogTemperature = 4.605170185988092f;  // log 100
+constexpr float kNormEps = 1e-12f;
+constexpr float kLeastFactor = 1e-37f;
+
+typedef ScaleAttentionSizes Sizes;
+
+MVAR_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename T>
+MVAR_INLINE T* row(const Heads& t, int64_t b, int64_t l, int64_t h) {
+  return (T*)t.data + b * t.batch_stride + l * t.row_stride + h * t.head_stride;
+}
+
+struct Head {
+  int64_t b, h;
+};
+
+// Rows first.. of q.
+struct QueryBlock {
+  int64_t first, rows;
+  MVAR_INLINE int64_t tiled_rows() const { return round_up(rows, kTileRows); }
+};
+
+// One scale: its rows of q (none where q holds only later scales) and the keys they attend to.
+struct Span {
+  int64_t first_row, last_row, first_key, last_key;
+  // Whether keys start afresh with this span, and whether no later span attends to them.
+  bool opens, closes;
+};
+
+template <typename Body>
+MVAR_INLINE void for_each_span(const Sizes& n, Body body) {
+  int64_t start = 0;
+  for (int64_t i = 0; i < n.scale_count; ++i) {
+    const int64_t end = start + n.scales[i];
+    const int64_t first = start - (n.L - n.Lq);
+    Span span{first, first < 0 ? first : end - (n.L - n.Lq), n.causal ? 0 : start, end, true, true};
+    if (n.causal) {
+      span.opens = i == 0;
+      span.closes = i == n.scale_count - 1;
+    }
+    body(span);
+    start = end;
+  }
+}
+
+// The most keys between a span that opens and one that closes.
+int64_t most_keys(const Sizes& n) {
+  if (n.causal) return n.L;
+  int64_t most = 0;
+  for (int64_t i = 0; i < n.scale_count; ++i) most = n.scales[i] > most ? n.scales[i] : most;
+  return most;
+}
+
+// Pairs of a query and a key, times the elements of each.
+int64_t products(const Sizes& n) {
+  int64_t pairs = 0;
+  for_each_span(n, [&](const Span& s) { pairs += (s.last_row - s.first_row) * (s.last_key - s.first_key); });
+  return n.B * n.H * n.D * pairs;
+}
+
+MVAR_INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+MVAR_INLINE float largest(Vec v) {
+  float most = v[0];
+  for (int64_t i = 1; i < kWidth; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+float temperature(const Sizes& n, int64_t h) {
+  if (!n.log_temperature) return 1.0f;
+  const float t = n.log_temperature[h];
+  return __builtin_expf(t > kMaxLogTemperature ? kMaxLogTemperature : t);
+}
+
+MVAR_INLINE Vec square_root(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(v);
+#else
+  for (int64_t i = 0; i < kWidth; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// 1/‖x‖, from the sum of the squares. A norm below kNormEps counts as kNormEps.
+MVAR_INLINE Vec inverse_norm(Vec squares) {
+  const Vec x = larger(squares, splat(kNormEps * kNormEps));
+  const Vec y = 1.0f / square_root(x);
+  // Rounded once in all, not twice: scores up to 100 are multiplied by it. Newton's step, with x·y in
+  // two parts.
+  const Vec xy = x * y;
+  const Vec lost = fma(x, y, -xy);
+  const Vec error = fma(-xy, y, splat(1.0f)) - lost * y;
+  return fma(0.5f * y, error, y);
+}
+
+template <typename Word, typename T>
+MVAR_INLINE float inverse_norm(const T* row, int64_t D) {
+  Vec squares{};
+  for (int64_t d = 0; d < D; d += kWidth * Word::kDepth) {
+    const Vec packed = load_words<Word>(row + d, D - d);
+    squares = Word::multiply_add(packed, packed, squares);
+  }
+  return inverse_norm(splat(sum(squares)))[0];
+}
+
+// The same of a vector of columns.
+template <typename Word>
+MVAR_INLINE Vec inverse_norm(const Panels& columns, int64_t first) {
+  Sum squares;  // slot by slot a part of the column
+  for (int64_t w = 0; w < columns.depth; ++w) {
+    const Vec packed = load(columns.at(w, first), All{});
+    squares.slot[w % kSlots] = Word::multiply_add(packed, packed, squares.slot[w % kSlots]);
+  }
+  return inverse_norm((squares.slot[0] + squares.slot[1]) + (squares.slot[2] + squares.slot[3]));
+}
+
+// A score is query_factor · (key_factor · q·k), where key_factor has the sign of the scale: the query
+// with the largest product in brackets has the largest score. Key by key, as errors that all scores of
+// a query share do not change its weights.
+template <typename Word>
+MVAR_INLINE Vec key_factors(const Sizes& n, const Panels& columns, int64_t first) {
+  const Vec sign = splat(n.scale < 0.0f ? -1.0f : 1.0f);
+  return n.log_temperature ? sign * inverse_norm<Word>(columns, first) : sign;
+}
+
+template <typename Word, typename T>
+MVAR_INLINE float query_factor(const Sizes& n, float temperature, const T* row) {
+  const float factor = __builtin_fabsf(n.scale) * temperature;
+  return n.log_temperature ? factor * inverse_norm<Word>(row, n.D) : factor;
+}
+
+// The factor for powers of 2. It is not 0, for -∞ times it must stay -∞.
+MVAR_INLINE float log2_factor(float query_factor) {
+  const float factor = query_factor * kLog2E;
+  return factor > kLeastFactor ? factor : kLeastFactor;
+}
+
+// offset[i]: what a score of the block's key i is moved by, 0, or -∞ for keys that only fill a vector
+MVAR_INLINE void fill_offsets(float* offset, int64_t keys) {
+  for (int64_t i = keys / kWidth * kWidth; i < round_up(keys, kWidth); ++i) {
+    offset[i] = i < keys ? 0.0f : -__builtin_inff();
+  }
+  for (int64_t i = 0; i < keys / kWidth * kWidth; ++i) offset[i] = 0.0f;
+}
+
+// What scores are made of and where they go; all but `peaks` as in ForwardBuffers.
+struct Scoring {
+  const float* queries;
+  Panels keys;
+  const float *key_factor, *offset;
+  float* scores;
+  int64_t stride;
+  float* peaks;
+};
+
+// A tile of queries · keys. Of floats each half of the elements has a sum of its own: scores up to 100 are
+// in the exponent, and the rounding of the sums is most of a weight's error. It halves.
+template <typename Word, int count>
+MVAR_INLINE Tile<count> dot_products(const float* queries, const float* panel, int64_t depth) {
+  const int64_t half = Word::kDepth == 1 ? depth / 2 : 0;
+  Tile<count> s;
+  multiply<Word>(s, queries + half, depth, 1, panel + half * kPanel, depth - half);
+  if (half) {
+    Tile<count> first;
+    multiply<Word>(first, queries, depth, 1, panel, half);
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int v = 0; v < count; ++v) s.at[r][v] += first.at[r][v];
+    }
+  }
+  return s;
+}
+
+// scores = key_factor · (the block's queries · keys first_key..); peaks = their maxima lane by lane
+template <typename Word>
+void score(const Scoring& w, QueryBlock block, int64_t first_key, int64_t keys) {
+  const int64_t depth = w.keys.depth;
+  for_each_panel(keys, [&](int64_t column, auto vectors) MVAR_INLINE_LAMBDA {
+    constexpr int count = decltype(vectors)::count;
+    const float* panel = w.keys.at(0, first_key + column);
+    for (int64_t tile = 0; tile < block.rows; tile += kTileRows) {
+      const Tile<count> s = dot_products<Word, count>(w.queries + tile * depth, panel, depth);
+      for (int r = 0; r < kTileRows; ++r) {
+        float* peak = w.peaks + (tile + r) * kWidth;
+        Vec most = column ? load(peak, All{}) : splat(-__builtin_inff());
+        for (int v = 0; v < count; ++v) {
+          const int64_t c = column + v * kWidth;
+          const Vec key_factor = load(w.key_factor + first_key + c, All{});
+          const Vec scaled = fma(s.at[r][v], key_factor, load(w.offset + c, All{}));
+          store(w.scores + (tile + r) * w.stride + c, scaled, All{});
+          most = larger(scaled, most);
+        }
+        store(peak, most, All{});
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace MVAR_INSTRUCTION_SET
+}  // namespace mvar

@@ -1,0 +1,92 @@
+"""Token drawing in C++ (csrc/sample_tokens): logits are read in place wherever their last dimension is contiguous."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvar_kernels.backends import Kernel, native
+
+MAX_CODES = 2**30
+
+
+def _why_not(*inputs: Any) -> str | None:
+    for value in inputs:
+        if not isinstance(value, Tensor):
+            continue
+        if value.is_floating_point() and value.dtype not in (torch.float32, torch.bfloat16):
+            return f"dtype {str(value.dtype).removeprefix('torch.')} is not float32 or bfloat16"
+        if value.device.type != "cpu":
+            return f"inputs are on {value.device.type}"
+    codes = inputs[0].shape[-1]
+    return None if 1 <= codes <= MAX_CODES else f"{codes} codes are not 1 to 2³⁰"
+
+
+def _module() -> ModuleType:
+    module = native()
+    assert module is not None, "backends.unavailable('cpu') answers before a kernel is called"
+    return module
+
+
+def _view(t: Tensor) -> Tensor:
+    """`t` with its last dimension contiguous: itself, or a copy where it must be."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _sample_tokens(
+    cond: Tensor,
+    uncond: Tensor | None,
+    image_index: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    scale_index: int,
+) -> Tensor:
+    cond, uncond = _view(cond), None if uncond is None else _view(uncond)
+    tokens = torch.empty(cond.shape[:2], dtype=torch.int64)
+    _module().sample_tokens(
+        cond.dtype is torch.bfloat16,
+        cond.shape,
+        *(cond.data_ptr(), cond.stride()),
+        *((0, (0, 0)) if uncond is None else (uncond.data_ptr(), uncond.stride())),
+        *(image_index.data_ptr(), image_index.stride(0)),
+        (guidance, min(top_k, cond.shape[-1]), top_p, seed, scale_index),
+        tokens.data_ptr(),
+    )
+    return tokens
+
+
+def _soft_embedding(
+    cond: Tensor,
+    uncond: Tensor | None,
+    codebook: Tensor,
+    image_index: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    sharpness: float,
+    temperature: float,
+    seed: int,
+    scale_index: int,
+) -> Tensor:
+    cond, uncond, codebook = _view(cond), None if uncond is None else _view(uncond), _view(codebook)
+    mean = torch.empty((*cond.shape[:2], codebook.shape[1]), dtype=codebook.dtype)
+    _module().soft_embedding(
+        cond.dtype is torch.bfloat16,
+        cond.shape,
+        *(cond.data_ptr(), cond.stride()),
+        *((0, (0, 0)) if uncond is None else (uncond.data_ptr(), uncond.stride())),
+        *(image_index.data_ptr(), image_index.stride(0)),
+        (guidance, min(top_k, cond.shape[-1]), top_p, seed, scale_index),
+        codebook.dtype is torch.bfloat16,
+        *(codebook.data_ptr(), codebook.stride(0), codebook.shape[1]),
+        *(sharpness, temperature),
+        mean.data_ptr(),
+    )
+    return mean
+
+
+sample_tokens_cpu = Kernel(_why_not, _sample_tokens, None)
+soft_embedding_cpu = Kernel(_why_not, _soft_embedding, None)

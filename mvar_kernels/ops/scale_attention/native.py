@@ -1,0 +1,107 @@
+"""Scale attention in C++ (csrc/scale_attention): q, k, v are read in place wherever D is contiguous."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mvar_kernels.backends import Kernel, native
+
+
+def _why_not(q: Tensor, *others: object) -> str | None:
+    # k and v share its dtype and device: the public function has checked.
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {str(q.dtype).removeprefix('torch.')} is not float32 or bfloat16"
+    return None if q.device.type == "cpu" else f"inputs are on {q.device.type}"
+
+
+def _module() -> ModuleType:
+    module = native()
+    assert module is not None, "backends.unavailable('cpu') answers before a kernel is called"
+    return module
+
+
+def _view(t: Tensor) -> Tensor:
+    """`t` with its last dimension contiguous: itself, or a copy where it must be."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _floats(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_temperature: Tensor | None,
+    scales: tuple[int, ...],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    q, k, v, temperature = _view(q), _view(k), _view(v), _floats(log_temperature)
+    B, Lq, H, D = q.shape
+    out, lse = _empty(q), torch.empty((B, H, Lq))
+    _module().scale_attention_forward(
+        q.dtype is torch.bfloat16,
+        (B, Lq, k.shape[1], H, D),
+        scales,
+        causal,
+        scale,
+        *(q.data_ptr(), q.stride()),
+        *(k.data_ptr(), k.stride()),
+        *(v.data_ptr(), v.stride()),
+        _pointer(temperature),
+        out.data_ptr(),
+        lse.data_ptr(),
+    )
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_temperature: Tensor | None,
+    scales: tuple[int, ...],
+    causal: bool,
+    scale: float,
+) -> list[Tensor]:
+    grad_out, out, lse = _view(grad_out), _view(out), lse.contiguous()
+    q, k, v, temperature = _view(q), _view(k), _view(v), _floats(log_temperature)
+    B, Lq, H, D = q.shape
+    grads = [_empty(q), _empty(k), _empty(v)]
+    dtemperature = None if temperature is None else torch.empty_like(temperature)
+    _module().scale_attention_backward(
+        q.dtype is torch.bfloat16,
+        (B, Lq, k.shape[1], H, D),
+        scales,
+        causal,
+        scale,
+        *(grad_out.data_ptr(), grad_out.stride()),
+        *(out.data_ptr(), out.stride()),
+        lse.data_ptr(),
+        *(q.data_ptr(), q.stride()),
+        *(k.data_ptr(), k.stride()),
+        *(v.data_ptr(), v.stride()),
+        _pointer(temperature),
+        *(grad.data_ptr() for grad in grads),
+        _pointer(dtemperature),
+    )
+    if log_temperature is not None and dtemperature is not None:
+        grads.append(dtemperature.to(log_temperature.dtype))
+    return grads
+
+
+scale_attention_cpu = Kernel(_why_not, _forward, _backward)
