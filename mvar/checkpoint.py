@@ -20,6 +20,7 @@ from mvar.files import replacing
 from mvar.model import MVAR
 from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
 
+HUB = "hf://"
 CONFIG_KEY = "mvar_config"  # in the metadata of our own files
 # Buffers of the published files that follow from the configuration and that we do not keep.
 DERIVED = ("attn_bias_for_masking",)
@@ -32,13 +33,13 @@ class CheckpointError(ValueError):
 
 
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> MVAR:
-    """An M-VAR model in evaluation mode, float32, from an official or an own file.
+    """An M-VAR model in evaluation mode, float32, from an official or an own file, or from hf://owner/repository/file.
 
     Every size is read off the file: q/k norm from whether `scale_mul_1H11` is there, patch numbers from
     `blocks.0.attn.patch_nums`, the rest from shapes; our own files carry their configuration.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or it could not be fetched.
         CheckpointError: truncated, a pickle that is more than weights, a missing or unknown name, a wrong
             shape, or a value that is not finite.
     """
@@ -99,7 +100,7 @@ def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], object]:
     """All tensors of a file, and the configuration stored in it, empty if there is none."""
-    file = Path(path)
+    file = _local(str(path))
     if not file.is_file():
         raise FileNotFoundError(f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}")
     with file.open("rb") as stream:
@@ -129,6 +130,22 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], object]:
     ):
         raise CheckpointError(f"{file}: expected a state dict of names and tensors")
     return dict(loaded), {}
+
+
+def _local(path: str) -> Path:
+    """The file itself, or for hf://owner/repository/file its copy in the Hugging Face cache, fetched if need be."""
+    if not path.startswith(HUB):
+        return Path(path)
+    owner, _, rest = path.removeprefix(HUB).partition("/")
+    repository, _, name = rest.partition("/")
+    if not (owner and repository and name):
+        raise ValueError(f"{path}: expected {HUB}owner/repository/file")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", name))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OSError(f"{path}: could not be fetched: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

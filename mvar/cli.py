@@ -78,9 +78,10 @@ def _parser() -> argparse.ArgumentParser:
         "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 0-999 --count 50 --npz fid.npz",
     )
     sample.add_argument(
-        "--weights", type=Path, help="model, official or own file (default: the digits inside the package)"
+        "--weights",
+        help="model: official or own file, or hf://owner/repository/file (default: the digits inside the package)",
     )
-    sample.add_argument("--tokenizer", type=Path, help="tokenizer that belongs to it")
+    sample.add_argument("--tokenizer", help="tokenizer that belongs to it, likewise")
     sample.add_argument("--classes", type=_classes, required=True, help="such as 3 or 1,5,7-9")
     sample.add_argument("--count", type=int, default=1, metavar="N", help="images a class (default: 1)")
     sample.add_argument(

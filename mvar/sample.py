@@ -1,7 +1,6 @@
 """`mvar sample`: images from any weights, into PNG files, a grid or an npz."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +67,7 @@ def drawing(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {"dtype": DTYPES[options.dtype]}
 
 
-def _load(weights: Path | None, tokenizer: Path | None, device: torch.device) -> tuple[MVAR, Tokenizer]:
+def _load(weights: str | None, tokenizer: str | None, device: torch.device) -> tuple[MVAR, Tokenizer]:
     if weights is None or tokenizer is None:
         model, images = digits.pretrained()
         return model.to(device), images.to(device)

@@ -28,15 +28,13 @@ NAMES = ("auto", "reference", "cpu", "triton", "cuda", *PEERS)
 class Kernel:
     """One op on one backend: the same three doors everywhere.
 
-    `why_not` takes the inputs of `forward` and answers None or an objection ("dtype float64 is not
-    float32 or bfloat16"). `why_not_backward`, where the backward is offered for less than the
-    forward, takes the same arguments and is asked before `backward` is used.
+    `why_not` takes the inputs of `forward`, or those that `backward` is given again, and answers None
+    or an objection ("dtype float64 is not float32 or bfloat16"). `backward` None: there is none.
     """
 
     why_not: Callable[..., str | None]
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None
-    why_not_backward: Callable[..., str | None] | None = None
 
 
 class BackendError(RuntimeError):
@@ -129,8 +127,7 @@ class Op:
         kernel = self.kernel(backend)
         if backward and kernel.backward is None:
             return f"{self.name} has no backward kernel"
-        ask = (kernel.why_not_backward if backward else None) or kernel.why_not
-        return ask(*inputs)
+        return kernel.why_not(*inputs)
 
     def choose(self, backend: str, device: torch.device, *inputs: Any, backward: bool = False) -> Kernel:
         """The kernel to use. `inputs` are what its `why_not` takes."""

@@ -90,6 +90,30 @@ def test_the_same_tokenizer_file_serves_several_resolutions(files: Path) -> None
         mvar.load_tokenizer(files / "tokenizer.pth", resolution=300)
 
 
+def test_weights_from_the_hub(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client is asked for the right file, and what it fetched is loaded; without network it is said."""
+    import huggingface_hub
+
+    asked = []
+
+    def fetched(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        return str(files / "tokenizer.pth")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)
+    mvar.load_tokenizer("hf://owner/repo/folder/vae.pth", patch_nums=upstream.PATCH_NUMS)
+    assert asked == [("owner/repo", "folder/vae.pth")]
+    with pytest.raises(ValueError, match="expected hf://owner/repository/file"):
+        mvar.load_model("hf://owner/repo")
+
+    def offline(repository: str, name: str) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(OSError, match="hf://owner/repo/model.pth: could not be fetched: no network"):
+        mvar.load_model("hf://owner/repo/model.pth")
+
+
 class Malicious:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("open('/tmp/mvar_test_pickle_ran', 'w')",)
