@@ -85,9 +85,9 @@ MVAR_INLINE void exchange(Vec& a, Vec& b, Lanes<lane...>) {
 
 template <int n = 1>
 MVAR_INLINE void transpose(Vec (&rows)[kWidth]) {
-  for (int i = 0; i < kWidth; ++i) {
-    if (!(i & n)) exchange<n>(rows[i], rows[i + n], AllLanes{});
-  }
+  unrolled<kWidth>([&](auto i) MVAR_INLINE_LAMBDA {
+    if constexpr (!(i & n)) exchange<n>(rows[i], rows[i + n], AllLanes{});
+  });
   if constexpr (2 * n < kWidth) transpose<2 * n>(rows);
 }
 
@@ -96,14 +96,19 @@ template <typename Word, typename Row>
 MVAR_INLINE void pack_columns(const Panels& out, int64_t first_column, int64_t rows, Row row, int64_t elements) {
   constexpr int64_t step = kWidth * Word::kDepth;
   for (int64_t e = 0; e < elements; e += step) {
-    Vec square[kWidth];
-    for (int i = 0; i < kWidth; ++i) {
-      square[i] = i < rows ? load_words<Word>(row(i) + e, elements - e) : Vec{};
-    }
-    transpose(square);
     const int64_t word = e / Word::kDepth;
-    for (int i = 0; i < kWidth && word + i < out.depth; ++i) {
-      store(out.at(word + i, first_column), square[i], All{});
+    float* to = out.at(word, first_column);
+    Vec square[kWidth];
+    if (rows >= kWidth && elements - e >= step) {
+      unrolled<kWidth>([&](auto i) MVAR_INLINE_LAMBDA { square[i] = load_words<Word>(row(i) + e, step); });
+      transpose(square);
+      unrolled<kWidth>([&](auto i) MVAR_INLINE_LAMBDA { store(to + i * kPanel, square[i], All{}); });
+    } else {
+      for (int i = 0; i < kWidth; ++i) {
+        square[i] = i < rows ? load_words<Word>(row(i) + e, elements - e) : Vec{};
+      }
+      transpose(square);
+      for (int i = 0; i < kWidth && word + i < out.depth; ++i) store(to + i * kPanel, square[i], All{});
     }
   }
 }

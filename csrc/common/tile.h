@@ -1,4 +1,4 @@
-// A small matrix product in registers, C += A·B: kTileRows rows of A, up to kPanel columns of B.
+// A small matrix product in registers, A·B: kTileRows rows of A, up to kPanel columns of B.
 //
 // Operands are made of 32-bit words, kept in arrays of float and only ever moved: a Single is one
 // float, a Pair two neighbouring bf16 of the dimension that is summed over.
@@ -66,23 +66,50 @@ MVAR_INLINE Vec broadcast(const float* p) {
 #endif
 }
 
-template <int vectors>
-struct Tile {
-  Vec at[kTileRows][vectors] = {};
+template <int i>
+struct Index {
+  constexpr operator int() const { return i; }
 };
 
-// A(r, i) is a[r·a_row + i·a_step]; b is a panel: row i of B at b + i·kPanel.
+// body(Index<0>), body(Index<1>), … : written out before the compiler decides what is kept in
+// registers, which a loop that it unrolls by itself is not.
+template <int n, typename Body>
+MVAR_INLINE void unrolled(Body body) {
+  if constexpr (n > 0) {
+    unrolled<n - 1>(body);
+    body(Index<n - 1>{});
+  }
+}
+
+template <int vectors>
+struct Tile {
+  Vec at[kTileRows][vectors];
+};
+
+// body(r, v) for every vector of a tile
+template <int vectors, typename Body>
+MVAR_INLINE void for_each_of_tile(Body body) {
+  unrolled<kTileRows>([&](auto r) MVAR_INLINE_LAMBDA {
+    unrolled<vectors>([&](auto v) MVAR_INLINE_LAMBDA { body(r, v); });
+  });
+}
+
+// A·B, where A(r, i) is a[r·a_row + i·a_step] and b is a panel: row i of B at b + i·kPanel.
 template <typename Word, int vectors>
-MVAR_INLINE void multiply(Tile<vectors>& c, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                          int64_t depth) {
+MVAR_INLINE Tile<vectors> multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t depth) {
+  Tile<vectors> c;
+  for_each_of_tile<vectors>([&](auto r, auto v) MVAR_INLINE_LAMBDA { c.at[r][v] = Vec{}; });
   for (int64_t i = 0; i < depth; ++i, a += a_step, b += kPanel) {
     Vec columns[vectors];
-    for (int v = 0; v < vectors; ++v) columns[v] = load(b + v * kWidth, All{});
-    for (int r = 0; r < kTileRows; ++r) {
+    unrolled<vectors>([&](auto v) MVAR_INLINE_LAMBDA { columns[v] = load(b + v * kWidth, All{}); });
+    unrolled<kTileRows>([&](auto r) MVAR_INLINE_LAMBDA {
       const Vec element = broadcast(a + r * a_row);
-      for (int v = 0; v < vectors; ++v) c.at[r][v] = Word::multiply_add(element, columns[v], c.at[r][v]);
-    }
+      unrolled<vectors>([&](auto v) MVAR_INLINE_LAMBDA {
+        c.at[r][v] = Word::multiply_add(element, columns[v], c.at[r][v]);
+      });
+    });
   }
+  return c;
 }
 
 template <int n>

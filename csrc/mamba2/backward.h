@@ -31,7 +31,7 @@ struct BackwardScratch {
   ChunkScratch chunk;
   float *partial, *dB, *dC, *lines;    // of a chunk, summed over the heads
 
-  BackwardScratch(Pieces& pieces, const Sizes& n, const Geometry& g) : forward(pieces, n, g) {
+  BackwardScratch(Carver& pieces, const Sizes& n, const Geometry& g) : forward(pieces, n, g) {
     const bool both = n.directions == 2;
     dx = pieces.take(g.slots * g.width);
     slopes = pieces.take(g.slots * g.width);
@@ -65,7 +65,7 @@ struct BackwardSpace {
   float* scratch;
   int64_t scratch_floats;
 
-  BackwardSpace(Pieces& pieces, const Sizes& n, const Plan& plan, const Geometry& g) {
+  BackwardSpace(Carver& pieces, const Sizes& n, const Plan& plan, const Geometry& g) {
     const int64_t E = n.H * n.P;
     shared = pieces.take(g.samples * plan.chunk_count() * g.shared);
     saved = pieces.take(plan.segment_count * g.samples * n.H * g.state);
@@ -74,24 +74,24 @@ struct BackwardSpace {
     squares = pieces.take(g.samples * n.L * n.H);
     products = pieces.take(g.samples * n.L * n.H);
     factors = pieces.take(g.samples * n.L * 2);
-    const int64_t before = pieces.taken;
+    const int64_t before = pieces.floats;
     sums.dA = (double*)pieces.take(2 * n.B * n.directions * n.H);
     sums.dD = (double*)pieces.take(2 * n.B * n.H);
     sums.ddt_bias = (double*)pieces.take(2 * n.B * n.directions * n.H);
     sums.dnorm_weight = pieces.take(n.B * E);
     sums.dconv = pieces.take(n.B * (E + 2 * n.N) * (n.taps + 1));
-    sums_floats = pieces.taken - before;
-    Pieces counter{nullptr};
+    sums_floats = pieces.floats - before;
+    Carver counter(nullptr);
     BackwardScratch(counter, n, g);
-    scratch_floats = counter.taken;
-    scratch = pieces.take(max_threads() * scratch_floats);
+    scratch_floats = counter.needed();
+    scratch = pieces.take(threads() * scratch_floats);
   }
 };
 
 int64_t backward_workspace(const Sizes& n, const Plan& plan) {
-  Pieces counter{nullptr};
+  Carver counter(nullptr);
   BackwardSpace(counter, n, plan, Geometry(n, plan, true));
-  return counter.taken;
+  return counter.needed();
 }
 
 // One head of one segment in one direction: what is the same for all its chunks.
@@ -147,7 +147,9 @@ void derive_segment(const HeadSegment& head, const float* start, float* adjoint,
   const int64_t count = head.segment.count, state = head.g.state;
   float* states = head.s.states;
   float ddelta[kChunk];
-  for (int64_t i = 0; i + 1 < count; ++i) head.advance(i, 0, i ? states + i * state : start, states + (i + 1) * state);
+  for (int64_t i = 0; i + 1 < count; ++i) {
+    head.advance(i, 0, i ? states + i * state : start, states + (i + 1) * state);
+  }
   for (int64_t i = count - 1; i >= 0; --i) {
     head.derive(i, 0, i ? states + i * state : start, adjoint, adjoint, ddelta);
     take_delta(0, chunks[i], ddelta);
@@ -167,24 +169,24 @@ void derive_segment(const HeadSegment& head, const float* start, float* adjoint,
   }
 }
 
-// out[i] (+)= from_i, transposed, + Σ_j dscores[i][j] lines_j; with `across` dscores[j][i] in its place.
+// out_i += the column i of `transposed` + Σ_j dscores[i][j] lines_j; with `across` dscores[j][i] in its place.
 MVAR_INLINE void add_lines(const float* transposed, const float* dscores, bool across, const float* lines, int64_t q,
                            int64_t step, float* scratch, float* out, const Sizes& n, const Geometry& g) {
   transpose(transposed, kChunk, n.N, q, scratch, g.N_padded);
-  for_each_tile(q, g.N_padded, [&](int64_t i, auto rows, int64_t col, auto cols) MVAR_INLINE_LAMBDA {
+  for_each_block(q, g.N_padded, [&](int64_t i, auto rows, int64_t col, auto cols) MVAR_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value, K = decltype(cols)::value;
-    Tile<R, K> tile{};
+    Block<R, K> block{};
     if (across) {
-      multiply_add(tile, dscores + i, 1, kChunk, lines + col, step, q);
+      multiply_add(block, dscores + i, 1, kChunk, lines + col, step, q);
     } else {
-      multiply_add(tile, dscores + i * kChunk, kChunk, 1, lines + col, step, q);
+      multiply_add(block, dscores + i * kChunk, kChunk, 1, lines + col, step, q);
     }
     for (int r = 0; r < R; ++r) {
       for (int k = 0; k < K; ++k) {
         const int64_t column = col + k * kWidth;
         float* to = out + (i + r) * step + column;
         const Vec direct = load(scratch + (i + r) * g.N_padded + column, All{});
-        store(to, tile.sum[r][k] + direct + load(to, All{}), All{});
+        store(to, block.sum[r][k] + direct + load(to, All{}), All{});
       }
     }
   });
@@ -224,7 +226,7 @@ void run_backward(const Form& form, const Sizes& n, const Plan& plan, const Back
   __builtin_memset(space.sums.dA, 0, space.sums_floats * sizeof(float));
 #pragma omp parallel if (worth_threads(n))
   {
-    Pieces own{space.scratch + thread_index() * space.scratch_floats};
+    Carver own(space.scratch + this_thread() * space.scratch_floats);
     const BackwardScratch scratch(own, n, g);
     for (int64_t b0 = 0; b0 < n.B; b0 += g.samples) {
       const int64_t samples = n.B - b0 < g.samples ? n.B - b0 : g.samples;
@@ -252,7 +254,7 @@ void run_backward(const Form& form, const Sizes& n, const Plan& plan, const Back
           float* of_segment = shared + segment.first_chunk * g.shared;
           if constexpr (Form::kNeedsOutputs) {
             __builtin_memcpy(state, from, g.state * sizeof(float));
-            scan_segment(segment, of_segment, h, form.A(), state, scratch.forward, n, g);
+            scan_segment(segment, of_segment, h, form.A(), state, scratch.forward, n, g, [](const Chunk&) {});
             form.keep_outputs(b, h, segment, scratch, g, i / n.H);
           } else {
             const HeadSegment head{segment, of_segment, nullptr, h, form.A(), nullptr, scratch, n, g};

@@ -1,7 +1,6 @@
 #include "common/binding.h"
 
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "mamba2/mamba2.h"
@@ -14,14 +13,7 @@ using namespace mamba2;
 
 const Kernels* const tables[] = MVAR_TABLES(mamba2_kernels);
 
-struct Free {
-  void operator()(float* data) const { operator delete[](data, std::align_val_t(64)); }
-};
-typedef std::unique_ptr<float[], Free> Workspace;
-
-Workspace workspace_of(int64_t floats) {
-  return Workspace((float*)operator new[](floats * sizeof(float), std::align_val_t(64)));
-}
+typedef std::unique_ptr<float[]> Workspace;
 
 States states(Pointer data, const Sizes& n) {
   return {(float*)data, n.H * n.P * n.N, n.P * n.N, n.N};
@@ -103,7 +95,7 @@ void ssd_scan_forward(bool bf16, const py::tuple& sizes, const py::tuple& scales
   const Cut pieces = cut(scales, n);
   const Plan plan = pieces.plan();
   const Kernels& kernels = *tables[current];
-  const Workspace workspace = workspace_of(kernels.forward_workspace(n, plan));
+  const Workspace workspace(new float[kernels.forward_workspace(n, plan)]);
   py::gil_scoped_release release;
   (bf16 ? kernels.scan_bf16 : kernels.scan_f32)(a, n, plan, workspace.get());
 }
@@ -119,7 +111,7 @@ void ssd_scan_backward(const py::tuple& sizes, const py::tuple& scales, const py
   const Cut pieces = cut(scales, n);
   const Plan plan = pieces.plan();
   const Kernels& kernels = *tables[current];
-  const Workspace workspace = workspace_of(kernels.backward_workspace(n, plan));
+  const Workspace workspace(new float[kernels.backward_workspace(n, plan)]);
   py::gil_scoped_release release;
   kernels.scan_backward(a, n, plan, workspace.get());
 }
@@ -134,7 +126,7 @@ void mamba2_mixer_forward(bool bf16, const py::tuple& sizes, const py::tuple& sc
   const Cut pieces = cut(scales, n);
   const Plan plan = pieces.plan();
   const Kernels& kernels = *tables[current];
-  const Workspace workspace = workspace_of(kernels.forward_workspace(n, plan));
+  const Workspace workspace(new float[kernels.forward_workspace(n, plan)]);
   py::gil_scoped_release release;
   (bf16 ? kernels.mixer_bf16 : kernels.mixer_f32)(a, n, plan, workspace.get());
 }
@@ -164,7 +156,7 @@ void mamba2_mixer_backward(const py::tuple& sizes, const py::tuple& scales, floa
   const Cut pieces = cut(scales, n);
   const Plan plan = pieces.plan();
   const Kernels& kernels = *tables[current];
-  const Workspace workspace = workspace_of(kernels.backward_workspace(n, plan));
+  const Workspace workspace(new float[kernels.backward_workspace(n, plan)]);
   py::gil_scoped_release release;
   kernels.mixer_backward(a, n, plan, workspace.get());
 }

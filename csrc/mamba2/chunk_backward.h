@@ -41,20 +41,20 @@ MVAR_INLINE void transpose_lines(const float* lines, int64_t step, int64_t q, in
   transpose(lines, step, q, width, to, kChunk);
 }
 
-// products[n][i] = weights_i Σ_p state[n][p] lines[p][i], and dots_i = Σ_n weights_i … · factors[n][i]
+// products[n][i] = weights_i Σ_p state[n][p] lines_transposed[p][i]; dots_i += Σ_n products[n][i] factors[n][i]
 MVAR_INLINE void state_times_lines(const float* state, const float* lines_transposed, const float* weights,
                                    const float* factors, float* products, Line& dots, int64_t N, int64_t P,
                                    int64_t width) {
-  for_each_tile(N, kChunk, [&](int64_t n, auto rows, int64_t i, auto cols) MVAR_INLINE_LAMBDA {
+  for_each_block(N, kChunk, [&](int64_t n, auto rows, int64_t i, auto cols) MVAR_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value, K = decltype(cols)::value;
-    Tile<R, K> tile{};
-    multiply_add(tile, state + n * width, width, 1, lines_transposed + i, kChunk, P);
+    Block<R, K> block{};
+    multiply_add(block, state + n * width, width, 1, lines_transposed + i, kChunk, P);
     for (int k = 0; k < K; ++k) {
       const int64_t lane = i + k * kWidth;
       const Vec weight = load(weights + lane, All{});
       Vec dot{};
       for (int r = 0; r < R; ++r) {
-        const Vec product = weight * tile.sum[r][k];
+        const Vec product = weight * block.sum[r][k];
         store(products + (n + r) * kChunk + lane, product, All{});
         dot = fma(product, load(factors + (n + r) * kChunk + lane, All{}), dot);
       }
@@ -63,19 +63,19 @@ MVAR_INLINE void state_times_lines(const float* state, const float* lines_transp
   });
 }
 
-// From dy_i · x_s: the gradients of the scores; of the mix's Δ_s, into `direct`; and `mix` itself is
-// replaced by mix · its gradient.
+// From dy_i · x_s, which is the gradient of the mix: that of the scores; of the mix's Δ_s, into `direct`; and
+// mix_grads = mix · its gradient. s.mix may be mix_grads: it is not read.
 MVAR_INLINE void pair_gradients(const BackwardView& b, const ChunkScratch& s, float* mix_grads, Line& direct,
                                 int64_t P) {
   const View& c = b.c;
-  for_each_tile(c.q, kChunk, [&](int64_t i, auto rows, int64_t col, auto cols) MVAR_INLINE_LAMBDA {
+  for_each_block(c.q, kChunk, [&](int64_t i, auto rows, int64_t col, auto cols) MVAR_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value, K = decltype(cols)::value;
-    Tile<R, K> tile{};
-    multiply_add(tile, b.dy + i * c.x_step, c.x_step, 1, s.x_transposed + col, kChunk, P);
+    Block<R, K> block{};
+    multiply_add(block, b.dy + i * c.x_step, c.x_step, 1, s.x_transposed + col, kChunk, P);
     for (int r = 0; r < R; ++r) {
       for (int k = 0; k < K; ++k) {
         const int64_t lane = col + k * kWidth, at = (i + r) * kChunk + lane;
-        const Vec decayed = tile.sum[r][k] * load(s.decay + at, All{});
+        const Vec decayed = block.sum[r][k] * load(s.decay + at, All{});
         const Vec delta = load(c.delta + lane, All{});
         store(b.dscores + at, decayed * delta, All{});
         const Vec scored = decayed * load(c.scores + at, All{});
@@ -87,23 +87,23 @@ MVAR_INLINE void pair_gradients(const BackwardView& b, const ChunkScratch& s, fl
 }
 
 // dx_s += weights_s · λ B_s + Σ_{i≥s} mix[i][s] dy_i; `adjoint` is null where it is zero.
-MVAR_INLINE void add_dx(const BackwardView& b, const float* mix, const float* weights, const float* adjoint, int64_t N,
-                        int64_t width) {
+MVAR_INLINE void add_dx(const BackwardView& b, const float* mix, const float* weights, const float* adjoint,
+                        int64_t N, int64_t width) {
   const View& c = b.c;
-  for_each_tile(c.q, width, [&](int64_t t, auto rows, int64_t p, auto cols) MVAR_INLINE_LAMBDA {
+  for_each_block(c.q, width, [&](int64_t t, auto rows, int64_t p, auto cols) MVAR_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value, K = decltype(cols)::value;
-    Tile<R, K> tile{};
+    Block<R, K> block{};
     if (adjoint) {
-      multiply_add(tile, c.B + t * c.bc_step, c.bc_step, 1, adjoint + p, width, N);
+      multiply_add(block, c.B + t * c.bc_step, c.bc_step, 1, adjoint + p, width, N);
       for (int r = 0; r < R; ++r) {
-        for (int k = 0; k < K; ++k) tile.sum[r][k] *= broadcast(weights + t + r);
+        for (int k = 0; k < K; ++k) block.sum[r][k] *= broadcast(weights + t + r);
       }
     }
-    multiply_add(tile, mix + t * kChunk + t, 1, kChunk, b.dy + t * c.x_step + p, c.x_step, c.q - t);
+    multiply_add(block, mix + t * kChunk + t, 1, kChunk, b.dy + t * c.x_step + p, c.x_step, c.q - t);
     for (int r = 0; r < R; ++r) {
       float* dx = b.dx + (t + r) * c.x_step + p;
       for (int k = 0; k < K; ++k) {
-        store(dx + k * kWidth, tile.sum[r][k] + load(dx + k * kWidth, All{}), All{});
+        store(dx + k * kWidth, block.sum[r][k] + load(dx + k * kWidth, All{}), All{});
       }
     }
   });
@@ -136,8 +136,8 @@ MVAR_INLINE void decay_gradients(const float* mix_grads, const Line& entering, c
   }
 }
 
-// `before`: the state before the chunk; `adjoint`: of the state after it, replaced by that of the state
-// before it unless nobody asks (`last`). Either is null where it is zero.
+// `before`: the state before the chunk; `adjoint`: of the state after it. Either is null where it is zero.
+// next_adjoint: of the state before, may be `adjoint`; null where nobody asks.
 void chunk_backward(const BackwardView& b, const float* before, const float* adjoint, float* next_adjoint,
                     const ChunkScratch& s, int64_t N, int64_t N_padded, int64_t P, int64_t width) {
   const View& c = b.c;

@@ -49,7 +49,8 @@ struct ChannelVector {
     Vec sum{};
     for (int64_t k = 0; k < n.taps; ++k) {
       const int64_t l = r - k;
-      if (l >= 0 && l < n.L) sum = fma(load(weights + k * kConvBlock, All{}), load(row<float>(a.dxbc, b, l) + c, lanes), sum);
+      if (l < 0 || l >= n.L) continue;
+      sum = fma(load(weights + k * kConvBlock, All{}), load(row<float>(a.dxbc, b, l) + c, lanes), sum);
     }
     if (r >= n.L) sum += load(row<float>(a.grad_last_conv, b, r - n.L) + c, lanes);
     return sum;

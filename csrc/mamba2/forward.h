@@ -24,7 +24,7 @@ struct Scratch {
   float *rows;     // for the form: lines of a segment and `taps` more
   float *weights;  // for the form: taps + 1 lines
 
-  Scratch(Pieces& pieces, const Sizes& n, const Geometry& g) {
+  Scratch(Carver& pieces, const Sizes& n, const Geometry& g) {
     const int64_t line = g.width > g.N_padded ? g.width : g.N_padded;
     x = pieces.take(g.slots * g.width);
     y = pieces.take(g.slots * g.width);
@@ -38,26 +38,26 @@ struct Scratch {
 
 struct ForwardSpace {
   float *shared, *states;
-  float *gated, *squares;  // for the form, twice: of one segment while the next one is computed
+  float *gated, *squares;  // for the form, twice: of one stage while the next one is computed
   float *scratch;
   int64_t scratch_floats;
 
-  ForwardSpace(Pieces& pieces, const Sizes& n, const Plan& plan, const Geometry& g) {
+  ForwardSpace(Carver& pieces, const Sizes& n, const Plan& plan, const Geometry& g) {
     shared = pieces.take(g.samples * plan.chunk_count() * g.shared);
     states = pieces.take(g.samples * n.H * g.state);
-    gated = pieces.take(2 * g.samples * g.slots * n.H * n.P);
-    squares = pieces.take(2 * g.samples * g.slots * n.H);
-    Pieces counter{nullptr};
+    gated = pieces.take(2 * g.samples * g.stage * g.slots * n.H * n.P);
+    squares = pieces.take(2 * g.samples * g.stage * g.slots * n.H);
+    Carver counter(nullptr);
     Scratch(counter, n, g);
-    scratch_floats = counter.taken;
-    scratch = pieces.take(max_threads() * scratch_floats);
+    scratch_floats = counter.needed();
+    scratch = pieces.take(threads() * scratch_floats);
   }
 };
 
 int64_t forward_workspace(const Sizes& n, const Plan& plan) {
-  Pieces counter{nullptr};
+  Carver counter(nullptr);
   ForwardSpace(counter, n, plan, Geometry(n, plan, false));
-  return counter.taken;
+  return counter.needed();
 }
 
 // Where a segment is.
@@ -75,16 +75,19 @@ struct Segment {
     first = chunks[0].first;
     tokens = chunks[count - 1].first + chunks[count - 1].q - first;
   }
+  int64_t end() const { return first + tokens; }
 };
 
 // y of one segment of one head, both directions, from its x; `state` goes on to the segment's end.
-// `shared` is that of the segment's first chunk.
+// `shared` is that of the segment's first chunk. ask_ahead(chunk) is called early, once for each chunk.
+template <typename AskAhead>
 void scan_segment(const Segment& segment, float* shared, int64_t h, const float* A, float* state, const Scratch& s,
-                  const Sizes& n, const Geometry& g) {
+                  const Sizes& n, const Geometry& g, AskAhead ask_ahead) {
   Decays decays;
   for (int64_t i = 0; i < segment.count; ++i) {
     const int64_t at = i * kChunk * g.width;
     const View c = view_of(Shared(shared + i * g.shared, n, g), segment.chunks[i], 0, h, A, n, g, s.x + at, s.y + at);
+    ask_ahead(segment.chunks[i]);
     find_decays(c.delta, c.A, decays);
     find_mix(c, decays, s.mix);
     chunk_outputs<false>(c, decays, s.mix, state, n.N, g.width);
@@ -105,16 +108,18 @@ void scan_segment(const Segment& segment, float* shared, int64_t h, const float*
 }
 
 // `Form` is what surrounds the scan: see ScanForm and MixerForm. One barrier after the shared part and
-// one per segment: what a segment's last loop reads is not written again before the next but one.
+// one per stage: what a stage's last loop reads is not written again before the next but one.
 template <typename Form>
 void run_forward(const Form& form, const Sizes& n, const Plan& plan, float* workspace) {
   const Geometry g(n, plan, false);
-  Pieces pieces{workspace};
+  Carver pieces(workspace);
   const ForwardSpace space(pieces, n, plan, g);
-  const int64_t chunks = plan.chunk_count();
+  const int64_t chunks = plan.chunk_count(), segments = plan.segment_count;
+  const int64_t stage = Form::kFinishesTokens ? g.stage : segments;
+  const int64_t lines = g.stage * g.slots;
 #pragma omp parallel if (worth_threads(n))
   {
-    Pieces own{space.scratch + thread_index() * space.scratch_floats};
+    Carver own(space.scratch + this_thread() * space.scratch_floats);
     const Scratch scratch(own, n, g);
     for (int64_t b0 = 0; b0 < n.B; b0 += g.samples) {
       const int64_t samples = n.B - b0 < g.samples ? n.B - b0 : g.samples;
@@ -126,29 +131,35 @@ void run_forward(const Form& form, const Sizes& n, const Plan& plan, float* work
         form.fill_shared(b0 + i / chunks, chunk, shared, scratch, g);
         find_scores(shared, chunk, n, g, scratch.rows);
       }
-      for (int64_t k = 0; k < plan.segment_count; ++k) {
-        const Segment segment(plan, k);
-        const int64_t turn = k % 2 * g.samples * g.slots * n.H;
+      for (int64_t k = 0; k < segments; k += stage) {
+        const int64_t end = k + stage < segments ? k + stage : segments;
+        const int64_t first = Segment(plan, k).first, tokens = Segment(plan, end - 1).end() - first;
+        const int64_t turn = k / stage % 2 * g.samples * lines * n.H;
         float* gated = space.gated + turn * n.P;
         float* squares = space.squares + turn;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < samples * n.H; ++i) {
           const int64_t b = b0 + i / n.H, h = i % n.H;
-          const int64_t line = i / n.H * g.slots * n.H;
           float* state = space.states + i * g.state;
-          float* shared = space.shared + (i / n.H * chunks + segment.first_chunk) * g.shared;
           if (k == 0) load_state(form.a.initial, b, h, n, g, state);
-          form.fill_x(b, h, segment, scratch, g);
-          scan_segment(segment, shared, h, form.a.A, state, scratch, n, g);
-          form.finish_head(b, h, segment, scratch, g, gated + line * n.P, squares + line);
-          if (k + 1 == plan.segment_count) store_state(form.a.last, b, h, n, g, state);
+          form.start_head(h, scratch, g);
+          for (int64_t j = k; j < end; ++j) {
+            const Segment segment(plan, j);
+            const int64_t line = (i / n.H * lines + segment.first - first) * n.H;
+            float* shared = space.shared + (i / n.H * chunks + segment.first_chunk) * g.shared;
+            form.fill_x(b, h, segment, scratch, g);
+            scan_segment(segment, shared, h, form.a.A, state, scratch, n, g,
+                         [&](const Chunk& chunk) { form.ask_ahead(b, h, chunk, segment.tokens); });
+            form.finish_head(b, h, segment, scratch, g, gated + line * n.P, squares + line);
+          }
+          if (end == segments) store_state(form.a.last, b, h, n, g, state);
         }
         if constexpr (Form::kFinishesTokens) {
 #pragma omp for schedule(static) nowait
-          for (int64_t i = 0; i < samples * segment.tokens; ++i) {
-            const int64_t b = i / segment.tokens, t = i % segment.tokens;
-            const int64_t line = b * g.slots + t;
-            form.finish_token(b0 + b, segment.first + t, gated + line * n.H * n.P, squares + line * n.H);
+          for (int64_t i = 0; i < samples * tokens; ++i) {
+            const int64_t b = i / tokens, t = i % tokens;
+            const int64_t line = (b * lines + t) * n.H;
+            form.finish_token(b0 + b, first + t, gated + line * n.P, squares + line);
           }
         }
       }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "chunk.h"
-#include "team.h"
+#include "common/threads.h"
 #include "common/transpose.h"
 
 namespace mvar {
@@ -10,6 +10,11 @@ namespace MVAR_INSTRUCTION_SET {
 namespace {
 
 using mamba2::States;
+
+// Between two meetings of the heads, for the RMSNorm or for sums over them, lies at least this many tokens'
+// work: few meetings, since a thread that comes late keeps all others waiting, and what the heads have
+// made is still in the last-level cache.
+constexpr int64_t kStageTokens = 256;
 
 // Lines are padded to whole vectors and chunks to kChunk lines, so that no loop over them has a tail.
 struct Geometry {
@@ -19,6 +24,7 @@ struct Geometry {
   int64_t shared;     // floats of what the heads share of a chunk
   int64_t transposed; // floats of the transposes of B or of C of a chunk, for the backward
   int64_t slots;      // lines of a segment
+  int64_t stage;      // segments that a head computes before all heads meet
   int64_t samples;    // computed together: enough to keep all threads busy, and no more scratch than that
 
   Geometry(const Sizes& n, const Plan& plan, bool backward) {
@@ -28,7 +34,8 @@ struct Geometry {
     transposed = backward ? n.directions * n.N * kChunk : 0;
     shared = 2 * kChunk * N_padded + n.directions * (kChunk * kChunk + n.H * kChunk) + 2 * transposed;
     slots = plan.longest_segment * kChunk;
-    const int64_t tasks = 4 * max_threads() > 64 ? 4 * max_threads() : 64;
+    stage = kStageTokens > slots ? kStageTokens / slots : 1;
+    const int64_t tasks = 4 * threads() > 64 ? 4 * threads() : 64;
     const int64_t wanted = (tasks + n.H - 1) / n.H;
     samples = wanted < n.B ? wanted : n.B;
   }
@@ -50,16 +57,17 @@ struct Shared {
   }
 };
 
-// Takes pieces of the workspace, each a multiple of 64 bytes. With a null start it only counts.
-struct Pieces {
-  float* start;
-  int64_t taken = 0;
-  float* take(int64_t floats) {
-    float* piece = start + taken;
-    taken += round_up(floats, 16);
-    return piece;
-  }
-};
+// A row of one head is a few cache lines of a row of all heads, too short a run for the processor to foresee the
+// next: it is asked for a while before it is needed.
+template <typename T>
+MVAR_INLINE void ask_for(const T* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + i);
+}
+
+template <typename T>
+MVAR_INLINE void ask_to_write(T* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + i, 1);
+}
 
 MVAR_INLINE View view_of(const Shared& shared, const Chunk& chunk, int64_t direction, int64_t h, const float* A,
                          const Sizes& n, const Geometry& g, const float* x, float* y) {
@@ -83,13 +91,13 @@ MVAR_INLINE View view_of(const Shared& shared, const Chunk& chunk, int64_t direc
 // `transposed`: N·kChunk floats of scratch.
 void find_scores(const Shared& shared, const Chunk& chunk, const Sizes& n, const Geometry& g, float* transposed) {
   transpose(shared.B, g.N_padded, kChunk, n.N, transposed, kChunk);
-  for_each_tile(chunk.q, kChunk, [&](int64_t t, auto rows, int64_t s, auto cols) MVAR_INLINE_LAMBDA {
+  for_each_block(chunk.q, kChunk, [&](int64_t t, auto rows, int64_t s, auto cols) MVAR_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value, K = decltype(cols)::value;
-    Tile<R, K> tile{};
-    multiply_add(tile, shared.C + t * g.N_padded, g.N_padded, 1, transposed + s, kChunk, n.N);
+    Block<R, K> block{};
+    multiply_add(block, shared.C + t * g.N_padded, g.N_padded, 1, transposed + s, kChunk, n.N);
     for (int r = 0; r < R; ++r) {
       for (int k = 0; k < K; ++k) {
-        store(shared.scores + (t + r) * kChunk + s + k * kWidth, tile.sum[r][k], All{});
+        store(shared.scores + (t + r) * kChunk + s + k * kWidth, block.sum[r][k], All{});
       }
     }
   });

@@ -97,7 +97,7 @@ struct MixerBackward {
 };
 
 struct Kernels {
-  // workspace: as many floats as forward_workspace says, aligned to 64 bytes
+  // workspace: as many floats as forward_workspace says
   void (*scan_f32)(const ScanForward&, const Sizes&, const Plan&, float* workspace);
   void (*scan_bf16)(const ScanForward&, const Sizes&, const Plan&, float* workspace);
   void (*mixer_f32)(const MixerForward&, const Sizes&, const Plan&, float* workspace);

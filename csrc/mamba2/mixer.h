@@ -1,5 +1,5 @@
 // mamba2_mixer: the scan with convolution and SiLU before it, gate and RMSNorm after it. A head computes its
-// own x in scratch and hands on gated rows with their squares summed; when all heads of a segment are done,
+// own x in scratch and hands on gated rows with their squares summed; when all heads of a stage are done,
 // its rows are normalised.
 #pragma once
 
@@ -44,10 +44,13 @@ struct MixerForm {
     });
   }
 
+  void start_head(int64_t h, const Scratch& s, const Geometry& g) const {
+    gather_weights(a.conv_weight, a.conv_bias, n.taps, {h * n.P, n.P, g.width}, s.weights);
+  }
+
   void fill_x(int64_t b, int64_t h, const Segment& segment, const Scratch& s, const Geometry& g) const {
     const Channels channels{h * n.P, n.P, g.width};
     gather_rows<T>(a.xbc, a.conv_state, b, segment.first, segment.tokens, n.taps, channels, s.rows);
-    gather_weights(a.conv_weight, a.conv_bias, n.taps, channels, s.weights);
     for (int64_t c = 0; c < segment.count; ++c) {
       const float* rows = s.rows + (segment.chunks[c].first - segment.first) * g.width;
       convolve(rows, s.weights, segment.chunks[c].q, n.taps, g.width, s.x + c * kChunk * g.width);
@@ -56,6 +59,15 @@ struct MixerForm {
 
   MVAR_INLINE float* gated_row(int64_t b, int64_t l, float* scratch_row) const {
     return kInPlace ? row<float>(a.y, b, l) : scratch_row;
+  }
+
+  // What will be read and written last of this segment and, `tokens` later, read first of the next.
+  void ask_ahead(int64_t b, int64_t h, const Chunk& chunk, int64_t tokens) const {
+    for (int64_t l = chunk.first; l < chunk.first + chunk.q; ++l) {
+      ask_for(row<T>(a.z, b, l) + h * n.P, n.P);
+      if (kInPlace) ask_to_write(row<T>(a.y, b, l) + h * n.P, n.P);
+      if (l + tokens < n.L) ask_for(row<T>(a.xbc, b, l + tokens) + h * n.P, n.P);
+    }
   }
 
   void finish_head(int64_t b, int64_t h, const Segment& segment, const Scratch& s, const Geometry& g, float* gated,

@@ -32,7 +32,9 @@ struct MixerBackwardForm {
   }
 
   void fill_x(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g) const {
-    MixerForm<float>{a.forward, n}.fill_x(b, h, segment, s.forward, g);
+    const MixerForm<float> form{a.forward, n};
+    form.start_head(h, s.forward, g);
+    form.fill_x(b, h, segment, s.forward, g);
     for (int64_t c = 0; c < segment.count; ++c) {
       const int64_t first = (segment.chunks[c].first - segment.first) * g.width;
       convolution_slopes(s.forward.rows + first, s.forward.weights, segment.chunks[c].q, n.taps, g.width,
@@ -201,7 +203,7 @@ struct MixerBackwardForm {
 
 void mixer_backward(const MixerBackward& a, const Sizes& n, const Plan& plan, float* workspace) {
   const Geometry g(n, plan, true);
-  Pieces pieces{workspace};
+  Carver pieces(workspace);
   const BackwardSpace space(pieces, n, plan, g);
   run_backward(MixerBackwardForm{a, n, space}, n, plan, space, g);
 }

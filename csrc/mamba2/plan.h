@@ -1,8 +1,8 @@
 // How the sequence is cut: into chunks inside each scale, and into segments of several chunks.
 //
-// A segment is what one task computes of one head before all heads meet (for the RMSNorm), so that what
-// lies between is still in cache. Forward only, it ends after so many tokens; bidirectional, at the end
-// of the first scale past them, since the backward direction starts at a scale's last token.
+// A segment is what a thread holds of one head at a time, in its first- and second-level cache. Forward only, it
+// ends after so many tokens; bidirectional, at the end of the first scale past them, since the backward
+// direction starts at a scale's last token.
 #pragma once
 
 #include <algorithm>

@@ -39,6 +39,8 @@ struct ScanForm {
     }
   }
 
+  void start_head(int64_t, const Scratch&, const Geometry&) const {}
+
   void fill_x(int64_t b, int64_t h, const Segment& segment, const Scratch& s, const Geometry& g) const {
     for (int64_t c = 0; c < segment.count; ++c) {
       for (int64_t i = 0; i < segment.chunks[c].q; ++i) {
@@ -48,6 +50,14 @@ struct ScanForm {
           store(to + p, load(from + p, lanes), All{});
         });
       }
+    }
+  }
+
+  // What will be written of this segment and, `tokens` later, read of the next.
+  void ask_ahead(int64_t b, int64_t h, const Chunk& chunk, int64_t tokens) const {
+    for (int64_t l = chunk.first; l < chunk.first + chunk.q; ++l) {
+      ask_to_write(row<T>(a.y, b, l, h), n.P);
+      if (l + tokens < n.L) ask_for(row<T>(a.x, b, l + tokens, h), n.P);
     }
   }
 

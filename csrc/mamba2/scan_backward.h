@@ -89,7 +89,7 @@ struct ScanBackwardForm {
 
 void scan_backward(const ScanBackward& a, const Sizes& n, const Plan& plan, float* workspace) {
   const Geometry g(n, plan, true);
-  Pieces pieces{workspace};
+  Carver pieces(workspace);
   const BackwardSpace space(pieces, n, plan, g);
   run_backward(ScanBackwardForm{a, n, space}, n, plan, space, g);
 }

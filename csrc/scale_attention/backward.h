@@ -91,16 +91,16 @@ void begin_queries(BackwardBuffers& w, const ScaleAttentionBackward& a, const Si
 }
 
 // dweights = the block's gradients · values
-void differentiate_weights(BackwardBuffers& w, QueryBlock block, int64_t keys, int64_t D) {
+void differentiate_weights(const BackwardBuffers& w, QueryBlock block, int64_t keys, int64_t D) {
+  const int64_t stride = w.stride;
   for_each_panel(keys, [&](int64_t column, auto vectors) MVAR_INLINE_LAMBDA {
     constexpr int count = decltype(vectors)::count;
     for (int64_t tile = 0; tile < block.rows; tile += kTileRows) {
-      Tile<count> t;
-      multiply<Single>(t, w.grads + tile * D, D, 1, w.value_columns.at(0, column), D);
-      for (int r = 0; r < kTileRows; ++r) {
-        float* out = w.dweights + (tile + r) * w.stride + column;
-        for (int v = 0; v < count; ++v) store(out + v * kWidth, t.at[r][v], All{});
-      }
+      const Tile<count> t = multiply<Single, count>(w.grads + tile * D, D, 1, w.value_columns.at(0, column), D);
+      float* out = w.dweights + tile * stride + column;
+      for_each_of_tile<count>([&](auto r, auto v) MVAR_INLINE_LAMBDA {
+        store(out + r * stride + v * kWidth, t.at[r][v], All{});
+      });
     }
   });
 }
@@ -153,14 +153,13 @@ MVAR_INLINE void add_product(float* out, int64_t columns, const float* left, int
   for_each_panel(columns, [&](int64_t column, auto vectors) MVAR_INLINE_LAMBDA {
     constexpr int count = decltype(vectors)::count;
     for (int64_t tile = 0; tile < rows; tile += kTileRows) {
-      Tile<count> t;
-      multiply<Single>(t, left + tile * left_row, left_row, left_step, right.at(first, column), depth);
-      for (int r = 0; r < kTileRows && tile + r < rows; ++r) {
-        for (int v = 0; v < count; ++v) {
-          float* sum = out + (tile + r) * columns + column + v * kWidth;
-          store(sum, load(sum, All{}) + t.at[r][v], All{});
-        }
-      }
+      const Tile<count> t =
+          multiply<Single, count>(left + tile * left_row, left_row, left_step, right.at(first, column), depth);
+      float* sums = out + tile * columns + column;
+      for_each_of_tile<count>([&](auto r, auto v) MVAR_INLINE_LAMBDA {
+        float* sum = sums + r * columns + v * kWidth;
+        if (tile + r < rows) store(sum, load(sum, All{}) + t.at[r][v], All{});
+      });
     }
   });
 }

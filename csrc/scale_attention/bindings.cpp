@@ -56,16 +56,13 @@ void forward(bool bf16, const py::tuple& shape, const py::tuple& scales, bool ca
 }
 
 void backward(bool bf16, const py::tuple& shape, const py::tuple& scales, bool causal, float scale, Pointer grad_out,
-              const py::tuple& grad_out_strides, Pointer out, const py::tuple& out_strides, Pointer lse, Pointer q,
-              const py::tuple& q_strides, Pointer k, const py::tuple& k_strides, Pointer v,
-              const py::tuple& v_strides, Pointer log_temperature, Pointer dq, Pointer dk, Pointer dv,
-              Pointer dlog_temperature) {
+              const py::tuple& grad_out_strides, Pointer q, const py::tuple& q_strides, Pointer k,
+              const py::tuple& k_strides, Pointer v, const py::tuple& v_strides, Pointer log_temperature, Pointer dq,
+              Pointer dk, Pointer dv, Pointer dlog_temperature) {
   std::vector<int64_t> lengths;
   const ScaleAttentionSizes n = sizes(shape, scales, lengths, causal, scale, log_temperature);
   ScaleAttentionBackward a{};
   a.grad_out = heads(grad_out, grad_out_strides);
-  a.out = heads(out, out_strides);
-  a.lse = (const float*)lse;
   a.q = heads(q, q_strides);
   a.k = heads(k, k_strides);
   a.v = heads(v, v_strides);

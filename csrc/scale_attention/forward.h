@@ -8,6 +8,9 @@ namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
 namespace {
 
+// Tokens. As many as the largest scale at 256×256: its keys are all read before its first queries.
+constexpr int64_t kAhead = 256;
+
 // What a thread works in: the packed keys and values of a head, and one block of queries.
 template <typename Word>
 struct ForwardBuffers {
@@ -108,20 +111,21 @@ void weigh(ForwardBuffers<Word>& w, QueryBlock block, int64_t keys) {
 
 // sums = correction · sums + weights · values first_key..
 template <typename Word>
-void add_values(ForwardBuffers<Word>& w, QueryBlock block, int64_t first_key, int64_t keys, int64_t D) {
+void add_values(const ForwardBuffers<Word>& w, QueryBlock block, int64_t first_key, int64_t keys, int64_t D) {
+  const int64_t columns = w.columns, depth = words<Word>(keys);
   for_each_panel(D, [&](int64_t column, auto vectors) MVAR_INLINE_LAMBDA {
     constexpr int count = decltype(vectors)::count;
     const float* panel = w.values.at(first_key / Word::kDepth, column);
     for (int64_t tile = 0; tile < block.rows; tile += kTileRows) {
-      Tile<count> s;
-      multiply<Word>(s, w.scores + tile * kScoreStride, kScoreStride, 1, panel, words<Word>(keys));
-      for (int r = 0; r < kTileRows; ++r) {
+      const Tile<count> s = multiply<Word, count>(w.scores + tile * kScoreStride, kScoreStride, 1, panel, depth);
+      float* sums = w.sums + tile * columns + column;
+      unrolled<kTileRows>([&](auto r) MVAR_INLINE_LAMBDA {
         const Vec correction = broadcast(w.correction + tile + r);
-        for (int v = 0; v < count; ++v) {
-          float* out = w.sums + (tile + r) * w.columns + column + v * kWidth;
+        unrolled<count>([&](auto v) MVAR_INLINE_LAMBDA {
+          float* out = sums + r * columns + v * kWidth;
           store(out, fma(load(out, All{}), correction, s.at[r][v]), All{});
-        }
-      }
+        });
+      });
     }
   });
 }
@@ -141,6 +145,27 @@ void finish_queries(const ForwardBuffers<Word>& w, const ScaleAttentionForward& 
   }
 }
 
+// Asks for the q, k and v of the tokens that come kAhead after a block's, in this head or those after it,
+// while there is something to compute: the rows of a head lie far apart, where the hardware does not
+// look for them. Inlined, or the compiler takes it for a function that does nothing.
+template <typename T>
+MVAR_INLINE void prefetch_ahead(const ScaleAttentionForward& a, const Sizes& n, Head at, QueryBlock block) {
+  const int64_t first_row = n.L - n.Lq;
+  int64_t token = first_row + block.first + kAhead;
+  const int64_t head = at.b * n.H + at.h + token / n.L;
+  token %= n.L;
+  Head ahead{head / n.H, head % n.H};
+  for (int64_t r = 0; r < block.rows && ahead.b < n.B; ++r) {
+    prefetch(row<T>(a.k, ahead.b, token, ahead.h), n.D);
+    prefetch(row<T>(a.v, ahead.b, token, ahead.h), n.D);
+    if (token >= first_row) prefetch(row<T>(a.q, ahead.b, token - first_row, ahead.h), n.D);
+    if (++token == n.L) {
+      token = 0;
+      if (++ahead.h == n.H) ahead = {ahead.b + 1, 0};
+    }
+  }
+}
+
 // One head's query blocks number part, part + parts, … : any share of them gives the same bits.
 template <typename T, typename Word>
 void forward_part(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const Sizes& n, Head at, int64_t part,
@@ -156,6 +181,7 @@ void forward_part(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const
       packed = keys;
       const QueryBlock block{first, smaller(kQueryBlock, span.last_row - first)};
       begin_queries<T>(w, a, n, at, block);
+      prefetch_ahead<T>(a, n, at, block);
       for (int64_t key = 0; key < keys; key += kKeyBlock) {
         const int64_t count = smaller(kKeyBlock, keys - key);
         fill_offsets(w.offset, count);

@@ -31,8 +31,7 @@ struct ScaleAttentionForward {
 };
 
 struct ScaleAttentionBackward {
-  Heads grad_out, out, q, k, v;
-  const float* lse;
+  Heads grad_out, q, k, v;
   Heads dq, dk, dv;
   float* dlog_temperature;  // (H), written where log_temperature is given
 };

@@ -1,4 +1,4 @@
-// What forward and backward share: the walk over the schedule, blocks of queries and keys, norms.
+// What forward and backward share: the walk over the schedule, norms, and the scores of a block of queries.
 #pragma once
 
 #include "common/panels.h"
@@ -95,9 +95,13 @@ MVAR_INLINE Vec larger(Vec a, Vec b) {
 }
 
 MVAR_INLINE float largest(Vec v) {
-  float most = v[0];
-  for (int64_t i = 1; i < kWidth; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad quads[kWidth / 4];
+  __builtin_memcpy(quads, &v, sizeof v);
+  Quad most = quads[0];
+  for (int64_t i = 1; i < kWidth / 4; ++i) most = quads[i] > most ? quads[i] : most;
+  const float a = most[0] > most[1] ? most[0] : most[1], b = most[2] > most[3] ? most[2] : most[3];
+  return a > b ? a : b;
 }
 
 float temperature(const Sizes& n, int64_t h) {
@@ -150,22 +154,20 @@ MVAR_INLINE Vec inverse_norm(const Panels& columns, int64_t first) {
   return inverse_norm((squares.slot[0] + squares.slot[1]) + (squares.slot[2] + squares.slot[3]));
 }
 
-// A score is query_factor · (key_factor · q·k), where key_factor has the sign of the scale: the query
-// with the largest product in brackets has the largest score. Key by key, as errors that all scores of
-// a query share do not change its weights.
+// A score is query_factor · (key_factor · q·k): the key's factor apart, as errors that all scores of a
+// query share do not change its weights.
 template <typename Word>
 MVAR_INLINE Vec key_factors(const Sizes& n, const Panels& columns, int64_t first) {
-  const Vec sign = splat(n.scale < 0.0f ? -1.0f : 1.0f);
-  return n.log_temperature ? sign * inverse_norm<Word>(columns, first) : sign;
+  return n.log_temperature ? inverse_norm<Word>(columns, first) : splat(1.0f);
 }
 
 template <typename Word, typename T>
 MVAR_INLINE float query_factor(const Sizes& n, float temperature, const T* row) {
-  const float factor = __builtin_fabsf(n.scale) * temperature;
+  const float factor = n.scale * temperature;
   return n.log_temperature ? factor * inverse_norm<Word>(row, n.D) : factor;
 }
 
-// The factor for powers of 2. It is not 0, for -∞ times it must stay -∞.
+// The factor for powers of 2. It is above 0, however small the scale: -∞ times it must stay -∞.
 MVAR_INLINE float log2_factor(float query_factor) {
   const float factor = query_factor * kLog2E;
   return factor > kLeastFactor ? factor : kLeastFactor;
@@ -194,41 +196,43 @@ struct Scoring {
 template <typename Word, int count>
 MVAR_INLINE Tile<count> dot_products(const float* queries, const float* panel, int64_t depth) {
   const int64_t half = Word::kDepth == 1 ? depth / 2 : 0;
-  Tile<count> s;
-  multiply<Word>(s, queries + half, depth, 1, panel + half * kPanel, depth - half);
-  if (half) {
-    Tile<count> first;
-    multiply<Word>(first, queries, depth, 1, panel, half);
-    for (int r = 0; r < kTileRows; ++r) {
-      for (int v = 0; v < count; ++v) s.at[r][v] += first.at[r][v];
-    }
-  }
-  return s;
+  if (!half) return multiply<Word, count>(queries, depth, 1, panel, depth);
+  const Tile<count> first = multiply<Word, count>(queries, depth, 1, panel, half);
+  Tile<count> all = multiply<Word, count>(queries + half, depth, 1, panel + half * kPanel, depth - half);
+  for_each_of_tile<count>([&](auto r, auto v) MVAR_INLINE_LAMBDA { all.at[r][v] += first.at[r][v]; });
+  return all;
 }
 
 // scores = key_factor · (the block's queries · keys first_key..); peaks = their maxima lane by lane
 template <typename Word>
-void score(const Scoring& w, QueryBlock block, int64_t first_key, int64_t keys) {
+void score(const Scoring w, QueryBlock block, int64_t first_key, int64_t keys) {
   const int64_t depth = w.keys.depth;
   for_each_panel(keys, [&](int64_t column, auto vectors) MVAR_INLINE_LAMBDA {
     constexpr int count = decltype(vectors)::count;
     const float* panel = w.keys.at(0, first_key + column);
+    const float* key_factor = w.key_factor + first_key + column;
     for (int64_t tile = 0; tile < block.rows; tile += kTileRows) {
       const Tile<count> s = dot_products<Word, count>(w.queries + tile * depth, panel, depth);
-      for (int r = 0; r < kTileRows; ++r) {
-        float* peak = w.peaks + (tile + r) * kWidth;
-        Vec most = column ? load(peak, All{}) : splat(-__builtin_inff());
-        for (int v = 0; v < count; ++v) {
-          const int64_t c = column + v * kWidth;
-          const Vec key_factor = load(w.key_factor + first_key + c, All{});
-          const Vec scaled = fma(s.at[r][v], key_factor, load(w.offset + c, All{}));
-          store(w.scores + (tile + r) * w.stride + c, scaled, All{});
+      float* scores = w.scores + tile * w.stride + column;
+      float* peaks = w.peaks + tile * kWidth;
+      unrolled<kTileRows>([&](auto r) MVAR_INLINE_LAMBDA {
+        Vec most = column ? load(peaks + r * kWidth, All{}) : splat(-__builtin_inff());
+        unrolled<count>([&](auto v) MVAR_INLINE_LAMBDA {
+          const Vec offset = load(w.offset + column + v * kWidth, All{});
+          const Vec scaled = fma(s.at[r][v], load(key_factor + v * kWidth, All{}), offset);
+          store(scores + r * w.stride + v * kWidth, scaled, All{});
           most = larger(scaled, most);
-        }
-        store(peak, most, All{});
-      }
+        });
+        store(peaks + r * kWidth, most, All{});
+      });
     }
   });
+}
+
+// Asks for the memory of a row that is read later.
+template <typename T>
+MVAR_INLINE void prefetch(const T* row, int64_t elements) {
+  for (int64_t i = 0; i < elements; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + i, 0, 2);
 }
 
 }  // namespace

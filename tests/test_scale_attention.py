@@ -1,0 +1,126 @@
+"""scale_attention: what its errors name, and its results against other ways to write the same."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mvar_kernels as mk
+
+SCALES = (1, 4, 9, 16)
+STARTS = (0, 1, 5, 14, 30)
+# Float32 arithmetic in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+BACKENDS = [name for name in ("reference", "cpu") if mk.backends()[name] is None]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def qkv(L: int = 30, B: int = 2, H: int = 3, D: int = 16) -> tuple[Tensor, ...]:
+    """Views into a packed projection."""
+    return torch.randn(B, L, 3, H, D, generator=torch.Generator().manual_seed(0)).unbind(2)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+    ).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ({"q": "not a tensor"}, TypeError, "q"),
+        ({"q": torch.zeros(2, 30, 3)}, ValueError, "q"),
+        ({"q": torch.zeros(2, 30, 3, 16, dtype=torch.int32)}, TypeError, "q"),
+        ({"q": torch.zeros(2, 28, 3, 16)}, ValueError, "q"),
+        ({"q": torch.zeros(2, 15, 3, 16)}, ValueError, "q"),
+        ({"k": torch.zeros(2, 30, 4, 16)}, ValueError, "k"),
+        ({"k": torch.zeros(2, 30, 3, 16, dtype=torch.float64)}, TypeError, "k"),
+        ({"v": torch.zeros(2, 30, 3, 8)}, ValueError, "v"),
+        ({"v": torch.zeros(2, 31, 3, 16)}, ValueError, "v"),
+        ({"scales": (1, 4, 9)}, ValueError, "scales"),
+        ({"scales": (1, 4, 9, 0, 16)}, ValueError, "scales"),
+        ({"scales": (1.0, 4, 9, 16)}, ValueError, "scales"),
+        ({"scales": ()}, ValueError, "scales"),
+        ({"pattern": "full"}, ValueError, "pattern"),
+        ({"scale": 0.0}, ValueError, "scale"),
+        ({"log_temperature": torch.zeros(2)}, ValueError, "log_temperature"),
+        ({"log_temperature": torch.zeros(3, dtype=torch.int64)}, TypeError, "log_temperature"),
+        ({"log_temperature": 1.0}, TypeError, "log_temperature"),
+        ({"backend": "fastest"}, ValueError, "backend"),
+    ],
+)
+def test_errors_name_the_argument(change: dict[str, Any], error: type[Exception], named: str) -> None:
+    q, k, v = qkv()
+    arguments = {"q": q, "k": k, "v": v, "scales": SCALES} | change
+    with pytest.raises(error, match=rf"\b{named}: expected"):
+        mk.scale_attention(**arguments)
+
+
+@each_backend
+def test_causal_is_a_dense_mask(backend: str) -> None:
+    q, k, v = qkv()
+    level = torch.repeat_interleave(torch.arange(len(SCALES)), torch.tensor(SCALES))
+    want = sdpa(q, k, v, 0.3, level[:, None] >= level)
+    got = mk.scale_attention(q, k, v, SCALES, pattern="causal", scale=0.3, backend=backend)
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+@each_backend
+def test_diagonal_is_a_loop_over_scales(backend: str) -> None:
+    q, k, v = qkv()
+    want = [sdpa(q[:, a:b], k[:, a:b], v[:, a:b], 0.25 / 4) for a, b in zip(STARTS, STARTS[1:], strict=False)]
+    torch.testing.assert_close(mk.scale_attention(q, k, v, SCALES, backend=backend), torch.cat(want, 1), **CLOSE)
+
+
+@each_backend
+@pytest.mark.parametrize("pattern", ["diagonal", "causal"])
+def test_queries_of_the_last_scales_alone(backend: str, pattern: str) -> None:
+    q, k, v = qkv()
+    whole = mk.scale_attention(q, k, v, SCALES, pattern=pattern, backend=backend)
+    last = mk.scale_attention(q[:, 5:], k, v, SCALES, pattern=pattern, backend=backend)
+    torch.testing.assert_close(last, whole[:, 5:], **CLOSE)
+
+
+@each_backend
+def test_temperature_is_cosine_attention(backend: str) -> None:
+    """Forward and gradients; the middle head is above the bound of 100 and gets no gradient."""
+    q, k, v = qkv()
+    log_temperature = torch.tensor([0.3, 5.0, 2.0])
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+
+    def cosine(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        q = F.normalize(q, dim=-1) * t.clamp_max(torch.tensor(100.0).log()).exp()[:, None]
+        return mk.scale_attention(q, F.normalize(k, dim=-1), v, SCALES, scale=1.0, backend="reference")
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        return mk.scale_attention(q, k, v, SCALES, log_temperature=t, backend=backend)
+
+    results = []
+    for attention in (cosine, fused):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, log_temperature)]
+        out = attention(*leaves)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    for want, got in zip(*results, strict=True):
+        # Scores up to 100 are in the exponent: their rounding is a hundred times that of the rest.
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert results[1][-1][1] == 0
+
+
+@each_backend
+def test_schedule_of_1024(backend: str) -> None:
+    """9,451 tokens, the last scale alone of 4,096: against attention of sampled queries of each scale."""
+    scales = tuple(n * n for n in (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64))
+    L = sum(scales)
+    assert L == 9451
+    q, k, v = qkv(L, B=1, H=1, D=8)
+    for pattern in ("diagonal", "causal"):
+        got = mk.scale_attention(q, k, v, scales, pattern=pattern, scale=1.0, backend=backend)
+        start = 0
+        for n in scales:
+            rows = torch.arange(start, start + n, max(1, n // 7))
+            keys = slice(0 if pattern == "causal" else start, start + n)
+            torch.testing.assert_close(got[:, rows], sdpa(q[:, rows], k[:, keys], v[:, keys], 1.0), **CLOSE)
+            start += n
