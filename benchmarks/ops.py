@@ -90,7 +90,7 @@ def main() -> None:
                     "dtype": str(dtype).removeprefix("torch."),
                     "moved_bytes": moved,
                     "flops": flops,
-                    "median_ms": interleaved(sides | {"copy": copy(moved)}, rounds=9, seconds=3.0),
+                    "median_ms": interleaved(sides | {"copy": copy(moved)}, rounds=9, seconds=2.0),
                 }
             )
         print(write(f"cpu/{op}", rows))

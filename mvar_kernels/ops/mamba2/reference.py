@@ -59,9 +59,9 @@ def backward_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, scales
     """r_t C_t with r_t = a_t (r_{t+1} + Δ_{t+1} x_{t+1} ⊗ B_{t+1}) inside each scale: flip, scan, flip."""
     zero = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
     outs = []
-    for span in torch.arange(x.shape[1]).split(list(scales)):
-        flipped = [t[:, span[0] : span[-1] + 1].flip(1) for t in (x, dt, B, C)]
-        y, _ = scan(flipped[0], flipped[1], A, flipped[2], flipped[3], zero, own=False)
+    for pieces in zip(*(t.split(scales, 1) for t in (x, dt, B, C)), strict=True):
+        x_k, dt_k, B_k, C_k = (piece.flip(1) for piece in pieces)
+        y, _ = scan(x_k, dt_k, A, B_k, C_k, zero, own=False)
         outs.append(y.flip(1))
     return torch.cat(outs, 1)
 
