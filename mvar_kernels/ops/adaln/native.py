@@ -1,11 +1,10 @@
 """adaLN in C++ (csrc/adaln): inputs are read in place wherever their last dimension is contiguous."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel, native
+from mvar_kernels.backends import Kernel
+from mvar_kernels.binding import extension, view
 
 
 def _why_not(*inputs: Tensor | float) -> str | None:
@@ -19,26 +18,15 @@ def _why_not(*inputs: Tensor | float) -> str | None:
     return None
 
 
-def _module() -> ModuleType:
-    module = native()
-    assert module is not None, "backends.unavailable('cpu') answers before a kernel is called"
-    return module
-
-
-def _view(t: Tensor) -> Tensor:
-    """`t` with its last dimension contiguous: itself, or a copy where it must be."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def _empty(like: Tensor) -> Tensor:
     """Contiguous, as every output is. A microsecond cheaper than torch.empty with a shape and a dtype."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    x, scale, shift = _view(x), _view(scale), _view(shift)
+    x, scale, shift = view(x), view(scale), view(shift)
     out = _empty(x)
-    _module().adaln_forward(
+    extension().adaln_forward(
         x.dtype is torch.bfloat16,
         x.shape,
         eps,
@@ -53,9 +41,9 @@ def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
 def _gated_adaln(
     x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    x, branch, gate, scale, shift = _view(x), _view(branch), _view(gate), _view(scale), _view(shift)
+    x, branch, gate, scale, shift = view(x), view(branch), view(gate), view(scale), view(shift)
     x_new, out = _empty(x), _empty(x)
-    _module().gated_adaln_forward(
+    extension().gated_adaln_forward(
         x.dtype is torch.bfloat16,
         x.shape,
         eps,
@@ -71,9 +59,9 @@ def _gated_adaln(
 
 
 def _adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    grad_out, x, scale = _view(grad_out), _view(x), _view(scale)
+    grad_out, x, scale = view(grad_out), view(x), view(scale)
     dx, dscale, dshift = _empty(x), _empty(scale), _empty(scale)
-    _module().adaln_backward(
+    extension().adaln_backward(
         x.dtype is torch.bfloat16,
         x.shape,
         eps,
@@ -90,11 +78,11 @@ def _adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> t
 def _gated_adaln_backward(
     grad_x_new: Tensor, grad_out: Tensor, x_new: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_x_new, grad_out, x_new, branch = _view(grad_x_new), _view(grad_out), _view(x_new), _view(branch)
-    gate, scale = _view(gate), _view(scale)
+    grad_x_new, grad_out, x_new, branch = view(grad_x_new), view(grad_out), view(x_new), view(branch)
+    gate, scale = view(gate), view(scale)
     dx, dbranch = _empty(x_new), _empty(x_new)
     dgate, dscale, dshift = _empty(scale), _empty(scale), _empty(scale)
-    _module().gated_adaln_backward(
+    extension().gated_adaln_backward(
         x_new.dtype is torch.bfloat16,
         x_new.shape,
         eps,

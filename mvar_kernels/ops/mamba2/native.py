@@ -1,13 +1,13 @@
 """Mamba-2 in C++ (csrc/mamba2): inputs are read in place wherever their last dimension is contiguous."""
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel, native
+from mvar_kernels.backends import Kernel
+from mvar_kernels.binding import extension, view
 
 
 def _why_not(first: Tensor, *rest: Any) -> str | None:
@@ -15,17 +15,6 @@ def _why_not(first: Tensor, *rest: Any) -> str | None:
     if first.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {str(first.dtype).removeprefix('torch.')} is not float32 or bfloat16"
     return None if first.device.type == "cpu" else f"inputs are on {first.device.type}"
-
-
-def _module() -> ModuleType:
-    module = native()
-    assert module is not None, "backends.unavailable('cpu') answers before a kernel is called"
-    return module
-
-
-def _view(t: Tensor) -> Tensor:
-    """`t` with its last dimension contiguous: itself, or a copy where it must be."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _parameter(t: Tensor) -> Tensor:
@@ -44,7 +33,7 @@ def _empty(like: Tensor) -> Tensor:
 def _scan_inputs(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
     """The tensors as the kernel takes them, and their sizes."""
     x, dt, A, B, C, D, state = tensors
-    ready = [_view(x), _view(dt), _parameter(A), _view(B), _view(C), _parameter(D), _view(state)]
+    ready = [view(x), view(dt), _parameter(A), view(B), view(C), _parameter(D), view(state)]
     return ready, (*x.shape, B.shape[-1], A.dim(), 1)
 
 
@@ -54,16 +43,16 @@ def _ssd_scan(
     inputs, sizes = _scan_inputs((x, dt, A, B, C, D, state))
     y, last = _empty(x), _empty(state)
     bf16 = x.dtype is torch.bfloat16
-    _module().ssd_scan_forward(bf16, sizes, scales, _pointers(inputs), y.data_ptr(), last.data_ptr())
+    extension().ssd_scan_forward(bf16, sizes, scales, _pointers(inputs), y.data_ptr(), last.data_ptr())
     return y, last
 
 
 def _ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple[int, ...]) -> list[Tensor]:
     """In float32 whatever the dtype of the inputs; each gradient is then rounded to that of its input."""
     inputs, sizes = _scan_inputs([t.float() for t in tensors])
-    given = [_view(g.float()) for g in grads]
+    given = [view(g.float()) for g in grads]
     outputs = [_empty(t) for t in inputs]
-    _module().ssd_scan_backward(sizes, scales, _pointers(given), _pointers(inputs), _pointers(outputs))
+    extension().ssd_scan_backward(sizes, scales, _pointers(given), _pointers(inputs), _pointers(outputs))
     return [out.to(t.dtype) for out, t in zip(outputs, tensors, strict=True)]
 
 
@@ -74,7 +63,7 @@ def _mixer_inputs(
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = map(_parameter, params)
     parameters = [conv_weight, conv_bias, dt_bias, -A_log.exp(), D, norm_weight]
     sizes = (*zxbcdt.shape[:2], *state[1].shape[1:], dt_bias.dim(), conv_weight.shape[1])
-    return [_view(zxbcdt), _view(state[0]), _view(state[1]), *parameters], sizes
+    return [view(zxbcdt), view(state[0]), view(state[1]), *parameters], sizes
 
 
 def _mamba2_mixer(
@@ -84,7 +73,7 @@ def _mamba2_mixer(
     y = zxbcdt.new_empty(*zxbcdt.shape[:2], params[-1].shape[0])
     conv, ssm = _empty(state[0]), _empty(state[1])
     outputs = (y.data_ptr(), conv.data_ptr(), ssm.data_ptr())
-    _module().mamba2_mixer_forward(zxbcdt.dtype is torch.bfloat16, sizes, scales, eps, _pointers(inputs), *outputs)
+    extension().mamba2_mixer_forward(zxbcdt.dtype is torch.bfloat16, sizes, scales, eps, _pointers(inputs), *outputs)
     return y, conv, ssm
 
 
@@ -93,9 +82,9 @@ def _mamba2_mixer_backward(
 ) -> list[Tensor]:
     """In float32 whatever the dtype of the inputs; each gradient is then rounded to that of its input."""
     inputs, sizes = _mixer_inputs(zxbcdt.float(), params, [t.float() for t in state])
-    given = [_view(g.float()) for g in grads]
+    given = [view(g.float()) for g in grads]
     outputs = [_empty(t) for t in inputs]
-    _module().mamba2_mixer_backward(sizes, scales, eps, _pointers(given), _pointers(inputs), _pointers(outputs))
+    extension().mamba2_mixer_backward(sizes, scales, eps, _pointers(given), _pointers(inputs), _pointers(outputs))
     dzxbcdt, dconv, dssm, *dparams = outputs
     return [d.to(t.dtype) for d, t in zip([dzxbcdt, *dparams, dconv, dssm], [zxbcdt, *params, *state], strict=True)]
 

@@ -1,12 +1,12 @@
 """Token drawing in C++ (csrc/sample_tokens): logits are read in place wherever their last dimension is contiguous."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel, native
+from mvar_kernels.backends import Kernel
+from mvar_kernels.binding import extension, view
 
 MAX_CODES = 2**30
 
@@ -23,17 +23,6 @@ def _why_not(*inputs: Any) -> str | None:
     return None if 1 <= codes <= MAX_CODES else f"{codes} codes are not 1 to 2³⁰"
 
 
-def _module() -> ModuleType:
-    module = native()
-    assert module is not None, "backends.unavailable('cpu') answers before a kernel is called"
-    return module
-
-
-def _view(t: Tensor) -> Tensor:
-    """`t` with its last dimension contiguous: itself, or a copy where it must be."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def _sample_tokens(
     cond: Tensor,
     uncond: Tensor | None,
@@ -44,9 +33,9 @@ def _sample_tokens(
     seed: int,
     scale_index: int,
 ) -> Tensor:
-    cond, uncond = _view(cond), None if uncond is None else _view(uncond)
+    cond, uncond = view(cond), None if uncond is None else view(uncond)
     tokens = torch.empty(cond.shape[:2], dtype=torch.int64)
-    _module().sample_tokens(
+    extension().sample_tokens(
         cond.dtype is torch.bfloat16,
         cond.shape,
         *(cond.data_ptr(), cond.stride()),
@@ -71,9 +60,9 @@ def _soft_embedding(
     seed: int,
     scale_index: int,
 ) -> Tensor:
-    cond, uncond, codebook = _view(cond), None if uncond is None else _view(uncond), _view(codebook)
+    cond, uncond, codebook = view(cond), None if uncond is None else view(uncond), view(codebook)
     mean = torch.empty((*cond.shape[:2], codebook.shape[1]), dtype=codebook.dtype)
-    _module().soft_embedding(
+    extension().soft_embedding(
         cond.dtype is torch.bfloat16,
         cond.shape,
         *(cond.data_ptr(), cond.stride()),

@@ -1,11 +1,10 @@
 """Scale attention in C++ (csrc/scale_attention): q, k, v are read in place wherever D is contiguous."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel, native
+from mvar_kernels.backends import Kernel
+from mvar_kernels.binding import extension, view
 
 
 def _why_not(q: Tensor, *others: object) -> str | None:
@@ -13,17 +12,6 @@ def _why_not(q: Tensor, *others: object) -> str | None:
     if q.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {str(q.dtype).removeprefix('torch.')} is not float32 or bfloat16"
     return None if q.device.type == "cpu" else f"inputs are on {q.device.type}"
-
-
-def _module() -> ModuleType:
-    module = native()
-    assert module is not None, "backends.unavailable('cpu') answers before a kernel is called"
-    return module
-
-
-def _view(t: Tensor) -> Tensor:
-    """`t` with its last dimension contiguous: itself, or a copy where it must be."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _floats(t: Tensor | None) -> Tensor | None:
@@ -47,10 +35,10 @@ def _forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v, temperature = _view(q), _view(k), _view(v), _floats(log_temperature)
+    q, k, v, temperature = view(q), view(k), view(v), _floats(log_temperature)
     B, Lq, H, D = q.shape
     out, lse = _empty(q), torch.empty((B, H, Lq))
-    _module().scale_attention_forward(
+    extension().scale_attention_forward(
         q.dtype is torch.bfloat16,
         (B, Lq, k.shape[1], H, D),
         scales,
@@ -79,12 +67,12 @@ def _backward(
     scale: float,
 ) -> list[Tensor]:
     # out and lse are not used: the kernel computes the weights anew, see csrc/scale_attention/backward.h.
-    grad_out = _view(grad_out)
-    q, k, v, temperature = _view(q), _view(k), _view(v), _floats(log_temperature)
+    grad_out = view(grad_out)
+    q, k, v, temperature = view(q), view(k), view(v), _floats(log_temperature)
     B, Lq, H, D = q.shape
     grads = [_empty(q), _empty(k), _empty(v)]
     dtemperature = None if temperature is None else torch.empty_like(temperature)
-    _module().scale_attention_backward(
+    extension().scale_attention_backward(
         q.dtype is torch.bfloat16,
         (B, Lq, k.shape[1], H, D),
         scales,
