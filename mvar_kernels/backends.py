@@ -7,6 +7,7 @@ its objection instead of falling back.
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -50,6 +51,20 @@ def native() -> ModuleType | None:
         return None
 
 
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU: its own switch, set before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The GPU's architecture as compilers name it ("sm_90"), or "interpreter"."""
+    if device.type != "cuda":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 @cache
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all, or None."""
@@ -68,7 +83,7 @@ def unavailable(name: str) -> str | None:
         case "triton":
             if importlib.util.find_spec("triton") is None:
                 return "triton is not installed (a CUDA build of torch brings it)"
-            return None if torch.cuda.is_available() else "no CUDA device"
+            return None if torch.cuda.is_available() or interpreted() else "no CUDA device"
         case _:
             missing = importlib.util.find_spec(name) is None
             return f"{name} is not installed" if missing else None
@@ -122,7 +137,9 @@ class Op:
         reason = unavailable(backend)
         if reason is not None:
             return reason
-        if backend != "reference" and backend not in PREFERENCE.get(device.type, ()) + PEERS:
+        if backend not in ("reference", *PREFERENCE.get(device.type, ()), *PEERS) and not (
+            backend == "triton" and interpreted()
+        ):
             return f"inputs are on {device.type}"
         kernel = self.kernel(backend)
         if backward and kernel.backward is None:

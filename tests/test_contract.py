@@ -20,7 +20,7 @@ from mvar_kernels.specs import Case, Inputs, Spec
 
 SPECS = {spec.op: spec for spec in (*ADALN, *ATTENTION, *MAMBA2, *SAMPLE)}
 AVAILABLE = [name for name, reason in backends().items() if reason is None]
-DEVICE = {"cuda": "cuda", "triton": "cuda"}
+DEVICE = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 OPERATORS = {name: getattr(torch.ops.mvar, name).default for name in SPECS}
 COMPILED_CASES = 2  # cases of each op that also go through opcheck and torch.compile
 

@@ -1,0 +1,57 @@
+"""Tile shapes of Triton kernels: read from a committed table, never tuned at the first call.
+
+So results and start-up time do not change from run to run. `python -m benchmarks.tune` writes
+the table (tiles.json) on a GPU: architecture → kernel → shape class → tile. What is not in it gets the
+kernel's first candidate.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvar_kernels.backends import architecture, interpreted
+
+TABLE = Path(__file__).with_name("tiles.json")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """constexpr sizes of a kernel ("BLOCK_L": 64), its warps and the depth of its software pipeline."""
+
+    sizes: Mapping[str, int]
+    warps: int = 4
+    stages: int = 2
+
+    def arguments(self) -> dict[str, Any]:
+        """The launch's keyword arguments."""
+        return {**self.sizes, "num_warps": self.warps, "num_stages": self.stages}
+
+
+@cache
+def table() -> Mapping[str, Mapping[str, Mapping[str, Tile]]]:
+    raw = json.loads(TABLE.read_text())
+    return {
+        arch: {kernel: {name: Tile(**tile) for name, tile in classes.items()} for kernel, classes in kernels.items()}
+        for arch, kernels in raw.items()
+    }
+
+
+def chosen(kernel: str, shape_class: str, candidates: Sequence[Tile], device: torch.device) -> Tile:
+    """The tile to launch `kernel` with. `shape_class` says which shapes share one ("D64 bfloat16")."""
+    return table().get(architecture(device), {}).get(kernel, {}).get(shape_class, candidates[0])
+
+
+def objection(first: Tensor) -> str | None:
+    """What all Triton kernels ask of the dtype: that of the first input, which the others share."""
+    dtype = str(first.dtype).removeprefix("torch.")
+    if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype {dtype} is not float32, float16 or bfloat16"
+    if interpreted() and first.dtype == torch.bfloat16:
+        return "Triton's interpreter does not round bfloat16 as GPUs do"
+    return None
