@@ -1,0 +1,218 @@
+"""Compile every Triton kernel for GPUs that are not here: `python tests/compile_ahead.py [op …] [--arch sm_90 …]`.
+
+The ops run on CPU tensors in bfloat16, forward and backward, on every benchmark case and case of their specs, once
+for each tile that can be chosen; each launch compiles the kernel, specialised as it would be on a GPU, and does not
+run it. So nothing is listed by hand and no kernel can be forgotten. What differs in run-time arguments alone (odd
+strides, a length of 1) is compiled once, for the first case: a benchmark's. Prints and, with --write,
+writes to a file what each needs; exits with 1 on a spill, on more shared memory than a block may have, or on a
+product of 16-bit tiles that does not use the tensor cores.
+
+In a process of its own: Triton must not interpret here.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from mvar_kernels import tiling
+from mvar_kernels.backends import BackendError
+from mvar_kernels.ops.adaln.spec import SPECS as ADALN
+from mvar_kernels.ops.mamba2.spec import SPECS as MAMBA2
+from mvar_kernels.ops.sample_tokens.spec import SPECS as SAMPLE
+from mvar_kernels.ops.scale_attention.spec import SPECS as ATTENTION
+from mvar_kernels.specs import Case, Spec
+
+# The package's name `backends` is the public function, not this module.
+backends = importlib.import_module("mvar_kernels.backends")
+SPECS = {spec.op: spec for spec in (*ADALN, *ATTENTION, *MAMBA2, *SAMPLE)}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
+PRODUCT_OF_HALVES = re.compile(r"tt\.dot .*: tensor<\w+x(?:bf16|f16)>")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a block may use, and what a multiprocessor has (CUDA C++ programming guide, compute capabilities)."""
+
+    capability: int
+    block_shared_bytes: int
+    shared_bytes: int
+    registers: int = 65536
+    threads: int = 2048
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(80, 163 * 1024, 164 * 1024),
+    "sm_90": Architecture(90, 227 * 1024, 228 * 1024),
+    "sm_100": Architecture(100, 227 * 1024, 228 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one compiled kernel needs. Occupancy: resident warps of those a multiprocessor can hold, by arithmetic."""
+
+    kernel: str
+    tile: str
+    arch: str
+    warps: int
+    stages: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    tensor_cores: bool
+    should_use_tensor_cores: bool
+    occupancy: float
+
+    def faults(self) -> list[str]:
+        limit = ARCHITECTURES[self.arch].block_shared_bytes
+        found = {
+            f"spills: {self.stack_bytes} bytes of stack": self.stack_bytes > 0,
+            f"{self.shared_bytes} bytes of shared memory, {limit} at most": self.shared_bytes > limit,
+            "no tensor-core instruction": self.should_use_tensor_cores and not self.tensor_cores,
+        }
+        return [fault for fault, is_so in found.items() if is_so]
+
+
+class AbsentGPU:
+    """Triton's driver for a GPU that is only compiled for."""
+
+    def __init__(self, arch: str) -> None:
+        self.capability = ARCHITECTURES[arch].capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device: each architecture is one
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def needs(arch: str, compiled: Any) -> Needs:
+    """Read a compiled kernel's resources off its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    meta, machine = compiled.metadata, ARCHITECTURES[arch]
+    threads = 32 * meta.num_warps
+    blocks = min(
+        machine.registers // (threads * -(-registers // 8) * 8),
+        machine.shared_bytes // (meta.shared + 1024),  # every block also takes 1 KB for the system
+        machine.threads // threads,
+        32,
+    )
+    sizes = compiled.src.constants.items()
+    names = compiled.src.fn.arg_names
+    tile = " ".join(f"{names[path[0]]}={value}" for path, value in sizes if names[path[0]].isupper())
+    return Needs(
+        kernel=meta.name,
+        tile=tile,
+        arch=arch,
+        warps=meta.num_warps,
+        stages=meta.num_stages,
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=meta.shared,
+        tensor_cores=bool(TENSOR_CORES.search(compiled.asm["ptx"])),
+        should_use_tensor_cores=bool(PRODUCT_OF_HALVES.search(compiled.asm["ttir"])),
+        occupancy=blocks * threads / machine.threads,
+    )
+
+
+@contextlib.contextmanager
+def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list[int]]:
+    """Launches compile for `arch` with the given candidate of every tile; yields how many candidates there were."""
+    most = [1]
+
+    def chosen(kernel: str, shape_class: str, candidates: Sequence[tiling.Tile], device: torch.device) -> tiling.Tile:
+        most[0] = max(most[0], len(candidates))
+        return candidates[candidate % len(candidates)]
+
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        run_time = {p.name for p in self.params if not p.is_constexpr}
+        given = kwargs | dict(zip(self.arg_names, args, strict=False))
+        # A tensor counts by its dtype, a number not at all, and None is a constant to Triton.
+        kinds = {n: getattr(v, "dtype", v is None) if n in run_time else v for n, v in given.items()}
+        key = f"{self.fn.__module__} {self.fn.__name__} {sorted(kinds.items())}"
+        if key not in found:
+            found[key] = run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    driver.set_active(AbsentGPU(arch))
+    with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(tiling, "chosen", chosen):
+        yield most
+
+
+def run_case(spec: Spec, case: Case) -> None:
+    """Forward and backward of one case; what comes out is not computed."""
+    inputs = {
+        n: t.to(torch.float32 if n in spec.keeps_dtype else torch.bfloat16).requires_grad_(n in spec.grads)
+        for n, t in spec.inputs(case, torch.Generator().manual_seed(0)).items()
+    }
+    wanted = [t for t in inputs.values() if t.requires_grad]
+    with contextlib.suppress(BackendError):  # an op without a Triton kernel, or without one for the backward
+        outs = spec.call(inputs, case, "triton")
+        if wanted:
+            torch.autograd.grad(outs, wanted, [torch.zeros_like(o) for o in outs])
+
+
+def compile_op(spec: Spec, arch: str) -> list[Needs]:
+    """Every kernel that the op's cases launch, with every candidate; none where the op has no Triton kernel."""
+    found: dict[str, Any] = {}
+    for case in (*spec.bench, *spec.cases):
+        candidate, most = 0, [1]
+        while candidate < most[0]:
+            with compiling(arch, candidate, found) as most:
+                run_case(spec, case)
+            candidate += 1
+    return [needs(arch, compiled) for compiled in found.values()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", choices=[*SPECS, []], help="default: all with a Triton kernel")
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--write", type=Path, help="a JSON file for the table")
+    options = parser.parse_args()
+    if backends.interpreted():
+        parser.error("TRITON_INTERPRET=1 is set: kernels would be interpreted, not compiled")
+    chosen = [SPECS[op] for op in options.ops or SPECS]
+    # The ops' door lets CPU tensors in for the interpreter only.
+    with mock.patch.object(backends, "interpreted", lambda: True):
+        table = [row for arch in options.arch for spec in chosen for row in compile_op(spec, arch)]
+    table.sort(key=lambda row: (row.kernel, row.arch, row.tile))
+    for row in table:
+        print(
+            f"{row.kernel:36s} {row.arch:6s} {row.registers:3d} registers, {row.shared_bytes:6d} B shared, "
+            f"{row.warps} warps, {row.stages} stages, occupancy {row.occupancy:.0%}"
+            f"{', tensor cores' * row.tensor_cores}: {row.tile} "
+            + "; ".join(f"FAULT {fault}" for fault in row.faults())
+        )
+    if options.write:
+        options.write.write_text(json.dumps([asdict(row) for row in table], indent=1) + "\n")
+    return 1 if any(row.faults() for row in table) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
