@@ -22,7 +22,7 @@ import mvar
 import mvar.model
 from benchmarks import public
 from benchmarks.measure import interleaved, require_allocator, write
-from mvar.engine import PackedLinear
+from mvar.packed import PackedLinear
 from mvar.tokenizer import Tokenizer
 
 AGREE = 0.999  # of greedy float32 tokens: ties within a rounding may fall either way

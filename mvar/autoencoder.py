@@ -36,9 +36,8 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same_width else nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        return self.conv2(F.silu(self.norm2(h), inplace=True)).add_(self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -83,7 +82,7 @@ class _DownLevel(_Level):
         return self.downsample(super().forward(x))
 
 
-class _UpLevel(_Level):
+class UpLevel(_Level):
     def __init__(self, in_channels: int, channels: int, num_blocks: int, attention: bool, last: bool) -> None:
         super().__init__(in_channels, channels, num_blocks, attention)
         double = [("grow", nn.Upsample(scale_factor=2, mode="nearest")), ("conv", _conv3x3(channels, channels))]
@@ -128,7 +127,7 @@ class Encoder(nn.Module):
         for level in self.down:
             h = level(h)
         h = self.mid(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(F.silu(self.norm_out(h), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -142,7 +141,7 @@ class Decoder(nn.Module):
         self.conv_in = _conv3x3(code_dim, widths[-1])
         self.mid = _middle(widths[-1], attention)
         self.up = nn.ModuleList(  # from the full resolution to the lowest, as in the weight files
-            _UpLevel(widths[i + 1], widths[i], num_res_blocks + 1, attention and i == lowest, last=i == 0)
+            UpLevel(widths[i + 1], widths[i], num_res_blocks + 1, attention and i == lowest, last=i == 0)
             for i in range(len(ch_mult))
         )
         self.norm_out = _norm(widths[0])
@@ -152,4 +151,4 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(features))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(F.silu(self.norm_out(h), inplace=True))

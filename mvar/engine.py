@@ -1,14 +1,4 @@
-"""A model and a decoder made ready for inference, once: dtype, layout, packed weights.
-
-On the CPU the linear layers go to oneDNN with weights packed beforehand, through the operator that
-torch.compile itself uses for frozen graphs. One AMD Zen 5 core, 1024×4096 weights, GFLOP/s:
-
-    rows            2     32    512
-    torch, fp32     30     54     91        (MKL)
-    packed, fp32    49    165    216
-    torch, bf16     51    279    360
-    packed, bf16   147    356    439
-"""
+"""A model and a decoder made ready for inference, once: dtype, layout, packed weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +7,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from mvar.autoencoder import UpLevel
 from mvar.model import MVAR, FeedForward
+from mvar.packed import PackedFeedForward, PackedLinear, PackedUpsample, packs
 from mvar.tokenizer import Tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Parameters of the recurrence, which is computed in float32: rounding them would move every decay.
 FLOAT32_PARAMETERS = ("dt_bias", "A_log", "D", "scale_mul_1H11")
-PACKED_ROWS = 512  # the number of rows that oneDNN's packed layout is chosen for
 
 
 def prepared_model(model: MVAR, dtype: torch.dtype) -> MVAR:
@@ -84,36 +75,9 @@ def _copy_decoder(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
     state = {name: t.to(dtype) for name, t in tokenizer.state_dict().items() if not name.startswith("encoder.")}
     copy.load_state_dict(state, assign=True, strict=False)
     copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return copy.eval().requires_grad_(False)
-
-
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's packed linear layers can be used."""
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return device.type == "cpu" and known and dtype in (torch.float32, torch.bfloat16)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer with its weight packed for oneDNN, and GELU (tanh) after it if asked for."""
-
-    def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
-        super().__init__()
-        self.features, self.bias = linear.out_features, linear.bias
-        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight, PACKED_ROWS)
-        self.after: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.packed, self.bias if bias is None else bias, *self.after
-        )
-        return out
-
-
-class PackedFeedForward(nn.Module):
-    def __init__(self, ffn: FeedForward) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = PackedLinear(ffn.fc1, gelu=True), PackedLinear(ffn.fc2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.fc1(x))
-        return out
+    copy.eval().requires_grad_(False)
+    if packs(tokenizer.quantize.embedding.weight.device, dtype):
+        for name, module in list(copy.decoder.named_modules()):
+            if isinstance(module, UpLevel) and isinstance(module.upsample, nn.Sequential):
+                copy.decoder.set_submodule(f"{name}.upsample", PackedUpsample(module.upsample.conv))  # type: ignore[arg-type]
+    return copy

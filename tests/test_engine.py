@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import mvar
-from mvar.engine import PackedFeedForward, PackedLinear, packs, prepared_decoder, prepared_model
+from mvar.engine import prepared_decoder, prepared_model
 from mvar.model import FeedForward, Linear
+from mvar.packed import PackedFeedForward, PackedLinear, PackedUpsample, packs
 
 CPU = torch.device("cpu")
 
@@ -34,6 +37,21 @@ def test_packed_layers_equal_their_originals(dtype: torch.dtype, rows: int) -> N
     for got, exact in pairs:
         assert got.dtype == dtype and got.shape == exact.shape
         assert (got - exact).abs().max() <= rounding(dtype, 512) * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upsampling_as_one_product_equals_doubling_and_convolution(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 10, kernel_size=3, padding=1).to(dtype)
+    for height, width in ((1, 1), (2, 5), (7, 4)):
+        x = torch.randn(2, 6, height, width).to(dtype)
+        with torch.no_grad():
+            got = PackedUpsample(conv)(x.contiguous(memory_format=torch.channels_last))
+            exact = conv.double()(F.interpolate(x.double(), scale_factor=2, mode="nearest"))
+        conv.to(dtype)
+        assert got.dtype == dtype and got.shape == exact.shape
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert (got - exact).abs().max() <= rounding(dtype, 54) * exact.abs().max()
 
 
 def test_the_decoder_by_dtype() -> None:
