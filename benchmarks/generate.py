@@ -5,28 +5,26 @@ each in a process of its own. Before anything is timed, greedy tokens in float32
 """
 
 import argparse
+import gc
 import json
-import resource
+import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import mvar
-import mvar.model
 from benchmarks import public
-from benchmarks.measure import interleaved, require_allocator, write
-from mvar.packed import PackedLinear
+from benchmarks.measure import ALLOCATOR, interleaved, require_allocator, write
+from benchmarks.parts import breakdown
+from mvar.engine import prepared_decoder
 from mvar.tokenizer import Tokenizer
 
 AGREE = 0.999  # of greedy float32 tokens: ties within a rounding may fall either way
-PARTS = ("linear layers", "attention", "mixer", "adaLN", "drawing", "quantizer", "decoder")
 
 
 def ours(model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype, **options: Any) -> mvar.Generated:
@@ -49,7 +47,7 @@ def check(model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor) -> dict[str, f
         raise SystemExit(f"only {agreement:.2%} of the greedy tokens agree with the public algorithm")
     rough = ours(model, tokenizer, labels, torch.bfloat16, top_k=1)
     features = torch.randn(1, model.config.code_dim, *2 * model.config.patch_nums[-1:])
-    pictures = [mvar.engine.prepared_decoder(tokenizer, d)(features) for d in (torch.float32, torch.bfloat16)]
+    pictures = [prepared_decoder(tokenizer, d)(features) for d in (torch.float32, torch.bfloat16)]
     squared_error = float((pictures[0] - pictures[1]).square().mean()) / 4  # pixels span 2
     return {
         "greedy_tokens_equal_to_public": agreement,
@@ -58,96 +56,23 @@ def check(model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor) -> dict[str, f
     }
 
 
-@contextmanager
-def timed_parts(seconds: dict[str, float], flops: dict[str, float]) -> Iterator[None]:
-    """Add up, by part, where a generation spends its time; the linear layers' FLOPs too."""
-    undo: list[Callable[[], None]] = []
-
-    def wrap(owner: Any, name: str, part: str) -> None:
-        original = getattr(owner, name)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
-                if part == "linear layers":
-                    layer, x = args[0], args[1]
-                    flops[part] = flops.get(part, 0.0) + 2 * x.numel() * layer.features
-
-        setattr(owner, name, run)
-        undo.append(lambda: setattr(owner, name, original))
-
-    wrap(PackedLinear, "forward", "linear layers")
-    kernels = mvar.model.mk
-    for name, part in (
-        ("scale_attention", "attention"),
-        ("mamba2_mixer", "mixer"),
-        ("adaln", "adaLN"),
-        ("gated_adaln", "adaLN"),
-        ("sample_tokens", "drawing"),
-    ):
-        wrap(kernels, name, part)
-    for name in ("scale_features", "next_input", "embed"):
-        wrap(Tokenizer, name, "quantizer")
-    wrap(Tokenizer, "decode_features", "decoder")
-    try:
-        yield
-    finally:
-        for back in undo:
-            back()
-
-
-def breakdown(model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Milliseconds by part of the median of three generations, and what the linear layers and the decoder must do."""
-    runs = []
-    for _ in range(3):
-        seconds: dict[str, float] = {}
-        flops: dict[str, float] = {}
-        start = time.perf_counter()
-        with timed_parts(seconds, flops):
-            ours(model, tokenizer, labels, dtype)
-        runs.append((time.perf_counter() - start, seconds, flops))
-    total, seconds, flops = sorted(runs, key=lambda run: run[0])[1]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        copy = Tokenizer(tokenizer.config)
-        copy.decode_features(torch.empty(len(labels), copy.code_dim, *2 * copy.patch_nums[-1:]))
-    peak = peak_gflops(dtype)
-    flops["decoder"] = float(counter.get_total_flops())
-    parts = {part: 1e3 * seconds.get(part, 0.0) for part in PARTS}
-    return {
-        "total_ms": 1e3 * total,
-        "parts_ms": parts | {"rest": 1e3 * total - sum(parts.values())},
-        "gflop": {part: value / 1e9 for part, value in flops.items()},
-        "peak_gflops": peak,
-        "floor_ms": {part: value / peak / 1e6 for part, value in flops.items()},
-    }
-
-
-def peak_gflops(dtype: torch.dtype) -> float:
-    """The best rate of a large packed linear layer here: what the floors are counted with."""
-    layer = PackedLinear(torch.nn.Linear(2048, 4096).to(dtype))
-    x = torch.randn(2048, 2048).to(dtype)
-    ms = interleaved({"linear": lambda: layer(x)}, rounds=9, seconds=1.0)["linear"]
-    return 2 * 2048 * 2048 * 4096 / ms / 1e6
-
-
 def peak_memory_gib(side: str, dtype: torch.dtype, batch: int, depth: int) -> float:
-    """Of one generation in a process of its own, weights included."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.generate",
-        "--memory-of",
-        side,
-        "--batch",
-        str(batch),
-        "--depth",
-        str(depth),
-    ]
-    done = subprocess.run([*command, "--dtype", str(dtype)[6:]], capture_output=True, text=True, check=True)
+    """Of one generation in a process of its own: model and tokenizer in float32, and all that the side adds."""
+    command = [sys.executable, "-m", "benchmarks.generate", "--memory-of", side, "--dtype", str(dtype)[6:]]
+    sizes = ["--batch", str(batch), "--depth", str(depth)]
+    # Without the settings for timing, under which what is freed is kept.
+    environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True, check=True, env=environment)
     return float(json.loads(done.stdout))
+
+
+def measure_memory(run: Callable[[], Any]) -> float:
+    """GiB that the process holds at most during `run`; the peak of building the model before it does not count."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak back to what is held now
+    run()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 @torch.no_grad()
@@ -162,39 +87,55 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = mvar.build(options.depth)
     mvar.initialise(model, alng=1e-2, hd=1.0)  # so that every branch and every logit counts
+    torch.set_float32_matmul_precision("medium")  # torch's better float32 products on the CPU, for the baseline
     if options.memory_of:
-        {"ours": ours, "theirs": theirs}[options.memory_of](
-            model, tokenizer, torch.arange(options.batch), getattr(torch, options.dtype)
-        )
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        labels, dtype = torch.arange(options.batch), getattr(torch, options.dtype)
+        side = {"ours": ours, "theirs": theirs}[options.memory_of]
+        print(measure_memory(lambda: side(model, tokenizer, labels, dtype)))
         return
     require_allocator()
-    torch.set_float32_matmul_precision("medium")  # the baseline's better float32 products
     agreement = check(model, tokenizer, torch.tensor([207]))
     print(agreement)
     rows = []
     for batch in options.batches:
-        labels = torch.arange(batch) * 100 + 7
         for dtype in (torch.float32, torch.bfloat16):
-            sides = {
-                "mvar": lambda: ours(model, tokenizer, labels, dtype),  # noqa: B023 (called in this turn of the loop)
-                "public algorithm": lambda: theirs(model, tokenizer, labels, dtype),  # noqa: B023
+            rounds = max(options.rounds // batch, 2)
+            rows.append(compare(model, tokenizer, torch.arange(batch) * 100 + 7, dtype, rounds))
+            rows[-1]["peak_memory_gib"] = {
+                side: peak_memory_gib(side, dtype, batch, options.depth) for side in ("ours", "theirs")
             }
-            median_ms = interleaved(sides, rounds=max(options.rounds // batch, 2), seconds=0)
-            rows.append(
-                {
-                    "batch": batch,
-                    "dtype": str(dtype)[6:],
-                    "median_ms": median_ms,
-                    "ratio": median_ms["public algorithm"] / median_ms["mvar"],
-                    "peak_memory_gib": {
-                        side: peak_memory_gib(side, dtype, batch, options.depth) for side in ("ours", "theirs")
-                    },
-                    "breakdown": breakdown(model, tokenizer, labels, dtype) if batch == 1 else None,
-                }
-            )
             print(rows[-1])
     print(write(f"cpu/generate_d{options.depth}", {"agreement": agreement, "runs": rows}))
+
+
+def compare(
+    model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype, rounds: int
+) -> dict[str, Any]:
+    """Time the sides in turns; for one image also by part."""
+    sides = {
+        "mvar": lambda: ours(model, tokenizer, labels, dtype),
+        "public algorithm": lambda: theirs(model, tokenizer, labels, dtype),
+    }
+    if dtype == torch.float32:
+        sides["public algorithm, torch's default products"] = lambda: with_default_products(
+            lambda: theirs(model, tokenizer, labels, dtype)
+        )
+    one = len(labels) == 1  # the first sizes timed: what comes after them is warm
+    return {
+        "batch": len(labels),
+        "dtype": str(dtype)[6:],
+        "median_ms": interleaved(sides, rounds=rounds, seconds=0, warm_up=one),
+        "breakdown": breakdown(sides["mvar"], tokenizer, len(labels), dtype) if one else None,
+    }
+
+
+def with_default_products(run: Callable[[], Any]) -> Any:
+    """Run with the float32 matrix products that torch takes unless told otherwise."""
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return run()
+    finally:
+        torch.set_float32_matmul_precision("medium")
 
 
 if __name__ == "__main__":

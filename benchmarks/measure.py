@@ -34,12 +34,14 @@ def require_allocator() -> None:
         raise SystemExit(f"set {', '.join(f'{n}={ALLOCATOR[n]}' for n in wrong)} (`make bench` does)")
 
 
-def interleaved(sides: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float) -> dict[str, float]:
+def interleaved(
+    sides: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float, warm_up: bool = True
+) -> dict[str, float]:
     """Median milliseconds of each side; the sides take turns, so that a slow moment of the machine meets all.
 
-    At least `rounds` rounds after one warm-up, and more of them until `seconds` have passed.
+    At least `rounds` rounds after one to warm up, and more of them until `seconds` have passed.
     """
-    for run in sides.values():
+    for run in sides.values() if warm_up else ():
         run()
     times: dict[str, list[float]] = {name: [] for name in sides}
     end = time.perf_counter() + seconds

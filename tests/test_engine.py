@@ -1,14 +1,16 @@
 """Inference copies: the same numbers as the modules they were made from."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import mvar
-from mvar.engine import prepared_decoder, prepared_model
+from mvar.engine import doubling_convolution, prepared_decoder, prepared_model
 from mvar.model import FeedForward, Linear
-from mvar.packed import PackedFeedForward, PackedLinear, PackedUpsample, packs
+from mvar.packed import PackedFeedForward, PackedLinear, packs
 
 CPU = torch.device("cpu")
 
@@ -40,17 +42,14 @@ def test_packed_layers_equal_their_originals(dtype: torch.dtype, rows: int) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_upsampling_as_one_product_equals_doubling_and_convolution(dtype: torch.dtype) -> None:
+def test_a_doubling_convolution_equals_doubling_and_convolution(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    conv = nn.Conv2d(6, 10, kernel_size=3, padding=1).to(dtype)
+    conv = nn.Conv2d(6, 10, kernel_size=3, padding=1).requires_grad_(False).to(dtype)
+    doubling, exactly = doubling_convolution(conv), copy.deepcopy(conv).double()
     for height, width in ((1, 1), (2, 5), (7, 4)):
         x = torch.randn(2, 6, height, width).to(dtype)
-        with torch.no_grad():
-            got = PackedUpsample(conv)(x.contiguous(memory_format=torch.channels_last))
-            exact = conv.double()(F.interpolate(x.double(), scale_factor=2, mode="nearest"))
-        conv.to(dtype)
+        got, exact = doubling(x), exactly(F.interpolate(x.double(), scale_factor=2, mode="nearest"))
         assert got.dtype == dtype and got.shape == exact.shape
-        assert got.is_contiguous(memory_format=torch.channels_last)
         assert (got - exact).abs().max() <= rounding(dtype, 54) * exact.abs().max()
 
 
@@ -75,7 +74,7 @@ def test_a_copy_leaves_its_model_alone() -> None:
     )
     before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        copy = prepared_model(model, dtype)
-        assert copy is not model and copy.pos_1LC.dtype == dtype
+        prepared = prepared_model(model, dtype)
+        assert prepared is not model and prepared.pos_1LC.dtype == dtype
     assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
     assert isinstance(model.blocks[0].ffn, FeedForward)
