@@ -105,7 +105,7 @@ def main() -> None:
                 side: peak_memory_gib(side, dtype, batch, options.depth) for side in ("ours", "theirs")
             }
             print(rows[-1])
-    print(write(f"cpu/generate_d{options.depth}", {"agreement": agreement, "runs": rows}))
+    print(write(f"generate_d{options.depth}", {"agreement": agreement, "runs": rows}))
 
 
 def compare(

@@ -1,5 +1,6 @@
 """Timing side by side, and results as files."""
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -27,10 +28,14 @@ ALLOCATOR = {
 }
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CALLS = 10  # in one CUDA graph, so that the gap between two launches weighs a tenth
+
+
 def require_allocator() -> None:
-    """Refuse to time without the allocator settings that every side is given."""
+    """Refuse to time on the CPU without the allocator settings that every side is given."""
     wrong = [name for name, value in ALLOCATOR.items() if os.environ.get(name) != value]
-    if wrong:
+    if wrong and DEVICE.type == "cpu":
         raise SystemExit(f"set {', '.join(f'{n}={ALLOCATOR[n]}' for n in wrong)} (`make bench` does)")
 
 
@@ -47,16 +52,42 @@ def interleaved(
     end = time.perf_counter() + seconds
     while len(next(iter(times.values()))) < rounds or time.perf_counter() < end:
         for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            _finish()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(_device_ms(run) if DEVICE.type == "cuda" else _wall_ms(run))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _finish() -> None:
-    if torch.cuda.is_available():
+def _wall_ms(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _device_ms(run: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def graphed(run: Callable[[], Any]) -> Callable[[], Any] | None:
+    """Replays of a CUDA graph of `CALLS` calls, or None where they cannot be captured (they wait for the device)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS):
+                run()
+    except RuntimeError:
         torch.cuda.synchronize()
+        return None
+    return graph.replay
 
 
 def machine() -> dict[str, Any]:
@@ -64,7 +95,9 @@ def machine() -> dict[str, Any]:
     extension = native()
     return {
         "processor": _processor(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda,
+        "triton": triton_version(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -73,6 +106,13 @@ def machine() -> dict[str, Any]:
         "compiler": extension.build_info()["compiler"] if extension else None,
         "commit": _commit(),
     }
+
+
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -92,9 +132,15 @@ def _commit() -> str:
     return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
 
 
+def folder() -> str:
+    """Of this device's results: "cpu", "nvidia_h200"."""
+    return machine()["device"].lower().replace(" ", "_")
+
+
 def write(name: str, rows: Any) -> Path:
-    """Write results/<name>.json with the machine beside the rows."""
-    path = RESULTS / f"{name}.json"
+    """Write results/<device>/<name>.json with the machine beside the rows."""
+    path = RESULTS / folder() / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     with replacing(path) as aside:
         aside.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     return path

@@ -1,102 +1,162 @@
-"""Every op against its rivals, side by side: `python -m benchmarks.ops [op …]`. Forward."""
+"""Every op against its rivals, side by side: `python -m benchmarks.ops [op …] [--passes forward backward]`.
 
-import sys
+On the GPU if there is one, else on the CPU. No answer that is wrong is timed. GPU sides run as CUDA graphs of ten
+calls, so that what is timed is the device; a side that cannot be captured runs as it is, and is named.
+"""
+
+import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.measure import interleaved, require_allocator, write
+from benchmarks.measure import CALLS, DEVICE, graphed, interleaved, require_allocator, write
 from benchmarks.rivals import RIVALS
-from mvar_kernels.backends import BackendError, backends
+from mvar_kernels.backends import PEERS, BackendError, backends
 from mvar_kernels.ops.adaln.spec import SPECS as ADALN
 from mvar_kernels.ops.mamba2.spec import SPECS as MAMBA2
 from mvar_kernels.ops.sample_tokens.spec import SPECS as SAMPLE
 from mvar_kernels.ops.scale_attention.spec import SPECS as ATTENTION
 from mvar_kernels.specs import Case, Inputs, Spec
 
-SPECS = (*ADALN, *ATTENTION, *MAMBA2, *SAMPLE)
-DTYPES = (torch.float32, torch.bfloat16)
-WRONG = 16  # roundings of the input's dtype, at the output's largest value, that no side may be off by
+SPECS = {spec.op: spec for spec in (*ADALN, *ATTENTION, *MAMBA2, *SAMPLE)}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+WRONG = 16  # roundings of the input's dtype, at the tensor's largest value, that no side may be off by
+Results = tuple[Tensor, ...]
+Forward = Callable[[Inputs], Results]
 
 
-def sides_of(spec: Spec, case: Case, inputs: Inputs) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+def forwards(spec: Spec, case: Case, inputs: Inputs) -> dict[str, Forward]:
     """Our backends that take the op, its rivals, and torch.compile of the first rival."""
-    sides: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
+    sides: dict[str, Forward] = {}
     for backend, reason in backends().items():
         if reason is None and backend != "reference":
             try:
                 spec.call(inputs, case, backend)
             except BackendError:
                 continue
-            sides[f"mvar {backend}"] = lambda backend=backend: spec.call(inputs, case, backend)  # type: ignore[misc]
+            name = backend if backend in PEERS else f"mvar {backend}"
+            sides[name] = lambda t, backend=backend: spec.call(t, case, backend)  # type: ignore[misc]
     rivals = RIVALS.get(spec.op, {})
     for name, rival in rivals.items():
-        sides[name] = lambda rival=rival: rival(inputs, case)  # type: ignore[misc]
+        if rival.takes is None or rival.takes(inputs, case):
+            sides[name] = lambda t, rival=rival: rival.run(t, case)  # type: ignore[misc]
     if rivals and spec.op != "sample_tokens":  # a draw has no deterministic answer to hold the compiled one against
-        compiled = torch.compile(next(iter(rivals.values())), dynamic=False)
-        sides["torch.compile"] = lambda: compiled(inputs, case)
+        first = next(iter(rivals.values()))
+        compiled = torch.compile(first.run, dynamic=False)
+        sides["torch.compile"] = lambda t: compiled(t, case)
     return sides
 
 
-def check(spec: Spec, case: Case, inputs: Inputs, sides: dict[str, Any]) -> None:
-    """Refuse to time a wrong answer: every side against the float64 reference (drawn tokens: ours, exactly)."""
+def gradients(spec: Spec, inputs: Inputs, forward: Forward, cotangents: Results) -> Callable[[], Results]:
+    """The backward pass alone, of a forward pass done once."""
+    leaves = {name: t.detach().requires_grad_(name in spec.grads) for name, t in inputs.items()}
+    wanted = [leaves[name] for name in spec.grads if name in leaves]
+    with torch.enable_grad():
+        outs = forward(leaves)
+    return lambda: torch.autograd.grad(outs, wanted, cotangents, retain_graph=True)
+
+
+def check(name: str, got: Results, exact: Results, eps: float) -> None:
+    """Refuse to time a wrong answer."""
+    for value, want in zip(got, exact, strict=True):
+        error = float((value.double() - want).abs().max() / want.abs().max())
+        if not error <= WRONG * eps:
+            raise SystemExit(f"{name} is off by {error:.1e} of the largest value")
+
+
+def check_draw(name: str, got: Results, expected: Results) -> None:
+    if not torch.equal(got[0].cpu(), expected[0].cpu()):
+        raise SystemExit(f"{name} draws other tokens than the reference")
+
+
+def row(spec: Spec, case: Case, dtype: torch.dtype, backward: bool, seconds: float) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        n: t.to(DEVICE, torch.float32 if n in spec.keeps_dtype else dtype)
+        for n, t in spec.inputs(case, generator).items()
+    }
+    sides: dict[str, Callable[[], Any]] = {}
+    exact_inputs = {n: t.double() for n, t in inputs.items()}
     if spec.op == "sample_tokens":
-        expected = spec.reference(inputs, case)[0]
-        for name, run in sides.items():
-            if name.startswith("mvar") and not torch.equal(run()[0], expected):
-                raise SystemExit(f"{spec.op}, {case.name}: {name} draws other tokens than the reference")
-        return
-    exact = spec.reference({n: t.double() for n, t in inputs.items()}, case)
-    eps = torch.finfo(next(iter(inputs.values())).dtype).eps
-    for name, run in sides.items():
-        for got, want in zip(run(), exact, strict=True):
-            error = float((got.double() - want).abs().max() / want.abs().max())
-            if not error <= WRONG * eps:
-                raise SystemExit(f"{spec.op}, {case.name}: {name} is off by {error:.1e}")
+        expected = spec.reference(inputs, case)
+        for name, forward in forwards(spec, case, inputs).items():
+            sides[name] = partial(forward, inputs)
+            if name.startswith("mvar"):
+                check_draw(f"{spec.op}, {case.name}: {name}", sides[name](), expected)
+    else:
+        exact = spec.reference(exact_inputs, case)
+        cotangents = tuple(torch.randn(o.shape, generator=generator).to(o) for o in exact)
+        if backward:
+            exact = gradients(spec, exact_inputs, lambda t: spec.reference(t, case), cotangents)()
+        for name, forward in forwards(spec, case, inputs).items():
+            if backward:
+                like = forward(inputs)
+                rounded = tuple(c.to(o.dtype) for c, o in zip(cotangents, like, strict=True))
+                sides[name] = gradients(spec, inputs, forward, rounded)
+            else:
+                sides[name] = partial(forward, inputs)
+            check(f"{spec.op}, {case.name}: {name}", sides[name](), exact, torch.finfo(dtype).eps)
+    moved, flops = (spec.work_backward if backward else spec.work)(case, dtype.itemsize)
+    sides["copy"] = copy(moved)
+    calls, uncaptured = dict.fromkeys(sides, 1), []
+    if DEVICE.type == "cuda":
+        for name, run in list(sides.items()):
+            replay = graphed(run)
+            if replay is None:
+                uncaptured.append(name)
+            else:
+                sides[name], calls[name] = replay, CALLS
+    median_ms = interleaved(sides, rounds=9, seconds=seconds)
+    return {
+        "case": case.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "pass": "backward" if backward else "forward",
+        "moved_bytes": moved,
+        "flops": flops,
+        "median_ms": {name: ms / calls[name] for name, ms in median_ms.items()},
+        "uncaptured": uncaptured,
+    }
 
 
 def copy(moved_bytes: int) -> Callable[[], Tensor]:
     """A copy of as many bytes as the op must move at least, half read and half written: the memory floor."""
-    source = torch.ones(moved_bytes // 8)
+    source = torch.ones(moved_bytes // 8, device=DEVICE)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 @torch.no_grad()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(SPECS)}; default: all")
+    parser.add_argument("--passes", nargs="+", choices=("forward", "backward"), default=["forward", "backward"])
+    parser.add_argument("--seconds", type=float, default=2.0, help="to spend on timing each row, at least")
+    options = parser.parse_args()
+    if unknown := set(options.ops) - set(SPECS):
+        parser.error(f"unknown ops: {', '.join(sorted(unknown))}")
     require_allocator()
-    torch.set_float32_matmul_precision("medium")  # torch's better float32 products on the CPU, for every side
-    chosen = sys.argv[1:] or [spec.op for spec in SPECS if spec.bench]
-    if unknown := set(chosen) - {spec.op for spec in SPECS}:
-        raise SystemExit(f"unknown ops: {', '.join(sorted(unknown))}")
-    runs = [(s, c, d) for s in SPECS if s.op in chosen for c in s.bench for d in DTYPES]
-    for op in chosen:
+    torch.set_float32_matmul_precision("medium" if DEVICE.type == "cpu" else "highest")  # torch's best true float32
+    torch._functorch.config.donated_buffer = False  # a compiled backward is timed many times
+    for op, spec in SPECS.items():
+        if op not in (options.ops or SPECS):
+            continue
+        cases = spec.bench if DEVICE.type == "cpu" else spec.bench_cuda
+        passes = [p for p in options.passes if p == "forward" or spec.grads]
+        runs = [(c, d, p == "backward") for c in cases for d in DTYPES[DEVICE.type] for p in passes]
         rows = []
-        for spec, case, dtype in tqdm([r for r in runs if r[0].op == op], desc=op, disable=None):
-            generator = torch.Generator().manual_seed(0)
-            inputs = {
-                n: t.to(torch.float32 if n in spec.keeps_dtype else dtype)
-                for n, t in spec.inputs(case, generator).items()
-            }
-            sides = sides_of(spec, case, inputs)
-            check(spec, case, inputs, sides)
-            moved, flops = spec.work(case, dtype.itemsize)
-            rows.append(
-                {
-                    "case": case.name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "moved_bytes": moved,
-                    "flops": flops,
-                    "median_ms": interleaved(sides | {"copy": copy(moved)}, rounds=9, seconds=2.0),
-                }
-            )
-        print(write(f"cpu/{op}", rows))
-        for row in rows:
-            times = ", ".join(f"{name} {ms:.3f}" for name, ms in row["median_ms"].items())
-            print(f"  {row['case']} {row['dtype']}, ms: {times}")
+        for case, dtype, backward in tqdm(runs, desc=op, disable=None):
+            torch.compiler.reset()
+            rows.append(row(spec, case, dtype, backward, options.seconds))
+        if rows:
+            print(write(op, rows))
+        for r in rows:
+            times = ", ".join(f"{name} {ms:.4g}" for name, ms in r["median_ms"].items())
+            print(f"  {r['case']} {r['dtype']} {r['pass']}, ms: {times}")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def _mamba(mamba: Mamba2, x: Tensor) -> Tensor:
     N = (mamba.conv1d.weight.shape[0] - E) // 2
     z, xbc, dt = mamba.in_proj(x).split([E, E + 2 * N, H], -1)
     weight, bias = mamba.conv1d.weight, mamba.conv1d.bias
-    convolved = F.conv1d(xbc.transpose(1, 2), weight, bias, padding=weight.shape[-1] - 1, groups=E + 2 * N)
+    convolved = F.conv1d(xbc.transpose(1, 2).contiguous(), weight, bias, padding=weight.shape[-1] - 1, groups=E + 2 * N)
     inner, B, C = F.silu(convolved[..., : x.shape[1]].transpose(1, 2)).float().split([E, N, N], -1)
     heads = inner.unflatten(-1, (H, E // H))
     state = heads.new_zeros(x.shape[0], H, E // H, N)

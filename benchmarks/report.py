@@ -1,59 +1,79 @@
-"""README tables from the result files alone: `python -m benchmarks.report`."""
+"""README tables and plots from the result files alone: `python -m benchmarks.report`."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.measure import RESULTS
 from mvar.files import replacing
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: made by `python -m benchmarks.report` -->\n", "<!-- end of benchmarks -->\n"
+# Files in a device's folder that hold other things than an op's rows.
+OTHERS = ("generate_", "kernels")
 
 
 def main() -> None:
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
+    before, rest = README.read_text().split(BEGIN)
     _, after = rest.split(END)
+    folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    text = "\n".join(device(folder) for folder in folders if any(folder.glob("*.json")))
+    if all(folder.name == "cpu" for folder in folders):
+        text += "\nOn a GPU: not yet measured (`make gpu` does it).\n"
     with replacing(README) as aside:
-        aside.write_text(before + BEGIN + "\n" + tables(RESULTS / "cpu") + "\n" + END + after)
+        aside.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
 
 
-def tables(folder: Path) -> str:
-    """Markdown of all results of one device."""
-    ops = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    whole = {name: ops.pop(name) for name in list(ops) if name.startswith("generate_")}
-    parts = [_machine(content["machine"]) for content in [*whole.values(), *ops.values()][:1]]
-    parts += [_generation(name.removeprefix("generate_"), content["rows"]) for name, content in whole.items()]
-    parts += [_ops(ops)] if ops else []
+def device(folder: Path) -> str:
+    """Markdown of all results of one device; its plots are drawn on the way."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    generations = {name: r for name, r in results.items() if name.startswith("generate_")}
+    ops = {name: r for name, r in results.items() if not name.startswith(OTHERS)}
+    parts = [machines(results.values())]
+    for name, content in generations.items():
+        picture = Path("docs") / f"{name}_{folder.name}.png"
+        plots.generation(content["rows"], ROOT / picture)
+        parts += [generation(name.removeprefix("generate_"), content["rows"]), f"![where the time goes]({picture})\n"]
+    if ops:
+        picture = Path("docs") / f"ops_{folder.name}.png"
+        plots.ops({name: content["rows"] for name, content in ops.items()}, ROOT / picture)
+        parts += [table_of_ops(ops), f"![every op beside the others, as a share of the copy's speed]({picture})\n"]
     return "\n".join(parts)
 
 
-def _machine(machine: dict[str, Any]) -> str:
-    return (
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}. "
-        "Medians of interleaved runs.\n"
+def machines(results: Iterable[Any]) -> str:
+    described = {
+        f"{m['processor']}, {m['threads']} threads" + f", {m['device']}" * (m["device"] != "cpu"): m
+        for m in (content["machine"] for content in results)
+    }
+    commits = sorted({content["machine"]["commit"] for content in results})
+    return "\n".join(
+        f"{name}, torch {m['torch']}, commit {', '.join(commits)}. Medians of interleaved runs.\n"
+        for name, m in described.items()
     )
 
 
-def _generation(model: str, rows: dict[str, Any]) -> str:
+def generation(model: str, rows: dict[str, Any]) -> str:
     lines = [
-        f"Generation, {model} at 256×256 with guidance, against the public algorithm in plain PyTorch:\n",
-        "| batch | dtype | public algorithm, s | mvar, s | ratio | peak memory, GiB |",
+        f"Generation, {model} at 256×256 with guidance, seconds; in brackets how many times mvar's:\n",
+        "| batch | dtype | mvar | public algorithm in plain PyTorch | the same, torch's default products "
+        "| peak memory, GiB |",
         "|---|---|---|---|---|---|",
     ]
     for run in rows["runs"]:
         ms, memory = run["median_ms"], run["peak_memory_gib"]
+        others = " | ".join(_seconds(ms, side) for side in plots.BASELINES)
         lines.append(
-            f"| {run['batch']} | {run['dtype']} | {ms['public algorithm'] / 1e3:.2f} | {ms['mvar'] / 1e3:.2f} "
-            f"| {run['ratio']:.1f} | {memory['theirs']:.1f} → {memory['ours']:.1f} |"
+            f"| {run['batch']} | {run['dtype']} | {ms['mvar'] / 1e3:.2f} | {others} "
+            f"| {memory['theirs']:.1f} → {memory['ours']:.1f} |"
         )
-    for run in rows["runs"]:
-        if run["breakdown"] is not None:
-            lines += ["", _breakdown(run)]
+    timed = [run for run in rows["runs"] if run["breakdown"]]
+    lines += ["", _breakdowns(timed)]
     agreement = rows["agreement"]
     lines += [
-        "",
         f"Greedy tokens: {agreement['greedy_tokens_equal_to_public']:.2%} as the public algorithm's in float32; "
         f"{agreement['greedy_tokens_bf16_equal_to_fp32']:.1%} of bfloat16's as float32's (one that differs changes all "
         f"that come after it). The bfloat16 decoder: {agreement['decoder_bf16_psnr_db']:.1f} dB PSNR.\n",
@@ -61,31 +81,49 @@ def _generation(model: str, rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _breakdown(run: dict[str, Any]) -> str:
-    parts = run["breakdown"]["parts_ms"]
-    spent = ", ".join(f"{part} {ms:.0f}" for part, ms in parts.items())
-    floors = ", ".join(f"{part} {ms:.0f}" for part, ms in run["breakdown"]["floor_ms"].items())
-    return (
-        f"Where {run['dtype']}'s {run['breakdown']['total_ms']:.0f} ms go: {spent}. "
-        f"Floors at {run['breakdown']['peak_gflops']:.0f} GFLOP/s: {floors}."
-    )
+def _seconds(ms: dict[str, float], side: str) -> str:
+    return f"{ms[side] / 1e3:.2f} ({ms[side] / ms['mvar']:.1f}×)" if side in ms else "–"
 
 
-def _ops(ops: dict[str, Any]) -> str:
+def _breakdowns(runs: list[dict[str, Any]]) -> str:
+    """Where one image's time goes; beside every part its floor."""
+    found = [run["breakdown"] for run in runs]
+    head = "".join(f" {run['dtype']}, ms | floor |" for run in runs)
+    lines = [f"| one image: where the time goes |{head}", "|---" * (1 + 2 * len(runs)) + "|"]
+    for part in found[0]["parts_ms"]:
+        cells = (f" {b['parts_ms'][part]:.0f} | {_floor(b['floor_ms'].get(part))} |" for b in found)
+        lines.append(f"| {part} |" + "".join(cells))
+    sums = (f" {b['total_ms']:.0f} | {sum(b['floor_ms'].values()):.0f} |" for b in found)
+    peaks = " and ".join(f"{run['breakdown']['peak_gflops']:.0f} GFLOP/s in {run['dtype']}" for run in runs)
+    lines += [
+        "| all |" + "".join(sums),
+        "",
+        f"Floors: the larger of FLOPs at the best rate measured here ({peaks}) and bytes at that of a copy "
+        f"({found[0]['copy_gbps']:.0f} GB/s); the quantizer's are not counted.\n",
+    ]
+    return "\n".join(lines)
+
+
+def _floor(ms: float | None) -> str:
+    return f"{ms:.0f}" if ms and ms >= 0.5 else ("< 1" if ms else "–")
+
+
+def table_of_ops(ops: dict[str, Any]) -> str:
     lines = [
-        "Ops, forward, ms:\n",
-        "| op | case | dtype | mvar | others | copy of as many bytes |",
-        "|---|---|---|---|---|---|",
+        "Ops, ms; in brackets how many times mvar's. The copy moves as many bytes as the op must at least:\n",
+        "| op | case | dtype | pass | mvar | others | copy |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, content in ops.items():
         for row in content["rows"]:
             times = dict(row["median_ms"])
             copy = times.pop("copy")
             ours = {side: times.pop(side) for side in list(times) if side.startswith("mvar")}
-            best = min(ours.values(), default=None)
-            mine = ", ".join(f"{ms:.3f}" for ms in ours.values()) or "–"
-            others = ", ".join(f"{s} {ms:.3f}" + (f" ({ms / best:.1f}×)" if best else "") for s, ms in times.items())
-            lines.append(f"| `{name}` | {row['case']} | {row['dtype']} | {mine} | {others} | {copy:.3f} |")
+            best = min(ours.values())
+            mine = ", ".join(f"{ms:.3g}" for ms in ours.values())
+            others = ", ".join(f"{side} {ms:.3g} ({ms / best:.1f}×)" for side, ms in times.items())
+            cells = (f"`{name}`", row["case"], row["dtype"], row["pass"], mine, others, f"{copy:.3g}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,8 @@
 """What each op is held against: the same computation as people write it in PyTorch, at its best."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,13 @@ from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, SSD_SCAN
 from mvar_kernels.ops.scale_attention.reference import spans
 from mvar_kernels.specs import Case, Inputs
 
-Rival = Callable[[Inputs, Case], tuple[Tensor, ...]]
+
+@dataclass(frozen=True)
+class Rival:
+    """`takes` says which inputs it can be held against; None: all."""
+
+    run: Callable[[Inputs, Case], tuple[Tensor, ...]]
+    takes: Callable[[Inputs, Case], bool] | None = None
 
 
 def _adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
@@ -25,7 +33,8 @@ def _gated_adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
 
 
 def _scale(case: Case) -> float:
-    return 0.25 * case.sizes["D"] ** -0.5
+    scale: float = case.options.get("scale") or 0.25 * case.sizes["D"] ** -0.5
+    return scale
 
 
 def _pieces(t: Inputs, case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -50,14 +59,40 @@ def _matmul_by_scale(t: Inputs, case: Case) -> tuple[Tensor, ...]:
 
 def _sdpa_dense_mask(t: Inputs, case: Case) -> tuple[Tensor, ...]:
     q, k, v = (t[name].transpose(1, 2) for name in ("q", "k", "v"))
-    mask = _mask(case.options["scales"], case.options["pattern"], q.dtype)
+    mask = _mask(case.options["scales"], case.options["pattern"], q.dtype, q.device)
     return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=_scale(case)).transpose(1, 2),)
 
 
-def _mask(scales: tuple[int, ...], pattern: str, dtype: torch.dtype) -> Tensor:
+@cache
+def _mask(scales: tuple[int, ...], pattern: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     level = torch.repeat_interleave(torch.arange(len(scales)), torch.tensor(scales))
     kept = level[:, None] >= level if pattern == "causal" else level[:, None] == level
-    return torch.zeros(kept.shape, dtype=dtype).masked_fill(~kept, -torch.inf)
+    return torch.zeros(kept.shape, dtype=dtype).masked_fill(~kept, -torch.inf).to(device)
+
+
+@cache
+def _starts(scales: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
+    """Where each scale of each image starts in the batch's tokens in a row, and the end: int32."""
+    lengths = torch.tensor(scales * batch)
+    return F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+
+
+def _varlen(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    """torch's varlen attention: every scale of every image is a sequence of its own."""
+    from torch.nn.attention.varlen import varlen_attn  # not in every torch that the package supports
+
+    scales, longest = case.options["scales"], max(case.options["scales"])
+    starts = _starts(scales, case.sizes["B"], t["q"].device)
+    q, k, v = (t[name].flatten(0, 1) for name in ("q", "k", "v"))
+    out = varlen_attn(q, k, v, starts, starts, longest, longest)
+    assert isinstance(out, Tensor)
+    return (out.view(t["q"].shape),)
+
+
+def _varlen_takes(t: Inputs, case: Case) -> bool:
+    # Its scale is 1/√D in older versions, whatever is asked for.
+    default = _scale(case) == case.sizes["D"] ** -0.5
+    return t["q"].is_cuda and t["q"].element_size() == 2 and case.options["pattern"] == "diagonal" and default
 
 
 def _draw(t: Inputs, case: Case) -> tuple[Tensor, ...]:
@@ -65,15 +100,16 @@ def _draw(t: Inputs, case: Case) -> tuple[Tensor, ...]:
 
 
 RIVALS: Mapping[str, Mapping[str, Rival]] = {
-    "adaln": {"eager": _adaln},
-    "gated_adaln": {"eager": _gated_adaln},
+    "adaln": {"eager": Rival(_adaln)},
+    "gated_adaln": {"eager": Rival(_gated_adaln)},
     "scale_attention": {
-        "SDPA by scale": _sdpa_by_scale,
-        "matmul by scale": _matmul_by_scale,
-        "SDPA, dense mask": _sdpa_dense_mask,
+        "SDPA by scale": Rival(_sdpa_by_scale),
+        "matmul by scale": Rival(_matmul_by_scale),
+        "SDPA, dense mask": Rival(_sdpa_dense_mask),
+        "varlen attention": Rival(_varlen, _varlen_takes),
     },
-    "ssd_scan": {"chunked PyTorch": SSD_SCAN.reference},
-    "mamba2_mixer": {"chunked PyTorch": MAMBA2_MIXER.reference},
-    "sample_tokens": {"topk, sort, multinomial": _draw},
+    "ssd_scan": {"chunked PyTorch": Rival(SSD_SCAN.reference)},
+    "mamba2_mixer": {"chunked PyTorch": Rival(MAMBA2_MIXER.reference)},
+    "sample_tokens": {"topk, sort, multinomial": Rival(_draw)},
 }
 """Plain PyTorch, by op and name. `ops.py` adds torch.compile of the first of each."""

@@ -37,8 +37,8 @@ class Spec:
     reference: the plain PyTorch specification on the same inputs, differentiable, in any dtype.
     keeps_dtype: inputs that stay float32 when the rest is float16 or bfloat16.
     slack: output or gradient name → (factor on the tolerance, the reason for it).
-    bench: the cases that benchmarks time, of a size that occurs in published models.
-    work: bytes moved at least and floating-point operations, for a case and bytes per element.
+    bench, bench_cuda: the cases that benchmarks time on a CPU and on a GPU, of sizes that occur in published models.
+    work, work_backward: bytes moved at least and floating-point operations, for a case and bytes per element.
     """
 
     op: str
@@ -49,7 +49,9 @@ class Spec:
     outputs: tuple[str, ...]
     work: Callable[[Case, int], tuple[int, int]]
     grads: tuple[str, ...] = ()
+    work_backward: Callable[[Case, int], tuple[int, int]] = lambda case, itemsize: (0, 0)
     dtypes: tuple[torch.dtype, ...] = HALVES_AND_SINGLE
     keeps_dtype: tuple[str, ...] = ()
     slack: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     bench: tuple[Case, ...] = ()
+    bench_cuda: tuple[Case, ...] = ()

@@ -180,7 +180,7 @@ def run_case(spec: Spec, case: Case) -> None:
 def compile_op(spec: Spec, arch: str) -> list[Needs]:
     """Every kernel that the op's cases launch, with every candidate; none where the op has no Triton kernel."""
     found: dict[str, Any] = {}
-    for case in (*spec.bench, *spec.cases):
+    for case in (*spec.bench_cuda, *spec.bench, *spec.cases):
         candidate, most = 0, [1]
         while candidate < most[0]:
             with compiling(arch, candidate, found) as most:

@@ -1,0 +1,78 @@
+"""Plots of the result files, for the README."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
+
+from mvar.files import replacing  # noqa: E402
+
+BASELINES = ("public algorithm", "public algorithm, torch's default products")
+GREY = "0.75"
+
+
+def generation(rows: dict[str, Any], path: Path) -> None:
+    """One image: a bar for each side and dtype, ours by part, and the sum of floors as a line across it."""
+    runs = [run for run in rows["runs"] if run["breakdown"]]
+    names: list[str] = []
+    figure = plt.figure(figsize=(8, 0.55 * sum(len(run["median_ms"]) for run in runs) + 1.3))
+    axes = figure.add_subplot()
+    parts = list(runs[0]["breakdown"]["parts_ms"])
+    colours = dict(zip(parts, plt.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
+    for run in runs:
+        for side in reversed(BASELINES):
+            if side in run["median_ms"]:
+                axes.barh(len(names), run["median_ms"][side] / 1e3, color=GREY)
+                names.append(f"{side}, {run['dtype']}")
+        found = run["breakdown"]
+        share = run["median_ms"]["mvar"] / found["total_ms"]  # the timed parts cost a little themselves
+        left = 0.0
+        for part, ms in found["parts_ms"].items():
+            width = ms * share / 1e3
+            axes.barh(len(names), width, left=left, color=colours[part], label=None if len(names) > 3 else part)
+            left += width
+        axes.plot([sum(found["floor_ms"].values()) / 1e3] * 2, [len(names) - 0.4, len(names) + 0.4], color="black")
+        names.append(f"mvar, {run['dtype']}")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds for one 256×256 image with guidance; black: sum of floors")
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=8, ncols=2)
+    _save(figure, path)
+
+
+def ops(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Every row of every op: the speed of each side as a share of the copy's, on a logarithmic axis."""
+    rows = [(name, row) for name, content in results.items() for row in content]
+    figure = plt.figure(figsize=(8, 0.28 * len(rows) + 1.2))
+    axes = figure.add_subplot()
+    for i, (_, row) in enumerate(rows):
+        times = row["median_ms"]
+        for side, ms in times.items():
+            if side == "copy":
+                continue
+            mine = side.startswith("mvar")
+            label = "mvar" if mine else ("torch.compile" if side == "torch.compile" else "PyTorch and peers")
+            colour = {"mvar": "tab:blue", "torch.compile": "tab:orange"}.get(label, "0.5")
+            axes.plot(100 * times["copy"] / ms, i, "o" if mine else "|", color=colour, label=label, markersize=7)
+    labels = [f"{name}, {row['case']}, {row['dtype']}, {row['pass']}" for name, row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="0.9")
+    axes.set_xlabel("per cent of the speed of a copy of as many bytes (100 is the memory floor)")
+    handles, names = axes.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
