@@ -29,6 +29,7 @@ ALLOCATOR = {
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TURN_MS = 5.0
 CALLS = 10  # in one CUDA graph, so that the gap between two launches weighs a tenth
 
 
@@ -44,31 +45,35 @@ def interleaved(
 ) -> dict[str, float]:
     """Median milliseconds of each side; the sides take turns, so that a slow moment of the machine meets all.
 
-    At least `rounds` rounds after one to warm up, and more of them until `seconds` have passed.
+    At least `rounds` rounds after one to warm up, and more of them until `seconds` have passed. A turn is as many
+    calls as fill `TURN_MS`, so that every side finds the caches as it leaves them, and not as another has.
     """
-    for run in sides.values() if warm_up else ():
+    calls = dict.fromkeys(sides, 1)
+    for name, run in sides.items() if warm_up else ():
         run()
+        calls[name] = max(1, round(TURN_MS / _ms(run, 1)))
     times: dict[str, list[float]] = {name: [] for name in sides}
     end = time.perf_counter() + seconds
     while len(next(iter(times.values()))) < rounds or time.perf_counter() < end:
         for name, run in sides.items():
-            times[name].append(_device_ms(run) if DEVICE.type == "cuda" else _wall_ms(run))
+            times[name].append(_ms(run, calls[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _wall_ms(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _device_ms(run: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
+def _ms(run: Callable[[], Any], calls: int) -> float:
+    """Of one of so many calls in a row."""
+    if DEVICE.type == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return 1e3 * (time.perf_counter() - start) / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return begin.elapsed_time(end) / calls
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any] | None:

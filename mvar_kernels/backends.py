@@ -125,7 +125,10 @@ class Op:
     def __init__(self, name: str, package: str, modules: Mapping[str, str]) -> None:
         self.name, self.package, self.modules = name, package, dict(modules)
 
+    # Looked up at every call of an op; ops are made once, with their modules, and live as long as the process.
+    @cache  # noqa: B019
     def kernel(self, backend: str) -> Kernel:
+        """The op's kernel of that name; imports its module."""
         module = importlib.import_module(f".{self.modules[backend]}", self.package)
         kernel: Kernel = getattr(module, f"{self.name}_{backend}")
         return kernel
@@ -146,6 +149,12 @@ class Op:
             return f"{self.name} has no backward kernel"
         return kernel.why_not(*inputs)
 
+    @cache  # noqa: B019
+    def available(self, device_type: str) -> tuple[Kernel, ...]:
+        """The kernels that can run on this machine for a type of device, in order of preference."""
+        names = PREFERENCE.get(device_type, ("reference",))
+        return tuple(self.kernel(name) for name in names if name in self.modules and unavailable(name) is None)
+
     def choose(self, backend: str, device: torch.device, *inputs: Any, backward: bool = False) -> Kernel:
         """The kernel to use. `inputs` are what its `why_not` takes."""
         if backend != "auto":
@@ -153,7 +162,7 @@ class Op:
             if objection is not None:
                 raise BackendError(f"{self.name}: backend {backend!r} asked for, but: {objection}")
             return self.kernel(backend)
-        for name in PREFERENCE.get(device.type, ("reference",)):
-            if self.objection(name, device, *inputs, backward=backward) is None:
-                return self.kernel(name)
+        for kernel in self.available(device.type):
+            if (kernel.backward or not backward) and kernel.why_not(*inputs) is None:
+                return kernel
         raise BackendError(f"{self.name}: no backend takes these inputs")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,17 +32,25 @@ def tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name}: expected a Tensor ({dims.replace(' ', ', ')}), got {type(value).__name__}")
-    names = dims.split()
-    expected = [int(d) if d.isdigit() else sizes.get(d) for d in names]
-    if value.dim() != len(names) or any(e is not None and e != s for e, s in zip(expected, value.shape, strict=False)):
-        known = ", ".join(d if e is None or d.isdigit() else f"{d}={e}" for d, e in zip(names, expected, strict=True))
+    names, shape, known_before = _split(dims), value.shape, len(sizes)
+    right = len(shape) == len(names)
+    for dim, size in zip(names, shape, strict=False):
+        right = right and size == (int(dim) if dim.isdigit() else sizes.setdefault(dim, size))
+    if not right:
+        for dim in list(sizes)[known_before:]:
+            del sizes[dim]
+        known = ", ".join(d if d.isdigit() or d not in sizes else f"{d}={sizes[d]}" for d in names)
         raise ValueError(f"{op}: {name}: expected shape ({known}), got {tuple(value.shape)}")
-    sizes.update((d, s) for d, s in zip(names, value.shape, strict=True) if not d.isdigit())
     if value.dtype not in dtypes:
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name}: expected dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name}: expected device {like.device} as the first input, got {value.device}")
+
+
+@cache
+def _split(dims: str) -> tuple[str, ...]:
+    return tuple(dims.split())
 
 
 def same_dtype(op: str, first: str, **tensors: Tensor) -> None:

@@ -27,10 +27,18 @@ MVAR_INLINE float inverse_deviation(float squares, int64_t C, float eps) {
   return 1.0f / __builtin_sqrtf(squares / (float)C + eps);
 }
 
+// The processor fetches ahead within a page of 4 KB, which is a row of 1024 floats: the row after this one is
+// asked for by hand while this one is worked on (Zen 5, float32, 2·680 rows in the L3 cache: 85 % of the time).
+// What will be written is not: where its pages are new, asking for them took five times as long as writing them.
+//
 // One row at a time. Groups of four rows that share the loads of the modulation were measured (Zen 5,
 // C = 1024): a little faster in bfloat16, a third slower in float32 unless the data is in the L3 cache.
 template <typename T, bool gated>
-void forward_row(const AdalnForward& a, const AdalnSizes& n, int64_t b, int64_t l) {
+void forward_row(const AdalnForward& a, const AdalnSizes& n, int64_t i) {
+  const int64_t b = i / n.L, l = i % n.L;
+  const int64_t after = i + 1 < n.B * n.L ? i + 1 : i;
+  const T* x_after = row<T>(a.x, after / n.L, after % n.L);
+
   const T* x = row<T>(a.x, b, l);
   const T* scale = row<T>(a.scale, b);
   const T* shift = row<T>(a.shift, b);
@@ -41,11 +49,13 @@ void forward_row(const AdalnForward& a, const AdalnSizes& n, int64_t b, int64_t 
     const T* branch = row<T>(a.branch, b, l);
     const T* gate = row<T>(a.gate, b);
     T* x_new = row<T>(a.x_new, b, l);
+    const T* branch_after = row<T>(a.branch, after / n.L, after % n.L);
     for_each_vector(n.C, [&](int64_t c, auto lanes, int slot) MVAR_INLINE_LAMBDA {
       // Normalised is what is stored: x_new after its rounding to T.
       auto packed = Format<T>::pack(fma(load(gate + c, lanes), load(branch + c, lanes), load(x + c, lanes)));
       store_packed(x_new + c, packed, lanes);
       total.slot[slot] += Format<T>::unpack(packed);
+      __builtin_prefetch(branch_after + c);
     });
     x = x_new;
   } else {
@@ -59,6 +69,7 @@ void forward_row(const AdalnForward& a, const AdalnSizes& n, int64_t b, int64_t 
   for_each_vector(n.C, [&](int64_t c, auto lanes, int slot) MVAR_INLINE_LAMBDA {
     Vec centred = keep(load(x + c, lanes) - mean, lanes);
     squares.slot[slot] = fma(centred, centred, squares.slot[slot]);
+    __builtin_prefetch(x_after + c);
   });
   const Vec rstd = splat(inverse_deviation(squares.total(), n.C, n.eps));
 
@@ -71,7 +82,7 @@ void forward_row(const AdalnForward& a, const AdalnSizes& n, int64_t b, int64_t 
 template <typename T, bool gated>
 void forward(const AdalnForward& a, AdalnSizes n) {
 #pragma omp parallel for schedule(static) if (n.B * n.L * n.C > kParallelElements)
-  for (int64_t i = 0; i < n.B * n.L; ++i) forward_row<T, gated>(a, n, i / n.L, i % n.L);
+  for (int64_t i = 0; i < n.B * n.L; ++i) forward_row<T, gated>(a, n, i);
 }
 
 // The (B, C) gradients are sums over a sample's rows: each block of so many rows sums its own into

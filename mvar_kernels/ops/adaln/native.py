@@ -7,15 +7,11 @@ from mvar_kernels.backends import Kernel
 from mvar_kernels.binding import extension, view
 
 
-def _why_not(*inputs: Tensor | float) -> str | None:
-    for value in inputs:
-        if not isinstance(value, Tensor):
-            continue
-        if value.dtype not in (torch.float32, torch.bfloat16):
-            return f"dtype {str(value.dtype).removeprefix('torch.')} is not float32 or bfloat16"
-        if value.device.type != "cpu":
-            return f"inputs are on {value.device.type}"
-    return None
+def _why_not(first: Tensor, *others: Tensor | float) -> str | None:
+    # The others share its dtype and device: the public function has checked.
+    if first.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {str(first.dtype).removeprefix('torch.')} is not float32 or bfloat16"
+    return None if first.device.type == "cpu" else f"inputs are on {first.device.type}"
 
 
 def _empty(like: Tensor) -> Tensor:
