@@ -15,8 +15,8 @@ from torch import Tensor
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
 
-_ADALN = Op("adaln", __package__, {"cpu": "native", "reference": "reference"})
-_GATED = Op("gated_adaln", __package__, {"cpu": "native", "reference": "reference"})
+_ADALN = Op("adaln", __package__, {"cpu": "native", "triton": "triton", "reference": "reference"})
+_GATED = Op("gated_adaln", __package__, {"cpu": "native", "triton": "triton", "reference": "reference"})
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:

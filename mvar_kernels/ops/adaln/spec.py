@@ -14,9 +14,16 @@ CASES = (
     Case("one_token", {"B": 2, "L": 1, "C": 64}),
     Case("odd", {"B": 3, "L": 7, "C": 67}),
     Case("wide_row", {"B": 1, "L": 3, "C": 4096}),
-    Case("d16_256", {"B": 2, "L": 680, "C": 1024}),
+    Case("long_and_narrow", {"B": 1, "L": 300, "C": 64}),
+    Case("d30", {"B": 2, "L": 9, "C": 1920}),
+    Case("d16_scale", {"B": 1, "L": 169, "C": 1024}),
 )
-BENCH = CASES[-1:]
+BENCH = (Case("d16_256", {"B": 2, "L": 680, "C": 1024}),)
+BENCH_CUDA = (
+    Case("d16_training", {"B": 32, "L": 680, "C": 1024}),
+    Case("d30_training", {"B": 32, "L": 680, "C": 1920}),
+    Case("d16_last_scale", {"B": 16, "L": 256, "C": 1024}),
+)
 
 
 def _inputs(case: Case, generator: torch.Generator, *, gated: bool) -> Inputs:
@@ -32,9 +39,10 @@ def _inputs(case: Case, generator: torch.Generator, *, gated: bool) -> Inputs:
     return inputs
 
 
-def _work(case: Case, itemsize: int, *, tensors: int, flops: int) -> tuple[int, int]:
+def _work(case: Case, itemsize: int, *, tensors: int, vectors: int, flops: int) -> tuple[int, int]:
+    """`tensors` of (B, L, C) and `vectors` of (B, C); of few tokens the vectors are a sizeable share."""
     B, L, C = (case.sizes[d] for d in "BLC")
-    return tensors * B * L * C * itemsize, flops * B * L * C
+    return (tensors * L + vectors) * B * C * itemsize, flops * B * L * C
 
 
 ADALN = Spec(
@@ -46,7 +54,9 @@ ADALN = Spec(
     outputs=("out",),
     grads=("x", "scale", "shift"),
     bench=BENCH,
-    work=lambda case, itemsize: _work(case, itemsize, tensors=2, flops=8),
+    bench_cuda=BENCH_CUDA,
+    work=lambda case, itemsize: _work(case, itemsize, tensors=2, vectors=2, flops=8),
+    work_backward=lambda case, itemsize: _work(case, itemsize, tensors=3, vectors=3, flops=16),
 )
 
 GATED_ADALN = Spec(
@@ -60,7 +70,9 @@ GATED_ADALN = Spec(
     outputs=("x_new", "out"),
     grads=("x", "branch", "gate", "scale", "shift"),
     bench=BENCH,
-    work=lambda case, itemsize: _work(case, itemsize, tensors=4, flops=10),
+    bench_cuda=BENCH_CUDA,
+    work=lambda case, itemsize: _work(case, itemsize, tensors=4, vectors=3, flops=10),
+    work_backward=lambda case, itemsize: _work(case, itemsize, tensors=6, vectors=5, flops=20),
 )
 
 SPECS = (ADALN, GATED_ADALN)

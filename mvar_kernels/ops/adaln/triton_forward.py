@@ -1,0 +1,85 @@
+"""Forward kernels of adaln and gated_adaln: a program is BLOCK_L whole rows of one sample; triton.py has the maths."""
+
+import triton
+import triton.language as tl
+
+from mvar_kernels.ops.adaln.triton_parts import centre, load_vector
+
+
+@triton.jit
+def _adaln_fwd_kernel(
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    stride_xb,
+    stride_xl,
+    stride_scale,
+    stride_shift,
+    L,
+    eps,
+    C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tiles = tl.cdiv(L, BLOCK_L)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    offs_l = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mask = (offs_l < L)[:, None] & mask_c[None, :]  # [BLOCK_L, BLOCK_C]
+
+    x = tl.load(x_ptr + b * stride_xb + offs_l[:, None] * stride_xl + offs_c[None, :], mask=mask, other=0.0)
+    scale = load_vector(scale_ptr, b, stride_scale, offs_c, mask_c)
+    shift = load_vector(shift_ptr, b, stride_shift, offs_c, mask_c)
+
+    centred, rstd = centre(x.to(tl.float32), mask_c, C, eps)
+    out = centred * rstd * (1.0 + scale) + shift
+    offs_out = (b * L + offs_l)[:, None] * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
+    tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gated_adaln_fwd_kernel(
+    x_ptr,
+    branch_ptr,
+    gate_ptr,
+    scale_ptr,
+    shift_ptr,
+    x_new_ptr,
+    out_ptr,
+    stride_xb,
+    stride_xl,
+    stride_branch_b,
+    stride_branch_l,
+    stride_gate,
+    stride_scale,
+    stride_shift,
+    L,
+    eps,
+    C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tiles = tl.cdiv(L, BLOCK_L)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    offs_l = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mask = (offs_l < L)[:, None] & mask_c[None, :]  # [BLOCK_L, BLOCK_C]
+
+    offs_branch = b * stride_branch_b + offs_l[:, None] * stride_branch_l + offs_c[None, :]
+    x = tl.load(x_ptr + b * stride_xb + offs_l[:, None] * stride_xl + offs_c[None, :], mask=mask, other=0.0)
+    branch = tl.load(branch_ptr + offs_branch, mask=mask, other=0.0)
+    gate = load_vector(gate_ptr, b, stride_gate, offs_c, mask_c)
+    scale = load_vector(scale_ptr, b, stride_scale, offs_c, mask_c)
+    shift = load_vector(shift_ptr, b, stride_shift, offs_c, mask_c)
+
+    # Rounded before it is normalised: out is adaln of the very x' that is stored.
+    x_new = (x.to(tl.float32) + gate * branch.to(tl.float32)).to(x_new_ptr.dtype.element_ty)
+    offs_out = (b * L + offs_l)[:, None] * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
+    tl.store(x_new_ptr + offs_out, x_new, mask=mask)
+
+    centred, rstd = centre(x_new.to(tl.float32), mask_c, C, eps)
+    out = centred * rstd * (1.0 + scale) + shift
+    tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
