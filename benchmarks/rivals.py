@@ -96,7 +96,10 @@ def _varlen_takes(t: Inputs, case: Case) -> bool:
 
 
 def _draw(t: Inputs, case: Case) -> tuple[Tensor, ...]:
-    return (public.draw(t["cond"].float(), case.options["top_k"], case.options["top_p"]),)
+    logits, c = t["cond"].float(), case.options["guidance"]
+    if c:
+        logits = (1 + c) * logits - c * t["uncond"].float()
+    return (public.draw(logits, case.options["top_k"], case.options["top_p"]),)
 
 
 RIVALS: Mapping[str, Mapping[str, Rival]] = {

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ def tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name}: expected a Tensor ({dims.replace(' ', ', ')}), got {type(value).__name__}")
-    names, shape, known_before = _split(dims), value.shape, len(sizes)
+    names, shape, known_before = dims.split(), value.shape, len(sizes)
     right = len(shape) == len(names)
     for dim, size in zip(names, shape, strict=False):
         right = right and size == (int(dim) if dim.isdigit() else sizes.setdefault(dim, size))
@@ -46,11 +45,6 @@ def tensor(
         raise TypeError(f"{op}: {name}: expected dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name}: expected device {like.device} as the first input, got {value.device}")
-
-
-@cache
-def _split(dims: str) -> tuple[str, ...]:
-    return tuple(dims.split())
 
 
 def same_dtype(op: str, first: str, **tensors: Tensor) -> None:

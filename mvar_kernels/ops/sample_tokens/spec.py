@@ -20,10 +20,11 @@ CASES = (
     _case("arg_max", 2, 5, 67, top_k=1),
     _case("top_k", 2, 5, 67, top_k=9, guided=True, guidance=1.5),
     _case("top_p", 2, 5, 67, top_p=0.7),
-    _case("ties", 3, 16, 130, top_k=40, top_p=0.8, ties=True),
-    _case("d16_scale", 1, 64, 4096, top_k=900, top_p=0.96, guided=True, guidance=0.75),
+    _case("ties", 2, 6, 130, top_k=40, top_p=0.8, ties=True),
+    _case("d16_scale", 1, 9, 4096, top_k=900, top_p=0.96, guided=True, guidance=0.75),
 )
 BENCH = (_case("d16_256_last_scale", 16, 256, 4096, top_k=900, top_p=0.96),)
+BENCH_CUDA = (*BENCH, _case("d16_256_guided", 8, 256, 4096, top_k=900, top_p=0.96, guided=True, guidance=1.5))
 
 
 def _inputs(case: Case, generator: torch.Generator) -> Inputs:
@@ -44,8 +45,8 @@ def _soft_inputs(case: Case, generator: torch.Generator) -> Inputs:
     return _inputs(case, generator) | {"codebook": codebook}
 
 
-def _image_index(case: Case) -> torch.Tensor:
-    return torch.arange(7, 7 + case.sizes["B"])
+def _image_index(t: Inputs) -> torch.Tensor:
+    return torch.arange(7, 7 + t["cond"].shape[0], device=t["cond"].device)
 
 
 def _filters(case: Case) -> dict[str, Any]:
@@ -72,15 +73,16 @@ SPECS = (
                 t.get("uncond"),
                 **_filters(case),
                 **DRAW,
-                image_index=_image_index(case),
+                image_index=_image_index(t),
                 backend=backend,
             ),
         ),
         reference=lambda t, case: (
-            reference.sample_tokens(t["cond"], t.get("uncond"), _image_index(case), **_filters(case), **DRAW),
+            reference.sample_tokens(t["cond"], t.get("uncond"), _image_index(t), **_filters(case), **DRAW),
         ),
         outputs=("tokens",),
         bench=BENCH,
+        bench_cuda=BENCH_CUDA,
         work=_work,
     ),
     Spec(
@@ -95,17 +97,18 @@ SPECS = (
                 **_filters(case),
                 **SOFT,
                 **DRAW,
-                image_index=_image_index(case),
+                image_index=_image_index(t),
                 backend=backend,
             ),
         ),
         reference=lambda t, case: (
             reference.soft_embedding(
-                t["cond"], t.get("uncond"), t["codebook"], _image_index(case), **_filters(case), **SOFT, **DRAW
+                t["cond"], t.get("uncond"), t["codebook"], _image_index(t), **_filters(case), **SOFT, **DRAW
             ),
         ),
         outputs=("mean",),
         bench=BENCH,
+        bench_cuda=BENCH_CUDA,
         work=_work,
     ),
 )

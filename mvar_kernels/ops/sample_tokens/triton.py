@@ -1,0 +1,310 @@
+"""Token drawing in Triton: one launch from two rows of logits to a token.
+
+One program draws at one position of one image. It reads its rows of V logits once, guides them, and keeps the
+guided row in registers (16 codes a thread at V = 4096) for everything after: the two threshold searches go over it
+again and again, with nothing moved but a number or two a round between the warps; a dropped code is a −∞ in its place.
+The arg-max of logits and noise is found by a race of all codes with a rough noise, and the exact noise of those
+near to winning (triton_parts.draw). Nothing is written but the token.
+
+Tokens are bit for bit those of reference.py: top-k counts, top-p sums whole numbers, and guidance, weights and noise
+are float32 operations rounded one by one (enable_fp_fusion=False). A NaN counts as +∞.
+
+The soft embedding writes its weights, and a matrix product averages the codebook with them: 2·4·V bytes a position
+to write and read, where a program that multiplied for itself would read the codebook, 4·V·width, at every
+position.
+
+What changes from scale to scale or call to call is a run-time argument, and unspecialised. Whether there is a
+second row, a top-k and a top-p is compiled in, as what is not there would take registers all the same.
+"""
+
+import struct
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvar_kernels import tiling
+from mvar_kernels.backends import Kernel
+from mvar_kernels.binding import view
+from mvar_kernels.ops.sample_tokens.triton_parts import (
+    INFINITY,
+    draw,
+    keep_top_k,
+    keep_top_p,
+    row_noise,
+)
+from mvar_kernels.tiling import Tile
+
+MAX_CODES = 2**15
+LEAST_BLOCK = 128
+
+# A thread has BLOCK_V / (32·warps) codes in registers, and top-p a weight to each. `maxnreg` bounds its registers: the
+# compiler would take more to overlap a thread's own codes, and leave no room for a third row to hide the reductions.
+CANDIDATES = (Tile({"maxnreg": 80}, warps=8), Tile({}, warps=8), Tile({}, warps=4))
+WIDE_CANDIDATES = (Tile({}, warps=16), Tile({}, warps=32))  # of more than 4,096 codes
+UNSPECIALISED = (
+    "image_stride",
+    "positions",
+    "guidance",
+    "top_k",
+    "share_bits",
+    "seed_low",
+    "seed_high",
+    "scale_index",
+)
+
+
+@triton.jit
+def filtered_row(
+    cond_ptr,
+    uncond_ptr,
+    cond_batch_stride,
+    cond_row_stride,
+    uncond_batch_stride,
+    uncond_row_stride,
+    positions,
+    codes,
+    guidance,
+    top_k,
+    share_bits,
+    HAS_UNCOND: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The guided logits of the program's position, −∞ where dropped and beyond the last code."""
+    image = (tl.program_id(0) // positions).to(tl.int64)
+    position = (tl.program_id(0) % positions).to(tl.int64)
+    # Four codes to a thread at a time, those of one noise counter.
+    offs_v = 4 * tl.arange(0, BLOCK_V // 4)[:, None] + tl.arange(0, 4)[None, :]  # [BLOCK_V / 4, 4]
+    mask_v = offs_v < codes
+    cond_ptr += image * cond_batch_stride + position * cond_row_stride
+    logits = tl.load(cond_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    if HAS_UNCOND:
+        uncond_ptr += image * uncond_batch_stride + position * uncond_row_stride
+        uncond = tl.load(uncond_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        logits = (guidance + 1.0) * logits - guidance * uncond
+    logits = tl.where(logits == logits, logits, INFINITY)
+    logits = tl.reshape(tl.where(mask_v, logits, -INFINITY), (BLOCK_V,))
+    highest = tl.max(logits, 0)
+    if TOP_K:
+        logits = keep_top_k(logits, highest, top_k)
+    if TOP_P:
+        logits = keep_top_p(logits, highest, share_bits.to(tl.float64, bitcast=True))
+    return logits, highest
+
+
+@triton.jit
+def noise_counter(image_index_ptr, image_stride, positions, scale_index, seed_low, seed_high):
+    """Position, scale, image and key of the program's noise, as uint32."""
+    image_index = tl.load(image_index_ptr + (tl.program_id(0) // positions).to(tl.int64) * image_stride)
+    return (
+        (tl.program_id(0) % positions).to(tl.uint32),
+        scale_index.to(tl.uint32, bitcast=True),
+        image_index.to(tl.uint32),  # modulo 2³²
+        seed_low.to(tl.uint32, bitcast=True),
+        seed_high.to(tl.uint32, bitcast=True),
+    )
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def _sample_tokens_fwd_kernel(
+    cond_ptr,
+    uncond_ptr,
+    image_index_ptr,
+    tokens_ptr,
+    cond_batch_stride,
+    cond_row_stride,
+    uncond_batch_stride,
+    uncond_row_stride,
+    image_stride,
+    positions,
+    codes,
+    guidance,
+    top_k,
+    share_bits,
+    seed_low,
+    seed_high,
+    scale_index,
+    HAS_UNCOND: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    logits, highest = filtered_row(
+        cond_ptr,
+        uncond_ptr,
+        cond_batch_stride,
+        cond_row_stride,
+        uncond_batch_stride,
+        uncond_row_stride,
+        positions,
+        codes,
+        guidance,
+        top_k,
+        share_bits,
+        HAS_UNCOND,
+        TOP_K,
+        TOP_P,
+        BLOCK_V,
+    )
+    position, scale, image, key_low, key_high = noise_counter(
+        image_index_ptr, image_stride, positions, scale_index, seed_low, seed_high
+    )
+    token = draw(logits, highest, position, scale, image, key_low, key_high, BLOCK_V)
+    tl.store(tokens_ptr + tl.program_id(0), token.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=(*UNSPECIALISED, "sharpness", "temperature"))
+def _soft_embedding_fwd_kernel(
+    cond_ptr,
+    uncond_ptr,
+    image_index_ptr,
+    weights_ptr,
+    cond_batch_stride,
+    cond_row_stride,
+    uncond_batch_stride,
+    uncond_row_stride,
+    image_stride,
+    positions,
+    codes,
+    guidance,
+    top_k,
+    share_bits,
+    seed_low,
+    seed_high,
+    scale_index,
+    sharpness,
+    temperature,
+    HAS_UNCOND: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    logits, _ = filtered_row(
+        cond_ptr,
+        uncond_ptr,
+        cond_batch_stride,
+        cond_row_stride,
+        uncond_batch_stride,
+        uncond_row_stride,
+        positions,
+        codes,
+        guidance,
+        top_k,
+        share_bits,
+        HAS_UNCOND,
+        TOP_K,
+        TOP_P,
+        BLOCK_V,
+    )
+    position, scale, image, key_low, key_high = noise_counter(
+        image_index_ptr, image_stride, positions, scale_index, seed_low, seed_high
+    )
+    noise = row_noise(position, scale, image, key_low, key_high, BLOCK_V)
+    scores = tl.div_rn(logits * sharpness + noise, temperature)
+    weights = tl.exp(scores - tl.max(scores, 0))
+    weights = weights / tl.sum(weights, 0)
+    offs_v = tl.arange(0, BLOCK_V)
+    weights_ptr += tl.program_id(0).to(tl.int64) * codes
+    tl.store(weights_ptr + offs_v, weights, mask=offs_v < codes)
+
+
+def _why_not(cond: Tensor, *others: Any) -> str | None:
+    codes = cond.shape[-1]
+    return tiling.objection(cond) or (None if codes <= MAX_CODES else f"{codes} codes are not 1 to {MAX_CODES}")
+
+
+def _signed(word: int) -> int:
+    """The int32 with the bits of a 32-bit word: large words would be int64, and another kernel to compile."""
+    word &= 2**32 - 1
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _launch(
+    kernel: Any,
+    name: str,
+    out: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    image_index: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    scale_index: int,
+    *softening: float,
+) -> None:
+    B, positions, codes = cond.shape
+    cond = view(cond)
+    second = cond if uncond is None else view(uncond)
+    block = max(LEAST_BLOCK, triton.next_power_of_2(codes))
+    candidates = CANDIDATES if block <= 4096 else WIDE_CANDIDATES
+    tile = tiling.chosen(name, f"V{block}", candidates, cond.device)
+    # A float argument would be a float32: the share that top-p drops goes as its bits, and never as a small int32.
+    (share_bits,) = struct.unpack("<q", struct.pack("<d", 1 - top_p if top_p < 1 else 1.0))
+    kernel[(B * positions,)](
+        cond,
+        second,
+        image_index,
+        out,
+        *cond.stride()[:2],
+        *second.stride()[:2],
+        image_index.stride(0),
+        positions,
+        codes,
+        guidance,
+        min(top_k, codes),
+        share_bits,
+        _signed(seed),
+        _signed(seed >> 32),
+        _signed(scale_index),
+        *softening,
+        HAS_UNCOND=uncond is not None,
+        TOP_K=0 < top_k < codes,
+        TOP_P=top_p < 1,
+        BLOCK_V=block,
+        enable_fp_fusion=False,
+        **tile.arguments(),
+    )
+
+
+def _sample_tokens(
+    cond: Tensor,
+    uncond: Tensor | None,
+    image_index: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    scale_index: int,
+) -> Tensor:
+    tokens = torch.empty(cond.shape[:2], dtype=torch.int64, device=cond.device)
+    inputs = (cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index)
+    _launch(_sample_tokens_fwd_kernel, "sample_tokens", tokens, *inputs)
+    return tokens
+
+
+def _soft_embedding(
+    cond: Tensor,
+    uncond: Tensor | None,
+    codebook: Tensor,
+    image_index: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    sharpness: float,
+    temperature: float,
+    seed: int,
+    scale_index: int,
+) -> Tensor:
+    weights = torch.empty(cond.shape, dtype=torch.float32, device=cond.device)
+    inputs = (cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index)
+    _launch(_soft_embedding_fwd_kernel, "soft_embedding", weights, *inputs, sharpness, temperature)
+    return (weights @ codebook.float()).to(codebook.dtype)
+
+
+sample_tokens_triton = Kernel(_why_not, _sample_tokens, None)
+soft_embedding_triton = Kernel(_why_not, _soft_embedding, None)
