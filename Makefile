@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test lint demo bench clean
+.PHONY: setup test test-avx2 lint demo bench gpu clean
 
 setup: .venv/native
 
@@ -20,6 +20,10 @@ setup: .venv/native
 test: lint
 	$(BIN)/pytest -q
 
+# The C++ kernels on a processor without AVX-512; needs qemu-x86_64 (Debian: qemu-user). Threads must not spin here.
+test-avx2: setup
+	OMP_WAIT_POLICY=passive qemu-x86_64 -cpu Haswell $(BIN)/python -m pytest -q tests/test_contract.py -k "agrees and cpu"
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -32,6 +36,16 @@ bench: setup
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=68719476736 MALLOC_TOP_PAD_=268435456 \
 	sh -c '$(BIN)/python -m benchmarks.ops && $(BIN)/python -m benchmarks.generate'
 	$(BIN)/python -m benchmarks.report
+
+# All that needs a GPU, in one go and without network, in the Python at hand (torch for CUDA, Triton, pytest, pybind11,
+# cmake, ninja): build, every kernel against float64 in every dtype, timings, tables. With pytest-xdist in parallel.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+	$(PYTHON) -m pytest -q $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8") \
+		tests/test_contract.py $(wildcard tests/test_*_triton.py) -k triton
+	$(PYTHON) -m benchmarks.ops --seconds 0.3
+	$(PYTHON) -m benchmarks.report
 
 clean:
 	rm -rf .venv build demo dist *.egg-info mvar_kernels/_native*.so

@@ -2,7 +2,7 @@
 
 So results and start-up time do not change from run to run. `python -m benchmarks.tune` writes
 the table (tiles.json) on a GPU: architecture → kernel → shape class → tile. What is not in it gets the
-kernel's first candidate.
+kernel's first candidate. ("interpreter" is an architecture too: there, few and large tiles are fast.)
 """
 
 import json

@@ -1,11 +1,10 @@
 """Compile every Triton kernel for GPUs that are not here: `python tests/compile_ahead.py [op …] [--arch sm_90 …]`.
 
-The ops run on CPU tensors in bfloat16, forward and backward, on every benchmark case and case of their specs, once
-for each tile that can be chosen; each launch compiles the kernel, specialised as it would be on a GPU, and does not
-run it. So nothing is listed by hand and no kernel can be forgotten. What differs in run-time arguments alone (odd
-strides, a length of 1) is compiled once, for the first case: a benchmark's. Prints and, with --write,
-writes to a file what each needs; exits with 1 on a spill, on more shared memory than a block may have, or on a
-product of 16-bit tiles that does not use the tensor cores.
+The ops run on CPU tensors in bfloat16, forward and backward, on their specs' cases of GPU benchmarks (with --all on
+every case), once for each tile that can be chosen; each launch compiles the kernel, specialised as on a GPU, and does
+not run it. So nothing is listed by hand and no kernel can be forgotten. What differs in run-time arguments alone (a
+length, strides) is compiled once. Prints, and with --write writes to a file, what each kernel needs; exits with 1 on a
+spill, on more shared memory than a block may have, or on a product of 16-bit tiles without tensor cores.
 
 In a process of its own: Triton must not interpret here.
 """
@@ -177,10 +176,10 @@ def run_case(spec: Spec, case: Case) -> None:
             torch.autograd.grad(outs, wanted, [torch.zeros_like(o) for o in outs])
 
 
-def compile_op(spec: Spec, arch: str) -> list[Needs]:
-    """Every kernel that the op's cases launch, with every candidate; none where the op has no Triton kernel."""
+def compile_op(spec: Spec, cases: Sequence[Case], arch: str) -> list[Needs]:
+    """Every kernel that the cases launch, with every candidate; none where the op has no Triton kernel."""
     found: dict[str, Any] = {}
-    for case in (*spec.bench_cuda, *spec.bench, *spec.cases):
+    for case in cases:
         candidate, most = 0, [1]
         while candidate < most[0]:
             with compiling(arch, candidate, found) as most:
@@ -193,14 +192,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", choices=[*SPECS, []], help="default: all with a Triton kernel")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--all", action="store_true", help="every case, not the benchmarks' alone")
     parser.add_argument("--write", type=Path, help="a JSON file for the table")
     options = parser.parse_args()
     if backends.interpreted():
         parser.error("TRITON_INTERPRET=1 is set: kernels would be interpreted, not compiled")
-    chosen = [SPECS[op] for op in options.ops or SPECS]
+    chosen = [
+        (SPECS[op], SPECS[op].bench_cuda + (SPECS[op].cases if options.all else ())) for op in options.ops or SPECS
+    ]
     # The ops' door lets CPU tensors in for the interpreter only.
     with mock.patch.object(backends, "interpreted", lambda: True):
-        table = [row for arch in options.arch for spec in chosen for row in compile_op(spec, arch)]
+        table = [row for arch in options.arch for spec, cases in chosen for row in compile_op(spec, cases, arch)]
     table.sort(key=lambda row: (row.kernel, row.arch, row.tile))
     for row in table:
         print(

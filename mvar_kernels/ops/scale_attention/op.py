@@ -20,7 +20,11 @@ from torch import Tensor
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
 
-_OP = Op("scale_attention", __package__, {"cpu": "native", "reference": "reference"})
+_OP = Op(
+    "scale_attention",
+    __package__,
+    {"cpu": "native", "triton": "triton", "reference": "reference", "flash_attn": "flash_attn"},
+)
 PATTERNS = ("diagonal", "causal")
 
 

@@ -30,6 +30,14 @@ BENCH = (
     _case("d16_256_causal", VAR_256, 2, 16, 64, packed=True, pattern="causal"),
 )
 
+BENCH_CUDA = (
+    # With the scale that all peers know.
+    _case("d16_256_training", VAR_256, 32, 16, 64, packed=True, scale=0.125),
+    _case("d16_256_training_norm", VAR_256, 32, 16, 64, packed=True, norm=True),
+    _case("d16_256_training_causal", VAR_256, 32, 16, 64, packed=True, pattern="causal", scale=0.125),
+    _case("d16_256_last_scale", VAR_256[-1:], 16, 16, 64, packed=True, scale=0.125),
+)
+
 
 def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, H, D = (case.sizes[d] for d in "BHD")
@@ -74,6 +82,12 @@ def _work(case: Case, itemsize: int) -> tuple[int, int]:
     return 2 * (L + Lq) * B * H * D * itemsize, 4 * pairs * B * H * D
 
 
+def _work_backward(case: Case, itemsize: int) -> tuple[int, int]:
+    """q, k, v, out and its gradient are read, three gradients written; five products where the forward has two."""
+    moved, flops = _work(case, itemsize)
+    return 2 * moved, 5 * flops // 2
+
+
 SPECS = (
     Spec(
         op="scale_attention",
@@ -97,6 +111,8 @@ SPECS = (
         keeps_dtype=("log_temperature",),
         slack={"grad of log_temperature": PER_HEAD_SUM},
         bench=BENCH,
+        bench_cuda=BENCH_CUDA,
         work=_work,
+        work_backward=_work_backward,
     ),
 )

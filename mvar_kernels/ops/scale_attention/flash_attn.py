@@ -1,0 +1,73 @@
+"""The flash-attn package as a peer, chosen by name only: the diagonal pattern, each scale of each sample a sequence.
+
+Forward: one call of its varlen kernel; what it has no place for, the norms of q and k, is plain PyTorch before it.
+Backward: autograd through that same function, computed anew. So a backward here costs the forward as well: to time the
+package's own backward, call it on leaves.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from mvar_kernels.backends import Kernel
+from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, NORM_EPS
+
+
+def _why_not(
+    q: Tensor, k: Tensor, v: Tensor, log_temperature: Tensor | None, scales: Sequence[int], causal: bool, scale: float
+) -> str | None:
+    if q.device.type != "cuda":
+        return f"inputs are on {q.device.type}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {str(q.dtype).removeprefix('torch.')} is not float16 or bfloat16"
+    if causal:
+        return "the causal pattern is not among its masks"
+    return f"head dimension D={q.shape[-1]} is more than 256" if q.shape[-1] > 256 else None
+
+
+@cache
+def _boundaries(scales: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(scales * batch)], dtype=torch.int32, device=device)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, log_temperature: Tensor | None, scales: tuple[int, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    from flash_attn import flash_attn_varlen_func
+
+    B, Lq, H, _ = q.shape
+    own = next(scales[i:] for i in range(len(scales)) if sum(scales[i:]) == Lq)
+    k, v = k[:, -Lq:], v[:, -Lq:]
+    if log_temperature is not None:
+        temperature = log_temperature.float().clamp_max(MAX_LOG_TEMPERATURE).exp()
+        q = (torch.nn.functional.normalize(q.float(), dim=-1, eps=NORM_EPS) * temperature[:, None]).to(v.dtype)
+        k = torch.nn.functional.normalize(k.float(), dim=-1, eps=NORM_EPS).to(v.dtype)
+    boundaries = _boundaries(own, B, q.device)
+    out, lse, _ = flash_attn_varlen_func(
+        *(t.flatten(0, 1) for t in (q, k, v)),
+        *(boundaries, boundaries, max(own), max(own)),
+        softmax_scale=scale,
+        return_attn_probs=True,
+    )
+    return out.view(B, Lq, H, -1), lse.view(H, B, Lq).transpose(0, 1).contiguous()
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, log_temperature: Tensor | None, scales: tuple[int, ...], causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _attend(q, k, v, log_temperature, scales, scale)
+
+
+def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *inputs: object) -> list[Tensor]:
+    *tensors, scales, _, scale = inputs
+    leaves = [t.detach().requires_grad_() for t in tensors if isinstance(t, Tensor)]
+    with torch.enable_grad():
+        q, k, v, log_temperature = (*leaves, None)[:4]
+        again, _ = _attend(q, k, v, log_temperature, scales, scale)  # type: ignore[arg-type]
+    return list(torch.autograd.grad(again, leaves, grad_out))
+
+
+scale_attention_flash_attn = Kernel(_why_not, _forward, _backward)

@@ -1,0 +1,169 @@
+"""Forward kernel of scale attention: online softmax over a tile of queries (see triton.py)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvar_kernels import tiling
+from mvar_kernels.binding import view
+from mvar_kernels.ops.scale_attention.plan import plan
+from mvar_kernels.ops.scale_attention.triton_parts import (
+    LN_2,
+    LOG2_E,
+    candidates,
+    load_rows,
+    load_spans,
+    load_tile,
+    operand,
+    padded,
+    row_mask,
+    row_offsets,
+    score_factor,
+    scores_of,
+    shape_class,
+    strides,
+    tile,
+)
+
+# Below every score, and finite: a row whose first block of keys is all masked has no NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+# By the padded head dimension. 64 rows waste least on 100 and 169 tokens, and in 128 registers four such blocks fit on
+# a multiprocessor: with one to four blocks of keys a program, its beginning and end are hidden by the others'.
+HALVES = {
+    64: (tile(64, 64, 4, 2), tile(64, 64, 4, 3), tile(128, 64, 8, 2)),
+    128: (tile(64, 32, 4, 2), tile(64, 64, 4, 2)),
+    256: (tile(32, 32, 8, 1), tile(64, 32, 4, 1)),
+}
+# Exact float32 products are made of ordinary multiplications, whose operands fill the registers.
+SINGLE = {64: (tile(64, 32, 8, 1), tile(32, 32, 4, 1)), 128: (tile(32, 16, 8, 1),), 256: (tile(16, 16, 4, 1),)}
+
+
+@triton.jit
+def _attend(
+    q,
+    q_factor,
+    acc,
+    total,
+    peak,
+    k_ptr,
+    v_ptr,
+    spans_ptr,
+    stride_kl,
+    stride_vl,
+    start,
+    hi,
+    offs_m,
+    mask_m,
+    Lq,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of keys: (acc, total, peak) with it, sums of weights times v, of weights, and the largest score."""
+    offs_n = start + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, offs_n, stride_kl, hi, HEAD_DIM, BLOCK_D, MASKED)
+    v = load_rows(v_ptr, offs_n, stride_vl, hi, HEAD_DIM, BLOCK_D, MASKED)
+    scores = scores_of(q, k, NORM)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, mask_m)
+        seen = (offs_n[None, :] >= key_lo[:, None]) & (offs_n[None, :] < key_hi[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+    # The row's factor is positive: it is left to the subtraction, with which it is one instruction.
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * q_factor)
+    weights = tl.exp2(scores * q_factor[:, None] - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, total, new_peak
+
+
+@triton.jit
+def _scale_attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    log_temperature_ptr,
+    out_ptr,
+    lse_ptr,
+    tiles_ptr,
+    spans_ptr,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    scale,
+    Lq,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    H = tl.num_programs(1)
+    row, rows, lo, _, full_hi, hi = load_tile(tiles_ptr)
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    offs_m = row + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < row + rows
+
+    q = load_rows(q_ptr, offs_m, stride_ql, row + rows, HEAD_DIM, BLOCK_D, True)
+    q, q_factor = operand(q, score_factor(scale, log_temperature_ptr, h, NORM) * LOG2_E, NORM)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
+    # Queries' whole blocks come first: where a tile has any, its rows see the same keys from lo on.
+    for start in range(lo, full_hi, BLOCK_N):
+        acc, total, peak = _attend(
+            *(q, q_factor, acc, total, peak, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl, start, hi),
+            *(offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, False),
+        )
+    for start in range(full_hi, hi, BLOCK_N):
+        acc, total, peak = _attend(
+            *(q, q_factor, acc, total, peak, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl, start, hi),
+            *(offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, True),
+        )
+
+    out_ptrs = out_ptr + (b * Lq * H + h) * HEAD_DIM + row_offsets(offs_m, H * HEAD_DIM, BLOCK_D)
+    tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=row_mask(mask_m, HEAD_DIM, BLOCK_D))
+    tl.store(lse_ptr + (b * H + h) * Lq + offs_m, (peak + tl.log2(total)) * LN_2, mask=mask_m)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_temperature: Tensor | None,
+    scales: tuple[int, ...],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output and the log of each row's sum of exponentials, as the reference's."""
+    q, k, v, temperature = view(q), view(k), view(v), None if log_temperature is None else view(log_temperature)
+    B, Lq, H, D = q.shape
+    out = torch.empty((B, Lq, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
+    chosen = tiling.chosen("scale_attention_fwd", shape_class(q), candidates(q, HALVES, SINGLE), q.device)
+    made = plan(scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], q.device)
+    _scale_attention_fwd_kernel[(len(made.tiles), H, B)](
+        *(q, k, v, temperature, out, lse, made.tiles, made.spans),
+        *strides(q, k, v),
+        *(scale, Lq),
+        HEAD_DIM=D,
+        BLOCK_D=padded(D),
+        NORM=temperature is not None,
+        **chosen.arguments(),
+    )
+    return out, lse

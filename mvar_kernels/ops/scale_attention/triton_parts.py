@@ -1,0 +1,165 @@
+"""What the forward and backward kernels of scale attention share (see triton.py)."""
+
+from collections.abc import Mapping
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvar_kernels.tiling import Tile
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+MAX_LOG_TEMPERATURE = tl.constexpr(4.605170185988092)  # log 100
+NORM_EPS = tl.constexpr(1e-12)
+
+
+def padded(D: int) -> int:
+    """The tile's columns for head dimension D: a power of two that tl.dot takes."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def tile(m: int, n: int, warps: int, stages: int) -> Tile:
+    """m queries by n keys."""
+    return Tile({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
+
+
+Candidates = Mapping[int, tuple[Tile, ...]]
+
+
+def candidates(q: Tensor, halves: Candidates, single: Candidates) -> tuple[Tile, ...]:
+    """The tiles for q's dtype and head dimension."""
+    return (single if q.itemsize == 4 else halves)[max(64, padded(q.shape[-1]))]
+
+
+def shape_class(q: Tensor) -> str:
+    return f"D{padded(q.shape[-1])} {str(q.dtype).removeprefix('torch.')}"
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Batch, token and head stride of each; the last dimension is contiguous."""
+    return [s for t in tensors for s in t.stride()[:3]]
+
+
+@triton.jit
+def load_tile(tiles_ptr):
+    """(first row, rows, lo, full_lo, full_hi, hi) of this program's tile, see plan.Plan."""
+    tile_ptr = tiles_ptr + 6 * tl.program_id(0)
+    return (
+        tl.load(tile_ptr),
+        tl.load(tile_ptr + 1),
+        tl.load(tile_ptr + 2),
+        tl.load(tile_ptr + 3),
+        tl.load(tile_ptr + 4),
+        tl.load(tile_ptr + 5),
+    )
+
+
+@triton.jit
+def row_offsets(offs, stride, BLOCK_D: tl.constexpr):
+    """Offsets of whole rows; 64-bit, as one step may be the width of a packed projection times the batch."""
+    return offs.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]  # [BLOCK, BLOCK_D]
+
+
+@triton.jit
+def row_mask(inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    return inside[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]  # [BLOCK, BLOCK_D]
+
+
+@triton.jit
+def load_rows(ptr, offs, stride, hi, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows `offs` of a head, zero from row `hi` (where MASKED) and from column HEAD_DIM on."""
+    ptrs = ptr + row_offsets(offs, stride, BLOCK_D)
+    if MASKED:
+        rows = tl.load(ptrs, mask=row_mask(offs < hi, HEAD_DIM, BLOCK_D), other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        rows = tl.load(ptrs, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0)
+    else:
+        rows = tl.load(ptrs)
+    return rows  # [BLOCK, BLOCK_D]
+
+
+@triton.jit
+def square_sums(x):
+    x = x.to(tl.float32)
+    return tl.sum(x * x, 1)  # [BLOCK]
+
+
+@triton.jit
+def inverse_norm(x):
+    """1/max(‖x‖, eps) of each row. A score of 100 multiplies its error: in float32 it is exactly rounded, twice; in
+    16 bits it is one instruction, where the slow paths of the others would take the registers of half a tile."""
+    if x.dtype == tl.float32:
+        inverse = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(square_sums(x)), NORM_EPS))
+    else:
+        inverse = tl.rsqrt(tl.maximum(square_sums(x), NORM_EPS * NORM_EPS))
+    return inverse  # [BLOCK]
+
+
+@triton.jit
+def unit_rows(x):
+    """Rows over their lengths, in the dtype of x: what a product takes."""
+    if x.dtype == tl.float32:
+        x = tl.div_rn(x, tl.maximum(tl.sqrt_rn(square_sums(x)), NORM_EPS)[:, None])
+    else:
+        x = (x.to(tl.float32) * inverse_norm(x)[:, None]).to(x.dtype)
+    return x  # [BLOCK, BLOCK_D]
+
+
+@triton.jit
+def operand(q, factor, NORM: tl.constexpr):
+    """A product's left operand, and what multiplies the product's rows: `factor`, over the rows' lengths.
+
+    Rows in 16 bits stay as they came: rounded unit vectors would cost a score of 100 half a unit. In float32 the
+    operand takes it all, as the reference does it: every factor less is a rounding of the scores less.
+    """
+    if q.dtype == tl.float32:
+        if NORM:
+            q = unit_rows(q)
+        q *= factor
+        factors = tl.full([q.shape[0]], 1.0, tl.float32)
+    else:
+        factors = tl.full([q.shape[0]], factor, tl.float32)
+        if NORM:
+            factors *= inverse_norm(q)
+    return q, factors
+
+
+@triton.jit
+def scores_of(rows, columns, NORM: tl.constexpr):
+    """rows · columnsᵀ, over the columns' lengths; in which precision: see `operand`."""
+    if NORM:
+        if columns.dtype == tl.float32:
+            scores = tl.dot(rows, tl.trans(unit_rows(columns)), input_precision="ieee")
+        else:
+            scores = tl.dot(rows, tl.trans(columns)) * inverse_norm(columns)[None, :]
+    else:
+        scores = tl.dot(rows, tl.trans(columns), input_precision="ieee")
+    return scores  # [BLOCK_ROWS, BLOCK_COLUMNS]
+
+
+@triton.jit
+def through_norm(grad, x):
+    """The gradient of rows x, from that of x/max(‖x‖, eps): without its part along x, where ‖x‖ is above eps."""
+    inverse = inverse_norm(x)[:, None]
+    unit = x.to(tl.float32) * inverse
+    along = tl.where(square_sums(x) > NORM_EPS * NORM_EPS, tl.sum(unit * grad, 1), 0.0)
+    return (grad - unit * along[:, None]) * inverse  # [BLOCK, BLOCK_D]
+
+
+@triton.jit
+def score_factor(scale, log_temperature_ptr, h, NORM: tl.constexpr):
+    """What multiplies q·k, but for the norms."""
+    factor = scale
+    if NORM:
+        temperature = tl.load(log_temperature_ptr + h).to(tl.float32)
+        factor *= tl.exp(tl.minimum(temperature, MAX_LOG_TEMPERATURE))
+    return factor
+
+
+@triton.jit
+def load_spans(spans_ptr, Lq, offs_m, mask_m):
+    """The keys [lo, hi) that queries see, see plan.Plan; none from the end of the tile on."""
+    lo = tl.load(spans_ptr + offs_m, mask=mask_m, other=0)
+    hi = tl.load(spans_ptr + Lq + offs_m, mask=mask_m, other=0)
+    return lo, hi  # [BLOCK_M]
