@@ -29,7 +29,7 @@ ALLOCATOR = {
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TURN_MS = 5.0
+TURN_MS = 20.0
 CALLS = 10  # in one CUDA graph, so that the gap between two launches weighs a tenth
 
 

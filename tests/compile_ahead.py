@@ -212,7 +212,8 @@ def main() -> int:
             + "; ".join(f"FAULT {fault}" for fault in row.faults())
         )
     if options.write:
-        options.write.write_text(json.dumps([asdict(row) for row in table], indent=1) + "\n")
+        one_a_line = ",\n".join(f"  {json.dumps(asdict(row))}" for row in table)
+        options.write.write_text(f'{{\n "triton": "{triton.__version__}",\n "rows": [\n{one_a_line}\n ]\n}}\n')
     return 1 if any(row.faults() for row in table) else 0
 
 
