@@ -12,8 +12,7 @@ from mvar.files import replacing
 ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: made by `python -m benchmarks.report` -->\n", "<!-- end of benchmarks -->\n"
-# Files in a device's folder that hold other things than an op's rows.
-OTHERS = ("generate_", "kernels")
+KERNELS = ROOT / "docs" / "kernels.md"
 
 
 def main() -> None:
@@ -25,13 +24,15 @@ def main() -> None:
         text += "\nOn a GPU: not yet measured (`make gpu` does it).\n"
     with replacing(README) as aside:
         aside.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
+    with replacing(KERNELS) as aside:
+        aside.write_text(kernels(json.loads((RESULTS / "kernels.json").read_text())))
 
 
 def device(folder: Path) -> str:
     """Markdown of all results of one device; its plots are drawn on the way."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     generations = {name: r for name, r in results.items() if name.startswith("generate_")}
-    ops = {name: r for name, r in results.items() if not name.startswith(OTHERS)}
+    ops = {name: r for name, r in results.items() if name not in generations}
     parts = [machines(results.values())]
     for name, content in generations.items():
         picture = Path("docs") / f"{name}_{folder.name}.png"
@@ -124,6 +125,33 @@ def table_of_ops(ops: dict[str, Any]) -> str:
             others = ", ".join(f"{side} {ms:.3g} ({ms / best:.1f}×)" for side, ms in times.items())
             cells = (f"`{name}`", row["case"], row["dtype"], row["pass"], mine, others, f"{copy:.3g}")
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def kernels(compiled: dict[str, Any]) -> str:
+    """What tests/compile_ahead.py found: a table for each architecture."""
+    lines = [
+        "# Triton kernels, compiled ahead of time",
+        "",
+        "Every kernel with every tile that can be chosen, for the sizes of d16 and d30 in bfloat16: registers a",
+        "thread, shared memory a block, and the share of a multiprocessor's warps that fit by these two. Compiled for",
+        "GPUs that were not there, by",
+        f"`python tests/compile_ahead.py --write benchmarks/results/kernels.json` with Triton {compiled['triton']}; "
+        "nothing here was run or timed.",
+        "No kernel spills registers.",
+    ]
+    for arch in dict.fromkeys(row["arch"] for row in compiled["rows"]):
+        lines += [
+            f"\n## {arch}\n",
+            "| kernel | constants | warps | stages | registers | shared, KB | occupancy | tensor cores |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in compiled["rows"]:
+            if row["arch"] == arch:
+                cells = (row["kernel"].strip("_").removesuffix("_kernel"), row["tile"], row["warps"], row["stages"])
+                found = (row["registers"], f"{row['shared_bytes'] / 1024:.1f}", f"{row['occupancy']:.0%}")
+                used = "yes" if row["tensor_cores"] else "–"
+                lines.append("| " + " | ".join(map(str, (*cells, *found, used))) + " |")
     return "\n".join(lines) + "\n"
 
 
