@@ -1,17 +1,11 @@
 """Generation of d16 at 256×256 against the public algorithm: `python -m benchmarks.generate`.
 
-Random weights, seeded; guidance 1.5, top-k 900, top-p 0.96. Both sides in one process, in turns; peak memory
-each in a process of its own. Before anything is timed, greedy tokens in float32 must agree.
+Random weights, seeded; guidance 1.5, top-k 900, top-p 0.96. Both sides in one process, in turns. Before anything is
+timed, greedy tokens in float32 must agree.
 """
 
 import argparse
-import gc
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +13,7 @@ from torch import Tensor
 
 import mvar
 from benchmarks import public
-from benchmarks.measure import ALLOCATOR, interleaved, require_allocator, write
+from benchmarks.measure import interleaved, require_allocator, write
 from benchmarks.parts import breakdown
 from mvar.engine import prepared_decoder
 from mvar.tokenizer import Tokenizer
@@ -56,23 +50,10 @@ def check(model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor) -> dict[str, f
     }
 
 
-def peak_memory_gib(side: str, dtype: torch.dtype, batch: int, depth: int) -> float:
-    """Of one generation in a process of its own: model and tokenizer in float32, and all that the side adds."""
-    command = [sys.executable, "-m", "benchmarks.generate", "--memory-of", side, "--dtype", str(dtype)[6:]]
-    sizes = ["--batch", str(batch), "--depth", str(depth)]
-    # Without the settings for timing, under which what is freed is kept.
-    environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
-    done = subprocess.run([*command, *sizes], capture_output=True, text=True, check=True, env=environment)
-    return float(json.loads(done.stdout))
-
-
-def measure_memory(run: Callable[[], Any]) -> float:
-    """GiB that the process holds at most during `run`; the peak of building the model before it does not count."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak back to what is held now
-    run()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+def random_model(depth: int) -> tuple[mvar.MVAR, Tokenizer]:
+    model, tokenizer = mvar.build(depth)
+    mvar.initialise(model, alng=1e-2, hd=1.0)  # so that every branch and every logit counts
+    return model, tokenizer
 
 
 @torch.no_grad()
@@ -81,19 +62,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
-    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    model, tokenizer = mvar.build(options.depth)
-    mvar.initialise(model, alng=1e-2, hd=1.0)  # so that every branch and every logit counts
-    torch.set_float32_matmul_precision("medium")  # torch's better float32 products on the CPU, for the baseline
-    if options.memory_of:
-        labels, dtype = torch.arange(options.batch), getattr(torch, options.dtype)
-        side = {"ours": ours, "theirs": theirs}[options.memory_of]
-        print(measure_memory(lambda: side(model, tokenizer, labels, dtype)))
-        return
     require_allocator()
+    model, tokenizer = random_model(options.depth)
+    torch.set_float32_matmul_precision("medium")  # torch's better float32 products on the CPU, for the baseline
     agreement = check(model, tokenizer, torch.tensor([207]))
     print(agreement)
     rows = []
@@ -101,9 +73,6 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             rounds = max(options.rounds // batch, 2)
             rows.append(compare(model, tokenizer, torch.arange(batch) * 100 + 7, dtype, rounds))
-            rows[-1]["peak_memory_gib"] = {
-                side: peak_memory_gib(side, dtype, batch, options.depth) for side in ("ours", "theirs")
-            }
             print(rows[-1])
     print(write(f"generate_d{options.depth}", {"agreement": agreement, "runs": rows}))
 
@@ -111,16 +80,16 @@ def main() -> None:
 def compare(
     model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
-    """Time the sides in turns; for one image also by part."""
+    """Time the sides in turns; one image also by part, and with the baseline as torch runs it unless told otherwise."""
     sides = {
         "mvar": lambda: ours(model, tokenizer, labels, dtype),
         "public algorithm": lambda: theirs(model, tokenizer, labels, dtype),
     }
-    if dtype == torch.float32:
+    one = len(labels) == 1  # the first sizes timed: what comes after them is warm
+    if one and dtype == torch.float32:
         sides["public algorithm, torch's default products"] = lambda: with_default_products(
             lambda: theirs(model, tokenizer, labels, dtype)
         )
-    one = len(labels) == 1  # the first sizes timed: what comes after them is warm
     return {
         "batch": len(labels),
         "dtype": str(dtype)[6:],

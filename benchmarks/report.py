@@ -32,12 +32,15 @@ def device(folder: Path) -> str:
     """Markdown of all results of one device; its plots are drawn on the way."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     generations = {name: r for name, r in results.items() if name.startswith("generate_")}
-    ops = {name: r for name, r in results.items() if name not in generations}
+    memory = {name: r for name, r in results.items() if name.startswith("memory_")}
+    ops = {name: r for name, r in results.items() if name not in generations | memory}
     parts = [machines(results.values())]
     for name, content in generations.items():
         picture = Path("docs") / f"{name}_{folder.name}.png"
         plots.generation(content["rows"], ROOT / picture)
-        parts += [generation(name.removeprefix("generate_"), content["rows"]), f"![where the time goes]({picture})\n"]
+        model = name.removeprefix("generate_")
+        peaks = memory.get(f"memory_{model}", {"rows": []})["rows"]
+        parts += [generation(model, content["rows"], peaks), f"![where the time goes]({picture})\n"]
     if ops:
         picture = Path("docs") / f"ops_{folder.name}.png"
         plots.ops({name: content["rows"] for name, content in ops.items()}, ROOT / picture)
@@ -57,19 +60,20 @@ def machines(results: Iterable[Any]) -> str:
     )
 
 
-def generation(model: str, rows: dict[str, Any]) -> str:
+def generation(model: str, rows: dict[str, Any], peaks: list[dict[str, Any]]) -> str:
+    held = {(row["batch"], row["dtype"]): row["peak_gib"] for row in peaks}
     lines = [
         f"Generation, {model} at 256×256 with guidance, seconds; in brackets how many times mvar's:\n",
         "| batch | dtype | mvar | public algorithm in plain PyTorch | the same, torch's default products "
-        "| peak memory, GiB |",
+        "| peak memory, GiB: mvar, public |",
         "|---|---|---|---|---|---|",
     ]
     for run in rows["runs"]:
-        ms, memory = run["median_ms"], run["peak_memory_gib"]
+        ms, gib = run["median_ms"], held.get((run["batch"], run["dtype"]))
         others = " | ".join(_seconds(ms, side) for side in plots.BASELINES)
         lines.append(
             f"| {run['batch']} | {run['dtype']} | {ms['mvar'] / 1e3:.2f} | {others} "
-            f"| {memory['theirs']:.1f} → {memory['ours']:.1f} |"
+            + (f"| {gib['mvar']:.1f}, {gib['public algorithm']:.1f} |" if gib else "| – |")
         )
     timed = [run for run in rows["runs"] if run["breakdown"]]
     lines += ["", _breakdowns(timed)]
