@@ -22,7 +22,8 @@ from torch import Tensor
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
 
-_OP = Op("ssd_scan", __package__, {"cpu": "native", "reference": "reference"})
+_MODULES = {"cpu": "native", "triton": "triton", "mamba_ssm": "mamba_ssm", "reference": "reference"}
+_OP = Op("ssd_scan", __package__, _MODULES)
 
 
 def ssd_scan(

@@ -1,0 +1,170 @@
+"""Mamba-2 in Triton: the kernels are in triton_forward.py, which says what one program does.
+
+mamba2_mixer takes three launches, or two for at most 16 tokens:
+
+1. prepare: conv + SiLU of B and C and C·B of each token, once for all heads, and Δ, laid out along the tokens. Were
+   each head to redo it, two thirds of its convolution, SiLU and exp would be this, and the weights of two more
+   tiles would stay in its registers.
+2. the scan: conv + SiLU of x, scan, skip, gate, both states. For a single short chunk it does 1. as well, as a
+   launch costs more than the work. It writes y · SiLU(z) and, per token and program, the sum of its squares.
+3. norm: adds the partial sums of a token in a fixed order and scales its row. RMSNorm is over all heads, and
+   programs of one launch cannot wait for one another.
+
+y · SiLU(z) goes through memory between 2. and 3. In bfloat16 it is rounded once more; simulated at d16's sizes, y's
+error is then at most 0.4 of the tolerance. float32 would move 4 bytes more a value, where all else is 10. In
+float16, whose range y · SiLU(z) can leave though the normalised row cannot, it is float32. To measure next: the
+row factor in the epilogue of the matrix product that follows, instead of launch 3; PREPARED 0 against 1.
+
+Tiles are chosen by how many tokens there are (one short chunk, or more) and whether there is one direction or two,
+so that sums are taken in the same order whatever the batch.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mvar_kernels import tiling
+from mvar_kernels.backends import Kernel
+from mvar_kernels.binding import view
+from mvar_kernels.ops.mamba2.triton_backward import ssd_scan_backward
+from mvar_kernels.ops.mamba2.triton_forward import (
+    _mamba2_mixer_fwd_kernel,
+    _mamba2_mixer_norm_kernel,
+    _mamba2_mixer_prepare_kernel,
+    _ssd_scan_fwd_kernel,
+)
+from mvar_kernels.ops.mamba2.triton_mixer_backward import mamba2_mixer_backward
+from mvar_kernels.tiling import Tile
+
+SHORT = 16  # tokens: one chunk
+SCAN = {
+    "short": (Tile({"CHUNK": 16, "BLOCK_P": 32}, 4, 1), Tile({"CHUNK": 16, "BLOCK_P": 64}, 4, 1)),
+    "forward": (Tile({"CHUNK": 32, "BLOCK_P": 32}, 4, 1), Tile({"CHUNK": 16, "BLOCK_P": 64}, 4, 1)),
+    "both": (Tile({"CHUNK": 32, "BLOCK_P": 32}, 4, 1), Tile({"CHUNK": 16, "BLOCK_P": 64}, 4, 1)),
+}
+MIXER = {
+    "short": (
+        Tile({"CHUNK": 16, "BLOCK_P": 32, "PREPARED": 0}, 8, 1),
+        Tile({"CHUNK": 16, "BLOCK_P": 32, "PREPARED": 1}, 4, 1),
+    ),
+    "forward": (
+        Tile({"CHUNK": 32, "BLOCK_P": 32, "PREPARED": 1}, 8, 1),
+        Tile({"CHUNK": 16, "BLOCK_P": 32, "PREPARED": 1}, 4, 1),
+    ),
+    "both": (
+        Tile({"CHUNK": 32, "BLOCK_P": 32, "PREPARED": 1}, 8, 1),
+        Tile({"CHUNK": 16, "BLOCK_P": 32, "PREPARED": 1}, 4, 1),
+    ),
+}
+PREPARE = (Tile({"CHUNK": 32}, 4, 1), Tile({"CHUNK": 16}, 4, 1))
+NORM = (Tile({"BLOCK_L": 2, "BLOCK_E": 1024}, 4, 1), Tile({"BLOCK_L": 4, "BLOCK_E": 1024}, 4, 1))
+LARGEST_N = 256
+
+
+def _why_not(first: Tensor, *rest: Any) -> str | None:
+    """`rest` of ssd_scan: dt, A, B, C, D, state, scales; of mamba2_mixer: params, state, scales, eps."""
+    reason = tiling.objection(first)
+    if reason is not None:
+        return reason
+    h = rest[5] if len(rest) == 7 else rest[1][1]
+    N = h.shape[-1]
+    return f"state: N={N} is above {LARGEST_N}, what a program's registers hold" if N > LARGEST_N else None
+
+
+@lru_cache(maxsize=64)
+def scale_of_tokens(scales: tuple[int, ...], device: torch.device) -> Tensor:
+    """(L,) int32: the number of each token's scale."""
+    return torch.arange(len(scales), dtype=torch.int32).repeat_interleave(torch.tensor(scales)).to(device)
+
+
+def _plan(
+    kernel: str, tiles: Mapping[str, tuple[Tile, ...]], L: int, P: int, N: int, both: bool, like: Tensor
+) -> dict[str, Any]:
+    """The launch's keyword arguments: tile, padded sizes, precision of the product that makes h."""
+    kind = "both" if both else "short" if L <= SHORT else "forward"
+    dtype = str(like.dtype).removeprefix("torch.")
+    arguments = tiling.chosen(kernel, f"{kind} P{P} N{N} {dtype}", tiles[kind], like.device).arguments()
+    arguments["BLOCK_P"] = min(arguments["BLOCK_P"], _block(P))
+    precision = "ieee" if like.dtype == torch.float32 else "tf32x3"
+    return arguments | {"P": P, "N": N, "BOTH": both, "PRECISION": precision, "BLOCK_N": _block(N)}
+
+
+def _block(size: int) -> int:
+    """The block that holds `size` elements: a power of two, at least 16 for tl.dot."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _ssd_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, scales: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    rows, L, H, P = x.shape
+    both = A.dim() == 2
+    plan = _plan("ssd_scan", SCAN, L, P, B.shape[-1], both, x)
+    x, dt, B, C = (view(t) for t in (x, dt, B, C))
+    A, D, state = (t.contiguous() for t in (A, D, state))
+    y, last = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
+    edges = x.new_empty(rows, H, triton.cdiv(L, plan["CHUNK"]), *state.shape[2:]) if both else None
+    scale = scale_of_tokens(scales, x.device) if both else None
+    strides = (*x.stride()[:3], *dt.stride()[:3], *B.stride()[:2], *C.stride()[:2])
+    grid = (rows * H * triton.cdiv(P, plan["BLOCK_P"]),)
+    _ssd_scan_fwd_kernel[grid](x, dt, A, B, C, D, state, scale, edges, y, last, *strides, L, H, **plan)
+    return y, last
+
+
+def _mamba2_mixer(
+    zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: tuple[int, ...], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (t.contiguous() for t in params)
+    conv, ssm = (t.contiguous() for t in state)
+    zxbcdt = view(zxbcdt)
+    (rows, L, _), (_, H, P, N) = zxbcdt.shape, ssm.shape
+    E, taps, columns, both = H * P, conv_weight.shape[1], dt_bias.numel(), A_log.dim() == 2
+    plan = _plan("mamba2_mixer", MIXER, L, P, N, both, zxbcdt)
+    slices = triton.cdiv(P, plan["BLOCK_P"])
+    strides = zxbcdt.stride()[:2]
+    y = zxbcdt.new_empty(rows, L, E)
+    gated = y.new_empty(y.shape, dtype=torch.float32) if y.dtype == torch.float16 else y
+    squares = ssm.new_empty(rows, L, H * slices)
+    last_conv, last_ssm = torch.empty_like(conv), torch.empty_like(ssm)
+
+    B = C = delta = own = None
+    if plan["PREPARED"]:
+        B, C = ssm.new_empty(rows, L, N), y.new_empty(rows, L, N)
+        delta, own = ssm.new_empty(rows, columns, L), ssm.new_empty(rows, L)
+        tile = tiling.chosen("mamba2_mixer_prepare", f"N{N}", PREPARE, y.device)
+        _mamba2_mixer_prepare_kernel[(triton.cdiv(L, tile.sizes["CHUNK"]), rows)](
+            *(zxbcdt, conv, conv_weight, conv_bias, dt_bias, B, C, delta, own, *strides, L, E, columns),
+            N=N,
+            TAPS=taps,
+            BLOCK_H=triton.next_power_of_2(columns),
+            BLOCK_N=plan["BLOCK_N"],
+            **tile.arguments(),
+        )
+
+    edges = y.new_empty(rows, H, triton.cdiv(L, plan["CHUNK"]), P, N) if both else None
+    scale = scale_of_tokens(scales, y.device) if both else None
+    _mamba2_mixer_fwd_kernel[(rows * H * slices,)](
+        *(zxbcdt, conv, ssm, conv_weight, conv_bias, dt_bias, A_log, D, B, C, delta, own, scale, edges),
+        *(gated, squares, last_conv, last_ssm, *strides, L, H),
+        TAPS=taps,
+        BLOCK_TAPS=triton.next_power_of_2(max(taps - 1, 1)),
+        **plan,
+    )
+
+    tile = tiling.chosen("mamba2_mixer_norm", f"E{E}", NORM, y.device)
+    grid = (triton.cdiv(rows * L, tile.sizes["BLOCK_L"]), triton.cdiv(E, tile.sizes["BLOCK_E"]))
+    parts = H * slices
+    _mamba2_mixer_norm_kernel[grid](
+        *(gated, squares, norm_weight, y, rows * L, E, parts, eps),
+        BLOCK_PARTS=triton.next_power_of_2(parts),
+        **tile.arguments(),
+    )
+    return y, last_conv, last_ssm
+
+
+ssd_scan_triton = Kernel(_why_not, _ssd_scan, ssd_scan_backward)
+mamba2_mixer_triton = Kernel(_why_not, _mamba2_mixer, mamba2_mixer_backward)

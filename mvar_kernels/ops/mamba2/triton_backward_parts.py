@@ -1,0 +1,355 @@
+"""The kernels of ssd_scan's backward, which are the heart of the mixer's, too.
+
+The sequence is cut into chunks. Nothing but the inputs was saved, so, with h the state before a
+chunk and λ the gradient of the state after it:
+
+1. `sweep`, one program per (batch row, head, rows of P): chunk by chunk, each h from the one before; all are stored.
+2. `sweep` once more, with dy and C in place of x and B, from the last chunk to the first: every λ, then the
+   gradient of the initial state.
+3. `grads`, one program per (batch row, chunk, group of heads): every gradient of the chunk from its h and λ.
+   dB and dC are shared by the heads: a program adds those of its group in registers, head after head, and writes
+   one float32 partial per group. What is summed over tokens (dA, dD) leaves one partial per chunk and head.
+   torch.sum adds the partials, in an order that the shape alone decides.
+
+With decay[t, s] = a_{s+1} … a_t, since_t = a_first … a_t, until_s = a_{s+1} … a_last, and sums over s < t,
+
+    dx_s = Σ_t C_t·B_s decay Δ_s dy_t + Δ_s until_s λ B_s + (Δ_s C_s·B_s + D) dy_s
+    dC_t = Σ_s dG[t, s] B_s + Σ_heads since_t hᵀ dy_t                  dG[t, s] = Σ_heads dy_t·x_s decay Δ_s
+    dB_s = Σ_t dG[t, s] C_t + Σ_heads Δ_s until_s λᵀ x_s
+
+The gradient of log a_u gathers all that passes over the step from u−1 to u: from s to t where s < u ≤ t, from h to
+t ≥ u, from s < u to λ, and from h to λ. Of the pairs (s, t) it is a sum over t, as a product with a triangle of
+ones, then over s: differences of row and column sums would be cheaper and cancel.
+
+The direction inside the scales is the mirror image: its pairs fill the other triangle of the same matrices, its
+state comes to a chunk from the right, and a scale that ends cuts it off. Both directions share the sweeps'
+launches and all products of pairs. Tokens' own terms (s = t) pass over no step and are kept apart.
+
+Precision, by the dtype of the inputs. float32: all products in float32. float16: those that a float32 gradient
+depends on (of A, D, dt_bias, the state) as three tf32 products (PRECISE = tf32x3), the others as one (COARSE = tf32:
+float32's range, and no coarser than float16). bfloat16: tf32, whose rounding is an eighth of that of dy as it
+is given, and bfloat16 operands where only a bfloat16 gradient comes of it.
+
+Every tensor is passed as rows of all batch rows, b·L + t, with one row stride. A column of dt, and an entry of A
+and dt_bias, is a head of one direction: direction·H + head.
+"""
+
+import triton
+import triton.language as tl
+
+from mvar_kernels.ops.mamba2.triton_parts import decay_matrix, sigmoid, softplus, split_log_decays
+
+
+@triton.jit
+def activated(tile, MIXER: tl.constexpr):
+    """The mixer's x comes in float32 before its SiLU; the scan's stays as it is."""
+    if MIXER:
+        tile = tile * sigmoid(tile)
+    return tile
+
+
+@triton.jit
+def silu_slope(v):
+    open = sigmoid(v)
+    return open * (1.0 + v * (1.0 - open))
+
+
+@triton.jit
+def head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, MIXER: tl.constexpr):
+    """Δ (0 where masked), the slope of Δ in dt, and A. The mixer's dt is before softplus, and A_ptr holds A_log."""
+    delta = tl.load(dt_ptr + offs_dt + column, mask=mask_t, other=0.0).to(tl.float32)
+    A = tl.load(A_ptr + column).to(tl.float32)
+    slope = tl.where(mask_t, 1.0, 0.0)
+    if MIXER:
+        delta += tl.load(bias_ptr + column).to(tl.float32)
+        slope *= sigmoid(delta)
+        delta = tl.where(mask_t, softplus(delta), 0.0)
+        A = -tl.exp(A)
+    return delta, slope, A
+
+
+@triton.jit
+def prefix_sums(log_a, direction):
+    """Prefix sums of log a in two exact parts and their totals: inclusive, or exclusive in direction 1."""
+    coarse, fine = split_log_decays(log_a)
+    exclude = direction * 1.0
+    before_coarse = tl.cumsum(coarse, 0) - exclude * coarse
+    before_fine = tl.cumsum(fine, 0) - exclude * fine
+    return before_coarse, before_fine, tl.sum(coarse, 0), tl.sum(fine, 0)
+
+
+@triton.jit
+def edges(scale_ptr, chunk, L, CHUNK: tl.constexpr):
+    """The scales of the chunk's tokens, and of the tokens before and after the chunk (−1 where there is none)."""
+    offs_t = chunk * CHUNK + tl.arange(0, CHUNK)
+    scale = tl.load(scale_ptr + offs_t, mask=offs_t < L, other=-2)
+    before = tl.load(scale_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=-1)
+    after = tl.load(scale_ptr + (chunk + 1) * CHUNK, mask=(chunk + 1) * CHUNK < L, other=-1)
+    return scale, before, after
+
+
+@triton.jit
+def _ssd_scan_bwd_sweep_kernel(
+    from_ptr,
+    to_ptr,
+    dt_ptr,
+    bias_ptr,
+    A_ptr,
+    scale_ptr,
+    first_ptr,
+    last_ptr,
+    states_ptr,
+    from_stride,
+    to_stride,
+    dt_stride,
+    L,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BOTH: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    MIXER: tl.constexpr,
+    PRECISE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """states[direction, b, chunk, h] (P, N): what enters the chunk, h, or with ADJOINT (0 or 1) its gradient λ.
+
+    Adds Σ_t weight_t from_t ⊗ to_t: from and to are x and B, or dy and C. Program ids: batch row and head, rows of
+    P, direction. From left to right where direction = ADJOINT.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    b, h = sequence // H, sequence % H
+    direction = tl.program_id(2)
+    chunks = tl.cdiv(L, CHUNK)
+    offs_i = tl.arange(0, CHUNK)
+    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_p, mask_n = offs_p < P, offs_n < N
+    offs_state = offs_p[:, None] * N + offs_n[None, :]
+    mask_state = mask_p[:, None] & mask_n[None, :]
+    offs_from = offs_i[:, None] * from_stride + offs_p[None, :]
+    offs_to = offs_i[:, None] * to_stride + offs_n[None, :]
+    state = tl.load(first_ptr + sequence * P * N + offs_state, mask=mask_state & (direction == 0), other=0.0)
+    before_b = direction * (tl.num_programs(0) // H) + b
+    rightwards = direction == ADJOINT
+    for i in range(chunks):
+        chunk = tl.where(rightwards, i, chunks - 1 - i)
+        tl.store(states_ptr + ((before_b * chunks + chunk) * H + h) * P * N + offs_state, state, mask=mask_state)
+        mask_t = chunk * CHUNK + offs_i < L
+        row = b * L + chunk * CHUNK
+        at = dt_ptr + row * dt_stride
+        column = direction * H + h
+        delta, _, A = head_steps(at, bias_ptr, A_ptr, offs_i * dt_stride, mask_t, column, MIXER)
+        coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, direction)
+        weight = tl.exp(tl.where(rightwards, (all_coarse - coarse) + (all_fine - fine), coarse + fine))
+        whole = tl.exp(all_coarse + all_fine)
+        if BOTH:
+            scale, before, after = edges(scale_ptr, chunk, L, CHUNK)
+            weight = tl.where((direction == 0) | (scale == (after if ADJOINT else before)), weight, 0.0)
+            whole = tl.where((direction == 0) | (before == after), whole, 0.0)
+        mask_from, mask_to = mask_t[:, None] & mask_p[None, :], mask_t[:, None] & mask_n[None, :]
+        came = tl.load(from_ptr + row * from_stride + h * P + offs_from, mask=mask_from, other=0.0).to(tl.float32)
+        went = tl.load(to_ptr + row * to_stride + offs_to, mask=mask_to, other=0.0).to(tl.float32)
+        if not ADJOINT:
+            came = activated(came, MIXER)
+            weight *= delta
+        state = whole * state + tl.dot(tl.trans(came), went * weight[:, None], input_precision=PRECISE)
+    if ADJOINT:
+        tl.store(last_ptr + sequence * P * N + offs_state, state, mask=mask_state & (direction == 0))
+
+
+@triton.jit
+def product(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """a b with both operands converted to OPERAND."""
+    return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
+
+
+@triton.jit
+def _direction_grads(
+    x_at, dy_at, B_at, C_at, h_at, adjoint_at, mask_x, mask_bc, mask_state, dB, dC,
+    delta, A, mask, scale, before, after,
+    BACK: tl.constexpr, MIXER: tl.constexpr, OPERAND: tl.constexpr, PRECISE: tl.constexpr, COARSE: tl.constexpr,
+):  # fmt: skip
+    """One direction of one head in one chunk. h and λ are (P, N) as they enter; mask says which pairs there are.
+
+    Registers are what this kernel is short of: tiles are loaded, and B Cᵀ and x dyᵀ computed, again rather than kept.
+    Nor is a sum over heads the accumulator of a product: Triton would lay it out with every warp's rows twice.
+    Returns dB and dC with their parts added, dx without own terms, and the gradients of Δ (without own terms)
+    and of A.
+    """
+    coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, 1 if BACK else 0)
+    to_end = tl.exp((all_coarse - coarse) + (all_fine - fine))
+    to_start = tl.exp(coarse + fine)
+    whole = tl.exp(all_coarse + all_fine)
+    if BACK:
+        coarse, fine = -coarse, -fine
+        entering = tl.where(scale == after, to_end, 0.0)
+        leaving = tl.where(scale == before, to_start, 0.0)
+        whole = tl.where(before == after, whole, 0.0)
+    else:
+        entering, leaving = to_start, to_end
+
+    h = tl.load(h_at, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
+    adjoint = tl.load(adjoint_at, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
+    through = whole * tl.sum(tl.sum(h * adjoint, 1), 0)
+    dy = tl.load(dy_at, mask=mask_x, other=0.0)  # [CHUNK, BLOCK_P]
+    C = tl.load(C_at, mask=mask_bc, other=0.0)  # [CHUNK, BLOCK_N]
+    from_h = product(dy, h, tl.float32, PRECISE) * entering[:, None]  # [CHUNK, BLOCK_N]
+    dC += from_h
+    arrived = tl.sum(from_h * C.to(tl.float32), 1)
+    x = activated(tl.load(x_at, mask=mask_x, other=0.0), MIXER)  # [CHUNK, BLOCK_P]
+    B = tl.load(B_at, mask=mask_bc, other=0.0)  # [CHUNK, BLOCK_N]
+    dB += product(x, adjoint, OPERAND, COARSE) * (leaving * delta)[:, None]
+    dx = product(B, tl.trans(adjoint), tl.float32, PRECISE) * leaving[:, None]  # [CHUNK, BLOCK_P]
+    left = tl.sum(dx * x.to(tl.float32), 1)
+    dx *= delta[:, None]
+
+    G = product(B, tl.trans(C), tl.float32, PRECISE)  # [s, t]
+    scores_grad = product(x, tl.trans(dy), tl.float32, PRECISE)  # [s, t]
+    decay = decay_matrix(-coarse, -fine, mask)  # [s, t]
+    pairs = scores_grad * G * decay  # [s, t]: the gradient of Δ_s
+    ddelta = left + tl.sum(pairs, 1)
+    left *= delta
+    offs = tl.arange(0, delta.shape[0])
+    # [t, u]: whether what comes to t passes over step u; if not, what goes from there may.
+    passes = (offs[:, None] <= offs[None, :]) if BACK else (offs[:, None] >= offs[None, :])
+    over = product(pairs * delta[:, None], tl.where(passes, 1.0, 0.0), tl.float32, PRECISE)  # [s, u]
+    dlog_a = through + tl.sum(tl.where(passes, 0.0, over), 0)
+    if BACK:
+        dlog_a += tl.cumsum(arrived, 0) + (tl.cumsum(left, 0, reverse=True) - left)
+    else:
+        dlog_a += tl.cumsum(arrived, 0, reverse=True) + (tl.cumsum(left, 0) - left)
+    ddelta += A * dlog_a
+
+    dx += product(G * decay, dy, OPERAND, COARSE) * delta[:, None]
+    dG = scores_grad * decay
+    dB += product(dG, C, OPERAND, COARSE) * delta[:, None]
+    dC += product(tl.trans(dG * delta[:, None]), B, OPERAND, COARSE)
+    return dB, dC, dx, ddelta, tl.sum(delta * dlog_a, 0)
+
+
+@triton.jit
+def _ssd_scan_bwd_grads_kernel(
+    x_ptr,
+    dt_ptr,
+    bias_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    dy_ptr,
+    scale_ptr,
+    states_ptr,
+    adjoints_ptr,
+    dx_ptr,
+    ddt_ptr,
+    dbc_ptr,
+    sums_ptr,
+    x_stride,
+    dt_stride,
+    B_stride,
+    C_stride,
+    dy_stride,
+    ddt_stride,
+    L,
+    heads,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BOTH: tl.constexpr,
+    MIXER: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISE: tl.constexpr,
+    COARSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dx and ddt of a chunk's tokens and `heads` heads, and partials: dbc (group of heads, b·L + t, [B, C]) and sums
+    (chunk of b, kind, head), the kinds being A of each direction, D, and the mixer's dt_bias of each direction.
+
+    Program ids: chunk of a batch row, group of heads. MIXER: through x's SiLU, softplus and A = −exp(A_log), too.
+    """
+    KINDS: tl.constexpr = (2 if BOTH else 1) * (2 if MIXER else 1) + 1
+    chunks = tl.cdiv(L, CHUNK)
+    program = tl.program_id(0).to(tl.int64)
+    b, chunk = program // chunks, tl.program_id(0) % chunks
+    row = b * L + chunk * CHUNK
+    offs_i, offs_p, offs_n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    mask_t, mask_p, mask_n = chunk * CHUNK + offs_i < L, offs_p < P, offs_n < N
+    mask_x, mask_bc = mask_t[:, None] & mask_p[None, :], mask_t[:, None] & mask_n[None, :]
+    mask_state = mask_p[:, None] & mask_n[None, :]
+    offs_dt = offs_i * dt_stride
+    B_at = B_ptr + row * B_stride + offs_i[:, None] * B_stride + offs_n[None, :]
+    C_at = C_ptr + row * C_stride + offs_i[:, None] * C_stride + offs_n[None, :]
+    x_ptr += row * x_stride
+    dy_ptr += row * dy_stride
+    dx_ptr += row * H * P
+    dt_ptr += row * dt_stride
+    ddt_ptr += row * ddt_stride
+    sums_ptr += program * KINDS * H
+    states_ptr += program * H * P * N
+    adjoints_ptr += program * H * P * N
+    offs_state = offs_p[:, None] * N + offs_n[None, :]
+    direction_states = tl.num_programs(0).to(tl.int64) * H * P * N
+
+    B = tl.load(B_at, mask=mask_bc, other=0.0)  # [CHUNK, BLOCK_N]
+    C = tl.load(C_at, mask=mask_bc, other=0.0)  # [CHUNK, BLOCK_N]
+    own = tl.sum(B.to(tl.float32) * C.to(tl.float32), 1)
+    earlier = offs_i[:, None] < offs_i[None, :]
+    if BOTH:
+        scale, before, after = edges(scale_ptr, chunk, L, CHUNK)
+        later = (offs_i[:, None] > offs_i[None, :]) & (scale[:, None] == scale[None, :])
+
+    dB = tl.zeros([CHUNK, BLOCK_N], tl.float32)
+    dC = tl.zeros([CHUNK, BLOCK_N], tl.float32)
+    own_grad = tl.zeros([CHUNK], tl.float32)
+    first_head = tl.program_id(1) * heads
+    for head in range(first_head, tl.minimum(first_head + heads, H)):
+        x_at = x_ptr + head * P + offs_i[:, None] * x_stride + offs_p[None, :]
+        dy_at = dy_ptr + head * P + offs_i[:, None] * dy_stride + offs_p[None, :]
+        h_at, adjoint_at = states_ptr + head * P * N + offs_state, adjoints_ptr + head * P * N + offs_state
+        delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, head, MIXER)
+        dB, dC, dx, ddelta, dA = _direction_grads(
+            x_at, dy_at, B_at, C_at, h_at, adjoint_at, mask_x, mask_bc, mask_state, dB, dC, delta, A, earlier,
+            None, None, None, False, MIXER, OPERAND, PRECISE, COARSE,
+        )  # fmt: skip
+        x = activated(tl.load(x_at, mask=mask_x, other=0.0), MIXER).to(tl.float32)  # [CHUNK, BLOCK_P]
+        dy = tl.load(dy_at, mask=mask_x, other=0.0).to(tl.float32)  # [CHUNK, BLOCK_P]
+        x_dy = tl.sum(x * dy, 1)
+        ddt = (ddelta + own * x_dy) * slope
+        own_grad += x_dy * delta
+        dx += (own * delta + tl.load(D_ptr + head).to(tl.float32))[:, None] * dy
+        tl.store(ddt_ptr + offs_i * ddt_stride + head, ddt.to(ddt_ptr.dtype.element_ty), mask=mask_t)
+        tl.store(sums_ptr + head, dA * A if MIXER else dA)
+        tl.store(sums_ptr + (2 if BOTH else 1) * H + head, tl.sum(x_dy, 0))
+        if MIXER:
+            tl.store(sums_ptr + (3 if BOTH else 2) * H + head, tl.sum(ddt, 0))
+        if BOTH:
+            delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, H + head, MIXER)
+            dB, dC, dx_back, ddelta, dA = _direction_grads(
+                x_at, dy_at, B_at, C_at, h_at + direction_states, adjoint_at + direction_states,
+                mask_x, mask_bc, mask_state, dB, dC, delta, A, later, scale, before, after, True, MIXER, OPERAND,
+                PRECISE, COARSE,
+            )  # fmt: skip
+            dx += dx_back
+            ddt = ddelta * slope
+            tl.store(ddt_ptr + offs_i * ddt_stride + H + head, ddt.to(ddt_ptr.dtype.element_ty), mask=mask_t)
+            tl.store(sums_ptr + H + head, dA * A if MIXER else dA)
+            if MIXER:
+                tl.store(sums_ptr + 4 * H + head, tl.sum(ddt, 0))
+        if MIXER:
+            dx *= silu_slope(tl.load(x_at, mask=mask_x, other=0.0))
+        dx_at = dx_ptr + head * P + offs_i[:, None] * (H * P) + offs_p[None, :]
+        tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
+
+    B = tl.load(B_at, mask=mask_bc, other=0.0).to(tl.float32)
+    C = tl.load(C_at, mask=mask_bc, other=0.0).to(tl.float32)
+    dB += own_grad[:, None] * C
+    dC += own_grad[:, None] * B
+    dbc_ptr += (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // chunks) * L + row) * (2 * N)
+    dbc_at = dbc_ptr + offs_i[:, None] * (2 * N) + offs_n[None, :]
+    tl.store(dbc_at, dB, mask=mask_bc)
+    tl.store(dbc_at + N, dC, mask=mask_bc)
