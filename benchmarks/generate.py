@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mvar
 from benchmarks import public
-from benchmarks.measure import interleaved, require_allocator, write
+from benchmarks.measure import DEVICE, interleaved, require_allocator, write
 from benchmarks.parts import breakdown
 from mvar.engine import prepared_decoder
 from mvar.tokenizer import Tokenizer
@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if DEVICE.type != "cpu":
+        raise SystemExit("this measures the CPU engine; generation on a GPU has no benchmark yet")
     require_allocator()
     model, tokenizer = random_model(options.depth)
     torch.set_float32_matmul_precision("medium")  # torch's better float32 products on the CPU, for the baseline

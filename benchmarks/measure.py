@@ -76,22 +76,20 @@ def _ms(run: Callable[[], Any], calls: int) -> float:
     return begin.elapsed_time(end) / calls
 
 
-def graphed(run: Callable[[], Any]) -> Callable[[], Any] | None:
-    """Replays of a CUDA graph of `CALLS` calls, or None where they cannot be captured (they wait for the device)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
+def use_own_stream() -> None:
+    """Work on a stream that can be captured from here on: a backward runs on the stream of its forward."""
+    if DEVICE.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())
+
+
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Replays of a CUDA graph of `CALLS` calls, on the current stream. RuntimeError where they cannot be captured."""
+    for _ in range(3):
+        run()
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for _ in range(CALLS):
-                run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(CALLS):
+            run()
     return graph.replay
 
 

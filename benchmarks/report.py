@@ -124,8 +124,8 @@ def table_of_ops(ops: dict[str, Any]) -> str:
             times = dict(row["median_ms"])
             copy = times.pop("copy")
             ours = {side: times.pop(side) for side in list(times) if side.startswith("mvar")}
-            best = min(ours.values())
-            mine = ", ".join(f"{ms:.3g}" for ms in ours.values())
+            best = min(ours.values(), default=float("nan"))
+            mine = ", ".join(f"{ms:.3g}" for ms in ours.values()) or "wrong, not timed"
             others = ", ".join(f"{side} {ms:.3g} ({ms / best:.1f}×)" for side, ms in times.items())
             cells = (f"`{name}`", row["case"], row["dtype"], row["pass"], mine, others, f"{copy:.3g}")
             lines.append(f"| {' | '.join(cells)} |")
@@ -142,20 +142,20 @@ def kernels(compiled: dict[str, Any]) -> str:
         "GPUs that were not there, by",
         f"`python tests/compile_ahead.py --write benchmarks/results/kernels.json` with Triton {compiled['triton']}; "
         "nothing here was run or timed.",
-        "No kernel spills registers.",
+        "\"Stack\": bytes a thread of registers that did not fit, in memory instead.",
     ]
     for arch in dict.fromkeys(row["arch"] for row in compiled["rows"]):
         lines += [
             f"\n## {arch}\n",
-            "| kernel | constants | warps | stages | registers | shared, KB | occupancy | tensor cores |",
-            "|---|---|---|---|---|---|---|---|",
+            "| kernel | constants | warps | stages | registers | stack | shared, KB | occupancy | tensor cores |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in compiled["rows"]:
             if row["arch"] == arch:
                 cells = (row["kernel"].strip("_").removesuffix("_kernel"), row["tile"], row["warps"], row["stages"])
-                found = (row["registers"], f"{row['shared_bytes'] / 1024:.1f}", f"{row['occupancy']:.0%}")
-                used = "yes" if row["tensor_cores"] else "–"
-                lines.append("| " + " | ".join(map(str, (*cells, *found, used))) + " |")
+                found = (row["registers"], row["stack_bytes"], f"{row['shared_bytes'] / 1024:.1f}")
+                share = (f"{row['occupancy']:.0%}", "yes" if row["tensor_cores"] else "–")
+                lines.append("| " + " | ".join(map(str, (*cells, *found, *share))) + " |")
     return "\n".join(lines) + "\n"
 
 

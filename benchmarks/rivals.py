@@ -10,16 +10,17 @@ from torch import Tensor
 
 from benchmarks import public
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, SSD_SCAN
-from mvar_kernels.ops.scale_attention.reference import spans
+from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, spans
 from mvar_kernels.specs import Case, Inputs
 
 
 @dataclass(frozen=True)
 class Rival:
-    """`takes` says which inputs it can be held against; None: all."""
+    """`takes` says which inputs it can be held against; None: all. `waits`: for the device, so no graph can hold it."""
 
     run: Callable[[Inputs, Case], tuple[Tensor, ...]]
     takes: Callable[[Inputs, Case], bool] | None = None
+    waits: bool = False
 
 
 def _adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
@@ -33,14 +34,24 @@ def _gated_adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
 
 
 def _scale(case: Case) -> float:
-    scale: float = case.options.get("scale") or 0.25 * case.sizes["D"] ** -0.5
+    default = 1.0 if case.options["norm"] else 0.25 * case.sizes["D"] ** -0.5
+    scale: float = case.options.get("scale") or default
     return scale
+
+
+def _qkv(t: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, (B, L, H, D); q and k as unit vectors and q with its temperature where there is one."""
+    q, k, v = t["q"], t["k"], t["v"]
+    if "log_temperature" in t:
+        temperature = t["log_temperature"].clamp_max(MAX_LOG_TEMPERATURE).exp()[:, None]
+        q, k = (F.normalize(q.float(), dim=-1) * temperature).to(v.dtype), F.normalize(k, dim=-1)
+    return q, k, v
 
 
 def _pieces(t: Inputs, case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(q, k, v), each (B, H, rows, D), of every scale."""
     causal = case.options["pattern"] == "causal"
-    q, k, v = (t[name].transpose(1, 2) for name in ("q", "k", "v"))
+    q, k, v = (x.transpose(1, 2) for x in _qkv(t))
     return [
         (q[:, :, rows], k[:, :, keys], v[:, :, keys])
         for rows, keys in spans(case.options["scales"], t["q"].shape[1], causal)
@@ -58,7 +69,7 @@ def _matmul_by_scale(t: Inputs, case: Case) -> tuple[Tensor, ...]:
 
 
 def _sdpa_dense_mask(t: Inputs, case: Case) -> tuple[Tensor, ...]:
-    q, k, v = (t[name].transpose(1, 2) for name in ("q", "k", "v"))
+    q, k, v = (x.transpose(1, 2) for x in _qkv(t))
     mask = _mask(case.options["scales"], case.options["pattern"], q.dtype, q.device)
     return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=_scale(case)).transpose(1, 2),)
 
@@ -83,7 +94,7 @@ def _varlen(t: Inputs, case: Case) -> tuple[Tensor, ...]:
 
     scales, longest = case.options["scales"], max(case.options["scales"])
     starts = _starts(scales, case.sizes["B"], t["q"].device)
-    q, k, v = (t[name].flatten(0, 1) for name in ("q", "k", "v"))
+    q, k, v = (x.flatten(0, 1) for x in _qkv(t))
     out = varlen_attn(q, k, v, starts, starts, longest, longest)
     assert isinstance(out, Tensor)
     return (out.view(t["q"].shape),)
@@ -113,6 +124,6 @@ RIVALS: Mapping[str, Mapping[str, Rival]] = {
     },
     "ssd_scan": {"chunked PyTorch": Rival(SSD_SCAN.reference)},
     "mamba2_mixer": {"chunked PyTorch": Rival(MAMBA2_MIXER.reference)},
-    "sample_tokens": {"topk, sort, multinomial": Rival(_draw)},
+    "sample_tokens": {"topk, sort, multinomial": Rival(_draw, waits=True)},
 }
 """Plain PyTorch, by op and name. `ops.py` adds torch.compile of the first of each."""

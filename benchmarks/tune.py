@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.measure import DEVICE, graphed, interleaved
+from benchmarks.measure import DEVICE, graphed, interleaved, use_own_stream
 from benchmarks.ops import SPECS, gradients
 from mvar.files import replacing
 from mvar_kernels import tiling
@@ -71,7 +71,7 @@ def measure(run: Callable[[], object], found: dict[Key, Found]) -> None:
         sides: dict[str, Callable[[], object]] = {}
         for i in range(len(candidates)):
             with using({key: i}, {}):
-                sides[str(i)] = graphed(run) or run
+                sides[str(i)] = graphed(run)
         times = interleaved(sides, rounds=15, seconds=0)
         entry = found.setdefault(key, Found(candidates))
         entry.ms = [total + times[str(i)] for i, total in enumerate(entry.ms)]
@@ -81,6 +81,7 @@ def measure(run: Callable[[], object], found: dict[Key, Found]) -> None:
 def main() -> None:
     if DEVICE.type != "cuda":
         raise SystemExit("tiles are measured on a GPU, and there is none here")
+    use_own_stream()
     found: dict[Key, Found] = {}
     for spec in SPECS.values():
         for case in spec.bench_cuda:

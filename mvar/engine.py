@@ -1,8 +1,9 @@
 """A model and a decoder made ready for inference, once: dtype, layout, packed weights."""
 
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,21 +34,35 @@ def prepared_decoder(tokenizer: Tokenizer, dtype: torch.dtype) -> Callable[[Tens
     return copy.decode_features
 
 
-_copies: WeakKeyDictionary[nn.Module, tuple[list[int], dict[torch.dtype, Any]]] = WeakKeyDictionary()
+@dataclass
+class _Copies:
+    """The copies of a module by dtype, and the weights they were made from: tensor, address and version of each."""
+
+    weights: list[tuple[weakref.ref[Tensor], int, int]]
+    by_dtype: dict[torch.dtype, Any]
+
+    def are_of(self, tensors: list[Tensor]) -> bool:
+        now = [(t, t.data_ptr(), t._version) for t in tensors]
+        same = (ref() is t and rest == known for (ref, *known), (t, *rest) in zip(self.weights, now, strict=False))
+        return len(now) == len(self.weights) and all(same)
+
+
+_copies: weakref.WeakKeyDictionary[nn.Module, _Copies] = weakref.WeakKeyDictionary()
 
 
 def _cached(module: nn.Module, dtype: torch.dtype, make: Callable[[Any, torch.dtype], nn.Module]) -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
     tensors = [*module.parameters(), *module.buffers()]
-    versions = [n for t in tensors for n in (t.data_ptr(), 0 if t.is_inference() else t._version)]
-    known, copies = _copies.get(module, ([], {}))
-    if known != versions:
-        copies = {}
-        _copies[module] = versions, copies
-    if dtype not in copies:
-        copies[dtype] = make(module, dtype)
-    return copies[dtype]
+    if any(t.is_inference() for t in tensors):
+        return make(module, dtype)  # tensors made in inference mode count no versions: no telling whether they changed
+    known = _copies.get(module)
+    if known is None or not known.are_of(tensors):
+        known = _Copies([(weakref.ref(t), t.data_ptr(), t._version) for t in tensors], {})
+        _copies[module] = known
+    if dtype not in known.by_dtype:
+        known.by_dtype[dtype] = make(module, dtype)
+    return known.by_dtype[dtype]
 
 
 def _copy_model(model: MVAR, dtype: torch.dtype) -> MVAR:

@@ -9,8 +9,9 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -115,6 +116,31 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def guarded(kernel: Kernel, device: torch.device) -> Kernel:
+    """The kernel as an op may call it: with the inputs' GPU as the current one, and without autocast.
+
+    Triton launches on the current GPU; autocast would compute in 16 bits what an op promises in float32.
+    """
+    contexts: list[Callable[[], Any]] = []
+    if torch.is_autocast_enabled(device.type):
+        contexts.append(partial(torch.autocast, device.type, enabled=False))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        contexts.append(partial(torch.cuda.device, device))
+    if not contexts:
+        return kernel
+
+    def inside(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            with ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context())
+                return call(*inputs)
+
+        return run
+
+    return Kernel(kernel.why_not, inside(kernel.forward), kernel.backward and inside(kernel.backward))
+
+
 class Op:
     """The kernels of one op: `modules` maps a backend to its module inside the op's package.
 
@@ -161,8 +187,8 @@ class Op:
             objection = self.objection(backend, device, *inputs, backward=backward)
             if objection is not None:
                 raise BackendError(f"{self.name}: backend {backend!r} asked for, but: {objection}")
-            return self.kernel(backend)
+            return guarded(self.kernel(backend), device)
         for kernel in self.available(device.type):
             if (kernel.backward or not backward) and kernel.why_not(*inputs) is None:
-                return kernel
+                return guarded(kernel, device)
         raise BackendError(f"{self.name}: no backend takes these inputs")

@@ -78,3 +78,13 @@ def test_a_copy_leaves_its_model_alone() -> None:
         assert prepared is not model and prepared.pos_1LC.dtype == dtype
     assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
     assert isinstance(model.blocks[0].ffn, FeedForward)
+
+
+def test_weights_made_in_inference_mode_are_never_stale() -> None:
+    """Such tensors count no versions: a change of theirs cannot be seen, so the copy is made anew."""
+    sizes = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
+    with torch.inference_mode():
+        model, _ = mvar.build(1, num_classes=2, tokenizer=sizes)
+        before = prepared_model(model, torch.float32).pos_1LC.clone()
+        model.pos_1LC.mul_(2)
+        torch.testing.assert_close(prepared_model(model, torch.float32).pos_1LC, 2 * before)

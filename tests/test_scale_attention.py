@@ -124,3 +124,12 @@ def test_schedule_of_1024(backend: str) -> None:
             keys = slice(0 if pattern == "causal" else start, start + n)
             torch.testing.assert_close(got[:, rows], sdpa(q[:, rows], k[:, keys], v[:, keys], 1.0), **CLOSE)
             start += n
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_autocast_does_not_reach_inside(backend: str) -> None:
+    """Sums are promised in float32."""
+    q, k, v = torch.randn(3, 1, 14, 2, 64, generator=torch.Generator().manual_seed(0))
+    plain = mk.scale_attention(q, k, v, (5, 9), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mk.scale_attention(q, k, v, (5, 9), backend=backend), plain)

@@ -22,12 +22,17 @@ CASES = (
     _case("chunks", 1, 150, 2, 64, 64),
     _case("bidirectional", 2, 30, 2, 64, 64, scales=(1, 4, 9, 16)),
     _case("bidirectional_odd", 1, 75, 3, 5, 7, scales=(2, 1, 72)),
-    _case("d16_256_scale", 1, 256, 4, 64, 64),
 )
 VAR_256 = tuple(n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 BENCH = (
     _case("d16_256", 2, 680, 32, 64, 64),
     _case("d16_256_bidirectional", 2, 680, 32, 64, 64, scales=VAR_256),
+)
+BENCH_CUDA = (
+    _case("d16_256_training", 32, 680, 32, 64, 64),
+    _case("d16_256_training_bidirectional", 32, 680, 32, 64, 64, scales=VAR_256),
+    _case("d16_256_last_scale", 16, 256, 32, 64, 64),
+    _case("d16_256_first_scale", 16, 1, 32, 64, 64),
 )
 
 
@@ -112,6 +117,22 @@ def _mixer_work(case: Case, itemsize: int) -> tuple[int, int]:
     return moved, _scan_flops(case) + B * L * (8 * (H * P + 2 * N) + 8 * H * P)
 
 
+def _scan_work_backward(case: Case, itemsize: int) -> tuple[int, int]:
+    """x, dt, B, C, dy and the states are read, their gradients written; h and its adjoint, then a product for each."""
+    B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
+    read = B * L * (2 * H * P + 2 * N + len(_heads(case)) * H)
+    written = B * L * (H * P + 2 * N + len(_heads(case)) * H)
+    return (read + written) * itemsize + 4 * 4 * B * H * P * N, 5 * _scan_flops(case) // 2
+
+
+def _mixer_work_backward(case: Case, itemsize: int) -> tuple[int, int]:
+    """zxbcdt and dy are read, dzxbcdt written, besides the states and their gradients."""
+    B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
+    row = 2 * H * P + 2 * N + len(_heads(case)) * H
+    moved = B * L * (2 * row + H * P) * itemsize + 4 * 4 * B * H * P * N
+    return moved, 5 * _mixer_work(case, itemsize)[1] // 2
+
+
 SSD_SCAN = Spec(
     op="ssd_scan",
     cases=CASES,
@@ -125,7 +146,9 @@ SSD_SCAN = Spec(
     keeps_dtype=("A", "D", "initial_state"),
     slack={"grad of A": PER_HEAD_SUM, "grad of D": PER_HEAD_SUM},
     bench=BENCH,
+    bench_cuda=BENCH_CUDA,
     work=_scan_work,
+    work_backward=_scan_work_backward,
 )
 
 MAMBA2_MIXER = Spec(
@@ -141,7 +164,9 @@ MAMBA2_MIXER = Spec(
     keeps_dtype=("dt_bias", "A_log", "D", "ssm"),
     slack={f"grad of {name}": PER_HEAD_SUM for name in ("dt_bias", "A_log", "D")},
     bench=BENCH,
+    bench_cuda=BENCH_CUDA,
     work=_mixer_work,
+    work_backward=_mixer_work_backward,
 )
 
 SPECS = (SSD_SCAN, MAMBA2_MIXER)

@@ -20,7 +20,6 @@ so that sums are taken in the same order whatever the batch.
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from mvar_kernels.ops.mamba2.triton_forward import (
     _ssd_scan_fwd_kernel,
 )
 from mvar_kernels.ops.mamba2.triton_mixer_backward import mamba2_mixer_backward
+from mvar_kernels.ops.mamba2.triton_parts import power_of_two, scale_of_tokens
 from mvar_kernels.tiling import Tile
 
 SHORT = 16  # tokens: one chunk
@@ -75,12 +75,6 @@ def _why_not(first: Tensor, *rest: Any) -> str | None:
     return f"state: N={N} is above {LARGEST_N}, what a program's registers hold" if N > LARGEST_N else None
 
 
-@lru_cache(maxsize=64)
-def scale_of_tokens(scales: tuple[int, ...], device: torch.device) -> Tensor:
-    """(L,) int32: the number of each token's scale."""
-    return torch.arange(len(scales), dtype=torch.int32).repeat_interleave(torch.tensor(scales)).to(device)
-
-
 def _plan(
     kernel: str, tiles: Mapping[str, tuple[Tile, ...]], L: int, P: int, N: int, both: bool, like: Tensor
 ) -> dict[str, Any]:
@@ -88,14 +82,9 @@ def _plan(
     kind = "both" if both else "short" if L <= SHORT else "forward"
     dtype = str(like.dtype).removeprefix("torch.")
     arguments = tiling.chosen(kernel, f"{kind} P{P} N{N} {dtype}", tiles[kind], like.device).arguments()
-    arguments["BLOCK_P"] = min(arguments["BLOCK_P"], _block(P))
+    arguments["BLOCK_P"] = min(arguments["BLOCK_P"], power_of_two(P))
     precision = "ieee" if like.dtype == torch.float32 else "tf32x3"
-    return arguments | {"P": P, "N": N, "BOTH": both, "PRECISION": precision, "BLOCK_N": _block(N)}
-
-
-def _block(size: int) -> int:
-    """The block that holds `size` elements: a power of two, at least 16 for tl.dot."""
-    return max(16, triton.next_power_of_2(size))
+    return arguments | {"P": P, "N": N, "BOTH": both, "PRECISION": precision, "BLOCK_N": power_of_two(N)}
 
 
 def _ssd_scan(

@@ -1,6 +1,5 @@
 """The backward of ssd_scan in Triton: its launches. The maths is in triton_backward_parts.py."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.binding import view
 from mvar_kernels.ops.mamba2.triton_backward_parts import _ssd_scan_bwd_grads_kernel, _ssd_scan_bwd_sweep_kernel
+from mvar_kernels.ops.mamba2.triton_parts import power_of_two, scale_of_tokens
 from mvar_kernels.tiling import Tile
 
 CHUNK = 32  # with 64 tokens the tiles of `grads` do not fit in the registers
@@ -26,7 +26,7 @@ SWEEP_TILES = (
     Tile({"BLOCK_P": 32}, warps=4, stages=2),
     Tile({"BLOCK_P": 32}, warps=4, stages=1),
 )
-GRADS_TILES = (Tile({}, warps=8, stages=1), Tile({}, warps=8, stages=2))
+GRADS_TILES = (Tile({}, warps=8, stages=1),)  # with 4 warps the registers spill
 
 
 def rows_of(t: Tensor, leading: int = 2) -> Tensor:
@@ -34,21 +34,10 @@ def rows_of(t: Tensor, leading: int = 2) -> Tensor:
     return view(t.flatten(0, leading - 1).flatten(1))
 
 
-@lru_cache(maxsize=64)
-def scale_of_tokens(scales: tuple[int, ...], device: torch.device) -> Tensor:
-    """(L,) int32: the number of each token's scale."""
-    return torch.arange(len(scales), dtype=torch.int32).repeat_interleave(torch.tensor(scales)).to(device)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest block that holds n and that a matrix product takes."""
-    return max(16, triton.next_power_of_2(n))
-
-
 class ScanGradients:
     """Launches the two kernels on (B·L, width) views; the mixer runs more of its own in between.
 
-    x, B, C: as they are, or for the mixer (`bias` given) float32 and before SiLU. dt, A and bias: by columns of heads.
+    x, B, C: as they are, or for the mixer (`bias` given) float32, after SiLU. dt, A and bias: by columns of heads.
     """
 
     def __init__(

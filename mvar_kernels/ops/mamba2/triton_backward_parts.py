@@ -41,29 +41,22 @@ from mvar_kernels.ops.mamba2.triton_parts import decay_matrix, sigmoid, softplus
 
 
 @triton.jit
-def activated(tile, MIXER: tl.constexpr):
-    """The mixer's x comes in float32 before its SiLU; the scan's stays as it is."""
-    if MIXER:
-        tile = tile * sigmoid(tile)
-    return tile
+def head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, always, MIXER: tl.constexpr):
+    """Δ (0 where masked), the slope of Δ in dt, and A. The mixer's dt is before softplus, and A_ptr holds A_log.
 
-
-@triton.jit
-def silu_slope(v):
-    open = sigmoid(v)
-    return open * (1.0 + v * (1.0 - open))
-
-
-@triton.jit
-def head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, MIXER: tl.constexpr):
-    """Δ (0 where masked), the slope of Δ in dt, and A. The mixer's dt is before softplus, and A_ptr holds A_log."""
-    delta = tl.load(dt_ptr + offs_dt + column, mask=mask_t, other=0.0).to(tl.float32)
+    `always` is true: the branch keeps the compiler from computing softplus anew for every register layout.
+    """
     A = tl.load(A_ptr + column).to(tl.float32)
-    slope = tl.where(mask_t, 1.0, 0.0)
+    delta = tl.zeros([mask_t.shape[0]], tl.float32)
+    slope = tl.zeros([mask_t.shape[0]], tl.float32)
+    if always:
+        delta = tl.load(dt_ptr + offs_dt + column, mask=mask_t, other=0.0).to(tl.float32)
+        slope = tl.where(mask_t, 1.0, 0.0)
+        if MIXER:
+            delta += tl.load(bias_ptr + column).to(tl.float32)
+            slope *= sigmoid(delta)
+            delta = tl.where(mask_t, softplus(delta), 0.0)
     if MIXER:
-        delta += tl.load(bias_ptr + column).to(tl.float32)
-        slope *= sigmoid(delta)
-        delta = tl.where(mask_t, softplus(delta), 0.0)
         A = -tl.exp(A)
     return delta, slope, A
 
@@ -141,7 +134,7 @@ def _ssd_scan_bwd_sweep_kernel(
         row = b * L + chunk * CHUNK
         at = dt_ptr + row * dt_stride
         column = direction * H + h
-        delta, _, A = head_steps(at, bias_ptr, A_ptr, offs_i * dt_stride, mask_t, column, MIXER)
+        delta, _, A = head_steps(at, bias_ptr, A_ptr, offs_i * dt_stride, mask_t, column, chunk * CHUNK < L, MIXER)
         coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, direction)
         weight = tl.exp(tl.where(rightwards, (all_coarse - coarse) + (all_fine - fine), coarse + fine))
         whole = tl.exp(all_coarse + all_fine)
@@ -153,7 +146,6 @@ def _ssd_scan_bwd_sweep_kernel(
         came = tl.load(from_ptr + row * from_stride + h * P + offs_from, mask=mask_from, other=0.0).to(tl.float32)
         went = tl.load(to_ptr + row * to_stride + offs_to, mask=mask_to, other=0.0).to(tl.float32)
         if not ADJOINT:
-            came = activated(came, MIXER)
             weight *= delta
         state = whole * state + tl.dot(tl.trans(came), went * weight[:, None], input_precision=PRECISE)
     if ADJOINT:
@@ -161,16 +153,39 @@ def _ssd_scan_bwd_sweep_kernel(
 
 
 @triton.jit
-def product(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """a b with both operands converted to OPERAND."""
-    return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
+def product(a, b_at, b_mask, once, TRANSPOSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """a b, or a bᵀ, with both operands converted to OPERAND; b is loaded.
+
+    `once` is 1, the grid's third size, which the compiler does not know. The loop keeps it from loading operands long
+    before, from computing what a product enters anew for each layout that it is needed in, and from treating products
+    as one chain, in which all warps lie along one side and hold the other operand whole.
+    """
+    out = tl.zeros([a.shape[0], b_at.shape[0] if TRANSPOSE else b_at.shape[1]], tl.float32)
+    a = a.to(OPERAND)
+    for i in range(once):
+        b = tl.load(b_at + i * 64, mask=b_mask, other=0.0).to(OPERAND)
+        out = tl.dot(a, tl.trans(b) if TRANSPOSE else b, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def product_of_loaded(
+    a_at, a_mask, b_at, b_mask, once, TRANSPOSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+):
+    """product, with a loaded in the loop as well."""
+    out = tl.zeros([a_at.shape[0], b_at.shape[0] if TRANSPOSE else b_at.shape[1]], tl.float32)
+    for i in range(once):
+        a = tl.load(a_at + i * 64, mask=a_mask, other=0.0).to(OPERAND)
+        b = tl.load(b_at + i * 64, mask=b_mask, other=0.0).to(OPERAND)
+        out = tl.dot(a, tl.trans(b) if TRANSPOSE else b, input_precision=PRECISION)
+    return out
 
 
 @triton.jit
 def _direction_grads(
     x_at, dy_at, B_at, C_at, h_at, adjoint_at, mask_x, mask_bc, mask_state, dB, dC,
-    delta, A, mask, scale, before, after,
-    BACK: tl.constexpr, MIXER: tl.constexpr, OPERAND: tl.constexpr, PRECISE: tl.constexpr, COARSE: tl.constexpr,
+    delta, A, mask, scale, before, after, once,
+    BACK: tl.constexpr, OPERAND: tl.constexpr, PRECISE: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
     """One direction of one head in one chunk. h and λ are (P, N) as they enter; mask says which pairs there are.
 
@@ -194,20 +209,19 @@ def _direction_grads(
     h = tl.load(h_at, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
     adjoint = tl.load(adjoint_at, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
     through = whole * tl.sum(tl.sum(h * adjoint, 1), 0)
-    dy = tl.load(dy_at, mask=mask_x, other=0.0)  # [CHUNK, BLOCK_P]
-    C = tl.load(C_at, mask=mask_bc, other=0.0)  # [CHUNK, BLOCK_N]
-    from_h = product(dy, h, tl.float32, PRECISE) * entering[:, None]  # [CHUNK, BLOCK_N]
+    from_h = product_of_loaded(dy_at, mask_x, h_at, mask_state, once, False, tl.float32, PRECISE)
+    from_h *= entering[:, None]  # [CHUNK, BLOCK_N]
     dC += from_h
-    arrived = tl.sum(from_h * C.to(tl.float32), 1)
-    x = activated(tl.load(x_at, mask=mask_x, other=0.0), MIXER)  # [CHUNK, BLOCK_P]
-    B = tl.load(B_at, mask=mask_bc, other=0.0)  # [CHUNK, BLOCK_N]
-    dB += product(x, adjoint, OPERAND, COARSE) * (leaving * delta)[:, None]
-    dx = product(B, tl.trans(adjoint), tl.float32, PRECISE) * leaving[:, None]  # [CHUNK, BLOCK_P]
-    left = tl.sum(dx * x.to(tl.float32), 1)
+    arrived = tl.sum(from_h * tl.load(C_at, mask=mask_bc, other=0.0).to(tl.float32), 1)
+    xs = product_of_loaded(x_at, mask_x, adjoint_at, mask_state, once, False, OPERAND, COARSE)
+    dB += xs * (leaving * delta)[:, None]  # [CHUNK, BLOCK_N]
+    dx = product_of_loaded(B_at, mask_bc, adjoint_at, mask_state, once, True, tl.float32, PRECISE)
+    dx *= leaving[:, None]  # [CHUNK, BLOCK_P]
+    left = tl.sum(dx * tl.load(x_at, mask=mask_x, other=0.0).to(tl.float32), 1)
     dx *= delta[:, None]
 
-    G = product(B, tl.trans(C), tl.float32, PRECISE)  # [s, t]
-    scores_grad = product(x, tl.trans(dy), tl.float32, PRECISE)  # [s, t]
+    G = product_of_loaded(B_at, mask_bc, C_at, mask_bc, once, True, tl.float32, PRECISE)  # [s, t]
+    scores_grad = product_of_loaded(x_at, mask_x, dy_at, mask_x, once, True, tl.float32, PRECISE)  # [s, t]
     decay = decay_matrix(-coarse, -fine, mask)  # [s, t]
     pairs = scores_grad * G * decay  # [s, t]: the gradient of Δ_s
     ddelta = left + tl.sum(pairs, 1)
@@ -215,7 +229,10 @@ def _direction_grads(
     offs = tl.arange(0, delta.shape[0])
     # [t, u]: whether what comes to t passes over step u; if not, what goes from there may.
     passes = (offs[:, None] <= offs[None, :]) if BACK else (offs[:, None] >= offs[None, :])
-    over = product(pairs * delta[:, None], tl.where(passes, 1.0, 0.0), tl.float32, PRECISE)  # [s, u]
+    over = tl.zeros([delta.shape[0], delta.shape[0]], tl.float32)  # [s, u]
+    weighted = pairs * delta[:, None]
+    for i in range(once):
+        over = tl.dot(weighted, tl.where(passes, 1.0, i * 1.0), input_precision=PRECISE)
     dlog_a = through + tl.sum(tl.where(passes, 0.0, over), 0)
     if BACK:
         dlog_a += tl.cumsum(arrived, 0) + (tl.cumsum(left, 0, reverse=True) - left)
@@ -223,10 +240,10 @@ def _direction_grads(
         dlog_a += tl.cumsum(arrived, 0, reverse=True) + (tl.cumsum(left, 0) - left)
     ddelta += A * dlog_a
 
-    dx += product(G * decay, dy, OPERAND, COARSE) * delta[:, None]
+    dx += product(G * decay, dy_at, mask_x, once, False, OPERAND, COARSE) * delta[:, None]
     dG = scores_grad * decay
-    dB += product(dG, C, OPERAND, COARSE) * delta[:, None]
-    dC += product(tl.trans(dG * delta[:, None]), B, OPERAND, COARSE)
+    dB += product(dG, C_at, mask_bc, once, False, OPERAND, COARSE) * delta[:, None]
+    dC += product(tl.trans(dG * delta[:, None]), B_at, mask_bc, once, False, OPERAND, COARSE)
     return dB, dC, dx, ddelta, tl.sum(delta * dlog_a, 0)
 
 
@@ -270,7 +287,7 @@ def _ssd_scan_bwd_grads_kernel(
     """dx and ddt of a chunk's tokens and `heads` heads, and partials: dbc (group of heads, b·L + t, [B, C]) and sums
     (chunk of b, kind, head), the kinds being A of each direction, D, and the mixer's dt_bias of each direction.
 
-    Program ids: chunk of a batch row, group of heads. MIXER: through x's SiLU, softplus and A = −exp(A_log), too.
+    Program ids: chunk of a batch row, group of heads. MIXER: through softplus and A = −exp(A_log), too.
     """
     KINDS: tl.constexpr = (2 if BOTH else 1) * (2 if MIXER else 1) + 1
     chunks = tl.cdiv(L, CHUNK)
@@ -306,17 +323,19 @@ def _ssd_scan_bwd_grads_kernel(
     dB = tl.zeros([CHUNK, BLOCK_N], tl.float32)
     dC = tl.zeros([CHUNK, BLOCK_N], tl.float32)
     own_grad = tl.zeros([CHUNK], tl.float32)
+    always = chunk * CHUNK < L
+    once = tl.num_programs(2)
     first_head = tl.program_id(1) * heads
     for head in range(first_head, tl.minimum(first_head + heads, H)):
         x_at = x_ptr + head * P + offs_i[:, None] * x_stride + offs_p[None, :]
         dy_at = dy_ptr + head * P + offs_i[:, None] * dy_stride + offs_p[None, :]
         h_at, adjoint_at = states_ptr + head * P * N + offs_state, adjoints_ptr + head * P * N + offs_state
-        delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, head, MIXER)
+        delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, head, always, MIXER)
         dB, dC, dx, ddelta, dA = _direction_grads(
             x_at, dy_at, B_at, C_at, h_at, adjoint_at, mask_x, mask_bc, mask_state, dB, dC, delta, A, earlier,
-            None, None, None, False, MIXER, OPERAND, PRECISE, COARSE,
+            None, None, None, once, False, OPERAND, PRECISE, COARSE,
         )  # fmt: skip
-        x = activated(tl.load(x_at, mask=mask_x, other=0.0), MIXER).to(tl.float32)  # [CHUNK, BLOCK_P]
+        x = tl.load(x_at, mask=mask_x, other=0.0).to(tl.float32)  # [CHUNK, BLOCK_P]
         dy = tl.load(dy_at, mask=mask_x, other=0.0).to(tl.float32)  # [CHUNK, BLOCK_P]
         x_dy = tl.sum(x * dy, 1)
         ddt = (ddelta + own * x_dy) * slope
@@ -328,10 +347,10 @@ def _ssd_scan_bwd_grads_kernel(
         if MIXER:
             tl.store(sums_ptr + (3 if BOTH else 2) * H + head, tl.sum(ddt, 0))
         if BOTH:
-            delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, H + head, MIXER)
+            delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, H + head, always, MIXER)
             dB, dC, dx_back, ddelta, dA = _direction_grads(
                 x_at, dy_at, B_at, C_at, h_at + direction_states, adjoint_at + direction_states,
-                mask_x, mask_bc, mask_state, dB, dC, delta, A, later, scale, before, after, True, MIXER, OPERAND,
+                mask_x, mask_bc, mask_state, dB, dC, delta, A, later, scale, before, after, once, True, OPERAND,
                 PRECISE, COARSE,
             )  # fmt: skip
             dx += dx_back
@@ -340,8 +359,6 @@ def _ssd_scan_bwd_grads_kernel(
             tl.store(sums_ptr + H + head, dA * A if MIXER else dA)
             if MIXER:
                 tl.store(sums_ptr + 4 * H + head, tl.sum(ddt, 0))
-        if MIXER:
-            dx *= silu_slope(tl.load(x_at, mask=mask_x, other=0.0))
         dx_at = dx_ptr + head * P + offs_i[:, None] * (H * P) + offs_p[None, :]
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
 

@@ -5,7 +5,7 @@
     y            = ssd_scan(x, Δ, A, B, C, D)
     gated        = y · SiLU(z),  r = 1/√(mean(gated²) + eps),  out = gated · r · norm_weight
 
-1. `conv`: v in float32, once, instead of in every kernel and, for B and C, by every head.
+1. `conv`: SiLU(v) and SiLU'(v) in float32, once, instead of in every kernel and, for B and C, by every head.
 2. `sweep`: the state before each chunk.
 3. `outputs`, one program per (batch row, chunk, group of heads): y in float32; the heads share C Bᵀ.
 4. `norm`, one program per few tokens: with g the gradient of out, w·g = norm_weight · g and r of each token,
@@ -13,10 +13,10 @@
        dgated = r · (w·g) − r³ · mean(gated · w·g) · gated,   dz = dgated · y · SiLU'(z),   dy = dgated · SiLU(z)
 
    dy takes y's place. norm_weight's gradient g · gated · r leaves one partial per program.
-5. `sweep` and `grads` of the scan; the latter go through SiLU' to dv, and through softplus' to ddt.
-6. `conv_grads`, one program per (batch row, chunk, channels): with `rows` = [conv state, xBC], row r has weight k in
-   token r − k's sum, so drows_r = Σ_k weight_k dv_{r−k}, and the state handed on is the last rows. The gradients of
-   weights, Σ_l dv_l rows_{l+k}, and of the bias leave one partial per program.
+5. `sweep` and `grads` of the scan; the latter go through softplus' to ddt.
+6. `conv_grads`, one program per (batch row, rows, channels), goes through SiLU' to dv: with `rows` = [conv state,
+   xBC], row r has weight k in token r − k's sum, so drows_r = Σ_k weight_k dv_{r−k}, and the state handed on is the
+   last rows. The gradients of weights, Σ_l dv_l rows_{l+k}, and of the bias leave one partial per program.
 """
 
 from typing import Any
@@ -27,9 +27,16 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.ops.mamba2.triton_backward import CHUNK, ScanGradients, power_of_two, rows_of
-from mvar_kernels.ops.mamba2.triton_backward_parts import activated, edges, head_steps, prefix_sums, silu_slope
-from mvar_kernels.ops.mamba2.triton_parts import decay_matrix, sigmoid
+from mvar_kernels.ops.mamba2.triton_backward import CHUNK, ScanGradients, rows_of
+from mvar_kernels.ops.mamba2.triton_backward_parts import edges, head_steps, prefix_sums
+from mvar_kernels.ops.mamba2.triton_parts import (
+    conv_rows,
+    conv_weights,
+    decay_matrix,
+    power_of_two,
+    sigmoid,
+    store_rows,
+)
 from mvar_kernels.tiling import Tile
 
 CONV_TILES = (
@@ -55,49 +62,40 @@ def _mamba2_mixer_bwd_conv_kernel(
     conv_ptr,
     weight_ptr,
     bias_ptr,
-    v_ptr,
-    bc_ptr,
+    silu_ptr,
+    slope_ptr,
     xbc_stride,
     L,
-    E,
     channels,
     TAPS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """v of all channels, SiLU(v) of those of [B, C]. Program ids: chunk of a batch row, channels.
+    """SiLU(v) and SiLU'(v), both (B·L, channels). Program ids: chunk of a batch row, channels.
 
     The conv state is (B, TAPS−1, channels).
     """
     chunks = tl.cdiv(L, CHUNK)
     b = (tl.program_id(0) // chunks).to(tl.int64)
     start = (tl.program_id(0) % chunks) * CHUNK
-    offs_i = tl.arange(0, CHUNK)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < channels
+    channel = tl.program_id(1) * BLOCK_C
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = channel + offs_c < channels
     xbc_ptr += b * L * xbc_stride
     conv_ptr += b * (TAPS - 1) * channels
-    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    v = tl.zeros([CHUNK, BLOCK_C], tl.float32) + bias[None, :]
-    for tap in tl.static_range(TAPS):
-        weight = tl.load(weight_ptr + offs_c * TAPS + tap, mask=mask_c, other=0.0).to(tl.float32)
-        offs_l = start + offs_i + tap - (TAPS - 1)
-        is_new = ((offs_l >= 0) & (offs_l < L))[:, None] & mask_c[None, :]
-        tile = tl.load(xbc_ptr + offs_l[:, None] * xbc_stride + offs_c[None, :], mask=is_new, other=0.0).to(tl.float32)
-        is_old = (offs_l < 0)[:, None] & mask_c[None, :]
-        at = conv_ptr + (offs_l + TAPS - 1)[:, None] * channels + offs_c[None, :]
-        v += weight[None, :] * (tile + tl.load(at, mask=is_old, other=0.0).to(tl.float32))
-    mask = (start + offs_i < L)[:, None] & mask_c[None, :]
-    row = b * L + start
-    tl.store(v_ptr + row * channels + offs_i[:, None] * channels + offs_c[None, :], v, mask=mask)
-    bc_at = bc_ptr + row * (channels - E) + offs_i[:, None] * (channels - E) + (offs_c - E)[None, :]
-    tl.store(bc_at, v * sigmoid(v), mask=mask & (offs_c >= E)[None, :])
+    weights = conv_weights(weight_ptr, bias_ptr, channel, offs_c, mask_c, TAPS)
+    v = conv_rows(
+        xbc_ptr, xbc_stride, conv_ptr, channels, weights, channel, offs_c, mask_c, start, L, TAPS, CHUNK
+    )  # [CHUNK, BLOCK_C]
+    open = sigmoid(v)
+    at = b * L * channels + channel
+    store_rows(silu_ptr + at, channels, v * open, start, offs_c, mask_c, L, CHUNK)
+    store_rows(slope_ptr + at, channels, open * (1.0 + v * (1.0 - open)), start, offs_c, mask_c, L, CHUNK)
 
 
 @triton.jit
 def _mamba2_mixer_bwd_outputs_kernel(
-    v_ptr,
-    bc_ptr,
+    xbc_ptr,
     dt_ptr,
     bias_ptr,
     A_ptr,
@@ -118,7 +116,10 @@ def _mamba2_mixer_bwd_outputs_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y (B·L, H·P) from the states that enter the chunks. Program ids: chunk of a batch row, group of heads."""
+    """y (B·L, H·P) from [x, B, C] after SiLU and the states that enter the chunks.
+
+    Program ids: chunk of a batch row, group of heads.
+    """
     chunks = tl.cdiv(L, CHUNK)
     program = tl.program_id(0).to(tl.int64)
     b, chunk = program // chunks, tl.program_id(0) % chunks
@@ -129,9 +130,10 @@ def _mamba2_mixer_bwd_outputs_kernel(
     mask_state = mask_p[:, None] & mask_n[None, :]
     offs_dt = offs_i * dt_stride
     dt_ptr += row * dt_stride
-    v_at = v_ptr + row * (H * P + 2 * N) + offs_i[:, None] * (H * P + 2 * N) + offs_p[None, :]
+    xbc_ptr += row * (H * P + 2 * N)
+    x_at = xbc_ptr + offs_i[:, None] * (H * P + 2 * N) + offs_p[None, :]
     y_at = y_ptr + row * (H * P) + offs_i[:, None] * (H * P) + offs_p[None, :]
-    bc_at = bc_ptr + row * (2 * N) + offs_i[:, None] * (2 * N) + offs_n[None, :]
+    bc_at = xbc_ptr + H * P + offs_i[:, None] * (H * P + 2 * N) + offs_n[None, :]
     B = tl.load(bc_at, mask=mask_bc, other=0.0)  # [CHUNK, BLOCK_N]
     C = tl.load(bc_at + N, mask=mask_bc, other=0.0)  # [CHUNK, BLOCK_N]
     G = tl.dot(C, tl.trans(B), input_precision=PRECISE)  # [t, s]
@@ -142,18 +144,19 @@ def _mamba2_mixer_bwd_outputs_kernel(
         later = (offs_i[:, None] < offs_i[None, :]) & (scale[:, None] == scale[None, :])
     states_at = states_ptr + program * H * P * N + offs_p[:, None] * N + offs_n[None, :]
     direction_states = tl.num_programs(0).to(tl.int64) * H * P * N
+    always = chunk * CHUNK < L
     first_head = tl.program_id(1) * heads
     for head in range(first_head, tl.minimum(first_head + heads, H)):
-        x = activated(tl.load(v_at + head * P, mask=mask_x, other=0.0), MIXER)  # [CHUNK, BLOCK_P]
+        x = tl.load(x_at + head * P, mask=mask_x, other=0.0)  # [CHUNK, BLOCK_P]
         h = tl.load(states_at + head * P * N, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
-        delta, _, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, head, MIXER)
+        delta, _, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, head, always, MIXER)
         coarse, fine, _, _ = prefix_sums(delta * A, 0)
         y = tl.dot(C, tl.trans(h), input_precision=PRECISE) * tl.exp(coarse + fine)[:, None]
         y += (own * delta + tl.load(D_ptr + head).to(tl.float32))[:, None] * x
         mix = decay_matrix(coarse, fine, earlier) * delta[None, :]
         if BOTH:
             h = tl.load(states_at + direction_states + head * P * N, mask=mask_state, other=0.0)
-            delta, _, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, H + head, MIXER)
+            delta, _, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, H + head, always, MIXER)
             coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, 1)
             entering = tl.where(scale == after, tl.exp((all_coarse - coarse) + (all_fine - fine)), 0.0)
             y += tl.dot(C, tl.trans(h), input_precision=PRECISE) * entering[:, None]
@@ -209,10 +212,11 @@ def _mamba2_mixer_bwd_norm_kernel(
         z = tl.load(z_ptr + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
-        gate = z * sigmoid(z)
+        open = sigmoid(z)
+        gate = z * open
         gated = y * gate
         dgated = r[:, None] * (grad * weight[None, :]) - m[:, None] * gated
-        dz = dgated * y * silu_slope(z)
+        dz = dgated * y * (open + gate * (1.0 - open))
         tl.store(y_ptr + offs_e[None, :], dgated * gate, mask=mask)
         dz_at = dz_ptr + offs_l[:, None] * dz_stride + offs_e[None, :]
         tl.store(dz_at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
@@ -220,29 +224,28 @@ def _mamba2_mixer_bwd_norm_kernel(
 
 
 @triton.jit
-def _dv(dv_ptr, dbc_ptr, v_ptr, group_rows, offs_t, offs_c, mask_c, L, E, channels, groups):
-    """dv of a batch row's tokens offs_t, 0 where there is none: x's as it is; that of B and C through SiLU, from
-    partials. Pointers are the batch row's.
+def _dv(dx_ptr, dbc_ptr, slope_ptr, group_rows, offs_t, offs_c, mask_c, L, E, channels, groups):
+    """dv of a batch row's tokens offs_t, 0 where there is none: through SiLU, B's and C's from partials.
+
+    Pointers are the batch row's.
     """
     mask = ((offs_t >= 0) & (offs_t < L))[:, None] & mask_c[None, :]
-    dv = tl.load(dv_ptr + offs_t[:, None] * E + offs_c[None, :], mask=mask & (offs_c < E)[None, :], other=0.0)
+    slope = tl.load(slope_ptr + offs_t[:, None] * channels + offs_c[None, :], mask=mask, other=0.0)
+    dv = tl.load(dx_ptr + offs_t[:, None] * E + offs_c[None, :], mask=mask & (offs_c < E)[None, :], other=0.0)
     dv = dv.to(tl.float32)
     if tl.max(offs_c, 0) >= E:
         mask &= (offs_c >= E)[None, :]
         dbc_at = dbc_ptr + offs_t[:, None] * (channels - E) + (offs_c - E)[None, :]
-        dbc = tl.load(dbc_at, mask=mask, other=0.0)
-        for group in range(1, groups):
-            dbc += tl.load(dbc_at + group * group_rows * (channels - E), mask=mask, other=0.0)
-        v = tl.load(v_ptr + offs_t[:, None] * channels + offs_c[None, :], mask=mask, other=0.0)
-        dv += dbc * silu_slope(v)
-    return dv
+        for group in range(groups):
+            dv += tl.load(dbc_at + group * group_rows * (channels - E), mask=mask, other=0.0)
+    return dv * slope
 
 
 @triton.jit
 def _mamba2_mixer_bwd_conv_grads_kernel(
-    dv_ptr,
+    dx_ptr,
     dbc_ptr,
-    v_ptr,
+    slope_ptr,
     xbc_ptr,
     conv_ptr,
     weight_ptr,
@@ -270,25 +273,26 @@ def _mamba2_mixer_bwd_conv_grads_kernel(
     offs_r = (tl.program_id(0) % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
-    dv_ptr += b * L * E
+    dx_ptr += b * L * E
     dbc_ptr += b * L * (channels - E)
-    v_ptr += b * L * channels
+    slope_ptr += b * L * channels
     xbc_ptr += b * L * xbc_stride
     dxbc_ptr += b * L * dxbc_stride
     conv_ptr += b * (TAPS - 1) * channels
     dconv_ptr += b * (TAPS - 1) * channels
     dlast_ptr += b * (TAPS - 1) * channels
     sums_ptr += program * (TAPS + 1) * channels + offs_c
-    dv_here = _dv(dv_ptr, dbc_ptr, v_ptr, group_rows, offs_r, offs_c, mask_c, L, E, channels, groups)
+    dv_here = _dv(dx_ptr, dbc_ptr, slope_ptr, group_rows, offs_r, offs_c, mask_c, L, E, channels, groups)
     tl.store(sums_ptr + TAPS * channels, tl.sum(dv_here, 0), mask=mask_c)
     handed = ((offs_r >= L) & (offs_r < L + TAPS - 1))[:, None] & mask_c[None, :]
     dlast_at = dlast_ptr + (offs_r - L)[:, None] * channels + offs_c[None, :]
     drow = tl.load(dlast_at, mask=handed, other=0.0).to(tl.float32)  # [BLOCK_L, BLOCK_C]
     for tap in tl.static_range(TAPS):
         weight = tl.load(weight_ptr + offs_c * TAPS + tap, mask=mask_c, other=0.0).to(tl.float32)
-        drow += weight[None, :] * _dv(
-            dv_ptr, dbc_ptr, v_ptr, group_rows, offs_r - tap, offs_c, mask_c, L, E, channels, groups
-        )
+        dv = dv_here
+        if tap > 0:
+            dv = _dv(dx_ptr, dbc_ptr, slope_ptr, group_rows, offs_r - tap, offs_c, mask_c, L, E, channels, groups)
+        drow += weight[None, :] * dv
         offs_l = offs_r + tap - (TAPS - 1)
         is_new = ((offs_l >= 0) & (offs_l < L))[:, None] & mask_c[None, :]
         row = tl.load(xbc_ptr + offs_l[:, None] * xbc_stride + offs_c[None, :], mask=is_new, other=0.0).to(tl.float32)
@@ -323,20 +327,18 @@ def mamba2_mixer_backward(
         shape_class = f"E{E} {str(dtype).removeprefix('torch.')}"
         return tiling.chosen(f"mamba2_mixer_bwd_{kernel}", shape_class, candidates, device).arguments()
 
-    v = torch.empty(batch * L, channels, dtype=torch.float32, device=device)
-    bc = v.new_empty(batch * L, 2 * N)
+    silu, slope = torch.empty(2, batch * L, channels, dtype=torch.float32, device=device)
     tile = chosen("conv", CONV_TILES)
     grid = (batch * triton.cdiv(L, CHUNK), triton.cdiv(channels, tile["BLOCK_C"]))
     _mamba2_mixer_bwd_conv_kernel[grid](
-        xbc, conv, conv_weight, conv_bias, v, bc, xbc.stride(0), L, E, channels, TAPS=taps, CHUNK=CHUNK, **tile
+        xbc, conv, conv_weight, conv_bias, silu, slope, xbc.stride(0), L, channels, TAPS=taps, CHUNK=CHUNK, **tile
     )
-    x, (B, C) = v[:, :E], bc.chunk(2, 1)
+    x, B, C = silu.split([E, N, N], 1)
     scan = ScanGradients(x, dt, dt_bias, A_log, B, C, D, initial, scales, dtype)
     states = scan.sweep(x, B, initial, None)
     y = torch.empty(batch * L, E, dtype=torch.float32, device=device)
     _mamba2_mixer_bwd_outputs_kernel[scan.programs, scan.groups](
-        v,
-        bc,
+        silu,
         dt,
         dt_bias,
         A_log,
@@ -359,15 +361,16 @@ def mamba2_mixer_backward(
         y, z, grad, norm_weight, dz, norm_sums, z.stride(0), grad.stride(0), width, batch * L, E, eps, **tile
     )
     adjoints = scan.sweep(y, C, grads[2], dinitial)
-    dv = torch.empty(batch * L, E, dtype=dtype, device=device)
-    dbc, sums = scan.grads(y, states, adjoints, dv, ddt)
+    # In float32 for float16, which dx can leave though dv cannot.
+    dx = torch.empty(batch * L, E, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device)
+    dbc, sums = scan.grads(y, states, adjoints, dx, ddt)
     tile = chosen("conv_grads", CONV_GRADS_TILES)
     programs = batch * triton.cdiv(L + taps - 1, tile["BLOCK_L"])
     conv_sums = y.new_empty(programs, taps + 1, channels)
     _mamba2_mixer_bwd_conv_grads_kernel[programs, triton.cdiv(channels, tile["BLOCK_C"])](
-        dv,
+        dx,
         dbc,
-        v,
+        slope,
         xbc,
         conv,
         conv_weight,

@@ -40,7 +40,8 @@ def sample_tokens(
     """Draw a token at every position of one scale.
 
     Args:
-        cond: (B, l, V) logits, float16, bfloat16, float32 or float64.
+        cond: (B, l, V) logits, float16, bfloat16, float32 or float64. Infinite ones are in order; with a NaN the token
+            is some code, not the same one on every backend.
         uncond: as cond, or None where the logits are guided already.
         guidance: c ≥ 0 in (1+c)·cond − c·uncond; VAR's is cfg·k/(K−1) at scale k of K.
         top_k: 0, or V and more, keeps all codes; 1 is the arg-max.

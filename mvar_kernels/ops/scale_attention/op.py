@@ -47,7 +47,7 @@ def scale_attention(
         scales: tokens per scale, coarse to fine; they add up to L.
         pattern: "diagonal" (own scale) or "causal" (own and coarser scales).
         scale: factor on the scores; None for VAR's: 1 with log_temperature, else 0.25/√D.
-        log_temperature: (H,), floating point, or None for no q/k norm.
+        log_temperature: (H,), floating point, or None for no q/k norm. ‖q‖² and ‖k‖² must be in float32's range.
         backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
 
     Returns:
