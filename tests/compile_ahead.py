@@ -35,7 +35,7 @@ from mvar_kernels.ops.adaln.spec import SPECS as ADALN
 from mvar_kernels.ops.mamba2.spec import SPECS as MAMBA2
 from mvar_kernels.ops.sample_tokens.spec import SPECS as SAMPLE
 from mvar_kernels.ops.scale_attention.spec import SPECS as ATTENTION
-from mvar_kernels.specs import Case, Spec
+from mvar_kernels.specs import Case, Inputs, Spec
 
 # The package's name `backends` is the public function, not this module.
 backends = importlib.import_module("mvar_kernels.backends")
@@ -163,13 +163,21 @@ def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list
         yield most
 
 
+def inputs_of(spec: Spec, case: Case) -> Inputs:
+    """The case's inputs in bfloat16, every row of the batch the same one: nothing is computed with them."""
+    one, two = (
+        spec.inputs(replace(case, sizes={**case.sizes, "B": B}), torch.Generator().manual_seed(0)) for B in (1, 2)
+    )
+    inputs = {}
+    for name, t in one.items():
+        whole = t.expand(case.sizes["B"], *t.shape[1:]) if t.shape != two[name].shape else t
+        inputs[name] = whole.to(torch.float32 if name in spec.keeps_dtype else torch.bfloat16)
+    return inputs
+
+
 def run_case(spec: Spec, case: Case) -> None:
     """Forward and backward of one case; what comes out is not computed."""
-    case = replace(case, sizes={**case.sizes, "B": 1})  # nothing is computed: a kernel is the same for any batch
-    inputs = {
-        n: t.to(torch.float32 if n in spec.keeps_dtype else torch.bfloat16).requires_grad_(n in spec.grads)
-        for n, t in spec.inputs(case, torch.Generator().manual_seed(0)).items()
-    }
+    inputs = {n: t.requires_grad_(n in spec.grads) for n, t in inputs_of(spec, case).items()}
     wanted = [t for t in inputs.values() if t.requires_grad]
     with contextlib.suppress(BackendError):  # an op without a Triton kernel, or without one for the backward
         outs = spec.call(inputs, case, "triton")

@@ -50,10 +50,7 @@ NORM_TILES = (
     Tile({"BLOCK_L": 4, "BLOCK_E": 512}, warps=4, stages=1),
     Tile({"BLOCK_L": 16, "BLOCK_E": 256}, warps=8, stages=1),
 )
-CONV_GRADS_TILES = (
-    Tile({"BLOCK_L": 32, "BLOCK_C": 32}, warps=8, stages=1),
-    Tile({"BLOCK_L": 32, "BLOCK_C": 64}, warps=8, stages=1),
-)
+CONV_GRADS_TILES = (Tile({"BLOCK_L": 32, "BLOCK_C": 32}, warps=8, stages=1),)
 
 
 @triton.jit
