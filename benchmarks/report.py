@@ -63,7 +63,8 @@ def machines(results: Iterable[Any]) -> str:
 def generation(model: str, rows: dict[str, Any], peaks: list[dict[str, Any]]) -> str:
     held = {(row["batch"], row["dtype"]): row["peak_gib"] for row in peaks}
     lines = [
-        f"Generation, {model} at 256×256 with guidance, seconds; in brackets how many times mvar's:\n",
+        f"Generation, {model} at 256×256 with guidance, seconds; in brackets how many times mvar's. The public "
+        "algorithm has oneDNN's float32 products (`set_float32_matmul_precision`), unless it says otherwise:\n",
         "| batch | dtype | mvar | public algorithm in plain PyTorch | the same, torch's default products "
         "| peak memory, GiB: mvar, public |",
         "|---|---|---|---|---|---|",
