@@ -14,13 +14,9 @@ from itertools import product
 from benchmarks.measure import RESULTS
 from mvar.config import HEAD_DIM, SCHEDULES, ModelConfig
 from mvar.files import replacing
-from mvar_kernels.ops.adaln.spec import SPECS as ADALN
-from mvar_kernels.ops.mamba2.spec import SPECS as MAMBA2
-from mvar_kernels.ops.sample_tokens.spec import SPECS as SAMPLE
-from mvar_kernels.ops.scale_attention.spec import SPECS as ATTENTION
+from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Case
 
-SPECS = {spec.op: spec for spec in (*ADALN, *ATTENTION, *MAMBA2, *SAMPLE)}
 COPY_BYTES_PER_S = 4.3e12  # read and written, by a device copy
 PRODUCT_FLOPS_PER_S = 790e12  # bfloat16, dense
 ITEMSIZE = 2

@@ -17,13 +17,9 @@ from tqdm import tqdm
 from benchmarks.measure import CALLS, DEVICE, graphed, interleaved, require_allocator, use_own_stream, write
 from benchmarks.rivals import RIVALS
 from mvar_kernels.backends import PEERS, BackendError, backends
-from mvar_kernels.ops.adaln.spec import SPECS as ADALN
-from mvar_kernels.ops.mamba2.spec import SPECS as MAMBA2
-from mvar_kernels.ops.sample_tokens.spec import SPECS as SAMPLE
-from mvar_kernels.ops.scale_attention.spec import SPECS as ATTENTION
+from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Case, Inputs, Spec
 
-SPECS = {spec.op: spec for spec in (*ADALN, *ATTENTION, *MAMBA2, *SAMPLE)}
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 WRONG = 16  # roundings of the input's dtype that a side may be off by, besides twice what the reference is off by
 Results = tuple[Tensor, ...]

@@ -16,10 +16,7 @@ from benchmarks.measure import interleaved
 from mvar.engine import prepared_decoder
 from mvar.packed import PackedLinear
 from mvar.tokenizer import Tokenizer
-from mvar_kernels.ops.adaln.spec import ADALN, GATED_ADALN
-from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER
-from mvar_kernels.ops.sample_tokens.spec import SPECS as SAMPLE
-from mvar_kernels.ops.scale_attention.spec import SPECS as ATTENTION
+from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Case
 
 PARTS = ("linear layers", "attention", "mixer", "adaLN", "drawing", "quantizer", "decoder")
@@ -46,27 +43,27 @@ def _linear_work(layer: PackedLinear, x: Tensor, *others: Any) -> tuple[int, int
 def _attention_work(q: Tensor, k: Tensor, v: Tensor, scales: tuple[int, ...], **others: Any) -> tuple[int, int]:
     B, _, H, D = q.shape
     case = Case("", {"B": B, "H": H, "D": D}, {"scales": scales, "pattern": "diagonal"})
-    return ATTENTION[0].work(case, q.element_size())
+    return SPECS["scale_attention"].work(case, q.element_size())
 
 
 def _mixer_work(zxbcdt: Tensor, conv_weight: Tensor, *params: Tensor, **options: Any) -> tuple[int, int]:
     D, norm_weight = params[-2:]
     H, E = len(D), len(norm_weight)
     sizes = {"B": zxbcdt.shape[0], "L": zxbcdt.shape[1], "H": H, "P": E // H, "N": (conv_weight.shape[0] - E) // 2}
-    return MAMBA2_MIXER.work(Case("", sizes, {"scales": None}), zxbcdt.element_size())
+    return SPECS["mamba2_mixer"].work(Case("", sizes, {"scales": None}), zxbcdt.element_size())
 
 
 def _adaln_work(x: Tensor, *others: Any, **options: Any) -> tuple[int, int]:
-    return ADALN.work(Case("", dict(zip("BLC", x.shape, strict=True))), x.element_size())
+    return SPECS["adaln"].work(Case("", dict(zip("BLC", x.shape, strict=True))), x.element_size())
 
 
 def _gated_adaln_work(x: Tensor, *others: Any, **options: Any) -> tuple[int, int]:
-    return GATED_ADALN.work(Case("", dict(zip("BLC", x.shape, strict=True))), x.element_size())
+    return SPECS["gated_adaln"].work(Case("", dict(zip("BLC", x.shape, strict=True))), x.element_size())
 
 
 def _drawing_work(logits: Tensor, **others: Any) -> tuple[int, int]:
     case = Case("", dict(zip(("B", "l", "V"), logits.shape, strict=True)), {"guided": False})
-    return SAMPLE[0].work(case, logits.element_size())
+    return SPECS["sample_tokens"].work(case, logits.element_size())
 
 
 def _uncounted(*others: Any, **options: Any) -> tuple[int, int]:

@@ -31,15 +31,11 @@ from triton.runtime.jit import JITFunction
 
 from mvar_kernels import tiling
 from mvar_kernels.backends import BackendError
-from mvar_kernels.ops.adaln.spec import SPECS as ADALN
-from mvar_kernels.ops.mamba2.spec import SPECS as MAMBA2
-from mvar_kernels.ops.sample_tokens.spec import SPECS as SAMPLE
-from mvar_kernels.ops.scale_attention.spec import SPECS as ATTENTION
+from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Case, Inputs, Spec
 
 # The package's name `backends` is the public function, not this module.
 backends = importlib.import_module("mvar_kernels.backends")
-SPECS = {spec.op: spec for spec in (*ADALN, *ATTENTION, *MAMBA2, *SAMPLE)}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 PRODUCT_OF_HALVES = re.compile(r"tt\.dot .*: tensor<\w+x(?:bf16|f16)>")

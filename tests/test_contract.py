@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.backends import PEERS, backends
-from mvar_kernels.ops.adaln.spec import SPECS as ADALN
-from mvar_kernels.ops.mamba2.spec import SPECS as MAMBA2
-from mvar_kernels.ops.sample_tokens.spec import SPECS as SAMPLE
-from mvar_kernels.ops.scale_attention.spec import SPECS as ATTENTION
+from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Case, Inputs, Spec
 
-SPECS = {spec.op: spec for spec in (*ADALN, *ATTENTION, *MAMBA2, *SAMPLE)}
 AVAILABLE = [name for name, reason in backends().items() if reason is None]
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICE = {"cuda": "cuda", "triton": GPU} | dict.fromkeys(PEERS, GPU)
