@@ -32,7 +32,7 @@ def generation(rows: dict[str, Any], path: Path) -> None:
         left = 0.0
         for part, ms in found["parts_ms"].items():
             width = ms * share / 1e3
-            axes.barh(len(names), width, left=left, color=colours[part], label=None if len(names) > 3 else part)
+            axes.barh(len(names), width, left=left, color=colours[part], label=part)
             left += width
         axes.plot([sum(found["floor_ms"].values()) / 1e3] * 2, [len(names) - 0.4, len(names) + 0.4], color="black")
         names.append(f"mvar, {run['dtype']}")

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from benchmarks import public
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, SSD_SCAN
+from mvar_kernels.ops.scale_attention.flash_attn import boundaries
 from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, spans
+from mvar_kernels.ops.scale_attention.spec import score_scale
 from mvar_kernels.specs import Case, Inputs
 
 
@@ -33,12 +35,6 @@ def _gated_adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
     return x, *_adaln(t | {"x": x}, case)
 
 
-def _scale(case: Case) -> float:
-    default = 1.0 if case.options["norm"] else 0.25 * case.sizes["D"] ** -0.5
-    scale: float = case.options.get("scale") or default
-    return scale
-
-
 def _qkv(t: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v, (B, L, H, D); q and k as unit vectors and q with its temperature where there is one."""
     q, k, v = t["q"], t["k"], t["v"]
@@ -59,19 +55,19 @@ def _pieces(t: Inputs, case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _sdpa_by_scale(t: Inputs, case: Case) -> tuple[Tensor, ...]:
-    outs = [F.scaled_dot_product_attention(q, k, v, scale=_scale(case)) for q, k, v in _pieces(t, case)]
+    outs = [F.scaled_dot_product_attention(q, k, v, scale=score_scale(case)) for q, k, v in _pieces(t, case)]
     return (torch.cat(outs, 2).transpose(1, 2),)
 
 
 def _matmul_by_scale(t: Inputs, case: Case) -> tuple[Tensor, ...]:
-    outs = [((q * _scale(case)) @ k.transpose(-1, -2)).softmax(-1) @ v for q, k, v in _pieces(t, case)]
+    outs = [((q * score_scale(case)) @ k.transpose(-1, -2)).softmax(-1) @ v for q, k, v in _pieces(t, case)]
     return (torch.cat(outs, 2).transpose(1, 2),)
 
 
 def _sdpa_dense_mask(t: Inputs, case: Case) -> tuple[Tensor, ...]:
     q, k, v = (x.transpose(1, 2) for x in _qkv(t))
     mask = _mask(case.options["scales"], case.options["pattern"], q.dtype, q.device)
-    return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=_scale(case)).transpose(1, 2),)
+    return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=score_scale(case)).transpose(1, 2),)
 
 
 @cache
@@ -81,19 +77,12 @@ def _mask(scales: tuple[int, ...], pattern: str, dtype: torch.dtype, device: tor
     return torch.zeros(kept.shape, dtype=dtype).masked_fill(~kept, -torch.inf).to(device)
 
 
-@cache
-def _starts(scales: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
-    """Where each scale of each image starts in the batch's tokens in a row, and the end: int32."""
-    lengths = torch.tensor(scales * batch)
-    return F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
-
-
 def _varlen(t: Inputs, case: Case) -> tuple[Tensor, ...]:
     """torch's varlen attention: every scale of every image is a sequence of its own."""
     from torch.nn.attention.varlen import varlen_attn  # not in every torch that the package supports
 
     scales, longest = case.options["scales"], max(case.options["scales"])
-    starts = _starts(scales, case.sizes["B"], t["q"].device)
+    starts = boundaries(scales, case.sizes["B"], t["q"].device)
     q, k, v = (x.flatten(0, 1) for x in _qkv(t))
     out = varlen_attn(q, k, v, starts, starts, longest, longest)
     assert isinstance(out, Tensor)
@@ -102,7 +91,7 @@ def _varlen(t: Inputs, case: Case) -> tuple[Tensor, ...]:
 
 def _varlen_takes(t: Inputs, case: Case) -> bool:
     # Its scale is 1/√D in older versions, whatever is asked for.
-    default = _scale(case) == case.sizes["D"] ** -0.5
+    default = score_scale(case) == case.sizes["D"] ** -0.5
     return t["q"].is_cuda and t["q"].element_size() == 2 and case.options["pattern"] == "diagonal" and default
 
 

@@ -47,6 +47,11 @@ def chosen(kernel: str, shape_class: str, candidates: Sequence[Tile], device: to
     return table().get(architecture(device), {}).get(kernel, {}).get(shape_class, candidates[0])
 
 
+def product_block(size: int) -> int:
+    """The block that holds `size` elements and that tl.dot takes: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def objection(first: Tensor) -> str | None:
     """What all Triton kernels ask of the dtype: that of the first input, which the others share."""
     dtype = str(first.dtype).removeprefix("torch.")

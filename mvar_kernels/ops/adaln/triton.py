@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mvar_kernels import tiling
 from mvar_kernels.backends import Kernel
-from mvar_kernels.binding import view
+from mvar_kernels.binding import empty, view
 from mvar_kernels.ops.adaln.triton_backward import _adaln_bwd_kernel, _adaln_sums_kernel, _gated_adaln_bwd_kernel
 from mvar_kernels.ops.adaln.triton_forward import _adaln_fwd_kernel, _gated_adaln_fwd_kernel
 from mvar_kernels.tiling import Tile
@@ -104,14 +104,9 @@ def slab_length(B: int, L: int, C: int) -> int:
     return max(triton.cdiv(L, slabs), 1)
 
 
-def _empty(like: Tensor) -> Tensor:
-    """Contiguous, as every output is."""
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
 def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     x, scale, shift = view(x), view(scale), view(shift)
-    out = _empty(x)
+    out = empty(x)
     B, L, C = x.shape
     tile = _chosen("adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)))
     _adaln_fwd_kernel[(B * triton.cdiv(L, tile.sizes["BLOCK_L"]),)](
@@ -134,7 +129,7 @@ def _gated_adaln(
     x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     x, branch, gate, scale, shift = view(x), view(branch), view(gate), view(scale), view(shift)
-    x_new, out = _empty(x), _empty(x)
+    x_new, out = empty(x), empty(x)
     B, L, C = x.shape
     tile = _chosen("gated_adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)))
     _gated_adaln_fwd_kernel[(B * triton.cdiv(L, tile.sizes["BLOCK_L"]),)](
@@ -160,7 +155,7 @@ def _gated_adaln(
 
 def _adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, x, scale = view(grad_out), view(x), view(scale)
-    dx, dscale, dshift = _empty(x), _empty(scale), _empty(scale)
+    dx, dscale, dshift = empty(x), empty(scale), empty(scale)
     B, L, C = x.shape
     slab = slab_length(B, L, C)
     partials = x.new_empty((B, triton.cdiv(L, slab), 2, C), dtype=torch.float32)
@@ -189,8 +184,8 @@ def _gated_adaln_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_x_new, grad_out, x_new, branch = view(grad_x_new), view(grad_out), view(x_new), view(branch)
     gate, scale = view(gate), view(scale)
-    dx, dbranch = _empty(x_new), _empty(x_new)
-    dgate, dscale, dshift = _empty(scale), _empty(scale), _empty(scale)
+    dx, dbranch = empty(x_new), empty(x_new)
+    dgate, dscale, dshift = empty(scale), empty(scale), empty(scale)
     B, L, C = x_new.shape
     slab = slab_length(B, L, C)
     partials = x_new.new_empty((B, triton.cdiv(L, slab), 3, C), dtype=torch.float32)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel
-from mvar_kernels.binding import extension, view
+from mvar_kernels.binding import empty, extension, view
 
 
 def _why_not(first: Tensor, *rest: Any) -> str | None:
@@ -25,11 +25,6 @@ def _pointers(tensors: Sequence[Tensor]) -> tuple[tuple[int, tuple[int, ...]], .
     return tuple((t.data_ptr(), t.stride()) for t in tensors)
 
 
-def _empty(like: Tensor) -> Tensor:
-    """Contiguous, as every output is."""
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
 def _scan_inputs(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
     """The tensors as the kernel takes them, and their sizes."""
     x, dt, A, B, C, D, state = tensors
@@ -41,7 +36,7 @@ def _ssd_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, scales: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     inputs, sizes = _scan_inputs((x, dt, A, B, C, D, state))
-    y, last = _empty(x), _empty(state)
+    y, last = empty(x), empty(state)
     bf16 = x.dtype is torch.bfloat16
     extension().ssd_scan_forward(bf16, sizes, scales, _pointers(inputs), y.data_ptr(), last.data_ptr())
     return y, last
@@ -51,7 +46,7 @@ def _ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple
     """In float32 whatever the dtype of the inputs; each gradient is then rounded to that of its input."""
     inputs, sizes = _scan_inputs([t.float() for t in tensors])
     given = [view(g.float()) for g in grads]
-    outputs = [_empty(t) for t in inputs]
+    outputs = [empty(t) for t in inputs]
     extension().ssd_scan_backward(sizes, scales, _pointers(given), _pointers(inputs), _pointers(outputs))
     return [out.to(t.dtype) for out, t in zip(outputs, tensors, strict=True)]
 
@@ -71,7 +66,7 @@ def _mamba2_mixer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs, sizes = _mixer_inputs(zxbcdt, params, state)
     y = zxbcdt.new_empty(*zxbcdt.shape[:2], params[-1].shape[0])
-    conv, ssm = _empty(state[0]), _empty(state[1])
+    conv, ssm = empty(state[0]), empty(state[1])
     outputs = (y.data_ptr(), conv.data_ptr(), ssm.data_ptr())
     extension().mamba2_mixer_forward(zxbcdt.dtype is torch.bfloat16, sizes, scales, eps, _pointers(inputs), *outputs)
     return y, conv, ssm
@@ -83,7 +78,7 @@ def _mamba2_mixer_backward(
     """In float32 whatever the dtype of the inputs; each gradient is then rounded to that of its input."""
     inputs, sizes = _mixer_inputs(zxbcdt.float(), params, [t.float() for t in state])
     given = [view(g.float()) for g in grads]
-    outputs = [_empty(t) for t in inputs]
+    outputs = [empty(t) for t in inputs]
     extension().mamba2_mixer_backward(sizes, scales, eps, _pointers(given), _pointers(inputs), _pointers(outputs))
     dzxbcdt, dconv, dssm, *dparams = outputs
     return [d.to(t.dtype) for d, t in zip([dzxbcdt, *dparams, dconv, dssm], [zxbcdt, *params, *state], strict=True)]

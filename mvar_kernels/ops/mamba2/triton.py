@@ -37,7 +37,7 @@ from mvar_kernels.ops.mamba2.triton_forward import (
     _ssd_scan_fwd_kernel,
 )
 from mvar_kernels.ops.mamba2.triton_mixer_backward import mamba2_mixer_backward
-from mvar_kernels.ops.mamba2.triton_parts import power_of_two, scale_of_tokens
+from mvar_kernels.ops.mamba2.triton_parts import scale_of_tokens
 from mvar_kernels.tiling import Tile
 
 SHORT = 16  # tokens: one chunk
@@ -82,9 +82,9 @@ def _plan(
     kind = "both" if both else "short" if L <= SHORT else "forward"
     dtype = str(like.dtype).removeprefix("torch.")
     arguments = tiling.chosen(kernel, f"{kind} P{P} N{N} {dtype}", tiles[kind], like.device).arguments()
-    arguments["BLOCK_P"] = min(arguments["BLOCK_P"], power_of_two(P))
+    arguments["BLOCK_P"] = min(arguments["BLOCK_P"], tiling.product_block(P))
     precision = "ieee" if like.dtype == torch.float32 else "tf32x3"
-    return arguments | {"P": P, "N": N, "BOTH": both, "PRECISION": precision, "BLOCK_N": power_of_two(N)}
+    return arguments | {"P": P, "N": N, "BOTH": both, "PRECISION": precision, "BLOCK_N": tiling.product_block(N)}
 
 
 def _ssd_scan(

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.binding import view
+from mvar_kernels.binding import empty, view
 from mvar_kernels.ops.mamba2.triton_backward_parts import _ssd_scan_bwd_grads_kernel, _ssd_scan_bwd_sweep_kernel
-from mvar_kernels.ops.mamba2.triton_parts import power_of_two, scale_of_tokens
+from mvar_kernels.ops.mamba2.triton_parts import scale_of_tokens
 from mvar_kernels.tiling import Tile
 
 CHUNK = 32  # with 64 tokens the tiles of `grads` do not fit in the registers
@@ -73,7 +73,7 @@ class ScanGradients:
             "MIXER": bias is not None,
             "PRECISE": PRECISE[dtype],
             "CHUNK": CHUNK,
-            "BLOCK_N": power_of_two(self.N),
+            "BLOCK_N": tiling.product_block(self.N),
         }
 
     def sweep(self, came: Tensor, went: Tensor, first: Tensor, last: Tensor | None) -> Tensor:
@@ -82,7 +82,7 @@ class ScanGradients:
             self.directions, self.batch, self.chunks, *first.shape[1:], dtype=torch.float32, device=first.device
         )
         tile = tiling.chosen("ssd_scan_bwd_sweep", self.shape_class, SWEEP_TILES, first.device).arguments()
-        tile["BLOCK_P"] = min(tile["BLOCK_P"], power_of_two(self.P))
+        tile["BLOCK_P"] = min(tile["BLOCK_P"], tiling.product_block(self.P))
         grid = (self.batch * self.H, triton.cdiv(self.P, tile["BLOCK_P"]), self.directions)
         _ssd_scan_bwd_sweep_kernel[grid](
             came,
@@ -136,7 +136,7 @@ class ScanGradients:
             self.heads,
             OPERAND=self.operand,
             COARSE=self.coarse,
-            BLOCK_P=power_of_two(self.P),
+            BLOCK_P=tiling.product_block(self.P),
             **self.options,
             **tile.arguments(),
         )
@@ -149,7 +149,7 @@ def ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple[
     dy = rows_of(grads[0])
     flat_x, flat_B, flat_C = rows_of(x), rows_of(B), rows_of(C)
     scan = ScanGradients(flat_x, rows_of(dt), None, A, flat_B, flat_C, D, initial, scales, x.dtype)
-    dx, ddt, dinitial = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, initial))
+    dx, ddt, dinitial = map(empty, (x, dt, initial))
     states = scan.sweep(flat_x, flat_B, initial, None)
     adjoints = scan.sweep(dy, flat_C, grads[1], dinitial)
     dbc, sums = scan.grads(dy, states, adjoints, dx, rows_of(ddt))

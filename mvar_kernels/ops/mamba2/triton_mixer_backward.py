@@ -33,7 +33,6 @@ from mvar_kernels.ops.mamba2.triton_parts import (
     conv_rows,
     conv_weights,
     decay_matrix,
-    power_of_two,
     sigmoid,
     store_rows,
 )
@@ -346,7 +345,7 @@ def mamba2_mixer_backward(
         dt.stride(0),
         L,
         scan.heads,
-        BLOCK_P=power_of_two(scan.P),
+        BLOCK_P=tiling.product_block(scan.P),
         **scan.options,
         **chosen("outputs", OUTPUTS_TILES),
     )

@@ -12,7 +12,7 @@ A log decay below −256 counts as −256: float32's exp is 0 from −104 on. Ev
 before exp, and is never above 0 otherwise.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -20,15 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a captured CUDA graph reads it where it lay at capture
 def scale_of_tokens(scales: tuple[int, ...], device: torch.device) -> Tensor:
     """(L,) int32: the number of each token's scale."""
     return torch.arange(len(scales), dtype=torch.int32).repeat_interleave(torch.tensor(scales)).to(device)
-
-
-def power_of_two(size: int) -> int:
-    """The block that holds `size` elements: a power of two, at least 16 for tl.dot."""
-    return max(16, triton.next_power_of_2(size))
 
 
 @triton.jit

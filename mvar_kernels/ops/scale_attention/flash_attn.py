@@ -29,7 +29,8 @@ def _why_not(
 
 
 @cache
-def _boundaries(scales: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
+def boundaries(scales: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
+    """Where each scale of each image starts in the batch's tokens in a row, and the end: int32."""
     return torch.tensor([0, *accumulate(scales * batch)], dtype=torch.int32, device=device)
 
 
@@ -45,10 +46,10 @@ def _attend(
         temperature = log_temperature.float().clamp_max(MAX_LOG_TEMPERATURE).exp()
         q = (torch.nn.functional.normalize(q.float(), dim=-1, eps=NORM_EPS) * temperature[:, None]).to(v.dtype)
         k = torch.nn.functional.normalize(k.float(), dim=-1, eps=NORM_EPS).to(v.dtype)
-    boundaries = _boundaries(own, B, q.device)
+    edges = boundaries(own, B, q.device)
     out, lse, _ = flash_attn_varlen_func(
         *(t.flatten(0, 1) for t in (q, k, v)),
-        *(boundaries, boundaries, max(own), max(own)),
+        *(edges, edges, max(own), max(own)),
         softmax_scale=scale,
         return_attn_probs=True,
     )

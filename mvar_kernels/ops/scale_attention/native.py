@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel
-from mvar_kernels.binding import extension, view
+from mvar_kernels.binding import empty, extension, view
 
 
 def _why_not(q: Tensor, *others: object) -> str | None:
@@ -22,10 +22,6 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -37,7 +33,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     q, k, v, temperature = view(q), view(k), view(v), _floats(log_temperature)
     B, Lq, H, D = q.shape
-    out, lse = _empty(q), torch.empty((B, H, Lq))
+    out, lse = empty(q), torch.empty((B, H, Lq))
     extension().scale_attention_forward(
         q.dtype is torch.bfloat16,
         (B, Lq, k.shape[1], H, D),
@@ -70,7 +66,7 @@ def _backward(
     grad_out = view(grad_out)
     q, k, v, temperature = view(q), view(k), view(v), _floats(log_temperature)
     B, Lq, H, D = q.shape
-    grads = [_empty(q), _empty(k), _empty(v)]
+    grads = [empty(q), empty(k), empty(v)]
     dtemperature = None if temperature is None else torch.empty_like(temperature)
     extension().scale_attention_backward(
         q.dtype is torch.bfloat16,

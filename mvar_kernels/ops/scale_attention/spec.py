@@ -55,12 +55,14 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     return inputs
 
 
-def _scale(case: Case) -> float | None:
-    return case.options.get("scale")
+def score_scale(case: Case) -> float:
+    """The factor on the scores: the case's, or the op's default."""
+    default = 1.0 if case.options["norm"] else 0.25 * case.sizes["D"] ** -0.5
+    scale: float = case.options.get("scale", default)
+    return scale
 
 
 def _reference(t: Inputs, case: Case) -> tuple[torch.Tensor, ...]:
-    default = 1.0 if case.options["norm"] else 0.25 * case.sizes["D"] ** -0.5
     out, _ = reference.scale_attention(
         t["q"],
         t["k"],
@@ -68,7 +70,7 @@ def _reference(t: Inputs, case: Case) -> tuple[torch.Tensor, ...]:
         t.get("log_temperature"),
         case.options["scales"],
         case.options["pattern"] == "causal",
-        _scale(case) or default,
+        score_scale(case),
     )
     return (out,)
 
@@ -100,7 +102,7 @@ SPECS = (
                 t["v"],
                 case.options["scales"],
                 pattern=case.options["pattern"],
-                scale=_scale(case),
+                scale=case.options.get("scale"),
                 log_temperature=t.get("log_temperature"),
                 backend=backend,
             ),

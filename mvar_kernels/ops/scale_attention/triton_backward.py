@@ -17,7 +17,6 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     load_spans,
     load_tile,
     operand,
-    padded,
     row_mask,
     row_offsets,
     score_factor,
@@ -352,7 +351,7 @@ def backward(
     L, device, shapes = k.shape[1], q.device, shape_class(q)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))
     delta = torch.empty((2, *lse.shape), dtype=torch.float32, device=device)
-    sizes = {"HEAD_DIM": D, "BLOCK_D": padded(D), "NORM": temperature is not None}
+    sizes = {"HEAD_DIM": D, "BLOCK_D": tiling.product_block(D), "NORM": temperature is not None}
 
     chosen = tiling.chosen("scale_attention_dq", shapes, candidates(q, HALVES, SINGLE), device)
     made = plan(scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], device)

@@ -16,7 +16,6 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     load_spans,
     load_tile,
     operand,
-    padded,
     row_mask,
     row_offsets,
     score_factor,
@@ -162,7 +161,7 @@ def forward(
         *strides(q, k, v),
         *(scale, Lq),
         HEAD_DIM=D,
-        BLOCK_D=padded(D),
+        BLOCK_D=tiling.product_block(D),
         NORM=temperature is not None,
         **chosen.arguments(),
     )

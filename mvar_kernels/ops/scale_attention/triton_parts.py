@@ -6,17 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvar_kernels.tiling import Tile
+from mvar_kernels.tiling import Tile, product_block
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MAX_LOG_TEMPERATURE = tl.constexpr(4.605170185988092)  # log 100
 NORM_EPS = tl.constexpr(1e-12)
-
-
-def padded(D: int) -> int:
-    """The tile's columns for head dimension D: a power of two that tl.dot takes."""
-    return max(16, triton.next_power_of_2(D))
 
 
 def tile(m: int, n: int, warps: int, stages: int) -> Tile:
@@ -29,11 +24,11 @@ Candidates = Mapping[int, tuple[Tile, ...]]
 
 def candidates(q: Tensor, halves: Candidates, single: Candidates) -> tuple[Tile, ...]:
     """The tiles for q's dtype and head dimension."""
-    return (single if q.itemsize == 4 else halves)[max(64, padded(q.shape[-1]))]
+    return (single if q.itemsize == 4 else halves)[max(64, product_block(q.shape[-1]))]
 
 
 def shape_class(q: Tensor) -> str:
-    return f"D{padded(q.shape[-1])} {str(q.dtype).removeprefix('torch.')}"
+    return f"D{product_block(q.shape[-1])} {str(q.dtype).removeprefix('torch.')}"
 
 
 def strides(*tensors: Tensor) -> list[int]:
