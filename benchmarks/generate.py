@@ -21,18 +21,18 @@ from mvar.tokenizer import Tokenizer
 AGREE = 0.999  # of greedy float32 tokens: ties within a rounding may fall either way
 
 
-def ours(model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype, **options: Any) -> mvar.Generated:
+def ours(model: mvar.Model, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype, **options: Any) -> mvar.Generated:
     return mvar.generate(model, tokenizer, labels, dtype=dtype, **options)
 
 
 def theirs(
-    model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype, **options: Any
+    model: mvar.Model, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype, **options: Any
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         return public.generate(model, tokenizer, labels, **options)
 
 
-def check(model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor) -> dict[str, float]:
+def check(model: mvar.Model, tokenizer: Tokenizer, labels: Tensor) -> dict[str, float]:
     """Greedy tokens of both sides in float32, and of ours in bfloat16; pictures of the same tokens by PSNR."""
     exact = ours(model, tokenizer, labels, torch.float32, top_k=1)
     _, public_tokens = theirs(model, tokenizer, labels, torch.float32, top_k=1)
@@ -50,7 +50,7 @@ def check(model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor) -> dict[str, f
     }
 
 
-def random_model(depth: int) -> tuple[mvar.MVAR, Tokenizer]:
+def random_model(depth: int) -> tuple[mvar.Model, Tokenizer]:
     model, tokenizer = mvar.build(depth)
     mvar.initialise(model, alng=1e-2, hd=1.0)  # so that every branch and every logit counts
     return model, tokenizer
@@ -79,9 +79,7 @@ def main() -> None:
     print(write(f"generate_d{options.depth}", {"agreement": agreement, "runs": rows}))
 
 
-def compare(
-    model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype, rounds: int
-) -> dict[str, Any]:
+def compare(model: mvar.Model, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Time the sides in turns; one image also by part, and with the baseline as torch runs it unless told otherwise."""
     sides = {
         "mvar": lambda: ours(model, tokenizer, labels, dtype),

@@ -40,9 +40,12 @@ def _linear_work(layer: PackedLinear, x: Tensor, *others: Any) -> tuple[int, int
     return numbers * x.element_size(), 2 * x.numel() * layer.features
 
 
-def _attention_work(q: Tensor, k: Tensor, v: Tensor, scales: tuple[int, ...], **others: Any) -> tuple[int, int]:
-    B, _, H, D = q.shape
-    case = Case("", {"B": B, "H": H, "D": D}, {"scales": scales, "pattern": "diagonal"})
+def _attention_work(
+    q: Tensor, k: Tensor, v: Tensor, scales: tuple[int, ...], *, pattern: str = "diagonal", **others: Any
+) -> tuple[int, int]:
+    B, queries, H, D = q.shape
+    new = next(n for n in range(1, len(scales) + 1) if sum(scales[-n:]) == queries)
+    case = Case("", {"B": B, "H": H, "D": D}, {"scales": scales, "pattern": pattern, "query_scales": new})
     return SPECS["scale_attention"].work(case, q.element_size())
 
 

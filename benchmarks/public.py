@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvar.model import MVAR, Attention, Block, Mamba2
+from mvar.blocks import MVARBlock
+from mvar.layers import Attention, Mamba2
+from mvar.model import Model
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.ops.mamba2.reference import scan
 
 
 @torch.no_grad()
 def generate(
-    model: MVAR, tokenizer: Tokenizer, labels: Tensor, *, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96
+    model: Model, tokenizer: Tokenizer, labels: Tensor, *, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96
 ) -> tuple[Tensor, Tensor]:
     """Images (B, 3, R, R) in [0, 1] and tokens (B, L); draws from torch's global generator."""
     config, B = model.config, len(labels)
@@ -31,6 +33,7 @@ def generate(
     for k, length in enumerate(config.scales):
         end += length
         for i, block in enumerate(model.typed_blocks()):
+            assert isinstance(block, MVARBlock)
             x, caches[i] = _block(block, x, cond, caches[i])
         scale, shift = model.head_nm.ada_lin(cond)[:, None].chunk(2, -1)
         logits = model.head(_norm(x) * (1 + scale) + shift).float()
@@ -59,7 +62,7 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def _block(block: Block, x: Tensor, cond: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+def _block(block: MVARBlock, x: Tensor, cond: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
     g1, g2, g3, s1, s2, s3, t1, t2, t3 = block.ada_lin(cond)[:, None].chunk(9, -1)
     x = x + g1 * _attention(block.attn, _norm(x) * (1 + s1) + t1)
     cache = x if cache is None else torch.cat([cache, x], 1)

@@ -8,7 +8,7 @@ import torch
 from mvar.checkpoint import schedule
 from mvar.config import ModelConfig
 from mvar.initialise import initialise
-from mvar.model import MVAR
+from mvar.model import Model, from_config
 from mvar.tokenizer import Tokenizer, TokenizerConfig
 
 
@@ -21,14 +21,14 @@ def build(
     patch_nums: Sequence[int] | None = None,
     tokenizer: TokenizerConfig | None = None,
     **sizes: Any,
-) -> tuple[MVAR, Tokenizer]:
+) -> tuple[Model, Tokenizer]:
     """A model and a tokenizer that fit together, in evaluation mode, float32, initialised from `seed`.
 
     Args:
         depth: blocks; the width is 64·depth.
         resolution: 256, 512 or 1024, for the published token maps; `patch_nums` gives others.
         tokenizer: its sizes; None for the published one's.
-        sizes: further fields of :class:`mvar.ModelConfig`, such as `bidirectional=True`.
+        sizes: further fields of :class:`mvar.ModelConfig`, such as `bidirectional=True` or `architecture="var"`.
 
     Raises:
         ValueError: a size out of range.
@@ -46,5 +46,5 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         images = Tokenizer(tokenizer)
-        model = initialise(MVAR(config), seed=seed)
+        model = initialise(from_config(config), seed=seed)
     return model.eval(), images.eval()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mvar.config import SCHEDULES, ModelConfig
 from mvar.files import replacing
-from mvar.model import MVAR
+from mvar.model import Model, from_config
 from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
 
 HUB = "hf://"
@@ -32,11 +32,12 @@ class CheckpointError(ValueError):
     """A file that is no usable set of weights; the message says which file and what is wrong."""
 
 
-def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> MVAR:
-    """An M-VAR model in evaluation mode, float32, from an official or an own file, or from hf://owner/repository/file.
+def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model:
+    """An M-VAR or VAR model in evaluation mode, float32, from an official or an own file, or from hf://owner/repository/file.
 
-    Every size is read off the file: q/k norm from whether `scale_mul_1H11` is there, patch numbers from
-    `blocks.0.attn.patch_nums`, the rest from shapes; our own files carry their configuration.
+    Every size is read off the file: M-VAR from its mixers, q/k norm from whether `scale_mul_1H11` is there, patch
+    numbers from `blocks.0.attn.patch_nums` or (VAR) from `lvl_1L`, the rest from shapes; our own files carry their
+    configuration.
 
     Raises:
         OSError: no such file, or it could not be fetched.
@@ -48,7 +49,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> MVAR:
     def config(stored: dict[str, Any]) -> ModelConfig:
         return ModelConfig(**stored) if stored else ModelConfig.from_state_dict(state)
 
-    model = _filled(path, _built(path, MVAR, stored, config), state, device)
+    model = _filled(path, _built(path, lambda stored: from_config(config(stored)), "model", stored), state, device)
     _check_schedule(path, model)
     return model
 
@@ -76,10 +77,10 @@ def load_tokenizer(
         given = {} if patch_nums is None else {"patch_nums": tuple(patch_nums)}
         return TokenizerConfig(**(stored | given)) if stored else TokenizerConfig.from_state_dict(state, patch_nums)
 
-    return _filled(path, _built(path, Tokenizer, stored, config), state, device)
+    return _filled(path, _built(path, lambda stored: Tokenizer(config(stored)), "tokenizer", stored), state, device)
 
 
-def save(path: str | Path, module: MVAR | Tokenizer, *, dtype: torch.dtype | None = None) -> None:
+def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | None = None) -> None:
     """Write safetensors with the configuration inside; floating weights in `dtype`, None as they are."""
     state = {
         name: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous()
@@ -152,17 +153,15 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _built(
-    path: str | Path, module: type[Module], stored: object, config: Callable[[dict[str, Any]], object]
-) -> Module:
+def _built(path: str | Path, make: Callable[[dict[str, Any]], Module], kind: str, stored: object) -> Module:
     """The module without storage, from the stored configuration or one read off the weights."""
     try:
         if not isinstance(stored, dict):
             raise TypeError(f"its stored configuration is no table of names: {stored!r}")
         with torch.device("meta"):
-            return module(config(stored))
+            return make(stored)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: no usable sizes for a {module.__name__}: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: no usable sizes for a {kind}: {_first_line(error)}") from error
 
 
 def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: str | torch.device) -> Module:
@@ -192,7 +191,7 @@ def _kind(value: Tensor) -> str:
     return "floating-point" if value.is_floating_point() else "whole-number"
 
 
-def _check_schedule(path: str | Path, model: MVAR) -> None:
+def _check_schedule(path: str | Path, model: Model) -> None:
     """The buffers that repeat the schedule must all say the same."""
     scales = torch.tensor(model.config.scales)
     levels = torch.arange(len(scales)).repeat_interleave(scales)[None]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -14,21 +15,25 @@ SCHEDULES: Mapping[int, tuple[int, ...]] = {
 """Side lengths of the token maps, by image resolution (VAR's trainer, `--pn`)."""
 
 HEAD_DIM = 64
-QK_NORM_FROM_DEPTH = 24  # the published d12, d16 and d20 have no q/k norm, d24 and d32 have it
+ARCHITECTURES = ("mvar", "var")
+QK_NORM_FROM_DEPTH = 24  # the published M-VAR d12, d16 and d20 have no q/k norm, d24 and d32 have it; every VAR has it
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Every size of an M-VAR model; the defaults are those of the published ones.
+    """Every size of an M-VAR or VAR model; the defaults are those of the published ones.
 
     patch_nums: side lengths of the token maps, strictly increasing.
     width: C; None for 64·depth. Attention heads are width / 64.
     num_codes, code_dim: the tokenizer's V and width of a code.
-    qk_norm: unit queries and keys with a learned temperature a head; None for as published (depth ≥ 24).
+    qk_norm: unit queries and keys with a learned temperature a head; None for as published (M-VAR from depth 24 on,
+        VAR always).
     bidirectional: the mixer's backward direction inside each scale.
-    state_dim, expand, conv_width, mixer_head_dim: Mamba-2's N, E/C, taps and P.
+    state_dim, expand, conv_width, mixer_head_dim: Mamba-2's N, E/C, taps and P. VAR has no mixer.
     label_drop: share of labels replaced by the unconditional one in training.
     drop_path: stochastic depth of the last block, growing linearly from 0; None for VAR's 0.1·depth/24.
+    architecture: "mvar" or "var".
+    shared_adaln: one modulation layer for all blocks, with an offset for each (VAR's d36-s).
 
     Raises ValueError where a field is out of range.
     """
@@ -48,16 +53,22 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     label_drop: float = 0.1
     drop_path: float | None = None
+    architecture: str = "mvar"
+    shared_adaln: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}; got {self.architecture!r}")
+        if self.bidirectional and self.architecture == "var":
+            raise ValueError("bidirectional: VAR has no mixer; expected False, got True")
         sizes = ("depth", "num_classes", "num_codes", "code_dim", "state_dim", "expand", "conv_width", "mixer_head_dim")
         for name in sizes:
             if not is_positive_int(getattr(self, name)):
                 raise ValueError(f"{name}: expected a positive whole number, got {getattr(self, name)!r}")
         defaults = {
             "width": HEAD_DIM * self.depth,
-            "qk_norm": self.depth >= QK_NORM_FROM_DEPTH,
+            "qk_norm": self.architecture == "var" or self.depth >= QK_NORM_FROM_DEPTH,
             "drop_path": 0.1 * self.depth / 24,
         }
         for name, value in defaults.items():
@@ -110,34 +121,45 @@ class ModelConfig:
 
         def shape(name: str, dims: int) -> list[int]:
             if name not in state:
-                raise ValueError(f"these are not the weights of an M-VAR model: {name!r} is missing")
+                raise ValueError(f"these are not the weights of an M-VAR or VAR model: {name!r} is missing")
             if state[name].dim() != dims:
                 raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(state[name].shape)}")
             return list(state[name].shape)
 
         width, code_dim = shape("word_embed.weight", 2)
+        sizes: dict[str, Any] = {
+            "depth": next(i for i in range(len(state) + 1) if f"blocks.{i}.attn.proj.weight" not in state),
+            "width": width,
+            "num_classes": shape("class_emb.weight", 2)[0] - 1,
+            "num_codes": shape("head.weight", 2)[0],
+            "code_dim": code_dim,
+            "qk_norm": "blocks.0.attn.scale_mul_1H11" in state,
+            "mlp_ratio": shape("blocks.0.ffn.fc1.weight", 2)[0] / width,
+            "shared_adaln": "blocks.0.ada_gss" in state,
+        }
+        if not any(".mamba." in name for name in state):
+            shape("lvl_1L", 2)
+            squares = state["lvl_1L"].flatten().unique_consecutive(return_counts=True)[1].tolist()
+            return cls(**sizes, architecture="var", patch_nums=_sides("lvl_1L", squares))
         inner, xbc = shape("blocks.0.mamba.norm.weight", 1)[0], shape("blocks.0.mamba.conv1d.weight", 3)[0]
-        mixer_heads = shape("blocks.0.mamba.D", 1)[0]
         shape("blocks.0.attn.patch_nums", 1)
-        squares = [int(n) for n in state["blocks.0.attn.patch_nums"]]
-        patch_nums = tuple(math.isqrt(max(n, 0)) for n in squares)
-        if [n * n for n in patch_nums] != squares:
-            raise ValueError(f"blocks.0.attn.patch_nums: expected squares of patch numbers, got {squares}")
         return cls(
-            depth=next(i for i in range(len(state) + 1) if f"blocks.{i}.attn.proj.weight" not in state),
-            patch_nums=patch_nums,
-            width=width,
-            num_classes=shape("class_emb.weight", 2)[0] - 1,
-            num_codes=shape("head.weight", 2)[0],
-            code_dim=code_dim,
-            qk_norm="blocks.0.attn.scale_mul_1H11" in state,
+            **sizes,
+            patch_nums=_sides("blocks.0.attn.patch_nums", [int(n) for n in state["blocks.0.attn.patch_nums"]]),
             bidirectional=state["blocks.0.mamba.dt_bias"].dim() == 2 if "blocks.0.mamba.dt_bias" in state else False,
             state_dim=(xbc - inner) // 2,
             expand=inner // width,
             conv_width=shape("blocks.0.mamba.conv1d.weight", 3)[2],
-            mixer_head_dim=inner // mixer_heads,
-            mlp_ratio=shape("blocks.0.ffn.fc1.weight", 2)[0] / width,
+            mixer_head_dim=inner // shape("blocks.0.mamba.D", 1)[0],
         )
+
+
+def _sides(name: str, squares: list[int]) -> tuple[int, ...]:
+    """Side lengths of maps with so many tokens, as `name` has them."""
+    sides = tuple(math.isqrt(max(n, 0)) for n in squares)
+    if [n * n for n in sides] != squares:
+        raise ValueError(f"{name}: expected squares of patch numbers, got {squares}")
+    return sides
 
 
 def check_patch_nums(patch_nums: Sequence[int]) -> tuple[int, ...]:

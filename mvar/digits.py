@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mvar.checkpoint import load_model, load_tokenizer
 from mvar.evaluate import frechet_distance
-from mvar.model import MVAR
+from mvar.model import Model
 from mvar.tokenizer import Tokenizer
 
 SIDE, UPSCALED = 8, 32
@@ -142,7 +142,7 @@ DRAWING = {"cfg": 0.0, "top_k": 0, "top_p": 1.0}
 """How the demo draws: no filter and no guidance, which would narrow the classes."""
 
 
-def pretrained(*, bidirectional: bool = False) -> tuple[MVAR, Tokenizer]:
+def pretrained(*, bidirectional: bool = False) -> tuple[Model, Tokenizer]:
     """The model and the tokenizer inside the package, as `mvar train --preset digits` made them."""
     assets = files("mvar") / "assets"
     with as_file(assets / f"digits{'_bidirectional' if bidirectional else ''}.safetensors") as weights:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mvar.autoencoder import UpLevel
-from mvar.model import MVAR, FeedForward
+from mvar.layers import FeedForward
+from mvar.model import Model
 from mvar.packed import PackedFeedForward, PackedLinear, packs
 from mvar.tokenizer import Tokenizer
 
@@ -18,13 +19,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32_PARAMETERS = ("dt_bias", "A_log", "D", "scale_mul_1H11")
 
 
-def prepared_model(model: MVAR, dtype: torch.dtype) -> MVAR:
+def prepared_model(model: Model, dtype: torch.dtype) -> Model:
     """A copy of the model for inference in `dtype`, made once and anew when the model's weights have changed.
 
     Changes are seen by torch's version counters: those of optimisers, load_state_dict and in-place operations are;
     writes through `.data`, which torch does not count, are not.
     """
-    copy: MVAR = _cached(model, dtype, _copy_model)
+    copy: Model = _cached(model, dtype, _copy_model)
     return copy
 
 
@@ -65,9 +66,9 @@ def _cached(module: nn.Module, dtype: torch.dtype, make: Callable[[Any, torch.dt
     return known.by_dtype[dtype]
 
 
-def _copy_model(model: MVAR, dtype: torch.dtype) -> MVAR:
+def _copy_model(model: Model, dtype: torch.dtype) -> Model:
     with torch.device("meta"):
-        copy = MVAR(model.config)
+        copy = type(model)(model.config)
     state = {
         name: t.to(dtype) if t.is_floating_point() and not name.endswith(FLOAT32_PARAMETERS) else t
         for name, t in model.state_dict().items()

@@ -1,4 +1,4 @@
-"""Drawing images: every token passes every layer once, because the mixers' states are carried."""
+"""Drawing images: every token passes every layer once, because the blocks' states are carried."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from torch import Tensor
 
 import mvar_kernels as mk
 from mvar.engine import prepared_decoder, prepared_model
-from mvar.model import MVAR, Modulation
+from mvar.layers import State
+from mvar.model import Model, Modulation
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.backends import fastest_dtype
 
@@ -27,7 +28,7 @@ class Generated:
 
 @torch.no_grad()
 def generate(
-    model: MVAR,
+    model: Model,
     tokenizer: Tokenizer,
     labels: Sequence[int] | Tensor,
     *,
@@ -80,7 +81,7 @@ def generate(
 
     codebook = tokenizer.quantize.embedding.weight
     f_hat = codebook.new_zeros(B, config.code_dim, *2 * config.patch_nums[-1:], dtype=torch.float32)
-    states: list[mk.Mamba2State] | None = None
+    states: Sequence[State | None] = model.empty_states(len(x))
     tokens, pictures = [], []
     finite = torch.ones(
         (), dtype=torch.bool, device=label_rows.device
@@ -139,7 +140,7 @@ class _Rows(NamedTuple):
         return (1 + c) * hidden[: self.batch] - c * hidden[self.batch :] if self.guided else hidden
 
 
-def check_fit(model: MVAR, tokenizer: Tokenizer) -> None:
+def check_fit(model: Model, tokenizer: Tokenizer) -> None:
     """ValueError unless model and tokenizer agree on codes, code width, token maps and device."""
     for name in ("num_codes", "code_dim", "patch_nums"):
         of_model, of_tokenizer = getattr(model.config, name), getattr(tokenizer, name)

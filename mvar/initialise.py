@@ -1,18 +1,21 @@
 """Random weights as VAR's trainer makes them."""
 
 import math
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from mvar.model import MVAR
+from mvar.layers import Mamba2
+from mvar.model import Model
+
+AnyModel = TypeVar("AnyModel", bound=Model)
 
 
 @torch.no_grad()
 def initialise(
-    model: MVAR, *, ini: float = -1, hd: float = 0.02, aln: float = 0.5, alng: float = 1e-5, seed: int = 0
-) -> MVAR:
+    model: AnyModel, *, ini: float = -1, hd: float = 0.02, aln: float = 0.5, alng: float = 1e-5, seed: int = 0
+) -> AnyModel:
     """Fill a model with random weights, under the option names of VAR's trainer; Mamba-2's own as in mamba_ssm.
 
     Args:
@@ -48,10 +51,14 @@ def initialise(
     for block in model.typed_blocks():
         block.attn.proj.weight.div_(math.sqrt(2 * depth))
         block.ffn.fc2.weight.div_(math.sqrt(2 * depth))
-        modulation = cast(nn.Linear, block.ada_lin[1])
-        modulation.weight[: 3 * C].mul_(alng)
-        modulation.weight[3 * C :].mul_(aln)
-        mixer = block.mamba
+        if model.config.shared_adaln:
+            block.ada_gss.copy_(torch.randn(block.ada_gss.shape, generator=generator) / math.sqrt(C))
+            rows = block.ada_gss.flatten()
+        else:
+            rows = cast(nn.Linear, block.ada_lin[1]).weight
+        rows[: block.branches * C].mul_(alng)
+        rows[block.branches * C :].mul_(aln)
+    for mixer in (module for module in model.modules() if isinstance(module, Mamba2)):
         dt = torch.exp(math.log(1e-3) + uniform(mixer.dt_bias) * math.log(0.1 / 1e-3)).clamp_min(1e-4)
         mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
         mixer.A_log.copy_((1 + 15 * uniform(mixer.A_log)).log())

@@ -1,151 +1,45 @@
-"""M-VAR (arXiv 2411.10433): intra-scale attention, an inter-scale Mamba-2 mixer, adaLN.
+"""M-VAR (arXiv 2411.10433) and VAR (arXiv 2404.02905): embeddings, a chain of blocks, a head.
 
-One block, on x (B, L, C), with nine vectors a sample from the class embedding:
-
-    x = x + g1 · Attention(LN(x)·(1+s1) + t1)      bidirectional, inside each scale
-    x = x + g2 · Mamba2(LN(x)·(1+s2) + t2)         over the whole sequence, coarse to fine
-    x = x + g3 · FFN(LN(x)·(1+s3) + t3)
-
-computed as a chain: each gated_adaln adds a branch to x and prepares the next branch's input. Module and
-parameter names are those of the published files.
+The two differ in their blocks alone (blocks.py). Module and parameter names are those of the published files.
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mvar_kernels as mk
+from mvar.blocks import LN_EPS, AfterBranch, Block, HeadNorm, MVARBlock, VARBlock, modulation_layer
 from mvar.config import ModelConfig
-
-LN_EPS = 1e-6
-
-
-class Linear(nn.Linear):
-    """A linear layer that can be given its bias at the call."""
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight, self.bias if bias is None else bias)
-
-
-class Attention(nn.Module):
-    """Multi-head softmax attention inside each scale, (B, L, C) → (B, L, C)."""
-
-    zero_k_bias: Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        C = config.channels
-        self.heads = config.heads
-        self.mat_qkv = Linear(C, 3 * C, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
-        self.register_buffer("zero_k_bias", torch.zeros(C))
-        self.register_buffer("patch_nums", torch.tensor(config.scales, dtype=torch.int32))  # the published name
-        self.proj = nn.Linear(C, C)
-        if config.qk_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4)))
-
-    def forward(self, x: Tensor, scales: tuple[int, ...], backend: str) -> Tensor:
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = self.mat_qkv(x, bias).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, H, D)
-        temperature = self.scale_mul_1H11.flatten() if hasattr(self, "scale_mul_1H11") else None
-        q, k, v = qkv.unbind(2)
-        out = mk.scale_attention(q, k, v, scales, log_temperature=temperature, backend=backend)
-        return self.proj(out.flatten(2))
-
-
-class Mamba2(nn.Module):
-    """Mamba-2 (arXiv 2405.21060), (B, L, C) → (B, L, C), with the state carried in and out."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        C, E, H = config.channels, config.inner_width, config.mixer_heads
-        directions = 2 if config.bidirectional else 1
-        xbc = E + 2 * config.state_dim
-        heads = (2, H) if config.bidirectional else (H,)
-        self.in_proj = nn.Linear(C, E + xbc + directions * H, bias=False)  # z, [x, B, C], dt
-        self.conv1d = nn.Conv1d(xbc, xbc, config.conv_width, groups=xbc)  # holds the parameters; not called
-        self.dt_bias = nn.Parameter(torch.zeros(heads))
-        self.A_log = nn.Parameter(torch.zeros(heads))
-        self.D = nn.Parameter(torch.ones(H))
-        self.norm = nn.RMSNorm(E, eps=1e-5)  # holds the parameter; not called
-        self.out_proj = nn.Linear(E, C, bias=False)
-
-    def forward(
-        self, x: Tensor, scales: tuple[int, ...], state: mk.Mamba2State | None, backend: str
-    ) -> tuple[Tensor, mk.Mamba2State]:
-        assert self.conv1d.bias is not None
-        y, state = mk.mamba2_mixer(
-            self.in_proj(x),
-            self.conv1d.weight.flatten(1),
-            self.conv1d.bias,
-            self.dt_bias,
-            self.A_log,
-            self.D,
-            self.norm.weight,
-            state=state,
-            scales=scales,
-            backend=backend,
-        )
-        return self.out_proj(y), state
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU (tanh), Linear."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        hidden = round(config.channels * config.mlp_ratio)
-        self.fc1, self.fc2 = nn.Linear(config.channels, hidden), nn.Linear(hidden, config.channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class Block(nn.Module):
-    """The three branches of a block and the layer that makes their modulation; :class:`MVAR` chains them."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.attn = Attention(config)
-        self.mamba = Mamba2(config)
-        self.ffn = FeedForward(config)
-        self.ada_lin = _modulation_layer(config.channels, 9)
-
-
-class HeadNorm(nn.Module):
-    """The modulation of the last layer norm, before the head."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.ada_lin = _modulation_layer(channels, 2)
-
-
-def _modulation_layer(channels: int, vectors: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(channels, vectors * channels))
+from mvar.layers import State
 
 
 class Modulation(NamedTuple):
-    """All that the class decides: vectors (B, C) for the 3·depth branches in order, and for the head."""
+    """All that the class decides: vectors (B, C) for all branches of all blocks in order, and for the head."""
 
     gates: list[Tensor]
-    """3·depth gates, one a branch."""
+    """one a branch."""
     scales: list[Tensor]
-    """3·depth + 1: the scale before each branch, and before the head."""
+    """one more than branches: the scale before each branch, and before the head."""
     shifts: list[Tensor]
-    """3·depth + 1, likewise."""
+    """likewise."""
 
 
-class MVAR(nn.Module):
-    """The model: `model(labels, inputs)` under teacher forcing; :func:`mvar.generate` draws images."""
+class Model(nn.Module):
+    """`model(labels, inputs)` under teacher forcing; :func:`mvar.generate` draws images.
 
+    :class:`MVAR` and :class:`VAR` are the two there are; :func:`from_config` makes the one that a configuration names.
+    """
+
+    architecture: ClassVar[str]
+    block: ClassVar[type[Block]]
     lvl_1L: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if config.architecture != self.architecture:
+            raise ValueError(f"config.architecture: expected {self.architecture!r}, got {config.architecture!r}")
         self.config = config
         C, scales = config.channels, config.scales
         self.class_emb = nn.Embedding(config.num_classes + 1, C)  # the last row is the unconditional one
@@ -155,7 +49,8 @@ class MVAR(nn.Module):
         self.lvl_embed = nn.Embedding(len(scales), C)
         levels = [torch.full((1, n), k) for k, n in enumerate(scales)]
         self.register_buffer("lvl_1L", torch.cat(levels, 1))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.shared_ada_lin = modulation_layer(C, 3 * self.block.branches) if config.shared_adaln else nn.Identity()
+        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(C)
         self.head = nn.Linear(C, config.num_codes)
 
@@ -197,42 +92,47 @@ class MVAR(nn.Module):
 
     def modulation(self, cond: Tensor) -> Modulation:
         """The modulation of class embeddings (B, C). It is the same at every scale: once per image is enough."""
-        gates, scales, shifts = [], [], []
+        gates: list[Tensor] = []
+        scales: list[Tensor] = []
+        shifts: list[Tensor] = []
+        shared, n = self.shared_ada_lin(cond), self.block.branches
         for block in self.typed_blocks():
-            nine = block.ada_lin(cond).chunk(9, -1)  # g1 g2 g3 s1 s2 s3 t1 t2 t3
-            gates += nine[:3]
-            scales += nine[3:6]
-            shifts += nine[6:]
+            vectors = block.modulation(shared)
+            gates += vectors[:n]
+            scales += vectors[n : 2 * n]
+            shifts += vectors[2 * n :]
         scale, shift = self.head_nm.ada_lin(cond).chunk(2, -1)
         return Modulation(gates, [*scales, scale], [*shifts, shift])
+
+    def empty_states(self, batch: int) -> list[State]:
+        """What the blocks remember of coarser scales before the first one, for :meth:`hidden`: one state a block.
+
+        Constant in size, made once a generation. Not for training: VAR's hold keys and values in buffers for the
+        whole sequence, which :meth:`hidden` writes in place.
+        """
+        return [block.empty_state(batch) for block in self.typed_blocks()]
 
     def hidden(
         self,
         x: Tensor,
         modulation: Modulation,
         scales: tuple[int, ...],
-        states: Sequence[mk.Mamba2State | None] | None = None,
+        states: Sequence[State | None] | None = None,
         *,
         backend: str = "auto",
-    ) -> tuple[Tensor, list[mk.Mamba2State]]:
-        """Run the blocks over new tokens, whole scales, from the mixers' states after all coarser ones.
+    ) -> tuple[Tensor, list[State | None]]:
+        """Run the blocks over new tokens, whole scales, from the blocks' states after all coarser ones.
 
-        x (B, L, C) → the head's input (B, L, C) and one state a block. `states` None: start of the sequence.
+        x (B, L, C) → the head's input (B, L, C) and one state a block. `states` None: start of the sequence, of
+        which nothing need be remembered.
         """
-        # Under autocast layers answer in 16 bits; x and what is added to it stay in x's dtype.
         gates, s, t = ([vector.to(x.dtype) for vector in vectors] for vectors in modulation)
-
-        def add(i: int, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-            return mk.gated_adaln(x, branch.to(x.dtype), gates[i], s[i + 1], t[i + 1], eps=LN_EPS, backend=backend)
-
+        after = [AfterBranch(*vectors) for vectors in zip(gates, s[1:], t[1:], strict=True)]
         h = mk.adaln(x, s[0], t[0], eps=LN_EPS, backend=backend)
-        new_states = []
+        new_states, n = [], self.block.branches
         for i, (block, state) in enumerate(zip(self.typed_blocks(), states or [None] * self.config.depth, strict=True)):
-            x, h = add(3 * i, x, block.attn(h, scales, backend))
-            branch, new_state = block.mamba(h, scales, state, backend)
-            x, h = add(3 * i + 1, x, branch)
-            x, h = add(3 * i + 2, x, block.ffn(h))
-            new_states.append(new_state)
+            x, h, state = block(x, h, after[n * i : n * (i + 1)], scales, state, backend)
+            new_states.append(state)
         return h, new_states
 
     def _with_stochastic_depth(self, modulation: Modulation) -> Modulation:
@@ -241,7 +141,7 @@ class MVAR(nn.Module):
         last = max(self.config.depth - 1, 1)
         gates = []
         for i, gate in enumerate(modulation.gates):
-            keep = 1 - self.config.drop_path * (i // 3) / last
+            keep = 1 - self.config.drop_path * (i // self.block.branches) / last
             kept = torch.rand(gate.shape[0], 1, device=gate.device) < keep if keep < 1 else None
             gates.append(gate if kept is None else gate * kept / keep)
         return modulation._replace(gates=gates)
@@ -258,3 +158,23 @@ class MVAR(nn.Module):
         # The published mask follows from the schedule; as a buffer it would cost L² (357 MB at 1024×1024).
         state_dict.pop(prefix + "attn_bias_for_masking", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class MVAR(Model):
+    """M-VAR: attention inside each scale, a Mamba-2 mixer over all of them."""
+
+    architecture, block = "mvar", MVARBlock
+
+
+class VAR(Model):
+    """VAR: attention over the own scale and all coarser ones."""
+
+    architecture, block = "var", VARBlock
+
+
+_MODELS: Mapping[str, type[Model]] = {model.architecture: model for model in (MVAR, VAR)}
+
+
+def from_config(config: ModelConfig) -> Model:
+    """The model that `config.architecture` names, with weights as torch leaves them (:func:`mvar.initialise`)."""
+    return _MODELS[config.architecture](config)

@@ -16,7 +16,7 @@ Only under torch.no_grad(): where gradients are recorded oneDNN takes its plain 
 import torch
 from torch import Tensor, nn
 
-from mvar.model import FeedForward
+from mvar.layers import FeedForward
 
 PACKED_ROWS = 512  # the number of rows that a linear layer's packed layout is chosen for
 

@@ -10,7 +10,7 @@ from mvar import digits
 from mvar.checkpoint import load_model, load_tokenizer
 from mvar.files import check_writable
 from mvar.generate import generate
-from mvar.model import MVAR
+from mvar.model import Model
 from mvar.pictures import grid, save_npz, save_png, to_bytes
 from mvar.tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ def drawing(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {"dtype": DTYPES[options.dtype]}
 
 
-def _load(weights: str | None, tokenizer: str | None, device: torch.device) -> tuple[MVAR, Tokenizer]:
+def _load(weights: str | None, tokenizer: str | None, device: torch.device) -> tuple[Model, Tokenizer]:
     if weights is None or tokenizer is None:
         model, images = digits.pretrained()
         return model.to(device), images.to(device)

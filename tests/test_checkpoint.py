@@ -145,7 +145,10 @@ def test_truncated_files(files: Path, tmp_path: Path, size: int) -> None:
     ("change", "message"),
     [
         (lambda s: s.pop("blocks.1.ffn.fc1.bias"), "1 weights are missing, the first is 'blocks.1.ffn.fc1.bias'"),
-        (lambda s: s.pop("word_embed.weight"), "not the weights of an M-VAR model: 'word_embed.weight' is missing"),
+        (
+            lambda s: s.pop("word_embed.weight"),
+            "not the weights of an M-VAR or VAR model: 'word_embed.weight' is missing",
+        ),
         (lambda s: s.update({"extra": torch.zeros(1)}), "1 unknown weights, the first is 'extra'"),
         (lambda s: s.update({"head.bias": torch.zeros(7)}), r"head.bias: expected shape \(512,\), got \(7,\)"),
         (lambda s: s["head.weight"].fill_(torch.nan), "head.weight: not all values are finite"),
@@ -156,7 +159,7 @@ def test_truncated_files(files: Path, tmp_path: Path, size: int) -> None:
         (lambda s: s.update({"head.bias": torch.zeros(512).long()}), "head.bias: expected dense floating-point values"),
         (lambda s: s.update({"head.bias": torch.zeros(512) + 1j}), "head.bias: expected dense floating-point values"),
         (lambda s: s.update({"head.bias": torch.zeros(512).to_sparse()}), "head.bias: expected dense"),
-        (lambda s: s.update({"word_embed.weight": torch.zeros(0, 8)}), "no usable sizes for a MVAR"),
+        (lambda s: s.update({"word_embed.weight": torch.zeros(0, 8)}), "no usable sizes for a model"),
         (lambda s: s["lvl_1L"].fill_(99), "lvl_1L: does not follow from the patch numbers"),
         (lambda s: s["blocks.1.attn.patch_nums"].zero_(), "blocks.1.attn.patch_nums: does not follow"),
     ],
@@ -171,7 +174,7 @@ def test_weights_that_do_not_fit(files: Path, tmp_path: Path, change: object, me
 
 
 def test_a_tokenizer_is_no_model(files: Path) -> None:
-    with pytest.raises(mvar.CheckpointError, match="not the weights of an M-VAR model"):
+    with pytest.raises(mvar.CheckpointError, match="not the weights of an M-VAR or VAR model"):
         mvar.load_model(files / "tokenizer.pth")
     with pytest.raises(mvar.CheckpointError, match="not the weights of a tokenizer"):
         mvar.load_tokenizer(files / "model.pth", patch_nums=(1, 2))

@@ -9,7 +9,7 @@ from torch import nn
 
 import mvar
 from mvar.engine import doubling_convolution, prepared_decoder, prepared_model
-from mvar.model import FeedForward, Linear
+from mvar.layers import FeedForward, Linear
 from mvar.packed import PackedFeedForward, PackedLinear, packs
 
 CPU = torch.device("cpu")

@@ -1,0 +1,155 @@
+"""The branches of a block, (B, L, C) → (B, L, C), and what they carry from scale to scale.
+
+Module and parameter names are those of the published files.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mvar_kernels as mk
+from mvar.config import HEAD_DIM, ModelConfig
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of all tokens so far, in a buffer for the whole sequence that is written in place.
+
+    buffer: (B, L, 2, H, D), keys as they are before their norm. scales: tokens of each scale that is in there.
+    """
+
+    buffer: Tensor
+    scales: tuple[int, ...]
+
+
+State = mk.Mamba2State | KeyValues
+"""What one block remembers of all coarser scales."""
+
+
+class Linear(nn.Linear):
+    """A linear layer that can be given its bias at the call."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias if bias is None else bias)
+
+
+class Attention(nn.Module):
+    """The projections of multi-head attention, and q/k norm's temperature: what M-VAR's and VAR's share."""
+
+    zero_k_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C = config.channels
+        self.heads = config.heads
+        self.mat_qkv = Linear(C, 3 * C, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
+        self.register_buffer("zero_k_bias", torch.zeros(C))
+        self.proj = nn.Linear(C, C)
+        if config.qk_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4)))
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """(B, L, C) → (B, L, 3, H, D)."""
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        return self.mat_qkv(x, bias).unflatten(-1, (3, self.heads, -1))
+
+    def log_temperature(self) -> Tensor | None:
+        return self.scale_mul_1H11.flatten() if hasattr(self, "scale_mul_1H11") else None
+
+
+class IntraScaleAttention(Attention):
+    """M-VAR's: softmax attention inside each scale, both ways."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("patch_nums", torch.tensor(config.scales, dtype=torch.int32))  # the published name
+
+    def forward(self, x: Tensor, scales: tuple[int, ...], backend: str) -> Tensor:
+        q, k, v = self.qkv(x).unbind(2)
+        out = mk.scale_attention(q, k, v, scales, log_temperature=self.log_temperature(), backend=backend)
+        return self.proj(out.flatten(2))
+
+
+class CausalAttention(Attention):
+    """VAR's: softmax attention over the own scale and all coarser ones, whose keys and values are carried."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.num_tokens = config.num_tokens
+
+    def empty_state(self, batch: int) -> KeyValues:
+        return KeyValues(self.q_bias.new_zeros(batch, self.num_tokens, 2, self.heads, HEAD_DIM), ())
+
+    def forward(
+        self, x: Tensor, scales: tuple[int, ...], state: KeyValues | None, backend: str
+    ) -> tuple[Tensor, KeyValues | None]:
+        q, k, v = self.qkv(x).unbind(2)
+        if state is not None:
+            start, end = sum(state.scales), sum(state.scales) + sum(scales)
+            state.buffer[:, start:end, 0] = k
+            state.buffer[:, start:end, 1] = v
+            k, v = state.buffer[:, :end].unbind(2)
+            scales = state.scales + scales
+            state = KeyValues(state.buffer, scales)
+        temperature = self.log_temperature()
+        out = mk.scale_attention(q, k, v, scales, pattern="causal", log_temperature=temperature, backend=backend)
+        return self.proj(out.flatten(2)), state
+
+
+class Mamba2(nn.Module):
+    """M-VAR's mixer over the whole sequence: Mamba-2 (arXiv 2405.21060), with its state carried."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C, E, H = config.channels, config.inner_width, config.mixer_heads
+        directions = 2 if config.bidirectional else 1
+        xbc = E + 2 * config.state_dim
+        heads = (2, H) if config.bidirectional else (H,)
+        self.state_sizes = (H, config.mixer_head_dim, config.state_dim)
+        self.in_proj = nn.Linear(C, E + xbc + directions * H, bias=False)  # z, [x, B, C], dt
+        self.conv1d = nn.Conv1d(xbc, xbc, config.conv_width, groups=xbc)  # holds the parameters; not called
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.D = nn.Parameter(torch.ones(H))
+        self.norm = nn.RMSNorm(E, eps=1e-5)  # holds the parameter; not called
+        self.out_proj = nn.Linear(E, C, bias=False)
+
+    def empty_state(self, batch: int) -> mk.Mamba2State:
+        channels, _, taps = self.conv1d.weight.shape
+        conv = self.conv1d.weight.new_zeros(batch, taps - 1, channels)
+        return mk.Mamba2State(
+            conv, conv.new_zeros(batch, *self.state_sizes, dtype=torch.promote_types(conv.dtype, torch.float32))
+        )
+
+    def forward(
+        self, x: Tensor, scales: tuple[int, ...], state: mk.Mamba2State | None, backend: str
+    ) -> tuple[Tensor, mk.Mamba2State]:
+        assert self.conv1d.bias is not None
+        y, state = mk.mamba2_mixer(
+            self.in_proj(x),
+            self.conv1d.weight.flatten(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            state=state,
+            scales=scales,
+            backend=backend,
+        )
+        return self.out_proj(y), state
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = round(config.channels * config.mlp_ratio)
+        self.fc1, self.fc2 = nn.Linear(config.channels, hidden), nn.Linear(hidden, config.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
