@@ -1,6 +1,7 @@
-"""The command line: `mvar demo | sample | train | info`."""
+"""The command line: `mvar demo | sample | train | tokenize | info`."""
 
 import argparse
+import os
 import platform
 import re
 import sys
@@ -114,6 +115,49 @@ def _parser() -> argparse.ArgumentParser:
         "--shorten", type=float, default=1.0, metavar="F", help="share of the preset's steps (default: 1)"
     )
 
+    tokenize = command(
+        "tokenize",
+        _tokenize,
+        "write the tokens of a data set once, for training without an encoder",
+        "mvar tokenize --data_path imagenet --tokenizer vae_ch160v4096z32.pth --out tokens --crops 4\n"
+        "torchrun --nproc_per_node=8 -m mvar.cli tokenize --data_path imagenet --tokenizer vae_ch160v4096z32.pth "
+        "--out tokens",
+    )
+    tokenize.add_argument(
+        "--data_path",
+        type=Path,
+        required=True,
+        help="folder with train/class/picture and, if wanted, val/class/picture",
+    )
+    tokenize.add_argument("--tokenizer", required=True, help="official or own file, or hf://owner/repository/file")
+    tokenize.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for train/ and val/; what is there already is kept and gone on with",
+    )
+    tokenize.add_argument(
+        "--crops", type=int, default=1, metavar="N", help="random crops of each training picture (default: 1)"
+    )
+    tokenize.add_argument("--hflip", action="store_true", help="mirror training pictures at random")
+    tokenize.add_argument(
+        "--mid_reso",
+        type=float,
+        default=1.125,
+        metavar="F",
+        help="the shorter side before the crop, in resolutions (default: 1.125)",
+    )
+    tokenize.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
+    maps = tokenize.add_mutually_exclusive_group()
+    maps.add_argument("--resolution", type=int, help="256, 512 or 1024 (default: as the tokenizer's file says)")
+    maps.add_argument("--patch_nums", type=int, nargs="+", metavar="N", help="side lengths of other token maps")
+    tokenize.add_argument("--batch", type=int, default=64, metavar="N", help="crops encoded at a time (default: 64)")
+    tokenize.add_argument(
+        "--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes that read pictures"
+    )
+    tokenize.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)")
+    tokenize.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda where there is one)")
+
     command("info", _info, "tell versions, devices and backends, and why a backend is missing", "mvar info")
     return parser
 
@@ -170,6 +214,12 @@ def _train(options: argparse.Namespace) -> None:
         seed=options.seed,
         shorten=options.shorten,
     )
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    from mvar.data.encode import tokenize
+
+    tokenize(options)
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -130,8 +130,8 @@ class ImageFolder:
     def _complaint(self, failed: set[str], seen: int) -> str:
         some = "; ".join(f"{name}: {self.unreadable[name]}" for name in sorted(failed)[:3])
         return (
-            f"{self.path}: {len(failed)} pictures cannot be read, after {seen} others; "
-            f"more than {MAX_UNREADABLE:.0%} stop the run: {some}"
+            f"{self.path}: {len(failed)} of the first {seen} pictures cannot be read, and more than "
+            f"{MAX_UNREADABLE:.0%} stop the run: {some}"
         )
 
 
