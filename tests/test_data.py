@@ -283,6 +283,13 @@ def test_the_share_is_of_what_was_read_so_far(folder_of_200: ImageFolder, monkey
         list(folder_of_200.once(batch=40))
 
 
+def test_the_search_for_a_stand_in_ends(folder_of_200: ImageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "TRIES", 1)
+    spoil(folder_of_200, 0)
+    with pytest.raises(UnreadablePictures, match="1 of the first 10 pictures"):
+        next(folder_of_200.once(batch=10))
+
+
 def test_a_folder_without_any_readable_picture_ends(small: ImageFolder) -> None:
     for item in range(len(small)):
         spoil(small, item)
