@@ -143,7 +143,7 @@ def kernels(compiled: dict[str, Any]) -> str:
         "GPUs that were not there, by",
         f"`python tests/compile_ahead.py --write benchmarks/results/kernels.json` with Triton {compiled['triton']}; "
         "nothing here was run or timed.",
-        "\"Stack\": bytes a thread of registers that did not fit, in memory instead.",
+        '"Stack": bytes a thread of registers that did not fit, in memory instead.',
     ]
     for arch in dict.fromkeys(row["arch"] for row in compiled["rows"]):
         lines += [

@@ -1,0 +1,103 @@
+"""A training step from pictures and from tokens that `mvar tokenize` wrote: `python -m benchmarks.data`.
+
+The published tokenizer's sizes and a model at 256×256, random weights, float32, AdamW. Pictures of 500×375 pixels and
+about 110 KB of JPEG, usual sizes in ImageNet, made here; they and the tokens are read from the system's cache of files.
+One process reads, encodes and trains: worker processes would hide the reading, but not the encoding.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import mvar
+from benchmarks.measure import DEVICE, interleaved, require_allocator, write
+from mvar.data import Batch, ImageFolder, Source, TokenStore
+from mvar.data.encode import write_tokens
+
+PICTURES = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    require_allocator()
+    torch.set_float32_matmul_precision("medium")
+    model, tokenizer = mvar.build(options.depth, num_classes=1)
+    model.to(DEVICE).train()
+    tokenizer.to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(labels: Tensor, tokens: Tensor) -> None:
+        logits = model(labels.to(DEVICE), tokenizer.teacher_forcing_inputs(tokens))
+        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with tempfile.TemporaryDirectory() as root:
+        size_kb = make_pictures(Path(root, "train", "class"))
+        folder = ImageFolder(Path(root, "train"), tokenizer.resolution)
+        write_tokens(folder, tokenizer, Path(root, "tokens"), crops=1, batch=options.batch)
+        pictures, tokens = reader(folder, options.batch), reader(TokenStore(Path(root, "tokens")), options.batch)
+
+        def encoded(batch: Batch) -> Tensor:
+            assert batch.images is not None
+            return tokenizer.encode(batch.images.to(DEVICE))
+
+        def from_pictures() -> None:
+            batch = pictures()
+            step(batch.labels, encoded(batch))
+
+        def from_tokens() -> None:
+            batch = tokens()
+            assert batch.tokens is not None
+            step(batch.labels, batch.tokens.to(DEVICE))
+
+        held = pictures()
+        sides: dict[str, Callable[[], object]] = {
+            "step from pictures": from_pictures,
+            "step from tokens": from_tokens,
+            "reading pictures": pictures,
+            "encoding": lambda: encoded(held),
+            "reading tokens": tokens,
+        }
+        ms = interleaved(sides, rounds=options.rounds, seconds=0)
+    row = {"batch": options.batch, "dtype": "float32", "picture_kb": size_kb, "median_ms": ms}
+    print(row)
+    print(write(f"data_d{options.depth}", [row]))
+
+
+def reader(source: Source, batch: int) -> Callable[[], Batch]:
+    """Reads the next batch at every call, epoch after epoch."""
+
+    def batches() -> Iterator[Batch]:
+        for epoch in count():
+            yield from source.batches(batch=batch, seed=0, epoch=epoch)
+
+    return batches().__next__
+
+
+def make_pictures(folder: Path) -> float:
+    """Smooth colours and some noise, as many JPEGs; returns their mean size in KB."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(PICTURES):
+        colours = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+        smooth = np.asarray(colours.resize((500, 375), Image.Resampling.BICUBIC)).astype(np.float32)
+        noisy = smooth + rng.normal(scale=10, size=smooth.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=94)
+    return float(np.mean([path.stat().st_size for path in folder.iterdir()])) / 1e3
+
+
+if __name__ == "__main__":
+    main()
