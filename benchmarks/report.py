@@ -33,7 +33,8 @@ def device(folder: Path) -> str:
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     generations = {name: r for name, r in results.items() if name.startswith("generate_")}
     memory = {name: r for name, r in results.items() if name.startswith("memory_")}
-    ops = {name: r for name, r in results.items() if name not in generations | memory}
+    data = {name: r for name, r in results.items() if name.startswith("data_")}
+    ops = {name: r for name, r in results.items() if name not in generations | memory | data}
     parts = [machines(results.values())]
     for name, content in generations.items():
         picture = Path("docs") / f"{name}_{folder.name}.png"
@@ -41,6 +42,7 @@ def device(folder: Path) -> str:
         model = name.removeprefix("generate_")
         peaks = memory.get(f"memory_{model}", {"rows": []})["rows"]
         parts += [generation(model, content["rows"], peaks), f"![where the time goes]({picture})\n"]
+    parts += [training_data(name.removeprefix("data_"), row) for name, r in data.items() for row in r["rows"]]
     if ops:
         picture = Path("docs") / f"ops_{folder.name}.png"
         plots.ops({name: content["rows"] for name, content in ops.items()}, ROOT / picture)
@@ -112,6 +114,17 @@ def _breakdowns(runs: list[dict[str, Any]]) -> str:
 
 def _floor(ms: float | None) -> str:
     return f"{ms:.0f}" if ms and ms >= 0.5 else ("< 1" if ms else "–")
+
+
+def training_data(model: str, row: dict[str, Any]) -> str:
+    ms = row["median_ms"]
+    pictures, tokens = ms["step from pictures"], ms["step from tokens"]
+    return (
+        f"A training step of {model} at 256×256, batch {row['batch']}, {row['dtype']}: {pictures / 1e3:.2f} s from "
+        f"pictures, with {ms['encoding'] / 1e3:.2f} s of encoding and {ms['reading pictures']:.0f} ms of reading; "
+        f"{tokens / 1e3:.2f} s from tokens ({pictures / tokens:.2f} times as fast), with {ms['reading tokens']:.2f} ms "
+        "of reading.\n"
+    )
 
 
 def table_of_ops(ops: dict[str, Any]) -> str:
