@@ -152,8 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     maps.add_argument("--resolution", type=int, help="256, 512 or 1024 (default: as the tokenizer's file says)")
     maps.add_argument("--patch_nums", type=int, nargs="+", metavar="N", help="side lengths of other token maps")
     tokenize.add_argument("--batch", type=int, default=64, metavar="N", help="crops encoded at a time (default: 64)")
+    workers = min(8, os.cpu_count() or 1)
     tokenize.add_argument(
-        "--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes that read pictures"
+        "--workers", type=int, default=workers, metavar="N", help=f"processes that read pictures (default: {workers})"
     )
     tokenize.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)")
     tokenize.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda where there is one)")

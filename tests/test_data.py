@@ -83,7 +83,7 @@ def test_validation_has_every_item_once_in_as_many_batches_a_rank() -> None:
     [
         ({"batch": 0}, "batch: expected at least 1, got 0"),
         ({"batch": 1, "rank": 2, "world": 2}, "rank: expected from 0 to below world=2, got 2"),
-        ({"batch": 1, "seed": -1}, "seed: expected a whole number of at least 0, got -1"),
+        ({"batch": 1, "seed": -1}, "seed: expected a whole number from 0 to 2⁶³−1, got -1"),
         ({"batch": 1, "start": -1}, "start: expected"),
     ],
 )

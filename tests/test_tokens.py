@@ -328,9 +328,10 @@ def test_the_command_writes_both_parts(
     assert val.classes == train.classes and next(val.once(batch=3)).labels.tolist() == [1, 1, 1]
 
     for extra, message in [
-        (["--crops", "0"], "--crops: expected at least 1"),
+        (["--crops", "0"], "crops: expected at least 1"),
         (["--crops", "3"], "crops 2 against 3"),
         (["--resolution", "128"], "resolution: expected one of"),
+        (["--seed", "-1"], "seed: expected a whole number from 0"),
         (["--mid_reso", "0.5"], "mid_resolution: expected"),
     ]:
         with pytest.raises(SystemExit) as exit:

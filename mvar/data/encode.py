@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mvar.checkpoint import load_tokenizer
 from mvar.data.folder import Crops, ImageFolder, Read
+from mvar.data.order import check_word
 from mvar.data.tokens import MANIFEST, MAX_CODES, Manifest, TokenStoreError, damage, fingerprint, shard_files, shard_sum
 from mvar.files import replacing
 from mvar.sample import DTYPES, device_of
@@ -33,9 +34,6 @@ log = logging.getLogger("mvar")
 
 def tokenize(options: argparse.Namespace) -> None:
     """Write the tokens of `data_path/train`, and of `data_path/val` where there is one, into folders of these names."""
-    for name in ("batch", "crops"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     # torchrun's variables; without it one process does all.
     rank, world, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if options.device is None and torch.cuda.is_available():
@@ -99,6 +97,10 @@ def write_tokens(
         UnreadablePictures: more than 1 %.
         OSError: a file cannot be written, on a full disk for one.
     """
+    check_word("seed", seed)
+    for name, value in (("batch", batch), ("crops", 1 if crops is None else crops)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     if tokenizer.num_codes > MAX_CODES:
         raise ValueError(
             f"tokenizer: expected at most {MAX_CODES} codes, which 16 bits tell apart, got {tokenizer.num_codes}"

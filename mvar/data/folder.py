@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -158,25 +159,23 @@ class Crops(Dataset[Read]):
         pictures = torch.full((len(items),), -1)
         failures: list[tuple[str, str]] = []
         for row, item in enumerate(items):
-            for picture in candidates(int(item), len(self.folder)):
+            for candidate in candidates(int(item), len(self.folder)):
                 try:
-                    images[row] = self._crops(picture)
+                    picture = read_picture(self.folder.path / self.folder.name(candidate), self.folder.side)
                 except MemoryError:
                     raise
                 except Exception as error:  # what a corrupted byte raises inside Pillow is any of a dozen types
-                    failures.append((self.folder.name(picture), _reason(error)))
+                    failures.append((self.folder.name(candidate), _reason(error)))
                 else:
-                    pictures[row] = picture
+                    images[row], pictures[row] = self._crops(picture, candidate), candidate
                     break
         return Read(pictures, images, failures)
 
-    def _crops(self, item: int) -> Tensor:
-        folder = self.folder
-        picture = read_picture(folder.path / folder.name(item), folder.side)
+    def _crops(self, picture: Image.Image, item: int) -> Tensor:
         if self.epochs is None:
-            return centre_crop(picture, folder.resolution)[None]
-        draw: dict[str, Any] = {"flip": folder.flip, "seed": self.seed, "item": item}
-        return torch.stack([random_crop(picture, folder.resolution, epoch=epoch, **draw) for epoch in self.epochs])
+            return centre_crop(picture, self.folder.resolution)[None]
+        draw: dict[str, Any] = {"flip": self.folder.flip, "seed": self.seed, "item": item}
+        return torch.stack([random_crop(picture, self.folder.resolution, epoch=e, **draw) for e in self.epochs])
 
 
 def candidates(item: int, items: int) -> Iterator[int]:

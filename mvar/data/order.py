@@ -11,7 +11,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_SEED = 2**63 - 1
+MAX_WORD = 2**63 - 1
 
 
 class Purpose(IntEnum):
@@ -47,9 +47,8 @@ def shuffled(
     The last batch is filled up from the permutation's beginning, as VAR's sampler does.
     """
     check_batches(items, batch=batch, rank=rank, world=world)
-    for name, value, limit in (("seed", seed, MAX_SEED), ("epoch", epoch, MAX_SEED), ("start", start, MAX_SEED)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
-            raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
+    for name, value in (("seed", seed), ("epoch", epoch), ("start", start)):
+        check_word(name, value)
     order = words(items, Purpose.ORDER, seed=seed, epoch=epoch).argsort(kind="stable")
     for k in range(start, num_batches(items, batch, world)):
         first = (k * world + rank) * batch
@@ -71,3 +70,9 @@ def check_batches(items: int, *, batch: int, rank: int, world: int) -> None:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     if not 0 <= rank < world:
         raise ValueError(f"rank: expected from 0 to below world={world}, got {rank}")
+
+
+def check_word(name: str, value: int) -> None:
+    """ValueError unless the value can key or count random words."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_WORD:
+        raise ValueError(f"{name}: expected a whole number from 0 to 2⁶³−1, got {value!r}")
