@@ -141,24 +141,29 @@ def test_bfloat16_is_said_in_the_manifest(folder: ImageFolder, whole: Path, tmp_
 
 # Interruptions
 
-KILLED = """
+STOPPING = """
 import sys, time
 from pathlib import Path
 from tests.test_tokens import ImageFolder, small_tokenizer, write
 
+out, files, workers = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 tokenizer = small_tokenizer()
 encode = tokenizer.encode
-def slow(images):
-    time.sleep(0.05)
+calls = 0
+def stopping(images):
+    global calls
+    calls += 1
+    if calls > 2 * files + 1:  # two batches a file: in the middle of the next one
+        time.sleep(600)
     return encode(images)
-tokenizer.encode = slow
-write(ImageFolder(sys.argv[1], 8, flip=True), Path(sys.argv[2]), tokenizer, workers=int(sys.argv[3]))
+tokenizer.encode = stopping
+write(ImageFolder(sys.argv[1], 8, flip=True), out, tokenizer, workers=workers)
 """
 
 
 @pytest.mark.parametrize(("files", "workers"), [(1, 0), (3, 1)])
 def test_a_killed_run_goes_on(folder: ImageFolder, whole: Path, tmp_path: Path, files: int, workers: int) -> None:
-    arguments = [sys.executable, "-c", KILLED, str(folder.path), str(tmp_path), str(workers)]
+    arguments = [sys.executable, "-c", STOPPING, str(folder.path), str(tmp_path), str(files), str(workers)]
     process = subprocess.Popen(arguments, cwd=Path(__file__).parent.parent)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("0*.npy"))) < files:
@@ -167,10 +172,10 @@ def test_a_killed_run_goes_on(folder: ImageFolder, whole: Path, tmp_path: Path, 
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {path: path.stat().st_ino for path in tmp_path.glob("0*.npy")}
-    with pytest.raises(TokenStoreError, match=f"unfinished: {6 - len(finished)} of 6 files are missing"):
+    with pytest.raises(TokenStoreError, match=f"unfinished: {6 - files} of 6 files are missing"):
         TokenStore(tmp_path)
     (tmp_path / f".{5:05d}-0123.npy.tmp.npy").write_bytes(b"half")  # as left by a kill within the writing
-    assert write(folder, tmp_path) == 6 - len(finished)
+    assert write(folder, tmp_path) == 6 - files
     assert contents(tmp_path) == contents(whole)
     assert all(path.stat().st_ino == inode for path, inode in finished.items())
 
