@@ -1,4 +1,6 @@
-"""Builds the C++ kernels, `mvar_kernels._native`, with CMake. Everything else is in pyproject.toml.
+"""Builds the C++ kernels (`mvar_kernels._native`) and the CUDA ones (`mvar_kernels._cuda`) with CMake.
+
+Everything else is in pyproject.toml.
 
 A machine that cannot compile at all (no CMake, no compiler, no Python headers) gets an install
 without the kernels, and one line that says so. A machine that can, but on which our sources do not
@@ -82,16 +84,20 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], check=True)
         product = Path(self.get_ext_fullpath(ext.name))
+        built = folder / product.name
+        if ext.optional and not built.exists():
+            return
         product.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(folder / product.name), str(product))
+        self.copy_file(str(built), str(product))
 
 
-# CMake finds the sources by itself: they are listed here for source distributions.
-native = Extension(
-    "mvar_kernels._native",
-    sources=sorted(glob("csrc/**/*.c*", recursive=True)),
-    depends=["CMakeLists.txt", *sorted(glob("csrc/**/*.h", recursive=True))],
-)
+# CMake finds the sources by itself: they are listed here for source distributions. One run of it builds both modules,
+# the CUDA one where it can (CMakeLists.txt says where).
+SOURCES = {
+    "sources": sorted(glob("csrc/**/*.c*", recursive=True)),
+    "depends": ["CMakeLists.txt", *sorted(glob("csrc/**/*.h", recursive=True))],
+}
+EXTENSIONS = [Extension("mvar_kernels._native", **SOURCES), Extension("mvar_kernels._cuda", optional=True, **SOURCES)]
 
 if __name__ == "__main__":
-    setup(ext_modules=[native], cmdclass={"build_ext": CMakeBuild})
+    setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": CMakeBuild})

@@ -43,8 +43,6 @@ py::dict build_info() {
   info["compiler"] = MVAR_COMPILER;
   info["openmp"] = bool(MVAR_OPENMP);
   info["instruction_sets"] = sets;
-  info["cuda"] = bool(MVAR_CUDA);
-  info["cuda_reason"] = MVAR_CUDA_REASON;
   return info;
 }
 

@@ -43,13 +43,30 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and cannot do what was asked."""
 
 
-@cache
-def native() -> ModuleType | None:
-    """The C++ extension, or None where it was not built."""
+def _extension(name: str) -> ModuleType | None:
     try:
-        return importlib.import_module("mvar_kernels._native")
+        return importlib.import_module(f"mvar_kernels.{name}")
     except ImportError:
         return None
+
+
+@cache
+def native() -> ModuleType | None:
+    """The extension of C++ kernels, or None where it was not built."""
+    return _extension("_native")
+
+
+@cache
+def cuda() -> ModuleType | None:
+    """The extension of CUDA kernels, or None where it was not built."""
+    return _extension("_cuda")
+
+
+def extension(t: torch.Tensor) -> ModuleType:
+    """The extension whose kernels run where `t` is, one of which was chosen."""
+    module = cuda() if t.is_cuda else native()
+    assert module is not None, "unavailable() answers before a kernel is called"
+    return module
 
 
 def interpreted() -> bool:
@@ -75,11 +92,8 @@ def unavailable(name: str) -> str | None:
         case "cpu":
             return None if native() else "the C++ extension was not built (no compiler at install)"
         case "cuda":
-            module = native()
-            if module is None:
-                return "the C++ extension was not built (no compiler at install)"
-            if not module.build_info()["cuda"]:
-                return str(module.build_info()["cuda_reason"])
+            if cuda() is None:
+                return "the CUDA extension was not built (at install: no nvcc, or neither a GPU nor CUDAARCHS)"
             return None if torch.cuda.is_available() else "no CUDA device"
         case "triton":
             if importlib.util.find_spec("triton") is None:

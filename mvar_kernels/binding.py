@@ -1,23 +1,48 @@
-"""What kernel modules share at their edge: the C++ extension, inputs that they can read, outputs as they write them."""
+"""What kernel modules share at their edge: dtypes and streams by number, inputs as they read them, outputs to write."""
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import native
+# The index of a dtype in the extensions' tables (csrc/common/dtype.h).
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+Where = tuple[int, int]
 
 
-def extension() -> ModuleType:
-    """The C++ extension, where a kernel of it was chosen."""
-    module = native()
-    assert module is not None, "backends.unavailable('cpu') answers before a kernel is called"
-    return module
+def where(t: Tensor) -> Where:
+    """How a call names the kernel's dtype and, on a GPU, the stream it runs on."""
+    return DTYPES[t.dtype], torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+
+
+def dtype_objection(t: Tensor, allowed: tuple[torch.dtype, ...]) -> str | None:
+    """What a kernel for these dtypes has against `t`, or None."""
+    if t.dtype in allowed:
+        return None
+    names = [str(dtype).removeprefix("torch.") for dtype in (t.dtype, *allowed)]
+    return f"dtype {names[0]} is not {', '.join(names[1:-1])} or {names[-1]}"
 
 
 def view(t: Tensor) -> Tensor:
     """`t` with its last dimension contiguous: itself, or a copy where it must be."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def aligned(t: Tensor) -> Tensor:
+    """`t` with its last dimension contiguous and rows that start at multiples of 16 bytes: itself, or a copy."""
+    per_access = 16 // t.itemsize
+    fits = view(t) is t and t.data_ptr() % 16 == 0 and all(stride % per_access == 0 for stride in t.stride()[:-1])
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
+
+
+def with_aligned_rows(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel behind inputs that it can read 16 bytes at a time."""
+
+    def call(*inputs: Any) -> Any:
+        return kernel(*(aligned(t) if isinstance(t, Tensor) else t for t in inputs))
+
+    return call
 
 
 def empty(like: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def test_install_does_without_a_compiler(
     from setuptools import Distribution
 
     monkeypatch.chdir(tmp_path)
-    command = script.CMakeBuild(Distribution({"ext_modules": [script.native]}))
+    command = script.CMakeBuild(Distribution({"ext_modules": script.EXTENSIONS}))
     command.ensure_finalized()
     command.run()
     assert "the C++ kernels were left out: no CMake" in capsys.readouterr().err

@@ -1,8 +1,9 @@
-// adaLN on CPU: what bindings.cpp calls. The mathematics is in mvar_kernels/ops/adaln/op.py.
+// adaLN in C++ and CUDA: what bindings.cpp calls. The mathematics is in mvar_kernels/ops/adaln/op.py.
 //
 // Results do not depend on the number of threads.
 #pragma once
 
+#include "common/dtype.h"
 #include "common/instruction_set.h"
 #include "common/views.h"
 
@@ -11,6 +12,7 @@ namespace mvar {
 struct AdalnSizes {
   int64_t B, L, C;
   float eps;
+  void* stream;  // on a GPU
 };
 
 // `branch` and `gate` are read, and `x_new` written, by the gated form alone.
@@ -36,7 +38,7 @@ struct AdalnPair {
 };
 
 struct AdalnKernels {
-  AdalnPair f32, bf16, gated_f32, gated_bf16;
+  AdalnPair plain[kDtypes], gated[kDtypes];
   int64_t (*backward_workspace)(AdalnSizes);
 };
 

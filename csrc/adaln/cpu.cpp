@@ -211,10 +211,8 @@ void backward(const AdalnBackward& a, AdalnSizes n, float* workspace) {
 }  // namespace
 
 const AdalnKernels adaln = {
-    {forward<float, false>, backward<float, false>},
-    {forward<bf16, false>, backward<bf16, false>},
-    {forward<float, true>, backward<float, true>},
-    {forward<bf16, true>, backward<bf16, true>},
+    {{forward<float, false>, backward<float, false>}, {forward<bf16, false>, backward<bf16, false>}},
+    {{forward<float, true>, backward<float, true>}, {forward<bf16, true>, backward<bf16, true>}},
     backward_workspace,
 };
 

@@ -7,8 +7,16 @@
 
 namespace mvar {
 
+// In the module of CUDA kernels (csrc/cuda_bindings.cpp) a table has one entry, that of csrc/<op>/cuda.cu.
+#if defined(MVAR_CUDA_MODULE)
+
+#define MVAR_DECLARE_TABLE(Type, name) \
+  namespace cuda { extern const Type name; }
+#define MVAR_TABLES(name) {&mvar::cuda::name}
+enum InstructionSet { kCuda };
+
 // CMake defines MVAR_X86 where the compiler knows the x86 flags; elsewhere there is only generic.
-#if defined(MVAR_X86)
+#elif defined(MVAR_X86)
 
 enum InstructionSet { kGeneric, kAvx2, kAvx512, kInstructionSets };
 constexpr const char* kInstructionSetNames[] = {"generic", "avx2", "avx512"};

@@ -1,24 +1,36 @@
-"""adaLN in C++ (csrc/adaln): inputs are read in place wherever their last dimension is contiguous."""
+"""adaLN in C++ and CUDA (csrc/adaln): inputs are read in place wherever their last dimension is contiguous."""
 
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
-from mvar_kernels.binding import empty, extension, view
+from mvar_kernels.backends import Kernel, extension
+from mvar_kernels.binding import dtype_objection, empty, view, where, with_aligned_rows
+
+CUDA_MAX_CHANNELS = 4096  # of a row in the registers of a block
+CUDA_MAX_BATCH = 65535  # of a grid's second dimension
 
 
-def _why_not(first: Tensor, *others: Tensor | float) -> str | None:
-    # The others share its dtype and device: the public function has checked.
-    if first.dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype {str(first.dtype).removeprefix('torch.')} is not float32 or bfloat16"
-    return None if first.device.type == "cpu" else f"inputs are on {first.device.type}"
+# The other inputs share the first one's dtype and device: the public function has checked.
+def _why_not_cpu(first: Tensor, *others: Tensor | float) -> str | None:
+    if first.device.type != "cpu":
+        return f"inputs are on {first.device.type}"
+    return dtype_objection(first, (torch.float32, torch.bfloat16))
+
+
+def _why_not_cuda(first: Tensor, *others: Tensor | float) -> str | None:
+    B, _, C = first.shape
+    if C > CUDA_MAX_CHANNELS or C * first.itemsize % 16:
+        return f"rows of {C} channels are wider than {CUDA_MAX_CHANNELS}, or not multiples of 16 bytes"
+    if B > CUDA_MAX_BATCH:
+        return f"a batch of {B} is larger than {CUDA_MAX_BATCH}"
+    return dtype_objection(first, (torch.float32, torch.float16, torch.bfloat16))
 
 
 def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     x, scale, shift = view(x), view(scale), view(shift)
     out = empty(x)
-    extension().adaln_forward(
-        x.dtype is torch.bfloat16,
+    extension(x).adaln_forward(
+        where(x),
         x.shape,
         eps,
         *(x.data_ptr(), x.stride()),
@@ -34,8 +46,8 @@ def _gated_adaln(
 ) -> tuple[Tensor, Tensor]:
     x, branch, gate, scale, shift = view(x), view(branch), view(gate), view(scale), view(shift)
     x_new, out = empty(x), empty(x)
-    extension().gated_adaln_forward(
-        x.dtype is torch.bfloat16,
+    extension(x).gated_adaln_forward(
+        where(x),
         x.shape,
         eps,
         *(x.data_ptr(), x.stride()),
@@ -49,11 +61,16 @@ def _gated_adaln(
     return x_new, out
 
 
+def _workspace(x: Tensor) -> Tensor:
+    return torch.empty(extension(x).adaln_backward_workspace(x.shape), dtype=torch.float32, device=x.device)
+
+
 def _adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, x, scale = view(grad_out), view(x), view(scale)
     dx, dscale, dshift = empty(x), empty(scale), empty(scale)
-    extension().adaln_backward(
-        x.dtype is torch.bfloat16,
+    workspace = _workspace(x)
+    extension(x).adaln_backward(
+        where(x),
         x.shape,
         eps,
         *(grad_out.data_ptr(), grad_out.stride()),
@@ -62,6 +79,7 @@ def _adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> t
         dx.data_ptr(),
         dscale.data_ptr(),
         dshift.data_ptr(),
+        workspace.data_ptr(),
     )
     return dx, dscale, dshift
 
@@ -72,9 +90,10 @@ def _gated_adaln_backward(
     grad_x_new, grad_out, x_new, branch = view(grad_x_new), view(grad_out), view(x_new), view(branch)
     gate, scale = view(gate), view(scale)
     dx, dbranch = empty(x_new), empty(x_new)
+    workspace = _workspace(x_new)
     dgate, dscale, dshift = empty(scale), empty(scale), empty(scale)
-    extension().gated_adaln_backward(
-        x_new.dtype is torch.bfloat16,
+    extension(x_new).gated_adaln_backward(
+        where(x_new),
         x_new.shape,
         eps,
         *(grad_x_new.data_ptr(), grad_x_new.stride()),
@@ -88,9 +107,12 @@ def _gated_adaln_backward(
         dgate.data_ptr(),
         dscale.data_ptr(),
         dshift.data_ptr(),
+        workspace.data_ptr(),
     )
     return dx, dbranch, dgate, dscale, dshift
 
 
-adaln_cpu = Kernel(_why_not, _adaln, _adaln_backward)
-gated_adaln_cpu = Kernel(_why_not, _gated_adaln, _gated_adaln_backward)
+adaln_cpu = Kernel(_why_not_cpu, _adaln, _adaln_backward)
+gated_adaln_cpu = Kernel(_why_not_cpu, _gated_adaln, _gated_adaln_backward)
+adaln_cuda = Kernel(_why_not_cuda, with_aligned_rows(_adaln), with_aligned_rows(_adaln_backward))
+gated_adaln_cuda = Kernel(_why_not_cuda, with_aligned_rows(_gated_adaln), with_aligned_rows(_gated_adaln_backward))

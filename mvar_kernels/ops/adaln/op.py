@@ -15,8 +15,9 @@ from torch import Tensor
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
 
-_ADALN = Op("adaln", __package__, {"cpu": "native", "triton": "triton", "reference": "reference"})
-_GATED = Op("gated_adaln", __package__, {"cpu": "native", "triton": "triton", "reference": "reference"})
+_MODULES = {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"}
+_ADALN = Op("adaln", __package__, _MODULES)
+_GATED = Op("gated_adaln", __package__, _MODULES)
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:

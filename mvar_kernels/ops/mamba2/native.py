@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
-from mvar_kernels.binding import empty, extension, view
+from mvar_kernels.backends import Kernel, extension
+from mvar_kernels.binding import dtype_objection, empty, view
 
 
 def _why_not(first: Tensor, *rest: Any) -> str | None:
     """The first input says the dtype of all but the parameters, which are converted to float32."""
-    if first.dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype {str(first.dtype).removeprefix('torch.')} is not float32 or bfloat16"
-    return None if first.device.type == "cpu" else f"inputs are on {first.device.type}"
+    if first.device.type != "cpu":
+        return f"inputs are on {first.device.type}"
+    return dtype_objection(first, (torch.float32, torch.bfloat16))
 
 
 def _parameter(t: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def _ssd_scan(
     inputs, sizes = _scan_inputs((x, dt, A, B, C, D, state))
     y, last = empty(x), empty(state)
     bf16 = x.dtype is torch.bfloat16
-    extension().ssd_scan_forward(bf16, sizes, scales, _pointers(inputs), y.data_ptr(), last.data_ptr())
+    extension(x).ssd_scan_forward(bf16, sizes, scales, _pointers(inputs), y.data_ptr(), last.data_ptr())
     return y, last
 
 
@@ -47,7 +47,7 @@ def _ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple
     inputs, sizes = _scan_inputs([t.float() for t in tensors])
     given = [view(g.float()) for g in grads]
     outputs = [empty(t) for t in inputs]
-    extension().ssd_scan_backward(sizes, scales, _pointers(given), _pointers(inputs), _pointers(outputs))
+    extension(tensors[0]).ssd_scan_backward(sizes, scales, _pointers(given), _pointers(inputs), _pointers(outputs))
     return [out.to(t.dtype) for out, t in zip(outputs, tensors, strict=True)]
 
 
@@ -68,7 +68,8 @@ def _mamba2_mixer(
     y = zxbcdt.new_empty(*zxbcdt.shape[:2], params[-1].shape[0])
     conv, ssm = empty(state[0]), empty(state[1])
     outputs = (y.data_ptr(), conv.data_ptr(), ssm.data_ptr())
-    extension().mamba2_mixer_forward(zxbcdt.dtype is torch.bfloat16, sizes, scales, eps, _pointers(inputs), *outputs)
+    bf16 = zxbcdt.dtype is torch.bfloat16
+    extension(zxbcdt).mamba2_mixer_forward(bf16, sizes, scales, eps, _pointers(inputs), *outputs)
     return y, conv, ssm
 
 
@@ -79,7 +80,7 @@ def _mamba2_mixer_backward(
     inputs, sizes = _mixer_inputs(zxbcdt.float(), params, [t.float() for t in state])
     given = [view(g.float()) for g in grads]
     outputs = [empty(t) for t in inputs]
-    extension().mamba2_mixer_backward(sizes, scales, eps, _pointers(given), _pointers(inputs), _pointers(outputs))
+    extension(zxbcdt).mamba2_mixer_backward(sizes, scales, eps, _pointers(given), _pointers(inputs), _pointers(outputs))
     dzxbcdt, dconv, dssm, *dparams = outputs
     return [d.to(t.dtype) for d, t in zip([dzxbcdt, *dparams, dconv, dssm], [zxbcdt, *params, *state], strict=True)]
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
-from mvar_kernels.binding import extension, view
+from mvar_kernels.backends import Kernel, extension
+from mvar_kernels.binding import dtype_objection, view
 
 MAX_CODES = 2**30
 
@@ -15,10 +15,11 @@ def _why_not(*inputs: Any) -> str | None:
     for value in inputs:
         if not isinstance(value, Tensor):
             continue
-        if value.is_floating_point() and value.dtype not in (torch.float32, torch.bfloat16):
-            return f"dtype {str(value.dtype).removeprefix('torch.')} is not float32 or bfloat16"
         if value.device.type != "cpu":
             return f"inputs are on {value.device.type}"
+        objection = dtype_objection(value, (torch.float32, torch.bfloat16)) if value.is_floating_point() else None
+        if objection is not None:
+            return objection
     codes = inputs[0].shape[-1]
     return None if 1 <= codes <= MAX_CODES else f"{codes} codes are not 1 to 2³⁰"
 
@@ -35,7 +36,7 @@ def _sample_tokens(
 ) -> Tensor:
     cond, uncond = view(cond), None if uncond is None else view(uncond)
     tokens = torch.empty(cond.shape[:2], dtype=torch.int64)
-    extension().sample_tokens(
+    extension(cond).sample_tokens(
         cond.dtype is torch.bfloat16,
         cond.shape,
         *(cond.data_ptr(), cond.stride()),
@@ -62,7 +63,7 @@ def _soft_embedding(
 ) -> Tensor:
     cond, uncond, codebook = view(cond), None if uncond is None else view(uncond), view(codebook)
     mean = torch.empty((*cond.shape[:2], codebook.shape[1]), dtype=codebook.dtype)
-    extension().soft_embedding(
+    extension(cond).soft_embedding(
         cond.dtype is torch.bfloat16,
         cond.shape,
         *(cond.data_ptr(), cond.stride()),

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
-from mvar_kernels.binding import empty, extension, view
+from mvar_kernels.backends import Kernel, extension
+from mvar_kernels.binding import dtype_objection, empty, view
 
 
 def _why_not(q: Tensor, *others: object) -> str | None:
     # k and v share its dtype and device: the public function has checked.
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype {str(q.dtype).removeprefix('torch.')} is not float32 or bfloat16"
-    return None if q.device.type == "cpu" else f"inputs are on {q.device.type}"
+    if q.device.type != "cpu":
+        return f"inputs are on {q.device.type}"
+    return dtype_objection(q, (torch.float32, torch.bfloat16))
 
 
 def _floats(t: Tensor | None) -> Tensor | None:
@@ -34,7 +34,7 @@ def _forward(
     q, k, v, temperature = view(q), view(k), view(v), _floats(log_temperature)
     B, Lq, H, D = q.shape
     out, lse = empty(q), torch.empty((B, H, Lq))
-    extension().scale_attention_forward(
+    extension(q).scale_attention_forward(
         q.dtype is torch.bfloat16,
         (B, Lq, k.shape[1], H, D),
         scales,
@@ -68,7 +68,7 @@ def _backward(
     B, Lq, H, D = q.shape
     grads = [empty(q), empty(k), empty(v)]
     dtemperature = None if temperature is None else torch.empty_like(temperature)
-    extension().scale_attention_backward(
+    extension(q).scale_attention_backward(
         q.dtype is torch.bfloat16,
         (B, Lq, k.shape[1], H, D),
         scales,

@@ -1,0 +1,64 @@
+"""The CUDA kernels on a CPU: the same sources, compiled against the headers in this folder.
+
+`with installed():` the backend "cuda" takes CPU tensors and runs them there.
+"""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import pytest
+
+backends = importlib.import_module("mvar_kernels.backends")  # the package calls a function by that name
+HERE = Path(__file__).parent
+BUILD = HERE.parent.parent / "build" / "cuda-on-cpu"
+NAME = "_cuda_on_cpu"
+
+
+def build(source: Path = HERE, folder: Path = BUILD) -> Path:
+    """The compiled module, made anew where a source has changed.
+
+    Raises RuntimeError with the compiler's words where they do not compile.
+    """
+    path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
+    configure = ["cmake", "-S", str(source), "-B", str(folder), "-G", "Ninja"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    for command in (configure, ["cmake", "--build", str(folder)]):
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    (module,) = folder.glob(f"{NAME}*.so")
+    return module
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def module() -> ModuleType:
+    """The kernels as they are in csrc."""
+    return load(build())
+
+
+@contextmanager
+def installed(kernels: ModuleType | None = None) -> Iterator[None]:
+    """The backend "cuda" runs `kernels`, by default those of csrc, on CPU tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "native", lambda: kernels or module())
+        patch.setattr(backends, "unavailable", lambda name: None if name == "cuda" else "the CPU plays a GPU")
+        patch.setattr(backends, "PREFERENCE", {"cpu": ("cuda",)})
+        yield
