@@ -24,24 +24,26 @@ BUILD = HERE.parent.parent / "build" / "cuda-on-cpu"
 NAME = "_cuda_on_cpu"
 
 
-def build(source: Path = HERE, folder: Path = BUILD) -> Path:
+@cache
+def build() -> Path:
     """The compiled module, made anew where a source has changed.
 
     Raises RuntimeError with the compiler's words where they do not compile.
     """
     path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
-    configure = ["cmake", "-S", str(source), "-B", str(folder), "-G", "Ninja"]
+    configure = ["cmake", "-S", str(HERE), "-B", str(BUILD), "-G", "Ninja"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    for command in (configure, ["cmake", "--build", str(folder)]):
+    for command in (configure, ["cmake", "--build", str(BUILD)]):
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-    (module,) = folder.glob(f"{NAME}*.so")
+    (module,) = BUILD.glob(f"{NAME}*.so")
     return module
 
 
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(NAME, path)
+    # A name of its own: pybind11 answers a name that it has seen with the module that it made then.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{NAME}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -54,11 +56,25 @@ def module() -> ModuleType:
     return load(build())
 
 
+_playing: list[ModuleType] = []
+
+
 @contextmanager
-def installed(kernels: ModuleType | None = None) -> Iterator[None]:
-    """The backend "cuda" runs `kernels`, by default those of csrc, on CPU tensors."""
+def playing(kernels: ModuleType) -> Iterator[None]:
+    """:func:`installed` runs `kernels` instead of those in csrc."""
+    _playing.append(kernels)
+    try:
+        yield
+    finally:
+        _playing.pop()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """The backend "cuda" takes CPU tensors, and the CPU plays the GPU."""
+    kernels = _playing[-1] if _playing else module()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "native", lambda: kernels or module())
+        patch.setattr(backends, "native", lambda: kernels)
         patch.setattr(backends, "unavailable", lambda name: None if name == "cuda" else "the CPU plays a GPU")
         patch.setattr(backends, "PREFERENCE", {"cpu": ("cuda",)})
         yield

@@ -1,0 +1,109 @@
+"""That the contract test would notice: CUDA kernels with one planted fault each, run on the CPU, must turn it red.
+
+Each fault is one edit of a source; the rest of the module is linked as it was built.
+"""
+
+import json
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvar_kernels.catalogue import SPECS
+from tests import cuda_on_cpu
+from tests.test_contract import CUDA_ON_CPU, compare, covered, evaluate, prepared
+
+CSRC = Path(__file__).parent.parent / "csrc"
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU plays the GPU only where there is none")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`before` becomes `after`, once, in the op's cuda.cu; `shows` is how: wrong numbers ("") or the shim's words."""
+
+    name: str
+    folder: str
+    op: str
+    before: str
+    after: str
+    shows: str = ""
+
+
+FAULTS = (
+    Fault(
+        "missing_barrier", "adaln", "gated_adaln", "    __syncthreads();\n    total = sums[0];", "    total = sums[0];"
+    ),
+    Fault("wrong_column", "adaln", "adaln", "c = Row::column(v) + i;", "c = Row::column(v) + (i ^ 1);"),
+    Fault(
+        "slab_off_by_one",
+        "adaln",
+        "adaln",
+        "first + kSlabRows < n.L ? first + kSlabRows",
+        "first + kSlabRows < n.L ? first + kSlabRows - 1",
+    ),
+    Fault(
+        "shared_memory_overrun",
+        "adaln",
+        "gated_adaln",
+        "float2 sums[2][kBlockWarps];",
+        "float2 sums[2][kBlockWarps - 1];",
+        "past the ends",
+    ),
+    Fault(
+        "barrier_for_some",
+        "adaln",
+        "gated_adaln",
+        "    __syncthreads();\n    total",
+        "    if (threadIdx.x < 64) __syncthreads();\n    total",
+        "never come",
+    ),
+)
+
+
+def planted(fault: Fault, folder: Path) -> Path:
+    """The module with the fault."""
+    cuda_on_cpu.module()
+    commands = json.loads((cuda_on_cpu.BUILD / "compile_commands.json").read_text())
+    source = CSRC / fault.folder / "cuda.cu"
+    text = source.read_text()
+    assert text.count(fault.before) == 1, "the fault's place has changed"
+    faulty = folder / "cuda.cu"
+    faulty.write_text(text.replace(fault.before, fault.after))
+    module = folder / cuda_on_cpu.build().name
+    objects = []
+    for entry in commands:
+        words = shlex.split(entry["command"])
+        output = words.index("-o") + 1
+        if Path(entry["file"]).resolve() == source.resolve():
+            words[words.index(entry["file"])] = str(faulty)
+            words[output] = str(folder / "cuda.o")
+            subprocess.run(words, check=True, cwd=entry["directory"])
+        objects.append(str(Path(entry["directory"], words[output])))
+    compiler = shlex.split(commands[0]["command"])[0]
+    subprocess.run([compiler, "-shared", "-o", str(module), *objects], check=True)
+    return module
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.folder}-{fault.name}")
+def test_planted_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
+    kernels = cuda_on_cpu.load(planted(fault, tmp_path))
+    spec, dtype = SPECS[fault.op], torch.float16
+    answers = []
+    for case in spec.cases:
+        if not covered(spec, CUDA_ON_CPU, dtype, case):
+            continue
+        inputs = prepared(spec, case, dtype)
+        same = evaluate(spec, case, inputs, None)
+        exact = evaluate(spec, case, {n: t.double() for n, t in inputs.items()}, None)
+        compare(spec, evaluate(spec, case, inputs, CUDA_ON_CPU), same, exact)
+        try:
+            with cuda_on_cpu.playing(kernels):
+                compare(spec, evaluate(spec, case, inputs, CUDA_ON_CPU), same, exact)
+        except (AssertionError, RuntimeError) as error:
+            answers.append(str(error))
+            if fault.shows in answers[-1]:
+                return
+    pytest.fail(f"not noticed; answers were {answers}")
