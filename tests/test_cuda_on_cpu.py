@@ -48,8 +48,8 @@ FAULTS = (
         "shared_memory_overrun",
         "adaln",
         "gated_adaln",
-        "float2 sums[2][kBlockWarps];",
-        "float2 sums[2][kBlockWarps - 1];",
+        "float2 sums[2][kWarps];",
+        "float2 sums[2][kWarps - 1];",
         "past the ends",
     ),
     Fault(

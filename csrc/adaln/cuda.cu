@@ -24,8 +24,6 @@ namespace mvar {
 namespace cuda {
 namespace {
 
-constexpr int kBlockWarps = 4;
-constexpr int kBlock = kBlockWarps * kWarpSize;
 constexpr int kSlabRows = 32;
 constexpr int kSums = 3;  // of a slab: dscale, dshift, dgate
 
@@ -68,8 +66,9 @@ struct Layout {
   }
 };
 
+template <int kWarps>
 struct Shared {
-  float2 sums[2][kBlockWarps];
+  float2 sums[2][kWarps];
 };
 
 // The sums of a and b over a group, known to each of its lanes. `turn` counts the calls: two buffers take turns, so that
@@ -78,7 +77,7 @@ template <int kWarps>
 __device__ float2 group_sums(float a, float b, int& turn) {
   float2 total{warp_sum(a), warp_sum(b)};
   if constexpr (kWarps > 1) {
-    float2* sums = shared<Shared>().sums[turn++ % 2];
+    float2* sums = shared<Shared<kWarps>>().sums[turn++ % 2];
     if (threadIdx.x % kWarpSize == 0) sums[threadIdx.x / kWarpSize] = total;
     __syncthreads();
     total = sums[0];
@@ -94,13 +93,16 @@ __device__ float inverse_deviation(float squares, int64_t C, float eps) {
   return 1.0f / sqrtf(squares / (float)C + eps);
 }
 
+template <int kRowWarps>
+constexpr int kBlockWarps = kRowWarps > 4 ? kRowWarps : 4;
+
 template <typename T, bool gated, int kWarps, int kValues>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlockWarps<kWarps> * kWarpSize)
     adaln_fwd_kernel(AdalnForward a, AdalnSizes n, int rows, int groups_per_sample) {
   typedef Layout<T, kWarps, kValues> Row;
   typedef typename Row::Part Part;
   constexpr int kSize = Row::kSize;
-  const int64_t group = (int64_t)blockIdx.x * (kBlockWarps / kWarps) + threadIdx.x / Row::kLanes;
+  const int64_t group = (int64_t)blockIdx.x * (kBlockWarps<kWarps> / kWarps) + threadIdx.x / Row::kLanes;
   const int64_t b = group / groups_per_sample;
   if (b >= n.B) return;
   const int C = (int)n.C;
@@ -157,10 +159,10 @@ __global__ void __launch_bounds__(kBlock)
 
 // With w = grad_out·(1+scale) and y the normalised row, dx = (w − mean(w) − y·mean(w·y)) / deviation, and the gated form
 // adds grad_x_new. partials: (B, slabs, kSums, C).
-template <typename T, bool gated, int kValues>
-__global__ void __launch_bounds__(kBlock)
+template <typename T, bool gated, int kWarps, int kValues>
+__global__ void __launch_bounds__(kWarps * kWarpSize)
     adaln_bwd_kernel(AdalnBackward a, AdalnSizes n, float* partials) {
-  typedef Layout<T, kBlockWarps, kValues> Row;
+  typedef Layout<T, kWarps, kValues> Row;
   typedef typename Row::Part Part;
   constexpr int kSize = Row::kSize;
   const int C = (int)n.C;
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(kBlock)
         w_sum += w[j] = to_float(grad.at[i]) * (1.0f + to_float(scale.at[i]));
       }
     }
-    const float2 sums = group_sums<kBlockWarps>(x_sum, w_sum, turn);
+    const float2 sums = group_sums<kWarps>(x_sum, w_sum, turn);
     const float mean = sums.x / (float)C, w_mean = sums.y / (float)C;
 
     float squares = 0.0f, products = 0.0f;
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(kBlock)
         products = fmaf(y[j], w[j], products);
       }
     }
-    const float2 moments = group_sums<kBlockWarps>(squares, products, turn);
+    const float2 moments = group_sums<kWarps>(squares, products, turn);
     const float rstd = inverse_deviation(moments.x, C, n.eps);
     const float wy_mean = moments.y * rstd / (float)C;
 
@@ -239,11 +241,13 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
+constexpr int kSumsBlock = 128;
+
 // The sums of a sample's slabs, in order. blockIdx.z: which of the three.
 template <typename T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kSumsBlock)
     adaln_bwd_sums_kernel(AdalnBackward a, AdalnSizes n, const float* partials, int64_t slabs) {
-  const int64_t c = (int64_t)blockIdx.x * kBlock + threadIdx.x, b = blockIdx.y;
+  const int64_t c = (int64_t)blockIdx.x * kSumsBlock + threadIdx.x, b = blockIdx.y;
   if (c >= n.C) return;
   const float* sums = partials + (b * slabs * kSums + blockIdx.z) * n.C + c;
   float total = 0.0f;
@@ -263,31 +267,31 @@ template <typename T, bool gated>
 void forward(const AdalnForward& a, AdalnSizes n) {
   const int rows = rows_per_group(n), groups = (int)((n.L + rows - 1) / rows);
   const auto start = [&](auto warps, auto values) {
-    const int64_t per_block = kBlockWarps / warps, blocks = (n.B * groups + per_block - 1) / per_block;
-    launch(adaln_fwd_kernel<T, gated, warps, values>, dim3((unsigned)blocks), kBlock, sizeof(Shared), n.stream, a, n, rows,
-           groups);
+    const int64_t per_block = kBlockWarps<warps> / warps, blocks = (n.B * groups + per_block - 1) / per_block;
+    launch(adaln_fwd_kernel<T, gated, warps, values>, dim3((unsigned)blocks), kBlockWarps<warps> * kWarpSize,
+           sizeof(Shared<warps>), n.stream, a, n, rows, groups);
   };
-  if (n.C <= 32 * kWarpSize) return start(Number<1>{}, Number<32>{});
-  if (n.C <= 16 * kBlock) return start(Number<kBlockWarps>{}, Number<16>{});
-  start(Number<kBlockWarps>{}, Number<32>{});
+  if (n.C <= 1024) return start(Number<1>{}, Number<32>{});
+  if (n.C <= 2048) return start(Number<4>{}, Number<16>{});
+  start(Number<8>{}, Number<16>{});
 }
 
 template <typename T, bool gated>
 void backward(const AdalnBackward& a, AdalnSizes n, float* workspace) {
   const int64_t slabs = slabs_of(n);
-  const auto start = [&](auto values) {
-    launch(adaln_bwd_kernel<T, gated, values>, dim3((unsigned)slabs, (unsigned)n.B), kBlock, sizeof(Shared), n.stream, a,
-           n, workspace);
+  const auto start = [&](auto warps, auto values) {
+    launch(adaln_bwd_kernel<T, gated, warps, values>, dim3((unsigned)slabs, (unsigned)n.B), warps * kWarpSize,
+           sizeof(Shared<warps>), n.stream, a, n, workspace);
   };
-  if (n.C <= 8 * kBlock) {
-    start(Number<8>{});
-  } else if (n.C <= 16 * kBlock) {
-    start(Number<16>{});
+  if (n.C <= 1024) {
+    start(Number<4>{}, Number<8>{});
+  } else if (n.C <= 2048) {
+    start(Number<4>{}, Number<16>{});
   } else {
-    start(Number<32>{});
+    start(Number<8>{}, Number<16>{});
   }
-  const dim3 grid((unsigned)((n.C + kBlock - 1) / kBlock), (unsigned)n.B, gated ? 3 : 2);
-  launch(adaln_bwd_sums_kernel<T>, grid, kBlock, 0, n.stream, a, n, (const float*)workspace, slabs);
+  const dim3 grid((unsigned)((n.C + kSumsBlock - 1) / kSumsBlock), (unsigned)n.B, gated ? 3 : 2);
+  launch(adaln_bwd_sums_kernel<T>, grid, kSumsBlock, 0, n.stream, a, n, (const float*)workspace, slabs);
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ namespace {
 
 constexpr size_t kStack = 64 << 10;
 constexpr size_t kGuard = 4 << 10;
+constexpr size_t kMaxShared = 163 << 10;  // of a block, on sm_80
 constexpr unsigned char kPoison = 0xff;  // a NaN in every floating-point format
 constexpr unsigned char kUntouched = 0xa5;
 
@@ -202,7 +203,7 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
   const unsigned threads = block.x * block.y * block.z;
   failure.clear();
   if (threads == 0 || threads > 1024 || threads % kWarp || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
-      grid.y > 65535 || grid.z > 65535 || shared_bytes > (227 << 10)) {
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > kMaxShared) {
     failure = "a launch that a GPU refuses, or a block that is not of whole warps";
     return cudaErrorLaunchFailure;
   }
