@@ -159,9 +159,10 @@ __global__ void __launch_bounds__(kBlockWarps<kWarps> * kWarpSize)
 
 // With w = grad_out·(1+scale) and y the normalised row, dx = (w − mean(w) − y·mean(w·y)) / deviation, and the gated form
 // adds grad_x_new. partials: (B, slabs, kSums, C).
-template <typename T, bool gated, int kWarps, int kValues>
+template <typename T, bool gated, int kWarps>
 __global__ void __launch_bounds__(kWarps * kWarpSize)
     adaln_bwd_kernel(AdalnBackward a, AdalnSizes n, float* partials) {
+  constexpr int kValues = 8;
   typedef Layout<T, kWarps, kValues> Row;
   typedef typename Row::Part Part;
   constexpr int kSize = Row::kSize;
@@ -279,16 +280,16 @@ void forward(const AdalnForward& a, AdalnSizes n) {
 template <typename T, bool gated>
 void backward(const AdalnBackward& a, AdalnSizes n, float* workspace) {
   const int64_t slabs = slabs_of(n);
-  const auto start = [&](auto warps, auto values) {
-    launch(adaln_bwd_kernel<T, gated, warps, values>, dim3((unsigned)slabs, (unsigned)n.B), warps * kWarpSize,
+  const auto start = [&](auto warps) {
+    launch(adaln_bwd_kernel<T, gated, warps>, dim3((unsigned)slabs, (unsigned)n.B), warps * kWarpSize,
            sizeof(Shared<warps>), n.stream, a, n, workspace);
   };
   if (n.C <= 1024) {
-    start(Number<4>{}, Number<8>{});
+    start(Number<4>{});
   } else if (n.C <= 2048) {
-    start(Number<4>{}, Number<16>{});
+    start(Number<8>{});
   } else {
-    start(Number<8>{}, Number<16>{});
+    start(Number<16>{});
   }
   const dim3 grid((unsigned)((n.C + kSumsBlock - 1) / kSumsBlock), (unsigned)n.B, gated ? 3 : 2);
   launch(adaln_bwd_sums_kernel<T>, grid, kSumsBlock, 0, n.stream, a, n, (const float*)workspace, slabs);
