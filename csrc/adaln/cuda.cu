@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kBlockWarps<kWarps> * kWarpSize)
 // With w = grad_out·(1+scale) and y the normalised row, dx = (w − mean(w) − y·mean(w·y)) / deviation, and the gated form
 // adds grad_x_new. partials: (B, slabs, kSums, C).
 template <typename T, bool gated, int kWarps>
-__global__ void __launch_bounds__(kWarps * kWarpSize)
+__global__ void __launch_bounds__(kWarps * kWarpSize, 1)
     adaln_bwd_kernel(AdalnBackward a, AdalnSizes n, float* partials) {
   constexpr int kValues = 8;
   typedef Layout<T, kWarps, kValues> Row;
