@@ -15,7 +15,7 @@ import torch
 
 import mvar
 from mvar.files import replacing
-from mvar_kernels.backends import native
+from mvar_kernels.backends import architecture, native
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -99,6 +99,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
+        "architecture": architecture(DEVICE),
         "cuda": torch.version.cuda,
         "triton": triton_version(),
         "threads": torch.get_num_threads(),

@@ -7,11 +7,13 @@ its objection instead of falling back.
 
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +21,10 @@ import torch
 
 PREFERENCE: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
 }
+# Where a CUDA kernel was measured to be faster than Triton's and goes first; `python -m benchmarks.prefer` writes it.
+MEASURED = Path(__file__).with_name("measured.json")
 # Chosen by name only: other people's packages, kept for comparison.
 PEERS = ("flash_attn", "mamba_ssm")
 NAMES = ("auto", "reference", "cpu", "triton", "cuda", *PEERS)
@@ -81,6 +85,13 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+@cache
+def measured() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+    """Architecture → op → the passes ("forward", "backward") in which its CUDA kernel was measured to be the faster."""
+    table: Mapping[str, Mapping[str, tuple[str, ...]]] = json.loads(MEASURED.read_text())
+    return table
 
 
 @cache
@@ -190,10 +201,14 @@ class Op:
         return kernel.why_not(*inputs)
 
     @cache  # noqa: B019
-    def available(self, device_type: str) -> tuple[Kernel, ...]:
-        """The kernels that can run on this machine for a type of device, in order of preference."""
-        names = PREFERENCE.get(device_type, ("reference",))
-        return tuple(self.kernel(name) for name in names if name in self.modules and unavailable(name) is None)
+    def available(self, device: torch.device, backward: bool) -> tuple[Kernel, ...]:
+        """The kernels that can run a pass on this device, in order of preference."""
+        names = PREFERENCE.get(device.type, ("reference",))
+        one_pass = "backward" if backward else "forward"
+        if one_pass in measured().get(architecture(device), {}).get(self.name, ()):
+            names = ("cuda", *(name for name in names if name != "cuda"))
+        here = (self.kernel(name) for name in names if name in self.modules and unavailable(name) is None)
+        return tuple(kernel for kernel in here if kernel.backward or not backward)
 
     def choose(self, backend: str, device: torch.device, *inputs: Any, backward: bool = False) -> Kernel:
         """The kernel to use. `inputs` are what its `why_not` takes."""
@@ -202,7 +217,7 @@ class Op:
             if objection is not None:
                 raise BackendError(f"{self.name}: backend {backend!r} asked for, but: {objection}")
             return guarded(self.kernel(backend), device)
-        for kernel in self.available(device.type):
-            if (kernel.backward or not backward) and kernel.why_not(*inputs) is None:
+        for kernel in self.available(device, backward):
+            if kernel.why_not(*inputs) is None:
                 return guarded(kernel, device)
         raise BackendError(f"{self.name}: no backend takes these inputs")
