@@ -15,6 +15,38 @@ Heads heads(Pointer data, int64_t L, const ScaleAttentionSizes& n) {
   return {(void*)data, L * n.H * n.D, n.H * n.D, n.D};
 }
 
+const ScaleAttentionKernels* const tables[] = MVAR_TABLES(scale_attention);
+
+#if defined(MVAR_CUDA_MODULE)
+
+// where: the dtype's index and the stream; shape: (B, Lq, H, D)
+void forward(const py::tuple& where, const py::tuple& shape, float scale, Pointer q, const py::tuple& q_strides,
+             Pointer k, const py::tuple& k_strides, Pointer v, const py::tuple& v_strides, Pointer log_temperature,
+             Pointer tiles, int64_t tile_count, Pointer spans, Pointer out, Pointer lse) {
+  ScaleAttentionSizes n{};
+  n.B = entry(shape, 0);
+  n.Lq = entry(shape, 1);
+  n.H = entry(shape, 2);
+  n.D = entry(shape, 3);
+  n.scale = scale;
+  n.log_temperature = (const float*)log_temperature;
+  n.tiles = (const int32_t*)tiles;
+  n.spans = (const int32_t*)spans;
+  n.tile_count = tile_count;
+  n.stream = (void*)entry(where, 1);
+  ScaleAttentionForward a{};
+  a.q = heads(q, q_strides);
+  a.k = heads(k, k_strides);
+  a.v = heads(v, v_strides);
+  a.out = heads(out, n.Lq, n);
+  a.lse = (float*)lse;
+  const auto kernel = tables[current]->forward[entry(where, 0)];
+  py::gil_scoped_release release;
+  kernel(a, n);
+}
+
+#else
+
 // (B, Lq, L, H, D), and the scales as C++ numbers, which the sizes point into
 ScaleAttentionSizes sizes(const py::tuple& shape, const py::tuple& scales, std::vector<int64_t>& lengths, bool causal,
                           float scale, Pointer log_temperature) {
@@ -32,8 +64,6 @@ ScaleAttentionSizes sizes(const py::tuple& shape, const py::tuple& scales, std::
   n.log_temperature = (const float*)log_temperature;
   return n;
 }
-
-const ScaleAttentionKernels* const tables[] = MVAR_TABLES(scale_attention);
 
 const ScaleAttentionPair& kernels(bool bf16) { return bf16 ? tables[current]->bf16 : tables[current]->f32; }
 
@@ -75,11 +105,15 @@ void backward(bool bf16, const py::tuple& shape, const py::tuple& scales, bool c
   kernels(bf16).backward(a, n, workspace.get());
 }
 
+#endif
+
 }  // namespace
 
 void bind_scale_attention(py::module_& m) {
   m.def("scale_attention_forward", &forward);
+#if !defined(MVAR_CUDA_MODULE)
   m.def("scale_attention_backward", &backward);
+#endif
 }
 
 }  // namespace mvar

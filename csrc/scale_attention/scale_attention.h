@@ -1,4 +1,4 @@
-// Attention over a pyramid of token maps on CPU: what bindings.cpp calls. The mathematics is in
+// Attention over a pyramid of token maps, in C++ and CUDA: what bindings.cpp calls. The mathematics is in
 // mvar_kernels/ops/scale_attention/op.py.
 //
 // Results do not depend on the number of threads.
@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "common/dtype.h"
 #include "common/instruction_set.h"
 
 namespace mvar {
@@ -16,6 +17,29 @@ struct Heads {
   int64_t batch_stride, row_stride, head_stride;
 };
 
+struct ScaleAttentionForward {
+  Heads q, k, v, out;
+  float* lse;  // (B, H, Lq)
+};
+
+#if defined(MVAR_CUDA_MODULE)
+
+// `tiles` (tile_count, 6) and `spans` (2, Lq): mvar_kernels/ops/scale_attention/plan.py, on the GPU
+struct ScaleAttentionSizes {
+  int64_t B, Lq, H, D;
+  float scale;
+  const float* log_temperature;  // (H), or null where q and k are not normalised
+  const int32_t *tiles, *spans;
+  int64_t tile_count;
+  void* stream;
+};
+
+struct ScaleAttentionKernels {
+  void (*forward[kDtypes])(const ScaleAttentionForward&, const ScaleAttentionSizes&);
+};
+
+#else
+
 struct ScaleAttentionSizes {
   int64_t B, Lq, L, H, D;
   const int64_t* scales;  // tokens per scale, their sum is L
@@ -23,11 +47,6 @@ struct ScaleAttentionSizes {
   bool causal;
   float scale;
   const float* log_temperature;  // (H), or null where q and k are not normalised
-};
-
-struct ScaleAttentionForward {
-  Heads q, k, v, out;
-  float* lse;  // (B, H, Lq)
 };
 
 struct ScaleAttentionBackward {
@@ -47,6 +66,8 @@ struct ScaleAttentionPair {
 struct ScaleAttentionKernels {
   ScaleAttentionPair f32, bf16;
 };
+
+#endif
 
 MVAR_DECLARE_TABLE(ScaleAttentionKernels, scale_attention)
 

@@ -24,6 +24,17 @@ __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloa
 template <>
 __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn(x); }
 
+// 2^x in one instruction, to 2^-22 of it (PTX ISA, ex2.approx); 0 below the normal numbers.
+__device__ __forceinline__ float exp2_approximate(float x) {
+#if defined(__CUDACC__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#else
+  return exp2f(x);
+#endif
+}
+
 // Numbers that one 16-byte access brings.
 template <typename T>
 constexpr int kPerAccess = 16 / sizeof(T);

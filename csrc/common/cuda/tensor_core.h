@@ -23,6 +23,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+// The lower and the upper one, as they were packed.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+  T both[2];
+  memcpy(both, &packed, 4);
+  return {to_float(both[0]), to_float(both[1])};
+}
+
 #if defined(__CUDACC__)
 
 // c += A·B
@@ -82,22 +90,22 @@ __device__ __forceinline__ void wait_for_copies() {
 template <typename T>
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Fragments {
-    uint32_t a[4], b[2];
+    float2 a[4], b[2];
   };
-  const auto lanes = cuda_on_cpu::exchange<Fragments>("mma", {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
-  const auto half = [](uint32_t packed, int which) {
-    T both[2];
-    memcpy(both, &packed, 4);
-    return to_float(both[which]);
-  };
+  Fragments mine;
+  for (int i = 0; i < 4; ++i) mine.a[i] = unpack<T>(a[i]);
+  for (int i = 0; i < 2; ++i) mine.b[i] = unpack<T>(b[i]);
+  const auto lanes = cuda_on_cpu::exchange("mma", mine);
   const int lane = cuda_on_cpu::lane, g = lane / 4, t = lane % 4;
-  for (int k = 0; k < 16; ++k) {
-    const int owner = k % 8 / 2, high = k / 8;  // the lane and the register that hold column k of A, and row k of B
+  for (int k = 0; k < 16; k += 2) {
+    const int owner = k % 8 / 2, high = k / 8;  // the lane and the register of columns k, k+1 of A and rows of B
     const Fragments of_row = lanes[4 * g + owner];
     for (int column = 0; column < 2; ++column) {
-      const float b_k = half(lanes[4 * (2 * t + column) + owner].b[high], k % 2);
-      c[column] += half(of_row.a[2 * high], k % 2) * b_k;
-      c[2 + column] += half(of_row.a[2 * high + 1], k % 2) * b_k;
+      const float2 b_k = lanes[4 * (2 * t + column) + owner].b[high];
+      for (int half = 0; half < 2; ++half) {
+        const float2 a_k = of_row.a[2 * high + half];
+        c[2 * half + column] += a_k.x * b_k.x + a_k.y * b_k.y;
+      }
     }
   }
 }

@@ -23,7 +23,7 @@ from mvar_kernels.backends import Op, check_name
 _OP = Op(
     "scale_attention",
     __package__,
-    {"cpu": "native", "triton": "triton", "reference": "reference", "flash_attn": "flash_attn"},
+    {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference", "flash_attn": "flash_attn"},
 )
 PATTERNS = ("diagonal", "causal")
 

@@ -23,6 +23,7 @@ CASES = (
     _case("odd", (3, 1, 17, 5), 3, 2, 24, scale=0.3),
     _case("cache", SMALL, 2, 2, 64, pattern="causal", query_scales=2, norm=True),
     _case("packed", SMALL, 2, 3, 64, packed=True),
+    _case("last_scales", SMALL, 2, 2, 128, query_scales=2, packed=True, norm=True),
     _case("d16_256", VAR_256, 1, 2, 64, norm=True),
 )
 BENCH = (
