@@ -60,6 +60,23 @@ FAULTS = (
         "    if (threadIdx.x < 64) __syncthreads();\n    total",
         "never come",
     ),
+    Fault(
+        "missing_barrier",
+        "scale_attention",
+        "scale_attention",
+        "    __syncthreads();\n    if (start + kTile < hi)",
+        "    if (start + kTile < hi)",
+    ),
+    Fault("off_by_one", "scale_attention", "scale_attention", "key >= last", "key > last"),
+    Fault("wrong_lane", "scale_attention", "scale_attention", "part + lane / 16)", "part + lane / 8 % 2)"),
+    Fault(
+        "copies_not_waited_for",
+        "scale_attention",
+        "scale_attention",
+        "    wait_for_copies<0>();",
+        "    wait_for_copies<1>();",
+        "before its asynchronous copies were waited for",
+    ),
 )
 
 
