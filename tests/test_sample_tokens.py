@@ -148,3 +148,44 @@ def test_errors_name_the_argument(wrong: dict[str, object], message: str) -> Non
 def test_a_backend_asked_for_by_name_does_not_fall_back() -> None:
     with pytest.raises(mk.BackendError, match="backend 'cuda' asked for"):
         mk.sample_tokens(torch.zeros(2, 3, 5), backend="cuda")
+
+
+@pytest.mark.parametrize("backend", [name for name, reason in mk.backends().items() if reason is None])
+def test_a_seed_in_memory_is_read_at_every_call(backend: str) -> None:
+    """A tensor draws as the number that it holds, and one compiled call serves all its values."""
+    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 67, generator=generator).to(device)
+    codebook = torch.randn(67, 3, generator=generator).to(device)
+
+    def call(seed: int | Tensor) -> tuple[Tensor, Tensor]:
+        tokens = mk.sample_tokens(logits, seed=seed, backend=backend)
+        return tokens, mk.soft_embedding(logits, None, codebook, seed=seed, backend=backend)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    seeds = torch.tensor([[-1, 7], [0, 5 + 2**40]], device=device)
+    seed = seeds[1, 1]
+    drawn = []
+    for value in (5 + 2**40, 5, 2**63 - 1):
+        seed.fill_(value)
+        want = call(value)
+        for got in (call(seed), compiled(seed)):
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        drawn.append(want[0])
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+    assert seeds.flatten().tolist() == [-1, 7, 0, 2**63 - 1]
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (torch.tensor([1]), ValueError, r"seed: expected shape \(\), got \(1,\)"),
+        (torch.tensor(1, dtype=torch.int32), TypeError, "seed: expected dtype int64, got int32"),
+        (torch.tensor(1, device="meta"), ValueError, "seed: expected device cpu"),
+        (1.0, ValueError, "seed: expected a whole number from 0 to 9223372036854775807, got 1.0"),
+    ],
+)
+def test_errors_of_a_seed_in_memory(seed: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mk.sample_tokens(torch.zeros(2, 3, 5), seed=seed)

@@ -31,7 +31,7 @@ struct Call {
              (float)py::cast<double>(options[0]),
              entry(options, 1),
              py::cast<double>(options[2]),
-             py::cast<uint64_t>(options[3]),
+             (const uint64_t*)py::cast<Pointer>(options[3]),
              py::cast<uint32_t>(options[4])},
         workspace(new float[tables[current]->workspace(n.V)]) {}
 };

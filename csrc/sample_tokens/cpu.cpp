@@ -127,7 +127,7 @@ void for_each_position(const Draw& draw, DrawSizes n, float* shares, Body body) 
       if (0 < draw.top_k && draw.top_k < n.V) keep_top_k(row, draw.top_k);
       if (draw.top_p < 1) keep_top_p(row, draw.top_p);
       const uint32_t image = (uint32_t)draw.image_index[i / n.L * draw.image_index_stride];
-      const Philox philox{draw.seed, (uint32_t)(i % n.L), draw.scale_index, image};
+      const Philox philox{*draw.seed, (uint32_t)(i % n.L), draw.scale_index, image};
       const int64_t next = i + 1 < positions ? i + 1 : i;
       make_words(scratch, philox, n.V,
                  {(const char*)cond(next), (const char*)uncond(next), n.V * (int64_t)sizeof(T)});

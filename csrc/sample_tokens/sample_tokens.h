@@ -21,7 +21,7 @@ struct Draw {
   float guidance;
   int64_t top_k;
   double top_p;
-  uint64_t seed;
+  const uint64_t* seed;
   uint32_t scale_index;
 };
 

@@ -31,7 +31,7 @@ def _sample_tokens(
     guidance: float,
     top_k: int,
     top_p: float,
-    seed: int,
+    seed: Tensor,
     scale_index: int,
 ) -> Tensor:
     cond, uncond = view(cond), None if uncond is None else view(uncond)
@@ -42,7 +42,7 @@ def _sample_tokens(
         *(cond.data_ptr(), cond.stride()),
         *((0, (0, 0)) if uncond is None else (uncond.data_ptr(), uncond.stride())),
         *(image_index.data_ptr(), image_index.stride(0)),
-        (guidance, min(top_k, cond.shape[-1]), top_p, seed, scale_index),
+        (guidance, min(top_k, cond.shape[-1]), top_p, seed.data_ptr(), scale_index),
         tokens.data_ptr(),
     )
     return tokens
@@ -58,7 +58,7 @@ def _soft_embedding(
     top_p: float,
     sharpness: float,
     temperature: float,
-    seed: int,
+    seed: Tensor,
     scale_index: int,
 ) -> Tensor:
     cond, uncond, codebook = view(cond), None if uncond is None else view(uncond), view(codebook)
@@ -69,7 +69,7 @@ def _soft_embedding(
         *(cond.data_ptr(), cond.stride()),
         *((0, (0, 0)) if uncond is None else (uncond.data_ptr(), uncond.stride())),
         *(image_index.data_ptr(), image_index.stride(0)),
-        (guidance, min(top_k, cond.shape[-1]), top_p, seed, scale_index),
+        (guidance, min(top_k, cond.shape[-1]), top_p, seed.data_ptr(), scale_index),
         codebook.dtype is torch.bfloat16,
         *(codebook.data_ptr(), codebook.stride(0), codebook.shape[1]),
         *(sharpness, temperature),

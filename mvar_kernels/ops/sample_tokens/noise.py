@@ -25,7 +25,7 @@ LN2_HIGH = 0.693145751953125
 LN2_LOW = math.log(2) - LN2_HIGH
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words in [0, 2³²) as int64, for counters in [0, 2³²) as int64, broadcast against each other."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & MASK, (seed >> 32) & MASK
@@ -37,7 +37,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def gumbel(image_index: Tensor, shape: Sequence[int], scale_index: int, seed: int) -> Tensor:
+def gumbel(image_index: Tensor, shape: Sequence[int], scale_index: int, seed: int | Tensor) -> Tensor:
     """Standard Gumbel noise of shape (B, positions, codes) in float32 for images (B,) at one scale.
 
     G = −log E with E = −log(1 − u) exponential. u = word·2⁻³² + 2⁻³³ is fine near 0, where E is small and

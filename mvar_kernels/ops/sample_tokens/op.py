@@ -32,7 +32,7 @@ def sample_tokens(
     guidance: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     image_index: Tensor | None = None,
     scale_index: int = 0,
     backend: str = "auto",
@@ -46,7 +46,8 @@ def sample_tokens(
         guidance: c ≥ 0 in (1+c)·cond − c·uncond; VAR's is cfg·k/(K−1) at scale k of K.
         top_k: 0, or V and more, keeps all codes; 1 is the arg-max.
         top_p: in (0, 1]; 1 keeps all codes.
-        seed: in [0, 2⁶³).
+        seed: in [0, 2⁶³), or a 0-d int64 tensor on the logits' device, read when the kernel runs, so that a captured
+            CUDA graph can be replayed with another seed. Its value is not checked; it counts modulo 2⁶⁴.
         image_index: (B,) int64, which image of the seed's series each row is, modulo 2³²; None: 0 … B−1.
         scale_index: which scale of the pyramid.
         backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
@@ -59,7 +60,7 @@ def sample_tokens(
         BackendError: the named backend cannot run on these inputs.
     """
     op = "sample_tokens"
-    image_index = _check(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
+    image_index, seed = _check(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
     tokens: Tensor = torch.ops.mvar.sample_tokens(
         cond, uncond, image_index, guidance, min(top_k, cond.shape[-1]), top_p, seed, scale_index, backend
     )
@@ -76,7 +77,7 @@ def soft_embedding(
     top_p: float = 1.0,
     sharpness: float = 1.0,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     image_index: Tensor | None = None,
     scale_index: int = 0,
     backend: str = "auto",
@@ -96,7 +97,7 @@ def soft_embedding(
         as :func:`sample_tokens`.
     """
     op = "soft_embedding"
-    image_index = _check(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
+    image_index, seed = _check(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
     checks.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
     checks.positive(op, sharpness=sharpness, temperature=temperature)
     top_k = min(top_k, cond.shape[-1])
@@ -113,12 +114,12 @@ def _check(
     guidance: float,
     top_k: int,
     top_p: float,
-    seed: int,
+    seed: int | Tensor,
     image_index: Tensor | None,
     scale_index: int,
     backend: str,
-) -> Tensor:
-    """Check everything the two ops share; the image indices, made here where none were given."""
+) -> tuple[Tensor, Tensor]:
+    """Check everything the two ops share; image indices and seed as tensors, made here if need be."""
     sizes: dict[str, int] = {}
     checks.tensor(op, "cond", cond, "B l V", sizes)
     if uncond is not None:
@@ -137,11 +138,19 @@ def _check(
         raise ValueError(f"{op}: top_k: expected a whole number of at least 0 (0 keeps all), got {top_k}")
     if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
         raise ValueError(f"{op}: top_p: expected a number above 0 and up to 1 (all), got {top_p!r}")
-    for name, value, most in (("seed", seed, MAX_SEED), ("scale_index", scale_index, MAX_WORD)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-            raise ValueError(f"{op}: {name}: expected a whole number from 0 to {most}, got {value}")
+    _check_whole(op, "scale_index", scale_index, MAX_WORD)
+    if isinstance(seed, Tensor):
+        checks.tensor(op, "seed", seed, "", sizes, like=cond, dtypes=(torch.int64,))
+    else:
+        _check_whole(op, "seed", seed, MAX_SEED)
+        seed = image_index.new_full((), seed)  # on a GPU a kernel writes it: nothing waits
     check_name(backend)
-    return image_index
+    return image_index, seed
+
+
+def _check_whole(op: str, name: str, value: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{op}: {name}: expected a whole number from 0 to {most}, got {value}")
 
 
 @torch.library.custom_op("mvar::sample_tokens", mutates_args=())
@@ -152,7 +161,7 @@ def _sample_tokens(
     guidance: float,
     top_k: int,
     top_p: float,
-    seed: int,
+    seed: Tensor,
     scale_index: int,
     backend: str,
 ) -> Tensor:
@@ -169,7 +178,7 @@ def _(
     guidance: float,
     top_k: int,
     top_p: float,
-    seed: int,
+    seed: Tensor,
     scale_index: int,
     backend: str,
 ) -> Tensor:
@@ -187,7 +196,7 @@ def _soft_embedding(
     top_p: float,
     sharpness: float,
     temperature: float,
-    seed: int,
+    seed: Tensor,
     scale_index: int,
     backend: str,
 ) -> Tensor:
@@ -209,7 +218,7 @@ def _(
     top_p: float,
     sharpness: float,
     temperature: float,
-    seed: int,
+    seed: Tensor,
     scale_index: int,
     backend: str,
 ) -> Tensor:

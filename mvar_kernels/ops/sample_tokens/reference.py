@@ -44,7 +44,7 @@ def sample_tokens(
     guidance: float,
     top_k: int,
     top_p: float,
-    seed: int,
+    seed: int | Tensor,
     scale_index: int,
 ) -> Tensor:
     """The Gumbel-max draw from what is left: int64 (B, l)."""
@@ -62,7 +62,7 @@ def soft_embedding(
     top_p: float,
     sharpness: float,
     temperature: float,
-    seed: int,
+    seed: int | Tensor,
     scale_index: int,
 ) -> Tensor:
     """The codebook averaged with Gumbel-softmax weights: (B, l, width) in the codebook's dtype."""

@@ -45,13 +45,12 @@ LEAST_BLOCK = 128
 CANDIDATES = (Tile({"maxnreg": 80}, warps=8), Tile({}, warps=8), Tile({}, warps=4))
 WIDE_CANDIDATES = (Tile({}, warps=16), Tile({}, warps=32))  # of more than 4,096 codes
 UNSPECIALISED = (
+    "seed_ptr",
     "image_stride",
     "positions",
     "guidance",
     "top_k",
     "share_bits",
-    "seed_low",
-    "seed_high",
     "scale_index",
 )
 
@@ -97,15 +96,16 @@ def filtered_row(
 
 
 @triton.jit
-def noise_counter(image_index_ptr, image_stride, positions, scale_index, seed_low, seed_high):
+def noise_counter(image_index_ptr, seed_ptr, image_stride, positions, scale_index):
     """Position, scale, image and key of the program's noise, as uint32."""
     image_index = tl.load(image_index_ptr + (tl.program_id(0) // positions).to(tl.int64) * image_stride)
+    seed = tl.load(seed_ptr)
     return (
         (tl.program_id(0) % positions).to(tl.uint32),
         scale_index.to(tl.uint32, bitcast=True),
         image_index.to(tl.uint32),  # modulo 2³²
-        seed_low.to(tl.uint32, bitcast=True),
-        seed_high.to(tl.uint32, bitcast=True),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
     )
 
 
@@ -114,6 +114,7 @@ def _sample_tokens_fwd_kernel(
     cond_ptr,
     uncond_ptr,
     image_index_ptr,
+    seed_ptr,
     tokens_ptr,
     cond_batch_stride,
     cond_row_stride,
@@ -125,8 +126,6 @@ def _sample_tokens_fwd_kernel(
     guidance,
     top_k,
     share_bits,
-    seed_low,
-    seed_high,
     scale_index,
     HAS_UNCOND: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -151,7 +150,7 @@ def _sample_tokens_fwd_kernel(
         BLOCK_V,
     )
     position, scale, image, key_low, key_high = noise_counter(
-        image_index_ptr, image_stride, positions, scale_index, seed_low, seed_high
+        image_index_ptr, seed_ptr, image_stride, positions, scale_index
     )
     token = draw(logits, highest, position, scale, image, key_low, key_high, BLOCK_V)
     tl.store(tokens_ptr + tl.program_id(0), token.to(tl.int64))
@@ -162,6 +161,7 @@ def _soft_embedding_fwd_kernel(
     cond_ptr,
     uncond_ptr,
     image_index_ptr,
+    seed_ptr,
     weights_ptr,
     cond_batch_stride,
     cond_row_stride,
@@ -173,8 +173,6 @@ def _soft_embedding_fwd_kernel(
     guidance,
     top_k,
     share_bits,
-    seed_low,
-    seed_high,
     scale_index,
     sharpness,
     temperature,
@@ -201,7 +199,7 @@ def _soft_embedding_fwd_kernel(
         BLOCK_V,
     )
     position, scale, image, key_low, key_high = noise_counter(
-        image_index_ptr, image_stride, positions, scale_index, seed_low, seed_high
+        image_index_ptr, seed_ptr, image_stride, positions, scale_index
     )
     noise = row_noise(position, scale, image, key_low, key_high, BLOCK_V)
     scores = tl.div_rn(logits * sharpness + noise, temperature)
@@ -233,7 +231,7 @@ def _launch(
     guidance: float,
     top_k: int,
     top_p: float,
-    seed: int,
+    seed: Tensor,
     scale_index: int,
     *softening: float,
 ) -> None:
@@ -249,6 +247,7 @@ def _launch(
         cond,
         second,
         image_index,
+        seed,
         out,
         *cond.stride()[:2],
         *second.stride()[:2],
@@ -258,8 +257,6 @@ def _launch(
         guidance,
         min(top_k, codes),
         share_bits,
-        _signed(seed),
-        _signed(seed >> 32),
         _signed(scale_index),
         *softening,
         HAS_UNCOND=uncond is not None,
@@ -278,7 +275,7 @@ def _sample_tokens(
     guidance: float,
     top_k: int,
     top_p: float,
-    seed: int,
+    seed: Tensor,
     scale_index: int,
 ) -> Tensor:
     tokens = torch.empty(cond.shape[:2], dtype=torch.int64, device=cond.device)
@@ -297,7 +294,7 @@ def _soft_embedding(
     top_p: float,
     sharpness: float,
     temperature: float,
-    seed: int,
+    seed: Tensor,
     scale_index: int,
 ) -> Tensor:
     weights = torch.empty(cond.shape, dtype=torch.float32, device=cond.device)
