@@ -6,6 +6,7 @@
 namespace mvar {
 
 void bind_adaln(py::module_& m);
+void bind_sample_tokens(py::module_& m);
 void bind_scale_attention(py::module_& m);
 
 InstructionSet current = kCuda;
@@ -15,5 +16,6 @@ InstructionSet current = kCuda;
 PYBIND11_MODULE(MVAR_CUDA_MODULE, m) {
   m.doc() = "The CUDA kernels of mvar_kernels. Callers check their inputs: see mvar_kernels/ops/*/native.py.";
   mvar::bind_adaln(m);
+  mvar::bind_sample_tokens(m);
   mvar::bind_scale_attention(m);
 }

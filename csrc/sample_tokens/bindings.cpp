@@ -13,17 +13,17 @@ Tokens tokens(Pointer data, const py::tuple& strides) {
   return {(void*)data, entry(strides, 0), entry(strides, 1)};
 }
 
-// As Python passes it: shape, cond, its strides, uncond (0: none), its strides, image_index, its stride,
-// and the options in the order of the op.
+// As Python passes it: where (the dtype's index and, on a GPU, the stream), shape, cond, its strides, uncond (0: none),
+// its strides, image_index, its stride, and the options in the order of the op.
 struct Call {
   DrawSizes n;
   Draw draw;
   std::unique_ptr<float[]> workspace;
 
-  Call(const py::tuple& shape, Pointer cond, const py::tuple& cond_strides, Pointer uncond,
+  Call(const py::tuple& where, const py::tuple& shape, Pointer cond, const py::tuple& cond_strides, Pointer uncond,
        const py::tuple& uncond_strides, Pointer image_index, int64_t image_index_stride,
        const py::tuple& options)
-      : n{entry(shape, 0), entry(shape, 1), entry(shape, 2)},
+      : n{entry(shape, 0), entry(shape, 1), entry(shape, 2), (void*)entry(where, 1)},
         draw{tokens(cond, cond_strides),
              tokens(uncond, uncond_strides),
              (const int64_t*)image_index,
@@ -36,27 +36,24 @@ struct Call {
         workspace(new float[tables[current]->workspace(n.V)]) {}
 };
 
-void sample(bool bf16, const py::tuple& shape, Pointer cond, const py::tuple& cond_strides, Pointer uncond,
+void sample(const py::tuple& where, const py::tuple& shape, Pointer cond, const py::tuple& cond_strides, Pointer uncond,
             const py::tuple& uncond_strides, Pointer image_index, int64_t image_index_stride,
             const py::tuple& options, Pointer out) {
-  const Call call(shape, cond, cond_strides, uncond, uncond_strides, image_index, image_index_stride, options);
-  const SampleTokensKernels& kernels = *tables[current];
+  const Call call(where, shape, cond, cond_strides, uncond, uncond_strides, image_index, image_index_stride, options);
+  const auto kernel = tables[current]->sample[entry(where, 0)];
   py::gil_scoped_release release;
-  (bf16 ? kernels.sample_bf16 : kernels.sample_f32)(call.draw, call.n, (int64_t*)out,
-                                                    call.workspace.get());
+  kernel(call.draw, call.n, (int64_t*)out, call.workspace.get());
 }
 
-void soften(bool bf16, const py::tuple& shape, Pointer cond, const py::tuple& cond_strides, Pointer uncond,
+void soften(const py::tuple& where, const py::tuple& shape, Pointer cond, const py::tuple& cond_strides, Pointer uncond,
             const py::tuple& uncond_strides, Pointer image_index, int64_t image_index_stride,
-            const py::tuple& options, bool codebook_bf16, Pointer codebook, int64_t codebook_stride,
+            const py::tuple& options, int codebook_dtype, Pointer codebook, int64_t codebook_stride,
             int64_t width, float sharpness, float temperature, Pointer out) {
-  const Call call(shape, cond, cond_strides, uncond, uncond_strides, image_index, image_index_stride, options);
+  const Call call(where, shape, cond, cond_strides, uncond, uncond_strides, image_index, image_index_stride, options);
   const Softening soft{(const void*)codebook, codebook_stride, width, sharpness, temperature};
-  const SampleTokensKernels& kernels = *tables[current];
-  const auto of_f32 = codebook_bf16 ? kernels.soft_f32_bf16 : kernels.soft_f32_f32;
-  const auto of_bf16 = codebook_bf16 ? kernels.soft_bf16_bf16 : kernels.soft_bf16_f32;
+  const auto kernel = tables[current]->soften[entry(where, 0)][codebook_dtype];
   py::gil_scoped_release release;
-  (bf16 ? of_bf16 : of_f32)(call.draw, soft, call.n, (void*)out, call.workspace.get());
+  kernel(call.draw, soft, call.n, (void*)out, call.workspace.get());
 }
 
 }  // namespace

@@ -80,6 +80,22 @@ struct Ahead {
   }
 };
 
+// Four words for each of as many groups of four codes as a vector has lanes.
+MVAR_INLINE void words_of_groups(const Philox& philox, VecInt group, VecBits words[4]) {
+  VecWide even[4], odd[4];
+  philox((VecWide)group, even);
+  philox((VecWide)group >> 32, odd);
+  for (int i = 0; i < 4; ++i) words[i] = (VecBits)((even[i] & kLow32) | odd[i] << 32);
+}
+
+// The word of each code.
+MVAR_INLINE VecBits words_of_codes(const Philox& philox, VecInt code) {
+  VecBits words[4];
+  words_of_groups(philox, code >> 2, words);
+  const VecInt odd = (code & 1) != 0, upper = (code & 2) != 0;
+  return upper ? (odd ? words[3] : words[2]) : (odd ? words[1] : words[0]);
+}
+
 // words[i] is the noise of the row's i-th code. Made before they are used: a processor cannot overlap the
 // long chains of operations of both Philox and the logarithms.
 void make_words(const Scratch& scratch, const Philox& philox, int64_t V, const Ahead& ahead) {
@@ -89,7 +105,7 @@ void make_words(const Scratch& scratch, const Philox& philox, int64_t V, const A
     const int64_t vectors = (row.count + kWidth - 1) / kWidth;
     for (int64_t i = 0; i < vectors; ++i) {
       ahead.fetch(i, vectors);
-      store_int(scratch.words + i * kWidth, (VecInt)philox.of_codes(row.codes_at(i * kWidth)));
+      store_int(scratch.words + i * kWidth, (VecInt)words_of_codes(philox, row.codes_at(i * kWidth)));
     }
     return;
   }
@@ -99,7 +115,7 @@ void make_words(const Scratch& scratch, const Philox& philox, int64_t V, const A
   for (int64_t i = 0; i < vectors; ++i) {
     ahead.fetch(i, vectors);
     VecBits words[4];
-    philox(lane_numbers() + (int32_t)(i * kWidth), words);
+    words_of_groups(philox, lane_numbers() + (int32_t)(i * kWidth), words);
     for (int j = 0; j < 4; ++j) store_int(all + j * groups + i * kWidth, (VecInt)words[j]);
   }
   for (int64_t i = 0; i < row.count; i += kWidth) {
@@ -218,8 +234,9 @@ void soften(const Draw& draw, const Softening& soft, DrawSizes n, void* mean, fl
 }  // namespace
 
 const SampleTokensKernels sample_tokens = {
-    sample<float>,       sample<bf16>,       soften<float, float>, soften<float, bf16>,
-    soften<bf16, float>, soften<bf16, bf16>, workspace,
+    {sample<float>, sample<bf16>},
+    {{soften<float, float>, soften<float, bf16>}, {soften<bf16, float>, soften<bf16, bf16>}},
+    workspace,
 };
 
 }  // namespace MVAR_INSTRUCTION_SET

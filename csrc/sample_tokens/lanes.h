@@ -10,6 +10,9 @@
 #include <emmintrin.h>
 #endif
 
+#define MVAR_PRAGMA(text) _Pragma(#text)
+#define MVAR_UNROLL(times) MVAR_PRAGMA(GCC unroll times)
+
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
 
@@ -74,10 +77,19 @@ MVAR_INLINE uint64_t sum(VecWide v) {
   return fold<uint64_t>(v, [](auto a, auto b) MVAR_INLINE_LAMBDA { return a + b; });
 }
 
+// The same bits.
+MVAR_INLINE VecInt as_int(Vec v) { return (VecInt)v; }
+MVAR_INLINE Vec as_float(VecInt v) { return (Vec)v; }
+
 MVAR_INLINE Vec to_float(VecInt v) { return __builtin_convertvector(v, Vec); }
 
 // Towards zero.
 MVAR_INLINE VecInt to_int(Vec v) { return __builtin_convertvector(v, VecInt); }
+
+MVAR_INLINE VecInt round_down(Vec v) {
+  const VecInt truncated = to_int(v);
+  return truncated + (to_float(truncated) > v);  // true is −1
+}
 
 // Of unsigned numbers, rounded once: both halves are exact, only their sum rounds.
 MVAR_INLINE Vec unsigned_to_float(VecBits v) {

@@ -1,9 +1,10 @@
-// Drawing tokens on CPU: what bindings.cpp calls. The mathematics is in mvar_kernels/ops/sample_tokens/op.py.
+// Drawing tokens in C++ and CUDA: what bindings.cpp calls. The mathematics is in mvar_kernels/ops/sample_tokens/op.py.
 //
 // Tokens are bit for bit those of reference.py, whatever the instruction set. Results do not depend on
 // the number of threads.
 #pragma once
 
+#include "common/dtype.h"
 #include "common/instruction_set.h"
 #include "common/views.h"
 
@@ -11,6 +12,7 @@ namespace mvar {
 
 struct DrawSizes {
   int64_t B, L, V;
+  void* stream;  // on a GPU
 };
 
 // One scale's logits and how to draw from them.
@@ -33,13 +35,9 @@ struct Softening {
 
 struct SampleTokensKernels {
   // tokens: (B, L); workspace: as many floats as `workspace` says
-  void (*sample_f32)(const Draw&, DrawSizes, int64_t* tokens, float* workspace);
-  void (*sample_bf16)(const Draw&, DrawSizes, int64_t* tokens, float* workspace);
-  // mean: (B, L, width) in the codebook's dtype, the second in the name
-  void (*soft_f32_f32)(const Draw&, const Softening&, DrawSizes, void* mean, float* workspace);
-  void (*soft_f32_bf16)(const Draw&, const Softening&, DrawSizes, void* mean, float* workspace);
-  void (*soft_bf16_f32)(const Draw&, const Softening&, DrawSizes, void* mean, float* workspace);
-  void (*soft_bf16_bf16)(const Draw&, const Softening&, DrawSizes, void* mean, float* workspace);
+  void (*sample[kDtypes])(const Draw&, DrawSizes, int64_t* tokens, float* workspace);
+  // mean: (B, L, width) in the codebook's dtype, the second index
+  void (*soften[kDtypes][kDtypes])(const Draw&, const Softening&, DrawSizes, void* mean, float* workspace);
   int64_t (*workspace)(int64_t V);
 };
 

@@ -1,4 +1,4 @@
-"""Token drawing in C++ (csrc/sample_tokens): logits are read in place wherever their last dimension is contiguous."""
+"""Token drawing in C++ and CUDA (csrc/sample_tokens): logits with a contiguous last dimension are read in place."""
 
 from typing import Any
 
@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel, extension
-from mvar_kernels.binding import dtype_objection, view
+from mvar_kernels.binding import DTYPES, dtype_objection, view, where
 
 MAX_CODES = 2**30
+CUDA_MAX_CODES = 2**14  # of a row in the shared memory of a block
+CUDA_MAX_ROWS = 2**31 - 1  # of a grid
 
 
-def _why_not(*inputs: Any) -> str | None:
+def _why_not_cpu(*inputs: Any) -> str | None:
     for value in inputs:
         if not isinstance(value, Tensor):
             continue
@@ -22,6 +24,16 @@ def _why_not(*inputs: Any) -> str | None:
             return objection
     codes = inputs[0].shape[-1]
     return None if 1 <= codes <= MAX_CODES else f"{codes} codes are not 1 to 2³⁰"
+
+
+# The other logits share the first ones' dtype and device: the public function has checked.
+def _why_not_cuda(cond: Tensor, *others: Any) -> str | None:
+    B, positions, codes = cond.shape
+    if codes > CUDA_MAX_CODES:
+        return f"{codes} codes are not 1 to {CUDA_MAX_CODES}"
+    if B * positions > CUDA_MAX_ROWS:
+        return f"{B}·{positions} rows are more than {CUDA_MAX_ROWS}"
+    return dtype_objection(cond, (torch.float32, torch.float16, torch.bfloat16))
 
 
 def _sample_tokens(
@@ -35,9 +47,9 @@ def _sample_tokens(
     scale_index: int,
 ) -> Tensor:
     cond, uncond = view(cond), None if uncond is None else view(uncond)
-    tokens = torch.empty(cond.shape[:2], dtype=torch.int64)
+    tokens = torch.empty(cond.shape[:2], dtype=torch.int64, device=cond.device)
     extension(cond).sample_tokens(
-        cond.dtype is torch.bfloat16,
+        where(cond),
         cond.shape,
         *(cond.data_ptr(), cond.stride()),
         *((0, (0, 0)) if uncond is None else (uncond.data_ptr(), uncond.stride())),
@@ -64,13 +76,13 @@ def _soft_embedding(
     cond, uncond, codebook = view(cond), None if uncond is None else view(uncond), view(codebook)
     mean = torch.empty((*cond.shape[:2], codebook.shape[1]), dtype=codebook.dtype)
     extension(cond).soft_embedding(
-        cond.dtype is torch.bfloat16,
+        where(cond),
         cond.shape,
         *(cond.data_ptr(), cond.stride()),
         *((0, (0, 0)) if uncond is None else (uncond.data_ptr(), uncond.stride())),
         *(image_index.data_ptr(), image_index.stride(0)),
         (guidance, min(top_k, cond.shape[-1]), top_p, seed.data_ptr(), scale_index),
-        codebook.dtype is torch.bfloat16,
+        DTYPES[codebook.dtype],
         *(codebook.data_ptr(), codebook.stride(0), codebook.shape[1]),
         *(sharpness, temperature),
         mean.data_ptr(),
@@ -78,5 +90,6 @@ def _soft_embedding(
     return mean
 
 
-sample_tokens_cpu = Kernel(_why_not, _sample_tokens, None)
-soft_embedding_cpu = Kernel(_why_not, _soft_embedding, None)
+sample_tokens_cpu = Kernel(_why_not_cpu, _sample_tokens, None)
+sample_tokens_cuda = Kernel(_why_not_cuda, _sample_tokens, None)
+soft_embedding_cpu = Kernel(_why_not_cpu, _soft_embedding, None)

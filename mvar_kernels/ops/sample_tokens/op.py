@@ -18,7 +18,11 @@ from torch import Tensor
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
 
-_SAMPLE = Op("sample_tokens", __package__, {"cpu": "native", "triton": "triton", "reference": "reference"})
+_SAMPLE = Op(
+    "sample_tokens",
+    __package__,
+    {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"},
+)
 _SOFT = Op("soft_embedding", __package__, {"cpu": "native", "triton": "triton", "reference": "reference"})
 MAX_SEED = 2**63 - 1
 MAX_WORD = 2**32 - 1
