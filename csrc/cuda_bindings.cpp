@@ -6,6 +6,7 @@
 namespace mvar {
 
 void bind_adaln(py::module_& m);
+void bind_mamba2(py::module_& m);
 void bind_sample_tokens(py::module_& m);
 void bind_scale_attention(py::module_& m);
 
@@ -16,6 +17,7 @@ InstructionSet current = kCuda;
 PYBIND11_MODULE(MVAR_CUDA_MODULE, m) {
   m.doc() = "The CUDA kernels of mvar_kernels. Callers check their inputs: see mvar_kernels/ops/*/native.py.";
   mvar::bind_adaln(m);
+  mvar::bind_mamba2(m);
   mvar::bind_sample_tokens(m);
   mvar::bind_scale_attention(m);
 }

@@ -29,10 +29,10 @@ def view(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def aligned(t: Tensor) -> Tensor:
-    """`t` with its last dimension contiguous and rows that start at multiples of 16 bytes: itself, or a copy."""
-    per_access = 16 // t.itemsize
-    fits = view(t) is t and t.data_ptr() % 16 == 0 and all(stride % per_access == 0 for stride in t.stride()[:-1])
+def aligned(t: Tensor, alignment: int = 16) -> Tensor:
+    """`t`, or a copy: its last dimension contiguous, its rows starting at multiples of `alignment` bytes."""
+    per_access = alignment // t.itemsize
+    fits = view(t) is t and t.data_ptr() % alignment == 0 and all(s % per_access == 0 for s in t.stride()[:-1])
     return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 

@@ -26,7 +26,8 @@ if not torch.cuda.is_available():
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICE = {"cuda": "cuda", "triton": GPU} | dict.fromkeys(PEERS, GPU)
 OPERATORS = {name: getattr(torch.ops.mvar, name).default for name in SPECS}
-FORWARD_ONLY = dict.fromkeys(("cuda", CUDA_ON_CPU), {"scale_attention"})  # backend → ops without a backward there
+# Backend → ops without a backward there.
+FORWARD_ONLY = dict.fromkeys(("cuda", CUDA_ON_CPU), {"mamba2_mixer", "scale_attention"})
 COMPILED_CASES = 2  # cases of each op that also go through opcheck and torch.compile
 
 

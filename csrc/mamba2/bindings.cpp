@@ -4,16 +4,16 @@
 #include <vector>
 
 #include "mamba2/mamba2.h"
+#if defined(MVAR_CUDA_MODULE)
+#include "mamba2/cuda.h"
+#else
 #include "mamba2/plan.h"
+#endif
 
 namespace mvar {
 namespace {
 
 using namespace mamba2;
-
-const Kernels* const tables[] = MVAR_TABLES(mamba2_kernels);
-
-typedef std::unique_ptr<float[]> Workspace;
 
 States states(Pointer data, const Sizes& n) {
   return {(float*)data, n.H * n.P * n.N, n.P * n.N, n.N};
@@ -23,12 +23,6 @@ States states(Pointer data, const Sizes& n) {
 Sizes sizes_of(const py::tuple& sizes, float eps) {
   return {entry(sizes, 0), entry(sizes, 1), entry(sizes, 2), entry(sizes, 3),
           entry(sizes, 4), entry(sizes, 5), entry(sizes, 6), eps};
-}
-
-Cut cut(const py::tuple& scales, const Sizes& n) {
-  std::vector<int64_t> lengths(scales.size());
-  for (size_t i = 0; i < scales.size(); ++i) lengths[i] = entry(scales, i);
-  return Cut(lengths, n.directions == 2);
 }
 
 // Of a tuple of pairs (data_ptr, strides).
@@ -54,19 +48,6 @@ struct Tensors {
   }
 };
 
-// x, dt, A, B, C, D, initial state
-ScanForward scan_inputs(const Tensors& t) {
-  ScanForward a{};
-  a.x = t.head_tokens(0);
-  a.dt = t.step_tokens(1);
-  a.A = t.floats(2);
-  a.B = t.tokens(3);
-  a.C = t.tokens(4);
-  a.D = t.floats(5);
-  a.initial = t.states(6);
-  return a;
-}
-
 // zxbcdt, conv state, initial state, conv_weight, conv_bias, dt_bias, A, D, norm_weight
 MixerForward mixer_inputs(const Tensors& t, const Sizes& n, int64_t bytes) {
   const int64_t E = n.H * n.P, xbc = E + 2 * n.N;
@@ -83,6 +64,64 @@ MixerForward mixer_inputs(const Tensors& t, const Sizes& n, int64_t bytes) {
   a.A = t.floats(6);
   a.D = t.floats(7);
   a.norm_weight = t.floats(8);
+  return a;
+}
+
+void set_outputs(MixerForward& a, const Sizes& n, Pointer y, Pointer last_conv, Pointer last) {
+  a.y = contiguous((void*)y, n.L, n.H * n.P);
+  a.last_conv = contiguous((void*)last_conv, n.taps - 1, n.H * n.P + 2 * n.N);
+  a.last = states(last, n);
+}
+
+#if defined(MVAR_CUDA_MODULE)
+
+const CudaMixer* const tables[] = MVAR_TABLES(mamba2_mixer);
+
+int64_t mamba2_mixer_workspace(const py::tuple& where, const py::tuple& sizes) {
+  return tables[current]->workspace_bytes[entry(where, 0)](sizes_of(sizes, 0));
+}
+
+// where: the dtype's index and the stream; of the parameters, A_log takes the place of A
+void mamba2_mixer_forward(const py::tuple& where, const py::tuple& sizes, float eps, const py::tuple& inputs,
+                          Pointer workspace, Pointer y, Pointer last_conv, Pointer last) {
+  const Sizes n = sizes_of(sizes, eps);
+  MixerForward a = mixer_inputs({inputs}, n, sizeof(uint16_t));
+  set_outputs(a, n, y, last_conv, last);
+  const auto forward = tables[current]->forward[entry(where, 0)];
+  void* stream = (void*)entry(where, 1);
+  py::gil_scoped_release release;
+  forward(a, n, (void*)workspace, stream);
+}
+
+}  // namespace
+
+void bind_mamba2(py::module_& m) {
+  m.def("mamba2_mixer_workspace", &mamba2_mixer_workspace);
+  m.def("mamba2_mixer_forward", &mamba2_mixer_forward);
+}
+
+#else
+
+const Kernels* const tables[] = MVAR_TABLES(mamba2_kernels);
+
+typedef std::unique_ptr<float[]> Workspace;
+
+Cut cut(const py::tuple& scales, const Sizes& n) {
+  std::vector<int64_t> lengths(scales.size());
+  for (size_t i = 0; i < scales.size(); ++i) lengths[i] = entry(scales, i);
+  return Cut(lengths, n.directions == 2);
+}
+
+// x, dt, A, B, C, D, initial state
+ScanForward scan_inputs(const Tensors& t) {
+  ScanForward a{};
+  a.x = t.head_tokens(0);
+  a.dt = t.step_tokens(1);
+  a.A = t.floats(2);
+  a.B = t.tokens(3);
+  a.C = t.tokens(4);
+  a.D = t.floats(5);
+  a.initial = t.states(6);
   return a;
 }
 
@@ -120,9 +159,7 @@ void mamba2_mixer_forward(bool bf16, const py::tuple& sizes, const py::tuple& sc
                           const py::tuple& inputs, Pointer y, Pointer last_conv, Pointer last) {
   const Sizes n = sizes_of(sizes, eps);
   MixerForward a = mixer_inputs({inputs}, n, bf16 ? 2 : 4);
-  a.y = contiguous((void*)y, n.L, n.H * n.P);
-  a.last_conv = contiguous((void*)last_conv, n.taps - 1, n.H * n.P + 2 * n.N);
-  a.last = states(last, n);
+  set_outputs(a, n, y, last_conv, last);
   const Cut pieces = cut(scales, n);
   const Plan plan = pieces.plan();
   const Kernels& kernels = *tables[current];
@@ -169,5 +206,7 @@ void bind_mamba2(py::module_& m) {
   m.def("mamba2_mixer_forward", &mamba2_mixer_forward);
   m.def("mamba2_mixer_backward", &mamba2_mixer_backward);
 }
+
+#endif
 
 }  // namespace mvar

@@ -18,7 +18,7 @@ from torch import Tensor
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
 
-_OP = Op("mamba2_mixer", __package__, {"cpu": "native", "triton": "triton", "reference": "reference"})
+_OP = Op("mamba2_mixer", __package__, {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"})
 
 
 class Mamba2State(NamedTuple):

@@ -1,4 +1,6 @@
-"""Mamba-2 in C++ (csrc/mamba2): inputs are read in place wherever their last dimension is contiguous."""
+"""Mamba-2 in C++ and, mamba2_mixer's forward, in CUDA (csrc/mamba2): inputs are read in place wherever their last
+dimension is contiguous (on a GPU: and their rows are aligned).
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +9,28 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel, extension
-from mvar_kernels.binding import dtype_objection, empty, view
+from mvar_kernels.binding import aligned, dtype_objection, empty, view, where
+
+CUDA_HEAD_SIZES = (64, 64)  # P, N
+CUDA_TAPS = 4
 
 
-def _why_not(first: Tensor, *rest: Any) -> str | None:
+def _why_not_cpu(first: Tensor, *rest: Any) -> str | None:
     """The first input says the dtype of all but the parameters, which are converted to float32."""
     if first.device.type != "cpu":
         return f"inputs are on {first.device.type}"
     return dtype_objection(first, (torch.float32, torch.bfloat16))
+
+
+def _why_not_mixer_cuda(zxbcdt: Tensor, params: Sequence[Tensor], state: Sequence[Tensor], *rest: Any) -> str | None:
+    conv_weight, A_log, (_, H, P, N) = params[0], params[3], state[1].shape
+    if A_log.dim() == 2:
+        return "A_log: has two directions, the CUDA kernel scans forward only"
+    if (P, N) != CUDA_HEAD_SIZES or H % 2:
+        return f"state: heads H={H} of P={P}, N={N}: the CUDA kernel takes an even number of P=64, N=64"
+    if conv_weight.shape[1] != CUDA_TAPS:
+        return f"conv_weight: {conv_weight.shape[1]} taps, the CUDA kernel has {CUDA_TAPS}"
+    return dtype_objection(zxbcdt, (torch.float16, torch.bfloat16))
 
 
 def _parameter(t: Tensor) -> Tensor:
@@ -73,6 +89,22 @@ def _mamba2_mixer(
     return y, conv, ssm
 
 
+def _mamba2_mixer_on_cuda(
+    zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: tuple[int, ...], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    pair = 2 * zxbcdt.itemsize
+    conv_state, ssm = state
+    inputs = [aligned(zxbcdt, pair), aligned(conv_state, pair), aligned(ssm), *(aligned(_parameter(p)) for p in params)]
+    sizes = (*zxbcdt.shape[:2], *ssm.shape[1:], 1, CUDA_TAPS)
+    kernels, at = extension(zxbcdt), where(zxbcdt)
+    y = zxbcdt.new_empty(*zxbcdt.shape[:2], params[-1].shape[0])
+    last_conv, last_ssm = empty(conv_state), empty(ssm)
+    workspace = y.new_empty(kernels.mamba2_mixer_workspace(at, sizes), dtype=torch.uint8)
+    outputs = (y.data_ptr(), last_conv.data_ptr(), last_ssm.data_ptr())
+    kernels.mamba2_mixer_forward(at, sizes, eps, _pointers(inputs), workspace.data_ptr(), *outputs)
+    return y, last_conv, last_ssm
+
+
 def _mamba2_mixer_backward(
     grads: list[Tensor], zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: tuple[int, ...], eps: float
 ) -> list[Tensor]:
@@ -85,5 +117,6 @@ def _mamba2_mixer_backward(
     return [d.to(t.dtype) for d, t in zip([dzxbcdt, *dparams, dconv, dssm], [zxbcdt, *params, *state], strict=True)]
 
 
-ssd_scan_cpu = Kernel(_why_not, _ssd_scan, _ssd_scan_backward)
-mamba2_mixer_cpu = Kernel(_why_not, _mamba2_mixer, _mamba2_mixer_backward)
+ssd_scan_cpu = Kernel(_why_not_cpu, _ssd_scan, _ssd_scan_backward)
+mamba2_mixer_cpu = Kernel(_why_not_cpu, _mamba2_mixer, _mamba2_mixer_backward)
+mamba2_mixer_cuda = Kernel(_why_not_mixer_cuda, _mamba2_mixer_on_cuda, None)

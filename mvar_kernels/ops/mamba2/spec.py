@@ -153,7 +153,7 @@ SSD_SCAN = Spec(
 
 MAMBA2_MIXER = Spec(
     op="mamba2_mixer",
-    cases=CASES,
+    cases=(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64)),
     inputs=_mixer_inputs,
     call=_call_mixer,
     reference=lambda t, case: reference.mamba2_mixer(
