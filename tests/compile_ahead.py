@@ -2,9 +2,9 @@
 
 The ops run on CPU tensors in bfloat16, forward and backward, on their specs' cases of GPU benchmarks (with --all on
 every case), once for each tile that can be chosen; each launch compiles the kernel, specialised as on a GPU, and does
-not run it. So nothing is listed by hand and no kernel can be forgotten. What differs in run-time arguments alone (a
-length, strides) is compiled once. Prints, and with --write writes to a file, what each kernel needs; exits with 1 on a
-spill, on more shared memory than a block may have, or on a product of 16-bit tiles without tensor cores.
+not run it. So nothing is listed by hand and no kernel can be forgotten. Prints, and with --write writes to a file, what
+each kernel needs; exits with 1 on a spill, on more shared memory than a block may have, or on a product of 16-bit tiles
+without tensor cores.
 
 In a process of its own: Triton must not interpret here.
 """
@@ -146,13 +146,8 @@ def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        run_time = {p.name for p in self.params if not p.is_constexpr}
-        given = kwargs | dict(zip(self.arg_names, args, strict=False))
-        # A tensor counts by its dtype, a number not at all, and None is a constant to Triton.
-        kinds = {n: getattr(v, "dtype", v is None) if n in run_time else v for n, v in given.items()}
-        key = f"{self.fn.__module__} {self.fn.__name__} {sorted(kinds.items())}"
-        if key not in found:
-            found[key] = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)  # or what was compiled before
+        found[compiled.hash] = compiled
 
     driver.set_active(AbsentGPU(arch))
     with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(tiling, "chosen", chosen):

@@ -1,9 +1,11 @@
-"""Every Triton kernel, compiled for the GPUs it is meant for: no spills, within the memory, on the tensor cores."""
+"""Every Triton kernel, compiled for the GPUs it is meant for: no spills, within the memory, on the tensor cores; and
+compiled once, not anew for every length that a generation meets."""
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,6 @@ from mvar_kernels.ops.scale_attention import op as attention
 pytest.importorskip("triton")
 OPS = [op.name for op in (_ADALN, _GATED, attention._OP, mixer._OP, scan._OP, _SAMPLE, _SOFT) if "triton" in op.modules]
 
-# Registers that do not fit, in bytes of stack a thread at most: gradients of both directions of a scan at once.
-KNOWN_SPILLS = {"_ssd_scan_bwd_grads_kernel": 256}
-
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_kernels_compile_and_fit(arch: str, tmp_path: Path) -> None:
@@ -28,11 +27,8 @@ def test_kernels_compile_and_fit(arch: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert table.exists(), done.stderr
     rows = json.loads(table.read_text())["rows"]
-    kernels = {row["kernel"] for row in rows}
-    for row in rows:
-        known = KNOWN_SPILLS.get(row["kernel"], 0) if "BOTH=True" in row["tile"] else 0
-        assert row["stack_bytes"] <= known, row
-    faults = [line for line in done.stdout.splitlines() if "FAULT" in line.replace("FAULT spills", "")]
-    assert not faults, "\n".join(faults)
+    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAULT" in line)
+    again = Counter((row["kernel"], row["tile"], row["warps"], row["stages"]) for row in rows)
+    assert not [row for row, times in again.items() if times > 1]
     for op in OPS:
-        assert any(op in kernel for kernel in kernels), f"no kernel of {op} was compiled"
+        assert any(op in row["kernel"] for row in rows), f"no kernel of {op} was compiled"

@@ -6,7 +6,7 @@ import triton.language as tl
 from mvar_kernels.ops.adaln.triton_parts import load_vector, normalised_vjp
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "slab"])
 def _adaln_bwd_kernel(
     grad_ptr,
     x_ptr,
@@ -54,7 +54,7 @@ def _adaln_bwd_kernel(
     tl.store(partials + C, dshift, mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "slab"])
 def _gated_adaln_bwd_kernel(
     grad_x_new_ptr,
     grad_ptr,
@@ -122,7 +122,7 @@ def _gated_adaln_bwd_kernel(
     tl.store(partials + 2 * C, dgate, mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slabs"])
 def _adaln_sums_kernel(
     partials_ptr,
     dscale_ptr,

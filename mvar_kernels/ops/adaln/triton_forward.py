@@ -6,7 +6,7 @@ import triton.language as tl
 from mvar_kernels.ops.adaln.triton_parts import centre, load_vector
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _adaln_fwd_kernel(
     x_ptr,
     scale_ptr,
@@ -39,7 +39,7 @@ def _adaln_fwd_kernel(
     tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _gated_adaln_fwd_kernel(
     x_ptr,
     branch_ptr,

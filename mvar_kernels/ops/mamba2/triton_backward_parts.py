@@ -22,8 +22,8 @@ t ≥ u, from s < u to λ, and from h to λ. Of the pairs (s, t) it is a sum ove
 ones, then over s: differences of row and column sums would be cheaper and cancel.
 
 The direction inside the scales is the mirror image: its pairs fill the other triangle of the same matrices, its
-state comes to a chunk from the right, and a scale that ends cuts it off. Both directions share the sweeps'
-launches and all products of pairs. Tokens' own terms (s = t) pass over no step and are kept apart.
+state comes to a chunk from the right, and a scale that ends cuts it off. Both directions share the
+launches. Tokens' own terms (s = t) pass over no step and are kept apart.
 
 Precision, by the dtype of the inputs. float32: all products in float32. float16: those that a float32 gradient
 depends on (of A, D, dt_bias, the state) as three tf32 products (PRECISE = tf32x3), the others as one (COARSE = tf32:
@@ -81,7 +81,7 @@ def edges(scale_ptr, chunk, L, CHUNK: tl.constexpr):
     return scale, before, after
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _ssd_scan_bwd_sweep_kernel(
     from_ptr,
     to_ptr,
@@ -183,61 +183,61 @@ def product_of_loaded(
 
 @triton.jit
 def _direction_grads(
-    x_at, dy_at, B_at, C_at, h_at, adjoint_at, mask_x, mask_bc, mask_state, dB, dC,
-    delta, A, mask, scale, before, after, once,
-    BACK: tl.constexpr, OPERAND: tl.constexpr, PRECISE: tl.constexpr, COARSE: tl.constexpr,
+    x_at, dy_at, B_at, C_at, h_at, adjoint_at, mask_x, mask_bc, mask_state, dB, dC, dx,
+    delta, A, direction, scale, before, after, once,
+    BOTH: tl.constexpr, OPERAND: tl.constexpr, PRECISE: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
-    """One direction of one head in one chunk. h and λ are (P, N) as they enter; mask says which pairs there are.
+    """One direction of one head in one chunk. h and λ are (P, N) as they enter.
 
     Registers are what this kernel is short of: tiles are loaded, and B Cᵀ and x dyᵀ computed, again rather than kept.
     Nor is a sum over heads the accumulator of a product: Triton would lay it out with every warp's rows twice.
-    Returns dB and dC with their parts added, dx without own terms, and the gradients of Δ (without own terms)
-    and of A.
+    Returns dB, dC and dx with their parts added, and the gradients of Δ and of A, all without tokens' own terms.
     """
-    coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, 1 if BACK else 0)
-    to_end = tl.exp((all_coarse - coarse) + (all_fine - fine))
-    to_start = tl.exp(coarse + fine)
+    coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, direction)
+    entering = tl.exp(coarse + fine)
+    leaving = tl.exp((all_coarse - coarse) + (all_fine - fine))
     whole = tl.exp(all_coarse + all_fine)
-    if BACK:
-        coarse, fine = -coarse, -fine
-        entering = tl.where(scale == after, to_end, 0.0)
-        leaving = tl.where(scale == before, to_start, 0.0)
-        whole = tl.where(before == after, whole, 0.0)
-    else:
-        entering, leaving = to_start, to_end
+    offs = tl.arange(0, delta.shape[0])
+    # [t, u]: whether what comes to t passes over step u; if not, what goes from there may.
+    passes = offs[:, None] >= offs[None, :]
+    pairs = offs[:, None] < offs[None, :]  # [s, t]: whether s reaches t
+    if BOTH:
+        back = direction == 1
+        entering, leaving = (
+            tl.where(back, tl.where(scale == after, leaving, 0.0), entering),
+            tl.where(back, tl.where(scale == before, entering, 0.0), leaving),
+        )
+        whole = tl.where(back & (before != after), 0.0, whole)
+        coarse, fine = tl.where(back, -coarse, coarse), tl.where(back, -fine, fine)
+        passes = tl.where(back, offs[:, None] <= offs[None, :], passes)
+        pairs = tl.where(back, (offs[:, None] > offs[None, :]) & (scale[:, None] == scale[None, :]), pairs)
 
-    h = tl.load(h_at, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
-    adjoint = tl.load(adjoint_at, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
-    through = whole * tl.sum(tl.sum(h * adjoint, 1), 0)
+    through = 0.0
+    for i in range(once):
+        h = tl.load(h_at + i * 64, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
+        adjoint = tl.load(adjoint_at + i * 64, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
+        through = whole * tl.sum(tl.sum(h * adjoint, 1), 0)
     from_h = product_of_loaded(dy_at, mask_x, h_at, mask_state, once, False, tl.float32, PRECISE)
     from_h *= entering[:, None]  # [CHUNK, BLOCK_N]
     dC += from_h
     arrived = tl.sum(from_h * tl.load(C_at, mask=mask_bc, other=0.0).to(tl.float32), 1)
     xs = product_of_loaded(x_at, mask_x, adjoint_at, mask_state, once, False, OPERAND, COARSE)
     dB += xs * (leaving * delta)[:, None]  # [CHUNK, BLOCK_N]
-    dx = product_of_loaded(B_at, mask_bc, adjoint_at, mask_state, once, True, tl.float32, PRECISE)
-    dx *= leaving[:, None]  # [CHUNK, BLOCK_P]
-    left = tl.sum(dx * tl.load(x_at, mask=mask_x, other=0.0).to(tl.float32), 1)
-    dx *= delta[:, None]
+    from_adjoint = product_of_loaded(B_at, mask_bc, adjoint_at, mask_state, once, True, tl.float32, PRECISE)
+    from_adjoint *= leaving[:, None]  # [CHUNK, BLOCK_P]
+    left = tl.sum(from_adjoint * tl.load(x_at, mask=mask_x, other=0.0).to(tl.float32), 1)
+    dx += from_adjoint * delta[:, None]
 
     G = product_of_loaded(B_at, mask_bc, C_at, mask_bc, once, True, tl.float32, PRECISE)  # [s, t]
     scores_grad = product_of_loaded(x_at, mask_x, dy_at, mask_x, once, True, tl.float32, PRECISE)  # [s, t]
-    decay = decay_matrix(-coarse, -fine, mask)  # [s, t]
-    pairs = scores_grad * G * decay  # [s, t]: the gradient of Δ_s
-    ddelta = left + tl.sum(pairs, 1)
-    left *= delta
-    offs = tl.arange(0, delta.shape[0])
-    # [t, u]: whether what comes to t passes over step u; if not, what goes from there may.
-    passes = (offs[:, None] <= offs[None, :]) if BACK else (offs[:, None] >= offs[None, :])
+    decay = decay_matrix(-coarse, -fine, pairs)  # [s, t]
+    slopes = scores_grad * G * decay  # [s, t]: the gradient of Δ_s
+    ddelta = left + tl.sum(slopes, 1)
     over = tl.zeros([delta.shape[0], delta.shape[0]], tl.float32)  # [s, u]
-    weighted = pairs * delta[:, None]
+    weighted = slopes * delta[:, None]
     for i in range(once):
         over = tl.dot(weighted, tl.where(passes, 1.0, i * 1.0), input_precision=PRECISE)
-    dlog_a = through + tl.sum(tl.where(passes, 0.0, over), 0)
-    if BACK:
-        dlog_a += tl.cumsum(arrived, 0) + (tl.cumsum(left, 0, reverse=True) - left)
-    else:
-        dlog_a += tl.cumsum(arrived, 0, reverse=True) + (tl.cumsum(left, 0) - left)
+    dlog_a = through + tl.sum(tl.where(passes, arrived[:, None], over + (left * delta)[:, None]), 0)
     ddelta += A * dlog_a
 
     dx += product(G * decay, dy_at, mask_x, once, False, OPERAND, COARSE) * delta[:, None]
@@ -247,7 +247,7 @@ def _direction_grads(
     return dB, dC, dx, ddelta, tl.sum(delta * dlog_a, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "heads"])
 def _ssd_scan_bwd_grads_kernel(
     x_ptr,
     dt_ptr,
@@ -289,7 +289,8 @@ def _ssd_scan_bwd_grads_kernel(
 
     Program ids: chunk of a batch row, group of heads. MIXER: through softplus and A = −exp(A_log), too.
     """
-    KINDS: tl.constexpr = (2 if BOTH else 1) * (2 if MIXER else 1) + 1
+    DIRECTIONS: tl.constexpr = 2 if BOTH else 1
+    KINDS: tl.constexpr = DIRECTIONS * (2 if MIXER else 1) + 1
     chunks = tl.cdiv(L, CHUNK)
     program = tl.program_id(0).to(tl.int64)
     b, chunk = program // chunks, tl.program_id(0) % chunks
@@ -312,60 +313,49 @@ def _ssd_scan_bwd_grads_kernel(
     offs_state = offs_p[:, None] * N + offs_n[None, :]
     direction_states = tl.num_programs(0).to(tl.int64) * H * P * N
 
-    B = tl.load(B_at, mask=mask_bc, other=0.0)  # [CHUNK, BLOCK_N]
-    C = tl.load(C_at, mask=mask_bc, other=0.0)  # [CHUNK, BLOCK_N]
-    own = tl.sum(B.to(tl.float32) * C.to(tl.float32), 1)
-    earlier = offs_i[:, None] < offs_i[None, :]
+    scale, before, after = None, None, None
     if BOTH:
         scale, before, after = edges(scale_ptr, chunk, L, CHUNK)
-        later = (offs_i[:, None] > offs_i[None, :]) & (scale[:, None] == scale[None, :])
 
     dB = tl.zeros([CHUNK, BLOCK_N], tl.float32)
     dC = tl.zeros([CHUNK, BLOCK_N], tl.float32)
-    own_grad = tl.zeros([CHUNK], tl.float32)
     always = chunk * CHUNK < L
     once = tl.num_programs(2)
     first_head = tl.program_id(1) * heads
-    for head in range(first_head, tl.minimum(first_head + heads, H)):
+    # Nothing is hoisted out of the loops: addresses, in the layout of every use, would take the registers of tiles. Two
+    # directions are a loop, too: one after the other the compiler would keep of the first what the second needs.
+    for head in tl.range(first_head, tl.minimum(first_head + heads, H), disable_licm=True):
         x_at = x_ptr + head * P + offs_i[:, None] * x_stride + offs_p[None, :]
         dy_at = dy_ptr + head * P + offs_i[:, None] * dy_stride + offs_p[None, :]
         h_at, adjoint_at = states_ptr + head * P * N + offs_state, adjoints_ptr + head * P * N + offs_state
-        delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, head, always, MIXER)
-        dB, dC, dx, ddelta, dA = _direction_grads(
-            x_at, dy_at, B_at, C_at, h_at, adjoint_at, mask_x, mask_bc, mask_state, dB, dC, delta, A, earlier,
-            None, None, None, once, False, OPERAND, PRECISE, COARSE,
-        )  # fmt: skip
-        x = tl.load(x_at, mask=mask_x, other=0.0).to(tl.float32)  # [CHUNK, BLOCK_P]
-        dy = tl.load(dy_at, mask=mask_x, other=0.0).to(tl.float32)  # [CHUNK, BLOCK_P]
-        x_dy = tl.sum(x * dy, 1)
-        ddt = (ddelta + own * x_dy) * slope
-        own_grad += x_dy * delta
-        dx += (own * delta + tl.load(D_ptr + head).to(tl.float32))[:, None] * dy
-        tl.store(ddt_ptr + offs_i * ddt_stride + head, ddt.to(ddt_ptr.dtype.element_ty), mask=mask_t)
-        tl.store(sums_ptr + head, dA * A if MIXER else dA)
-        tl.store(sums_ptr + (2 if BOTH else 1) * H + head, tl.sum(x_dy, 0))
-        if MIXER:
-            tl.store(sums_ptr + (3 if BOTH else 2) * H + head, tl.sum(ddt, 0))
-        if BOTH:
-            delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, H + head, always, MIXER)
-            dB, dC, dx_back, ddelta, dA = _direction_grads(
-                x_at, dy_at, B_at, C_at, h_at + direction_states, adjoint_at + direction_states,
-                mask_x, mask_bc, mask_state, dB, dC, delta, A, later, scale, before, after, once, True, OPERAND,
-                PRECISE, COARSE,
+        dx = tl.zeros([CHUNK, BLOCK_P], tl.float32)
+        for direction in tl.range(DIRECTIONS, disable_licm=True):
+            column = direction * H + head
+            delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, always, MIXER)
+            dB, dC, dx, ddelta, dA = _direction_grads(
+                x_at, dy_at, B_at, C_at, h_at + direction * direction_states, adjoint_at + direction * direction_states,
+                mask_x, mask_bc, mask_state, dB, dC, dx, delta, A, direction, scale, before, after, once,
+                BOTH, OPERAND, PRECISE, COARSE,
             )  # fmt: skip
-            dx += dx_back
-            ddt = ddelta * slope
-            tl.store(ddt_ptr + offs_i * ddt_stride + H + head, ddt.to(ddt_ptr.dtype.element_ty), mask=mask_t)
-            tl.store(sums_ptr + H + head, dA * A if MIXER else dA)
+            forward = direction == 0  # which tokens' own terms belong to
+            x = tl.load(x_at, mask=mask_x, other=0.0).to(tl.float32)  # [CHUNK, BLOCK_P]
+            dy = tl.load(dy_at, mask=mask_x, other=0.0).to(tl.float32)  # [CHUNK, BLOCK_P]
+            x_dy = tl.where(forward, tl.sum(x * dy, 1), 0.0)
+            B = tl.load(B_at, mask=mask_bc, other=0.0).to(tl.float32)
+            C = tl.load(C_at, mask=mask_bc, other=0.0).to(tl.float32)
+            own = tl.sum(B * C, 1)
+            dB += (x_dy * delta)[:, None] * C
+            dC += (x_dy * delta)[:, None] * B
+            dx += tl.where(forward, own * delta + tl.load(D_ptr + head).to(tl.float32), 0.0)[:, None] * dy
+            ddt = (ddelta + own * x_dy) * slope
+            tl.store(ddt_ptr + offs_i * ddt_stride + column, ddt.to(ddt_ptr.dtype.element_ty), mask=mask_t)
+            tl.store(sums_ptr + column, dA * A if MIXER else dA)
+            tl.store(sums_ptr + DIRECTIONS * H + head, tl.sum(x_dy, 0), mask=forward)
             if MIXER:
-                tl.store(sums_ptr + 4 * H + head, tl.sum(ddt, 0))
+                tl.store(sums_ptr + (DIRECTIONS + 1) * H + column, tl.sum(ddt, 0))
         dx_at = dx_ptr + head * P + offs_i[:, None] * (H * P) + offs_p[None, :]
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
 
-    B = tl.load(B_at, mask=mask_bc, other=0.0).to(tl.float32)
-    C = tl.load(C_at, mask=mask_bc, other=0.0).to(tl.float32)
-    dB += own_grad[:, None] * C
-    dC += own_grad[:, None] * B
     dbc_ptr += (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // chunks) * L + row) * (2 * N)
     dbc_at = dbc_ptr + offs_i[:, None] * (2 * N) + offs_n[None, :]
     tl.store(dbc_at, dB, mask=mask_bc)

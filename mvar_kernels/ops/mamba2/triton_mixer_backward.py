@@ -52,7 +52,7 @@ NORM_TILES = (
 CONV_GRADS_TILES = (Tile({"BLOCK_L": 32, "BLOCK_C": 32}, warps=8, stages=1),)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _mamba2_mixer_bwd_conv_kernel(
     xbc_ptr,
     conv_ptr,
@@ -89,7 +89,7 @@ def _mamba2_mixer_bwd_conv_kernel(
     store_rows(slope_ptr + at, channels, open * (1.0 + v * (1.0 - open)), start, offs_c, mask_c, L, CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "heads"])
 def _mamba2_mixer_bwd_outputs_kernel(
     xbc_ptr,
     dt_ptr,
@@ -161,7 +161,7 @@ def _mamba2_mixer_bwd_outputs_kernel(
         tl.store(y_at + head * P, y, mask=mask_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _mamba2_mixer_bwd_norm_kernel(
     y_ptr,
     z_ptr,
@@ -237,7 +237,7 @@ def _dv(dx_ptr, dbc_ptr, slope_ptr, group_rows, offs_t, offs_c, mask_c, L, E, ch
     return dv * slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_rows", "L", "groups"])
 def _mamba2_mixer_bwd_conv_grads_kernel(
     dx_ptr,
     dbc_ptr,

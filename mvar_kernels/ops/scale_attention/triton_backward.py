@@ -101,7 +101,7 @@ def _through_keys(
     return dq, total, slope, drift, level
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Lq"])
 def _scale_attention_dq_kernel(
     grad_ptr,
     out_ptr,
@@ -245,7 +245,7 @@ def _through_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Lq", "L"])
 def _scale_attention_dkdv_kernel(
     grad_ptr,
     lse_ptr,
@@ -318,7 +318,7 @@ def _scale_attention_dkdv_kernel(
     tl.store(dk_ptr + offs_out, dk.to(dk_ptr.dtype.element_ty), mask=mask_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _scale_attention_dtemperature_kernel(partials_ptr, log_temperature_ptr, grad_ptr, count, BLOCK: tl.constexpr):
     """The second stage: a program adds one head's partial sums, in their order."""
     h = tl.program_id(0)

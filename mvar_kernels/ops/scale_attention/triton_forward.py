@@ -81,7 +81,7 @@ def _attend(
     return acc, total, new_peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Lq"])
 def _scale_attention_fwd_kernel(
     q_ptr,
     k_ptr,
