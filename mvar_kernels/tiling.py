@@ -2,12 +2,13 @@
 
 So results and start-up time do not change from run to run. `python -m benchmarks.tune` writes
 the table (tiles.json) on a GPU: architecture → kernel → shape class → tile. What is not in it gets the
-kernel's first candidate. ("interpreter" is an architecture too: there, few and large tiles are fast.)
+kernel's first candidate. "interpreter" is an architecture too: there, few and large tiles are fast, whatever the shape,
+so its one class, "*", says how every first candidate differs.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ def table() -> Mapping[str, Mapping[str, Mapping[str, Tile]]]:
 
 def chosen(kernel: str, shape_class: str, candidates: Sequence[Tile], device: torch.device) -> Tile:
     """The tile to launch `kernel` with. `shape_class` says which shapes share one ("D64 bfloat16")."""
-    return table().get(architecture(device), {}).get(kernel, {}).get(shape_class, candidates[0])
+    classes, first = table().get(architecture(device), {}).get(kernel, {}), candidates[0]
+    if "*" in classes:
+        return replace(first, sizes={**first.sizes, **classes["*"].sizes})
+    return classes.get(shape_class, first)
 
 
 def product_block(size: int) -> int:

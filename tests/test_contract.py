@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import PEERS, backends
+from mvar_kernels.backends import PEERS, backends, interpreted
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Case, Inputs, Spec
 from tests import cuda_on_cpu
@@ -28,7 +28,6 @@ DEVICE = {"cuda": "cuda", "triton": GPU} | dict.fromkeys(PEERS, GPU)
 OPERATORS = {name: getattr(torch.ops.mvar, name).default for name in SPECS}
 # Backend → ops without a backward there.
 FORWARD_ONLY = dict.fromkeys(("cuda", CUDA_ON_CPU), {"mamba2_mixer", "scale_attention"})
-COMPILED_CASES = 2  # cases of each op that also go through opcheck and torch.compile
 
 
 @contextmanager
@@ -52,6 +51,15 @@ def covered(spec: Spec, backend: str, dtype: torch.dtype, case: Case) -> bool:
     return True
 
 
+def interprets(backend: str) -> bool:
+    return backend == "triton" and interpreted()
+
+
+def differentiable(spec: Spec, backend: str | None) -> tuple[str, ...]:
+    """The inputs that get gradients there."""
+    return () if spec.op in FORWARD_ONLY.get(backend or "", ()) else spec.grads
+
+
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(1)
 
@@ -66,7 +74,7 @@ def prepared(spec: Spec, case: Case, dtype: torch.dtype, backend: str = "referen
 
 def evaluate(spec: Spec, case: Case, inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
     """Outputs and, with seeded cotangents, gradients; backend None is the plain PyTorch reference."""
-    wanted = [name for name in spec.grads if name in inputs and spec.op not in FORWARD_ONLY.get(backend or "", ())]
+    wanted = [name for name in differentiable(spec, backend) if name in inputs]
     leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in inputs.items()}
     if backend is None:
         outs = spec.reference(leaves, case)
@@ -122,14 +130,18 @@ def test_agrees_with_float64(spec: Spec, case: Case, backend: str, dtype: torch.
     inputs = prepared(spec, case, dtype, backend)
     originals = {n: t.clone() for n, t in inputs.items()}
     got = evaluate(spec, case, inputs, backend)
-    again = evaluate(spec, case, inputs, backend)
-    assert all(torch.equal(got[n], again[n]) for n in got), "not the same answer twice"
+    # Triton's interpreter takes seconds a run: one program after the other on one thread has one answer, and strides
+    # are read alike in every dtype.
+    slow = interprets(backend)
+    if not slow:
+        again = evaluate(spec, case, inputs, backend)
+        assert all(torch.equal(got[n], again[n]) for n in got), "not the same answer twice"
     assert all(torch.equal(inputs[n], originals[n]) for n in inputs), "an input was written to"
     on_cpu = {n: t.cpu() for n, t in inputs.items()}
     same = evaluate(spec, case, on_cpu, None)
     exact = evaluate(spec, case, {n: t.double() for n, t in on_cpu.items()}, None)
     compare(spec, got, same, exact)
-    for layout in (every_other, transposed):
+    for layout in () if slow and dtype != torch.float32 else (every_other, transposed):
         compare(spec, evaluate(spec, case, {n: layout(t) for n, t in inputs.items()}, backend), same, exact)
 
 
@@ -146,13 +158,19 @@ def transposed(t: Tensor) -> Tensor:
     return t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
 
 
-COMPILED = [
-    pytest.param(*p.values, id=p.id)  # type: ignore[attr-defined]
-    for p in PARAMS
-    if p.values[2] != CUDA_ON_CPU  # type: ignore[attr-defined]
-    and p.values[3] == torch.float32  # type: ignore[attr-defined]
-    and p.values[1] in p.values[0].cases[1 : 1 + COMPILED_CASES]  # type: ignore[attr-defined]
-]
+def compiled() -> Iterator[object]:
+    """Two cases of each op in float32, one where Triton interprets: what is checked is around the kernel."""
+    for p in PARAMS:
+        spec, case, backend, dtype = p.values  # type: ignore[attr-defined]
+        if (
+            backend != CUDA_ON_CPU
+            and dtype == torch.float32
+            and case in spec.cases[1 : 2 if interprets(backend) else 3]
+        ):
+            yield pytest.param(spec, case, backend, dtype, id=p.id)  # type: ignore[attr-defined]
+
+
+COMPILED = list(compiled())
 
 
 @pytest.mark.parametrize(("spec", "case", "backend", "dtype"), COMPILED)
@@ -162,7 +180,8 @@ def test_opcheck(spec: Spec, case: Case, backend: str, dtype: torch.dtype, monke
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.mvar, spec.op, lambda *args: captured.append(args) or OPERATORS[spec.op](*args))
         inputs = prepared(spec, case, dtype, backend)
-        spec.call({n: t.requires_grad_(n in spec.grads) for n, t in inputs.items()}, case, backend)
+        wanted = differentiable(spec, backend)
+        spec.call({n: t.requires_grad_(n in wanted) for n, t in inputs.items()}, case, backend)
     torch.library.opcheck(OPERATORS[spec.op], captured[0])
 
 
@@ -176,7 +195,7 @@ def test_compiles_whole(spec: Spec, case: Case, backend: str, dtype: torch.dtype
 
     class Compiled:
         call = staticmethod(lambda t, case, backend: compiled(t))
-        outputs, grads = spec.outputs, spec.grads
+        op, outputs, grads = spec.op, spec.outputs, spec.grads
 
     got = evaluate(Compiled, case, inputs, backend)  # type: ignore[arg-type]
     assert all(torch.equal(got[n], eager[n]) for n in eager)

@@ -1,6 +1,7 @@
 """What is special to Mamba-2's Triton kernels: every tile, odd convolutions, steps Δ of 5 that let one token decide."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.backends import unavailable
 from mvar_kernels.ops.mamba2 import reference
+from mvar_kernels.ops.mamba2.spec import SSD_SCAN
+from mvar_kernels.specs import Case
 
 if unavailable("triton") is not None:
     pytest.skip(str(unavailable("triton")), allow_module_level=True)
 
-from mvar_kernels.ops.mamba2.triton import MIXER, mamba2_mixer_triton
+from mvar_kernels.ops.mamba2.triton import MIXER, SCAN, mamba2_mixer_triton, ssd_scan_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 16
@@ -45,11 +48,16 @@ def assert_right(inputs: list[list[Tensor]], scales: tuple[int, ...], dtype: tor
 
     got = run(mamba2_mixer_triton.forward, dtype, DEVICE)
     same, exact = (run(reference.mamba2_mixer, kind, "cpu") for kind in (dtype, torch.float64))
-    for name, value, near, true in zip(("y", "conv", "ssm"), got, same, exact, strict=True):
+    assert_as_near(got, same, exact)
+
+
+def assert_as_near(got: Sequence[Tensor], same: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """The tolerance of test_contract.py; `same` is the reference in the dtype of `got`."""
+    for value, near, true in zip(got, same, exact, strict=True):
         if not value.numel():
             continue
         error, reference_error = ((t.double().cpu() - true).abs().max() for t in (value, near))
-        assert error <= 2 * reference_error + torch.finfo(value.dtype).eps * true.abs().max(), name
+        assert error <= 2 * reference_error + torch.finfo(value.dtype).eps * true.abs().max()
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -76,3 +84,16 @@ def test_every_tile(kind: str, tile: tiling.Tile, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tiling, "chosen", lambda name, shape, found, device: tile if tile in found else found[-1])
     L = 11 if kind == "short" else 37
     assert_right(mixer_inputs(1, L, 2, 40, 4, kind == "both", -3.0), (4, L - 4))
+
+
+@pytest.mark.parametrize(("kind", "tile"), [(kind, tile) for kind, tiles in SCAN.items() for tile in tiles])
+def test_every_tile_of_the_scan(kind: str, tile: tiling.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "chosen", lambda *_: tile)
+    case = Case("", {"B": 1, "L": 11 if kind == "short" else 37, "H": 2, "P": 40, "N": N}, {"scales": None})
+    if kind == "both":
+        case = replace(case, options={"scales": (4, 33)})
+    exact_inputs = list(SSD_SCAN.inputs(case, torch.Generator().manual_seed(0)).values())
+    scales = case.options["scales"] or (case.sizes["L"],)
+    got = ssd_scan_triton.forward(*(t.float().to(DEVICE) for t in exact_inputs), scales)
+    same, exact = (reference.ssd_scan(*(t.to(d) for t in exact_inputs), scales) for d in (torch.float32, torch.float64))
+    assert_as_near(got, same, exact)

@@ -1,19 +1,30 @@
 """Mamba-2 in Triton: the kernels are in triton_forward.py, which says what one program does.
 
-mamba2_mixer takes three launches, or two for at most 16 tokens:
+mamba2_mixer takes three launches:
 
-1. prepare: conv + SiLU of B and C and C·B of each token, once for all heads, and Δ, laid out along the tokens. Were
-   each head to redo it, two thirds of its convolution, SiLU and exp would be this, and the weights of two more
-   tiles would stay in its registers.
-2. the scan: conv + SiLU of x, scan, skip, gate, both states. For a single short chunk it does 1. as well, as a
-   launch costs more than the work. It writes y · SiLU(z) and, per token and program, the sum of its squares.
+1. prepare: conv + SiLU of B and C and C·B of each token, once for all heads, and Δ, laid out along the tokens.
+2. the scan: conv + SiLU of x, scan, skip, gate, both states. It writes y · SiLU(z) and, per token and program, the
+   sum of its squares. With PREPARED = 0 it does 1. as well.
 3. norm: adds the partial sums of a token in a fixed order and scales its row. RMSNorm is over all heads, and
    programs of one launch cannot wait for one another.
 
+Why not 1. inside 2. Counted in the machine code for sm_90 (P = N = 64, chunks of 16, a program for each head): a
+chunk of a head takes 4 warps · 1,071 instructions with B and C prepared, and 8 · 1,269 where each head convolves them
+for itself (with 4 warps the registers spill): 5,900 more. An H200 issues at most 132 · 4 · 1.75 GHz = 0.92·10¹² a
+second, so that at d16 (32 heads) each row's chunk costs at least 0.2 µs more. The launch moves 836 bytes a token and
+takes perhaps 3 µs, hidden by nothing. Batch 8 with guidance, 16 rows: 3.3 µs more against 3 at up to 16 tokens, 52 µs
+against 4 at 256; batch 50: 20 against 3, and 330 against 8. So one launch is ahead only for a few rows of few tokens,
+and is a candidate there, for `benchmarks.tune` to find. Nothing of this has been timed.
+
+Why not 3. inside 2., or its row factor in what follows. The factor 1/σ of a token could multiply the rows of the
+next matrix product's result. That would save 4·E of the 10·E bytes a token that 2. and 3. move (bfloat16): 41 µs of
+a training step's layer at d16 and batch 32, at 4.3 TB/s; in generation, where y · SiLU(z) is still in L2, little
+more than a launch. But that product is torch's, whose epilogue takes no such factor, and the op promises the
+normalised row. It stays a launch until there is a matrix product of our own.
+
 y · SiLU(z) goes through memory between 2. and 3. In bfloat16 it is rounded once more; simulated at d16's sizes, y's
 error is then at most 0.4 of the tolerance. float32 would move 4 bytes more a value, where all else is 10. In
-float16, whose range y · SiLU(z) can leave though the normalised row cannot, it is float32. To measure next: the
-row factor in the epilogue of the matrix product that follows, instead of launch 3; PREPARED 0 against 1.
+float16, whose range y · SiLU(z) can leave though the normalised row cannot, it is float32.
 
 Tiles are chosen by how many tokens there are (one short chunk, or more) and whether there is one direction or two,
 so that sums are taken in the same order whatever the batch.
@@ -41,19 +52,20 @@ from mvar_kernels.ops.mamba2.triton_parts import scale_of_tokens
 from mvar_kernels.tiling import Tile
 
 SHORT = 16  # tokens: one chunk
+# First what takes the fewest instructions for all heads together and spills on no architecture.
 SCAN = {
-    "short": (Tile({"CHUNK": 16, "BLOCK_P": 32}, 4, 1), Tile({"CHUNK": 16, "BLOCK_P": 64}, 4, 1)),
-    "forward": (Tile({"CHUNK": 32, "BLOCK_P": 32}, 4, 1), Tile({"CHUNK": 16, "BLOCK_P": 64}, 4, 1)),
-    "both": (Tile({"CHUNK": 32, "BLOCK_P": 32}, 4, 1), Tile({"CHUNK": 16, "BLOCK_P": 64}, 4, 1)),
+    "short": (Tile({"CHUNK": 16, "BLOCK_P": 64}, 4, 1), Tile({"CHUNK": 16, "BLOCK_P": 32}, 4, 1)),
+    "forward": (Tile({"CHUNK": 16, "BLOCK_P": 64}, 4, 1), Tile({"CHUNK": 32, "BLOCK_P": 32}, 4, 1)),
+    "both": (Tile({"CHUNK": 16, "BLOCK_P": 64}, 4, 1), Tile({"CHUNK": 32, "BLOCK_P": 32}, 4, 1)),
 }
 MIXER = {
     "short": (
-        Tile({"CHUNK": 16, "BLOCK_P": 32, "PREPARED": 0}, 8, 1),
-        Tile({"CHUNK": 16, "BLOCK_P": 32, "PREPARED": 1}, 4, 1),
+        Tile({"CHUNK": 16, "BLOCK_P": 64, "PREPARED": 1}, 4, 1),
+        Tile({"CHUNK": 16, "BLOCK_P": 64, "PREPARED": 0}, 8, 1),
     ),
     "forward": (
+        Tile({"CHUNK": 16, "BLOCK_P": 64, "PREPARED": 1}, 4, 1),
         Tile({"CHUNK": 32, "BLOCK_P": 32, "PREPARED": 1}, 8, 1),
-        Tile({"CHUNK": 16, "BLOCK_P": 32, "PREPARED": 1}, 4, 1),
     ),
     "both": (
         Tile({"CHUNK": 32, "BLOCK_P": 32, "PREPARED": 1}, 8, 1),

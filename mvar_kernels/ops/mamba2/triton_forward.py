@@ -351,7 +351,10 @@ def _mamba2_mixer_fwd_kernel(
         from_right, from_end = h, from_start
         if BOTH:
             scale, first, last, _ = _scales(scale_ptr, start, L, CHUNK)
-            delta = softplus_steps(dt_ptr + H, stride_zl, dt_bias_back, start, L, CHUNK)
+            if PREPARED:
+                delta = steps(delta_ptr + H * L, 1, start, L, CHUNK)
+            else:
+                delta = softplus_steps(dt_ptr + H, stride_zl, dt_bias_back, start, L, CHUNK)
             upper, from_end, _, _ = backward_decays(delta, A_back, scale, first, last, CHUNK)
             inside += upper
             from_right = tl.load(edges_ptr + chunk * P * N + offs_h, mask=mask_h, other=0.0)
