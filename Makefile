@@ -39,17 +39,10 @@ bench: setup
 	-$(BIN)/python tests/compile_ahead.py --write benchmarks/results/kernels.json > /dev/null
 	$(BIN)/python -m benchmarks.report
 
-# All that needs a GPU, in one go and without network, in the Python at hand (torch for CUDA, Triton, mvar's dependencies,
-# pytest, pybind11, cmake, ninja, matplotlib): build, every kernel against float64 in every dtype, timings, tables. With
-# pytest-xdist in parallel. The tests ask torch for deterministic algorithms, for which cuBLAS wants that variable.
-gpu: export CUBLAS_WORKSPACE_CONFIG = :4096:8
+# All that needs a GPU, in one go of at most nine minutes and without network, in the Python at hand (torch for CUDA,
+# Triton, mvar's dependencies, pytest, pybind11, cmake, ninja, matplotlib). The steps and their limits: benchmarks/gpu.py.
 gpu:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
-	$(PYTHON) -m pytest -q $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8") \
-		tests/test_contract.py $(wildcard tests/test_*_triton.py) -k triton
-	$(PYTHON) -m benchmarks.ops --seconds 0.3
-	$(PYTHON) -m benchmarks.report
+	$(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf .venv build demo dist *.egg-info mvar_kernels/_native*.so

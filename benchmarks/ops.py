@@ -35,6 +35,8 @@ def forwards(spec: Spec, case: Case, inputs: Inputs) -> dict[str, Forward]:
                 spec.call(inputs, case, backend)
             except BackendError:
                 continue
+            except Exception:
+                pass  # said when the side is checked
             name = backend if backend in PEERS else f"mvar {backend}"
             sides[name] = lambda t, backend=backend: spec.call(t, case, backend)  # type: ignore[misc]
     rivals = RIVALS.get(spec.op, {})
@@ -70,7 +72,10 @@ def fault_of_draw(got: Results, expected: Results) -> str | None:
     return None if torch.equal(got[0].cpu(), expected[0].cpu()) else "draws other tokens than the reference"
 
 
-def row(spec: Spec, case: Case, dtype: torch.dtype, backward: bool, seconds: float) -> dict[str, Any]:
+def checked(
+    spec: Spec, case: Case, dtype: torch.dtype, backward: bool
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The sides whose answer is right, compiled, and what is wrong with the others."""
     generator = torch.Generator().manual_seed(0)
     inputs = {
         n: t.to(DEVICE, torch.float32 if n in spec.keeps_dtype else dtype)
@@ -79,8 +84,13 @@ def row(spec: Spec, case: Case, dtype: torch.dtype, backward: bool, seconds: flo
     sides: dict[str, Callable[[], Any]] = {}
     wrong: dict[str, str] = {}
 
-    def enter(name: str, run: Callable[[], Any], found: str | None) -> None:
-        """A wrong answer is not timed."""
+    def enter(name: str, prepare: Callable[[], Callable[[], Any]], judge: Callable[[Results], str | None]) -> None:
+        """A wrong answer is not timed; nor does a side that raises stop the others."""
+        try:
+            run = prepare()
+            found = judge(run())
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}".splitlines()[0]
         if found is None:
             sides[name] = run
         else:
@@ -94,7 +104,11 @@ def row(spec: Spec, case: Case, dtype: torch.dtype, backward: bool, seconds: flo
     if spec.op == "sample_tokens":
         for name, forward in forwards(spec, case, inputs).items():
             ours = name.startswith("mvar")  # another's draw has no answer to hold it against
-            enter(name, partial(forward, inputs), fault_of_draw(forward(inputs), same) if ours else None)
+            enter(
+                name,
+                lambda forward=forward: partial(forward, inputs),  # type: ignore[misc]
+                lambda got, ours=ours: fault_of_draw(got, same) if ours else None,  # type: ignore[misc]
+            )
     else:
         exact_inputs = {n: t.double() for n, t in inputs.items()}
         exact = reference(exact_inputs)
@@ -104,15 +118,29 @@ def row(spec: Spec, case: Case, dtype: torch.dtype, backward: bool, seconds: flo
             exact = gradients(spec, exact_inputs, reference, cotangents)()
             same = gradients(spec, inputs, reference, rounded)()
         for name, forward in forwards(spec, case, inputs).items():
-            run = gradients(spec, inputs, forward, rounded) if backward else partial(forward, inputs)
-            enter(name, run, fault(run(), same, exact, torch.finfo(dtype).eps))
+            enter(
+                name,
+                lambda forward=forward: (  # type: ignore[misc]
+                    gradients(spec, inputs, forward, rounded) if backward else partial(forward, inputs)
+                ),
+                lambda got: fault(got, same, exact, torch.finfo(dtype).eps),
+            )
+    return sides, wrong
+
+
+def row(spec: Spec, case: Case, dtype: torch.dtype, backward: bool, seconds: float) -> dict[str, Any]:
+    sides, wrong = checked(spec, case, dtype, backward)
     moved, flops = (spec.work_backward if backward else spec.work)(case, dtype.itemsize)
     sides["copy"] = copy(moved)
     calls = dict.fromkeys(sides, 1)
     uncaptured = [name for name, rival in RIVALS.get(spec.op, {}).items() if rival.waits and name in sides]
     if DEVICE.type == "cuda":
         for name in set(sides) - set(uncaptured):
-            sides[name], calls[name] = graphed(sides[name]), CALLS
+            try:
+                sides[name], calls[name] = graphed(sides[name]), CALLS
+            except RuntimeError as error:
+                wrong[name] = f"cannot be captured: {error}".splitlines()[0]
+                del sides[name]
     median_ms = interleaved(sides, rounds=9, seconds=seconds)
     return {
         "case": case.name,
@@ -139,6 +167,7 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(SPECS)}; default: all")
     parser.add_argument("--passes", nargs="+", choices=("forward", "backward"), default=["forward", "backward"])
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on timing each row, at least")
+    parser.add_argument("--untimed", action="store_true", help="compile and check all sides, so that caches are warm")
     options = parser.parse_args()
     if unknown := set(options.ops) - set(SPECS):
         parser.error(f"unknown ops: {', '.join(sorted(unknown))}")
@@ -156,14 +185,20 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for case, dtype, backward in tqdm(runs, desc=op, disable=None):
             torch.compiler.reset()
-            rows.append(row(spec, case, dtype, backward, options.seconds))
-            write(op, rows)
+            try:
+                if options.untimed:
+                    checked(spec, case, dtype, backward)
+                else:
+                    rows.append(row(spec, case, dtype, backward, options.seconds))
+                    write(op, rows)
+            except Exception as error:  # the rows before and after stand
+                failed.append(f"{op}, {case.name}: {type(error).__name__}: {error}".splitlines()[0])
         for r in rows:
             times = ", ".join(f"{name} {ms:.4g}" for name, ms in r["median_ms"].items())
             print(f"  {r['case']} {r['dtype']} {r['pass']}, ms: {times}")
         failed += [f"{op}, {r['case']}: {name}" for r in rows for name in r["wrong"] if name.startswith("mvar")]
     if failed:
-        raise SystemExit(f"wrong, and not timed: {'; '.join(failed)}")
+        raise SystemExit(f"wrong or failed, and not timed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":
