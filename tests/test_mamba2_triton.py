@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import mvar_kernels as mk
 from mvar_kernels import tiling
 from mvar_kernels.backends import unavailable
 from mvar_kernels.ops.mamba2 import reference
@@ -97,3 +98,15 @@ def test_every_tile_of_the_scan(kind: str, tile: tiling.Tile, monkeypatch: pytes
     got = ssd_scan_triton.forward(*(t.float().to(DEVICE) for t in exact_inputs), scales)
     same, exact = (reference.ssd_scan(*(t.to(d) for t in exact_inputs), scales) for d in (torch.float32, torch.float64))
     assert_as_near(got, same, exact)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_no_rows_no_gradient(both: bool) -> None:
+    (zxbcdt,), params, states = mixer_inputs(0, 5, 2, 16, 4, both, -3.0)
+    inputs = [t.float().to(DEVICE).requires_grad_() for t in (zxbcdt, *params, *states)]
+    y, state = mk.mamba2_mixer(
+        *inputs[:7], state=mk.Mamba2State(*inputs[7:]), scales=(2, 3) if both else None, backend="triton"
+    )
+    assert y.shape == (0, 5, 32)
+    grads = torch.autograd.grad(y.sum() + state.ssm.sum(), inputs)
+    assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, inputs, strict=True))

@@ -137,7 +137,7 @@ def _mamba2_mixer(
         B, C = ssm.new_empty(rows, L, N), y.new_empty(rows, L, N)
         delta, own = ssm.new_empty(rows, columns, L), ssm.new_empty(rows, L)
         tile = tiling.chosen("mamba2_mixer_prepare", f"N{N}", PREPARE, y.device)
-        _mamba2_mixer_prepare_kernel[(triton.cdiv(L, tile.sizes["CHUNK"]), rows)](
+        _mamba2_mixer_prepare_kernel[(rows * triton.cdiv(L, tile.sizes["CHUNK"]),)](
             *(zxbcdt, conv, conv_weight, conv_bias, dt_bias, B, C, delta, own, *strides, L, E, columns),
             N=N,
             TAPS=taps,

@@ -54,7 +54,7 @@ class ScanGradients:
         dtype: torch.dtype,
     ) -> None:
         self.batch, self.H, self.P, self.N = initial.shape
-        self.L = x.shape[0] // self.batch
+        self.L = x.shape[0] // max(self.batch, 1)
         self.chunks = triton.cdiv(self.L, CHUNK)
         self.programs = self.batch * self.chunks
         self.heads = next((n for n in HEAD_GROUPS if self.programs * triton.cdiv(self.H, n) >= PROGRAMS), 1)

@@ -198,8 +198,9 @@ def _mamba2_mixer_prepare_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0) * CHUNK
+    chunks = tl.cdiv(L, CHUNK)
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    start = (tl.program_id(0) % chunks) * CHUNK
     channels = E + 2 * N
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
