@@ -1,0 +1,129 @@
+"""accelerate and restore: swap the slow parts of somebody else's live model for the kernels, in place.
+
+A part is found by what it is: by the names of its parameters and options, then by trying (trial.py). A copy of it with
+random weights and the replacement are given the same inputs, in evaluation and in training mode, with the same random
+numbers; only if outputs and gradients agree is the part replaced. Whose repository it came from does not matter.
+
+To replace a part is to give it another class, made of the replacement and its own class (as torch's parametrizations
+do): parameters, buffers, hooks, names and the state dict stay what they are, and `restore` gives the class back.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from mvar_kernels.backends import PREFERENCE, unavailable
+from mvar_kernels.replacements import REPLACEMENTS, Replacement
+from mvar_kernels.trial import Trials
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` did, by the names of the modules: what was replaced and by what; what was left and why."""
+
+    replaced: Mapping[str, str]
+    left: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"replaced {names}: by {what}" for names, what in _grouped(self.replaced)]
+        return "\n".join(lines + [f"left {names}: {why}" for names, why in _grouped(self.left)])
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Put the kernels in the place of the parts of a model that they know, and say what was done.
+
+    Known are attention (`mat_qkv`, `q_bias`, `v_bias`, `proj`, `kv_caching`, …), blocks (`attn`, `ffn`, `ln_wo_grad`
+    with `ada_lin` or `ada_gss`) and the norm before the head as FoundationVision/VAR has them, and mamba_ssm's
+    Mamba2. They keep their parameters and their state dict; outputs and gradients stay the same up to rounding, in
+    training and in generation with their caches. Move the model to its device before: it is tried there.
+
+    To save an accelerated model, save its state dict, or :func:`restore` it before: whole-module pickles would name
+    classes that are made on the fly.
+    """
+    replaced: dict[str, str] = {}
+    left: dict[str, str] = {}
+    trials = Trials()
+    found = [(name, part, _candidate(part)) for name, part in model.named_modules()]  # parents before children
+    for name, part, replacement in found:
+        if replacement is None:
+            continue
+        known = isinstance(part, Replacement)
+        reason = None if known else _objection(part, replacement, trials)
+        if reason is not None:
+            left[name] = reason
+            continue
+        if not known:
+            part.__class__ = _accelerated(replacement, type(part))
+        replaced[name] = replacement.what
+        left |= {f"{name}.{child}".lstrip("."): why for child, why in replacement.left.items()}
+    if hasattr(model, "autoregressive_infer_cfg") and replaced:
+        left["autoregressive_infer_cfg"] = "its draws are torch's; sample_tokens would give other, equally good ones"
+    if not replaced and not left:
+        left[type(model).__name__] = "it has no part that looks like VAR's attention, block or norm, or like Mamba2"
+    return Report(replaced, left)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`accelerate`: every part has its own class again. Not in the middle of a generation."""
+    for part in model.modules():
+        if isinstance(part, Replacement):
+            part.__class__ = type(part).__bases__[1]
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def _accelerated(replacement: type, original: type) -> type:
+    """One class for all parts of a kind, so that torch.compile meets one."""
+    if (replacement, original) not in _classes:
+        _classes[replacement, original] = type(f"Accelerated{original.__name__}", (replacement, original), {})
+    return _classes[replacement, original]
+
+
+def _candidate(part: nn.Module) -> type[Replacement] | None:
+    """The replacement whose names the part has, or that it has already."""
+    for replacement in REPLACEMENTS:
+        if isinstance(part, replacement) or all(hasattr(part, name) for name in replacement.names):
+            return replacement
+    return None
+
+
+def _objection(part: nn.Module, replacement: type[Replacement], trials: Trials) -> str | None:
+    """Why the part stays what it is, or None; the cheapest questions first."""
+    try:
+        reason = _call_objection(part, replacement) or replacement.objection(part) or _no_kernel(part)
+    except AttributeError as error:
+        reason = f"it lacks what is asked of such a part: {error}"
+    return reason or trials.difference(part, replacement, _accelerated(replacement, type(part)))
+
+
+def _call_objection(part: nn.Module, replacement: type[Replacement]) -> str | None:
+    """Why the part is called in another way than the replacement, or None."""
+    if "forward" in vars(part):
+        return "its forward has been replaced already, on the instance"
+    arguments = list(inspect.signature(type(part).forward).parameters)[1:]
+    wanted, ellipsis, _ = replacement.takes.partition(", …")
+    taken = ", ".join(arguments[: len(wanted.split(", "))] if ellipsis else arguments)
+    return None if taken == wanted else f"its forward takes ({', '.join(arguments)}), not ({replacement.takes})"
+
+
+def _no_kernel(part: nn.Module) -> str | None:
+    """Why no kernel but the reference runs on the part's device, or None."""
+    device = next(part.parameters()).device
+    kernels = [name for name in PREFERENCE.get(device.type, ()) if name != "reference"]
+    reasons = {name: unavailable(name) for name in kernels}
+    if any(reason is None for reason in reasons.values()):
+        return None
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return f"no kernel for its device {device}" + (f" ({why})" if why else "")
+
+
+def _grouped(texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names that differ in their numbers alone and have the same text, in one line: ("blocks.*.attn (16)", text)."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, text in texts.items():
+        groups.setdefault((re.sub(r"\d+", "*", name), text), []).append(name)
+    return [(names[0] if len(names) == 1 else f"{same} ({len(names)})", text) for (same, text), names in groups.items()]

@@ -1,0 +1,296 @@
+"""What `accelerate` puts in the place of a module: the same computation on the kernels, with the same parameters.
+
+A replacement is mixed into the class of the module that it stands in for (plug_in.py), so that `super().forward` is
+what was there before; it is called wherever the kernels cannot do the same. It says by which names a module is
+recognised, what keeps it from being replaced, and how to try it beside the original.
+"""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mvar_kernels.checks import accumulator
+from mvar_kernels.ops.adaln.op import adaln, gated_adaln
+from mvar_kernels.ops.mamba2.mixer import Mamba2State, mamba2_mixer
+from mvar_kernels.ops.scale_attention.op import scale_attention
+
+Draw = Callable[..., Tensor]
+"""Random inputs of a trial: draw(*shape), the same for both sides, with gradients asked for."""
+
+
+class Replacement:
+    """Mixed in before the original class."""
+
+    what: ClassVar[str]
+    """what runs instead, in words"""
+    takes: ClassVar[str]
+    """the arguments of forward"""
+    names: ClassVar[tuple[str, ...]]
+    """attributes that make a module a candidate"""
+    left: ClassVar[dict[str, str]] = {}
+    """children that stay as they are, and why"""
+
+    @classmethod
+    def objection(cls, part: Any) -> str | None:
+        """Why this candidate cannot be replaced: a size or an option that the kernels do not know."""
+        raise NotImplementedError
+
+    @classmethod
+    def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
+        """Calls that show what the part computes."""
+        raise NotImplementedError
+
+
+class Attention(Replacement):
+    """Multi-head attention over the own scale and all coarser ones, with its key/value cache.
+
+    While it is in place the cache holds keys as they are before their norm, (B, L, H, D).
+    """
+
+    what, takes = "scale_attention, causal", "x, attn_bias"
+    names = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "kv_caching", "caching")
+
+    @classmethod
+    def objection(cls, part: Any) -> str | None:
+        H, D, C = part.num_heads, part.head_dim, part.q_bias.numel()
+        if not _linear(part.mat_qkv, C, 3 * C) or not _linear(part.proj, C, C) or H * D != C:
+            return f"mat_qkv and proj: expected linear layers C→3C and C→C with C={C} of {H} heads of {D}"
+        temperature = getattr(part, "scale_mul_1H11", None)
+        if part.attn_l2_norm and (temperature is None or temperature.numel() != H):
+            return f"scale_mul_1H11: expected one number for each of {H} heads, as attn_l2_norm is on"
+        return None
+
+    @classmethod
+    def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
+        x = draw(2, 5, part.q_bias.numel())
+        yield part(x, attn_bias=_mask(x))
+        yield part(x, attn_bias=None)
+        part.kv_caching(True)
+        yield part(x[:, :1], attn_bias=None)
+        yield part(x[:, 1:], attn_bias=None)
+        part.kv_caching(False)
+
+    def forward(self: Any, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+        scales = (x.shape[1],) if attn_bias is None else schedule_of(attn_bias)
+        dropped = self.training and self.attn_drop > 0
+        if scales is None or sum(scales) != x.shape[1] or dropped or (self.caching and attn_bias is not None):
+            out: Tensor = super().forward(x, attn_bias)  # type: ignore[misc]
+            return out
+        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.unbind(2)
+        if self.caching:
+            if self.cached_k is not None:
+                scales = (self.cached_k.shape[1], *scales)
+                k, v = torch.cat((self.cached_k, k), 1), torch.cat((self.cached_v, v), 1)
+            self.cached_k, self.cached_v = k, v
+        temperature = self.scale_mul_1H11.flatten() if self.attn_l2_norm else None
+        attended = scale_attention(
+            q, k, v, scales, pattern="causal", scale=float(self.scale), log_temperature=temperature
+        )
+        return self.proj_drop(self.proj(attended.flatten(2)))
+
+
+class Block(Replacement):
+    """Attention and feed-forward network, each behind an adaLN and a gate, from one six-fold modulation."""
+
+    what, takes = "adaln and gated_adaln", "x, cond_BD, attn_bias"
+    names = ("attn", "ffn", "ln_wo_grad", "drop_path")
+    left = {"ffn": "its two linear layers are the library's own already"}
+
+    @classmethod
+    def objection(cls, part: Any) -> str | None:
+        C = _width(part.ln_wo_grad)
+        if C is None:
+            return "ln_wo_grad: expected a LayerNorm over the channels without weights"
+        if hasattr(part, "ada_gss"):
+            shape = tuple(part.ada_gss.shape)
+            return None if shape == (1, 1, 6, C) else f"ada_gss: expected shape {(1, 1, 6, C)}, got {shape}"
+        return _modulation_objection(part, 6 * C)
+
+    @classmethod
+    def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
+        C = part.ln_wo_grad.normalized_shape[0]
+        cond = draw(2, 1, 6, C) if hasattr(part, "ada_gss") else draw(2, part.ada_lin[-1].in_features)
+        x = draw(2, 5, C)
+        yield part(x=x, cond_BD=cond, attn_bias=_mask(x))
+
+    def forward(self: Any, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None) -> Tensor:
+        B, _, C = x.shape
+        if hasattr(self, "ada_gss"):
+            six = self.ada_gss + cond_BD  # (B, 1, 6, C)
+        else:
+            six = self.ada_lin(cond_BD).view(-1, 1, 6, C)
+        if torch.promote_types(six.dtype, x.dtype) != x.dtype:
+            out: Tensor = super().forward(x, cond_BD, attn_bias)  # type: ignore[misc]
+            return out
+        g1, g2, s1, s2, t1, t2 = six.to(x.dtype).expand(B, -1, -1, -1).unbind(2)  # (B, 1, C) each
+        eps = self.ln_wo_grad.eps
+        h = adaln(x, s1[:, 0], t1[:, 0], eps=eps)
+        branch = self.attn(h, attn_bias=attn_bias).to(x.dtype)
+        # Stochastic depth scales a sample's whole branch: the same, with the same random numbers, on its gate.
+        x, h = gated_adaln(x, branch, self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], eps=eps)
+        return torch.addcmul(x, self.ffn(h).to(x.dtype), self.drop_path(g2))
+
+
+class HeadNorm(Replacement):
+    """The adaLN before the head."""
+
+    what, takes = "adaln", "x_BLC, cond_BD"
+    names = ("ada_lin", "ln_wo_grad")
+
+    @classmethod
+    def objection(cls, part: Any) -> str | None:
+        C = _width(part.ln_wo_grad)
+        if C is None:
+            return "ln_wo_grad: expected a LayerNorm over the channels without weights"
+        return _modulation_objection(part, 2 * C)
+
+    @classmethod
+    def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
+        yield part(draw(2, 5, part.ln_wo_grad.normalized_shape[0]), draw(2, part.ada_lin[-1].in_features))
+
+    def forward(self: Any, x_BLC: Tensor, cond_BD: Tensor) -> Tensor:
+        scale, shift = self.ada_lin(cond_BD).chunk(2, -1)
+        if torch.promote_types(scale.dtype, x_BLC.dtype) != x_BLC.dtype:
+            out: Tensor = super().forward(x_BLC, cond_BD)  # type: ignore[misc]
+            return out
+        scale, shift = (t.to(x_BLC.dtype).expand(len(x_BLC), -1) for t in (scale, shift))
+        return adaln(x_BLC, scale, shift, eps=self.ln_wo_grad.eps)
+
+
+class Mamba2(Replacement):
+    """mamba_ssm's Mamba2 layer, with its inference cache: any number of new tokens from the state of all earlier."""
+
+    what, takes = "mamba2_mixer", "u, …"
+    names = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "out_proj", "d_state", "headdim")
+
+    @classmethod
+    def objection(cls, part: Any) -> str | None:
+        asked = {
+            "ngroups": 1,
+            "D_has_hdim": False,
+            "rmsnorm": True,
+            "norm_before_gate": False,
+            "dt_limit": (0.0, float("inf")),
+            "process_group": None,
+            "d_ssm": part.d_inner,
+        }
+        for name, value in asked.items():
+            if getattr(part, name) != value:
+                return f"{name}: expected {value}, got {getattr(part, name)}"
+        E, H, N = part.d_inner, part.nheads, part.d_state
+        if part.in_proj.out_features != 2 * E + 2 * N + H or part.conv1d.bias is None:
+            return f"in_proj and conv1d: expected {2 * E + 2 * N + H} features and a bias"
+        return None
+
+    @classmethod
+    def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
+        u = draw(2, 5, part.in_proj.in_features)
+        yield part(u)
+        part.layer_idx = 0
+        cache = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+        with torch.no_grad():
+            yield part(u[:, :4], inference_params=cache)
+            cache.seqlen_offset = 4
+            yield part(u[:, 4:], inference_params=cache)
+        yield from cache.key_value_memory_dict[0]
+
+    def forward(self: Any, u: Tensor, *others: Any, **options: Any) -> Tensor:
+        inference_params = options.get("inference_params")
+        if others or any(value is not None for name, value in options.items() if name != "inference_params"):
+            out: Tensor = super().forward(u, *others, **options)  # type: ignore[misc]
+            return out
+        if inference_params is None:
+            return self.out_proj(self._mixed(self.in_proj(u), None)[0])
+        conv_state, ssm_state = self._get_states_from_cache(inference_params, u.shape[0])
+        if inference_params.seqlen_offset == 0:
+            conv_state.zero_()
+            ssm_state.zero_()
+        return self.step(u, conv_state, ssm_state)[0]
+
+    def step(self: Any, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """New tokens (B, L, C) from its cache, which is updated in place: conv_state (B, E+2N, width) holds one row
+        more than the convolution looks back on."""
+        zxbcdt = self.in_proj(hidden_states)
+        rows = torch.cat((conv_state.transpose(1, 2), zxbcdt[..., self.d_inner : -self.nheads]), 1)
+        before = Mamba2State(
+            conv_state[..., 1:].transpose(1, 2).to(zxbcdt.dtype), ssm_state.to(accumulator(zxbcdt.dtype))
+        )
+        y, after = self._mixed(zxbcdt, before)
+        conv_state.copy_(rows[:, -conv_state.shape[-1] :].transpose(1, 2))
+        ssm_state.copy_(after.ssm)
+        return self.out_proj(y), conv_state, ssm_state
+
+    def _mixed(self: Any, zxbcdt: Tensor, state: Mamba2State | None) -> tuple[Tensor, Mamba2State]:
+        conv, norm = self.conv1d, self.norm
+        parameters = (conv.weight.flatten(1), conv.bias, self.dt_bias, self.A_log, self.D, norm.weight)
+        return mamba2_mixer(zxbcdt, *parameters, eps=norm.eps, state=state)
+
+
+REPLACEMENTS: tuple[type[Replacement], ...] = (Attention, Block, HeadNorm, Mamba2)
+"""In the order in which a module is compared with them."""
+
+_schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mask → its version, and its schedule
+
+
+@torch.compiler.disable
+def schedule_of(mask: Tensor) -> tuple[int, ...] | None:
+    """Tokens per scale of a mask (1, …, 1, L, L) under which a token sees its own and all coarser scales, else None.
+
+    The mask is boolean (True: seen) or added to the scores (0 or −∞). Read once for each tensor and each version of
+    it: once in a training step, as a model hands one mask to all its layers.
+    """
+    version = None if mask.is_inference() else mask._version
+    known = _schedules.get(mask)
+    if known is None or version is None or known[0] != version:
+        known = _schedules[mask] = version, _read_schedule(mask)
+    schedule: tuple[int, ...] | None = known[1]
+    return schedule
+
+
+def _read_schedule(mask: Tensor) -> tuple[int, ...] | None:
+    L = mask.shape[-1]
+    if mask.dim() < 2 or mask.numel() != L * L or mask.shape[-2] != L or L == 0:
+        return None
+    mask = mask.detach().view(L, L)
+    seen, hidden = (mask, ~mask) if mask.dtype == torch.bool else (mask == 0, mask == -torch.inf)
+    ends = seen.sum(-1)
+    expected = torch.arange(L, device=mask.device) < ends[:, None]
+    right = (seen == expected).all() & (seen | hidden).all()
+    *lasts, is_right = torch.cat([ends, right[None]]).tolist()  # the one moment of waiting for the device
+    rows: list[int] = []
+    while is_right and sum(rows) < L:
+        rows.append(lasts[sum(rows)] - sum(rows))
+        if rows[-1] < 1 or len(set(lasts[sum(rows[:-1]) : sum(rows)])) > 1:
+            return None
+    return tuple(rows) or None
+
+
+def _mask(x: Tensor) -> Tensor:
+    """Of the scales (1, L − 1)."""
+    mask = x.new_zeros(x.shape[1], x.shape[1])
+    mask[0, 1:] = -torch.inf
+    return mask[None, None]
+
+
+def _linear(layer: Any, inputs: int, outputs: int) -> bool:
+    return isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (inputs, outputs)
+
+
+def _width(norm: Any) -> int | None:
+    """Channels of a LayerNorm without weights over the last dimension, else None."""
+    plain = isinstance(norm, nn.LayerNorm) and not norm.elementwise_affine and len(norm.normalized_shape) == 1
+    return norm.normalized_shape[0] if plain else None
+
+
+def _modulation_objection(part: Any, features: int) -> str | None:
+    last = part.ada_lin[-1] if isinstance(getattr(part, "ada_lin", None), nn.Sequential) else None
+    if isinstance(last, nn.Linear) and last.out_features == features:
+        return None
+    return f"ada_lin: expected a Sequential that ends in a linear layer of {features} features"
