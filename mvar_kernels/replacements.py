@@ -121,15 +121,16 @@ class Block(Replacement):
         yield part(x=x, cond_BD=cond, attn_bias=_mask(x))
 
     def forward(self: Any, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None) -> Tensor:
-        B, _, C = x.shape
         if hasattr(self, "ada_gss"):
             six = self.ada_gss + cond_BD  # (B, 1, 6, C)
         else:
-            six = self.ada_lin(cond_BD).view(-1, 1, 6, C)
+            generating = getattr(self.attn, "caching", False) and not torch.is_grad_enabled()
+            made = made_once(self.ada_lin, cond_BD) if generating else self.ada_lin(cond_BD)
+            six = made.view(-1, 1, 6, x.shape[-1])
         if torch.promote_types(six.dtype, x.dtype) != x.dtype:
             out: Tensor = super().forward(x, cond_BD, attn_bias)  # type: ignore[misc]
             return out
-        g1, g2, s1, s2, t1, t2 = six.to(x.dtype).expand(B, -1, -1, -1).unbind(2)  # (B, 1, C) each
+        g1, g2, s1, s2, t1, t2 = six.to(x.dtype).expand(len(x), -1, -1, -1).unbind(2)  # (B, 1, C) each
         eps = self.ln_wo_grad.eps
         h = adaln(x, s1[:, 0], t1[:, 0], eps=eps)
         branch = self.attn(h, attn_bias=attn_bias).to(x.dtype)
@@ -252,6 +253,26 @@ def schedule_of(mask: Tensor) -> tuple[int, ...] | None:
         known = _schedules[mask] = version, _read_schedule(mask)
     schedule: tuple[int, ...] | None = known[1]
     return schedule
+
+
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # class embedding → what each layer made of it
+
+
+@torch.compiler.disable
+def made_once(layer: nn.Module, cond: Tensor) -> Tensor:
+    """layer(cond), once for each `cond`: a generation asks for it at every scale, with one and the same tensor.
+
+    Forgotten with the tensor; made anew when it or the weights have changed.
+    """
+    tensors = (cond, *layer.parameters())
+    if any(t.is_inference() for t in tensors):
+        return layer(cond)  # such tensors count no versions
+    versions = (*(t._version for t in tensors), torch.is_autocast_enabled(cond.device.type))
+    known = _made.setdefault(cond, {})
+    if layer not in known or known[layer][0] != versions:
+        known[layer] = versions, layer(cond)
+    made: Tensor = known[layer][1]
+    return made
 
 
 def _read_schedule(mask: Tensor) -> tuple[int, ...] | None:

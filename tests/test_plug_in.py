@@ -13,7 +13,7 @@ import mvar
 import mvar_kernels as mk
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.backends import native
-from mvar_kernels.replacements import schedule_of
+from mvar_kernels.replacements import made_once, schedule_of
 from tests.plain_mamba2 import PlainMamba2
 from tests.plain_var import PlainVAR, SelfAttention, randomised
 
@@ -185,6 +185,24 @@ def test_schedules_of_masks() -> None:
     assert schedule_of(added.T) is None and schedule_of(added.nan_to_num(neginf=-1e4)) is None
     assert schedule_of(torch.ones(3, 3).tril().bool()) == (1, 1, 1)
     assert schedule_of(torch.full((2, 2), -torch.inf)) is None and schedule_of(torch.zeros(0, 0)) is None
+
+
+def test_modulation_runs_once_a_generation() -> None:
+    """And anew when the class embedding or a weight has changed."""
+    model, rows = plain(), []
+    mk.accelerate(model)
+    model.blocks[0].ada_lin.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for _ in range(2):
+        model.generate(small_tokenizer(SMALL), LABELS)
+    assert rows == [4, 4]
+
+    layer, cond = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)
+    with torch.no_grad():
+        for change in (cond, layer[0].weight):
+            before = made_once(layer, cond)
+            assert made_once(layer, cond) is before
+            change.add_(1)
+            assert torch.equal(made_once(layer, cond), layer(cond)) and not torch.equal(before, layer(cond))
 
 
 class OtherOrder(nn.Module):
