@@ -34,7 +34,8 @@ def device(folder: Path) -> str:
     generations = {name: r for name, r in results.items() if name.startswith("generate_")}
     memory = {name: r for name, r in results.items() if name.startswith("memory_")}
     data = {name: r for name, r in results.items() if name.startswith("data_")}
-    ops = {name: r for name, r in results.items() if name not in generations | memory | data}
+    plugged_in = {name: r for name, r in results.items() if name.startswith("plug_in_")}
+    ops = {name: r for name, r in results.items() if name not in generations | memory | data | plugged_in}
     parts = [machines(results.values())]
     for name, content in generations.items():
         picture = Path("docs") / f"{name}_{folder.name}.png"
@@ -43,6 +44,8 @@ def device(folder: Path) -> str:
         peaks = memory.get(f"memory_{model}", {"rows": []})["rows"]
         parts += [generation(model, content["rows"], peaks), f"![where the time goes]({picture})\n"]
     parts += [training_data(name.removeprefix("data_"), row) for name, r in data.items() for row in r["rows"]]
+    if plugged_in:
+        parts.append(accelerated([content["rows"] for content in plugged_in.values()]))
     if ops:
         picture = Path("docs") / f"ops_{folder.name}.png"
         plots.ops({name: content["rows"] for name, content in ops.items()}, ROOT / picture)
@@ -87,6 +90,25 @@ def generation(model: str, rows: dict[str, Any], peaks: list[dict[str, Any]]) ->
         f"that come after it). The bfloat16 decoder: {agreement['decoder_bf16_psnr_db']:.1f} dB PSNR.\n",
     ]
     return "\n".join(lines)
+
+
+def accelerated(models: list[dict[str, Any]]) -> str:
+    """Models of VAR's shape before and after `accelerate`."""
+    sides = ("before", "accelerated", "torch.compile", "mvar")
+    lines = [
+        "`mvar_kernels.accelerate` on VAR models with random weights at 256×256, float32; the last column is mvar's own "
+        "model with the same weights. A training step is forward and backward; a generation has guidance and a small "
+        "decoder. Seconds; in brackets how many times as fast as before:\n",
+        "| model | | batch | before | accelerated | torch.compile | mvar |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rows in models:
+        for part in ("training", "generation"):
+            ms = rows[part]["median_ms"]
+            times = (f"{ms[s] / 1e3:.2f}" + f" ({ms['before'] / ms[s]:.2f}×)" * (s != "before") for s in sides)
+            cells = (f"{rows['model']}, d{rows['depth']}", part, str(rows[part]["batch"]), *times)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _seconds(ms: dict[str, float], side: str) -> str:
