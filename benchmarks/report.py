@@ -96,8 +96,8 @@ def accelerated(models: list[dict[str, Any]]) -> str:
     """Models of VAR's shape before and after `accelerate`."""
     sides = ("before", "accelerated", "torch.compile", "mvar")
     lines = [
-        "`mvar_kernels.accelerate` on VAR models with random weights at 256×256, float32; the last column is mvar's own "
-        "model with the same weights. A training step is forward and backward; a generation has guidance and a small "
+        "`mvar_kernels.accelerate` on VAR models with random weights at 256×256, float32; in the last column, mvar "
+        "with the same weights. A training step is forward and backward; a generation has guidance and a small "
         "decoder. Seconds; in brackets how many times as fast as before:\n",
         "| model | | batch | before | accelerated | torch.compile | mvar |",
         "|---|---|---|---|---|---|---|",
