@@ -61,12 +61,12 @@ def published(depth: int, sources: Path) -> Subject:
     sys.path.insert(0, str(sources))
     from models import build_vae_var  # type: ignore[import-not-found, unused-ignore]
 
+    tokenizer = small_tokenizer()  # before build_vae_var, which takes torch's layers their initialisation away
     torch.manual_seed(0)
     vae, model = build_vae_var(DEVICE, ch=SMALL_DECODER, depth=depth, init_adaln_gamma=0.3, init_head=1.0)
     model.cond_drop_rate = 0.0  # its forward drops labels in evaluation, too
     for block in model.blocks:
         block.drop_path = nn.Identity()  # not at work here, and a reason for torch.compile to compile every block anew
-    tokenizer = small_tokenizer()
     vae.load_state_dict(tokenizer.state_dict(), strict=False)
     commit = subprocess.run(["git", "-C", sources, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
 
