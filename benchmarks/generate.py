@@ -15,7 +15,7 @@ import mvar
 from benchmarks import public
 from benchmarks.measure import DEVICE, interleaved, require_allocator, write
 from benchmarks.parts import breakdown
-from mvar.engine import prepared_decoder
+from mvar.engine import prepared_tokenizer
 from mvar.tokenizer import Tokenizer
 
 AGREE = 0.999  # of greedy float32 tokens: ties within a rounding may fall either way
@@ -41,7 +41,7 @@ def check(model: mvar.Model, tokenizer: Tokenizer, labels: Tensor) -> dict[str, 
         raise SystemExit(f"only {agreement:.2%} of the greedy tokens agree with the public algorithm")
     rough = ours(model, tokenizer, labels, torch.bfloat16, top_k=1)
     features = torch.randn(1, model.config.code_dim, *2 * model.config.patch_nums[-1:])
-    pictures = [prepared_decoder(tokenizer, d)(features) for d in (torch.float32, torch.bfloat16)]
+    pictures = [prepared_tokenizer(tokenizer, d).decode_features(features) for d in (torch.float32, torch.bfloat16)]
     squared_error = float((pictures[0] - pictures[1]).square().mean()) / 4  # pixels span 2
     return {
         "greedy_tokens_equal_to_public": agreement,

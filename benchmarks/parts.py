@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mvar_kernels as mk
 from benchmarks.measure import interleaved
-from mvar.engine import prepared_decoder
+from mvar.engine import prepared_tokenizer
 from mvar.packed import PackedLinear
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.catalogue import SPECS
@@ -144,8 +144,8 @@ def breakdown(generate: Callable[[], Any], tokenizer: Tokenizer, batch: int, dty
 def decoder_flops(tokenizer: Tokenizer, batch: int) -> float:
     """Of the decoder's convolutions and products, as the engine prepares it."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        decode = prepared_decoder(Tokenizer(tokenizer.config), torch.float32)
-        decode(torch.empty(batch, tokenizer.code_dim, *2 * tokenizer.patch_nums[-1:]))
+        prepared = prepared_tokenizer(Tokenizer(tokenizer.config), torch.float32)
+        prepared.decode_features(torch.empty(batch, tokenizer.code_dim, *2 * tokenizer.patch_nums[-1:]))
     return float(counter.get_total_flops())
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import mvar_kernels as mk
 from mvar.config import ModelConfig
 from mvar.layers import Attention, CausalAttention, FeedForward, IntraScaleAttention, KeyValues, Mamba2, State
+from mvar.modulation import modulation_layer
 
 LN_EPS = 1e-6
 
@@ -145,7 +146,3 @@ class HeadNorm(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.ada_lin = modulation_layer(channels, 2)
-
-
-def modulation_layer(channels: int, vectors: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(channels, vectors * channels))

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mvar.autoencoder import UpLevel
 from mvar.layers import FeedForward
 from mvar.model import Model
+from mvar.modulation import JoinedModulation
 from mvar.packed import PackedFeedForward, PackedLinear, packs
 from mvar.tokenizer import Tokenizer
 
@@ -29,18 +30,30 @@ def prepared_model(model: Model, dtype: torch.dtype) -> Model:
     return copy
 
 
-def prepared_decoder(tokenizer: Tokenizer, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """`tokenizer.decode_features` with the decoder in `dtype` and channels last, made once likewise."""
-    copy: Tokenizer = _cached(tokenizer, dtype, _copy_decoder)
-    return copy.decode_features
+def prepared_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> Tokenizer:
+    """A copy that decodes in `dtype` and channels last, by torch.compile if asked for, made once likewise.
+
+    The quantizer stays in float32. The encoder is of no use here: it has no storage.
+    """
+    copy: Tokenizer = _cached(tokenizer, dtype, _compiled_tokenizer if compiled else _copy_tokenizer)
+    return copy
+
+
+def counts_changes(module: nn.Module) -> bool:
+    """Whether torch counts the versions of its weights: not of those made in inference mode."""
+    return not any(t.is_inference() for t in _weights(module))
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 @dataclass
 class _Copies:
-    """The copies of a module by dtype, and the weights they were made from: tensor, address and version of each."""
+    """The copies of a module by maker and dtype, and the weights they were made from: tensor, address, version."""
 
     weights: list[tuple[weakref.ref[Tensor], int, int]]
-    by_dtype: dict[torch.dtype, Any]
+    made: dict[tuple[Callable[..., nn.Module], torch.dtype], Any]
 
     def are_of(self, tensors: list[Tensor]) -> bool:
         now = [(t, t.data_ptr(), t._version) for t in tensors]
@@ -54,16 +67,16 @@ _copies: weakref.WeakKeyDictionary[nn.Module, _Copies] = weakref.WeakKeyDictiona
 def _cached(module: nn.Module, dtype: torch.dtype, make: Callable[[Any, torch.dtype], nn.Module]) -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
-    tensors = [*module.parameters(), *module.buffers()]
-    if any(t.is_inference() for t in tensors):
-        return make(module, dtype)  # tensors made in inference mode count no versions: no telling whether they changed
+    if not counts_changes(module):
+        return make(module, dtype)  # no telling whether they changed
+    tensors = _weights(module)
     known = _copies.get(module)
     if known is None or not known.are_of(tensors):
         known = _Copies([(weakref.ref(t), t.data_ptr(), t._version) for t in tensors], {})
         _copies[module] = known
-    if dtype not in known.by_dtype:
-        known.by_dtype[dtype] = make(module, dtype)
-    return known.by_dtype[dtype]
+    if (make, dtype) not in known.made:
+        known.made[make, dtype] = make(module, dtype)
+    return known.made[make, dtype]
 
 
 def _copy_model(model: Model, dtype: torch.dtype) -> Model:
@@ -75,6 +88,9 @@ def _copy_model(model: Model, dtype: torch.dtype) -> Model:
     }
     copy.load_state_dict(state, assign=True)
     copy.eval().requires_grad_(False)
+    _join_modulation(copy)
+    for block in copy.typed_blocks():
+        block.attn.mat_qkv.bias = nn.Parameter(block.attn.joined_bias(), requires_grad=False)
     if packs(model.lvl_1L.device, dtype):
         for name, module in list(copy.named_modules()):
             if isinstance(module, FeedForward):
@@ -84,17 +100,39 @@ def _copy_model(model: Model, dtype: torch.dtype) -> Model:
     return copy
 
 
-def _copy_decoder(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
+def _join_modulation(model: Model) -> None:
+    shared = model.config.shared_adaln
+    layers = [model.shared_ada_lin] if shared else [block.ada_lin for block in model.typed_blocks()]
+    offsets = [block.ada_gss.flatten(0, 2) for block in model.typed_blocks()] if shared else []
+    *linears, head = (cast(nn.Linear, cast(nn.Sequential, layer)[-1]) for layer in (*layers, model.head_nm.ada_lin))
+    model.joined_modulation = JoinedModulation(linears, head, offsets)
+    for module in model.modules():
+        for name in ("ada_lin", "ada_gss", "shared_ada_lin"):  # joined: their storage may go
+            if hasattr(module, name):
+                delattr(module, name)
+
+
+def _copy_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
     with torch.device("meta"):
         copy = Tokenizer(tokenizer.config)
-    # The encoder is of no use here: it stays without storage.
-    state = {name: t.to(dtype) for name, t in tokenizer.state_dict().items() if not name.startswith("encoder.")}
+    state = {
+        name: t.to(torch.float32 if name.startswith("quantize.") else dtype)
+        for name, t in tokenizer.state_dict().items()
+        if not name.startswith("encoder.")
+    }
     copy.load_state_dict(state, assign=True, strict=False)
-    copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in (copy.post_quant_conv, copy.decoder):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     copy.eval().requires_grad_(False)
     for name, module in list(copy.decoder.named_modules()):
         if isinstance(module, UpLevel) and isinstance(module.upsample, nn.Sequential):
             copy.decoder.set_submodule(f"{name}.upsample", doubling_convolution(module.upsample.conv))  # type: ignore[arg-type]
+    return copy
+
+
+def _compiled_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
+    copy = _copy_tokenizer(tokenizer, dtype)
+    copy.decoder.compile(dynamic=False)
     return copy
 
 

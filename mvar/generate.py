@@ -1,20 +1,21 @@
-"""Drawing images: every token passes every layer once, because the blocks' states are carried."""
+"""Images from a model, a tokenizer and labels: what may be asked for, and how it is run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
-import mvar_kernels as mk
-from mvar.engine import prepared_decoder, prepared_model
-from mvar.layers import State
-from mvar.model import Model, Modulation
+from mvar.drawing import Drawing, draw_batch
+from mvar.engine import counts_changes, prepared_model, prepared_tokenizer
+from mvar.graphs import CaptureError, Graphs, has_graphs, padded_batch, warn_of
+from mvar.model import Model
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.backends import fastest_dtype
 
 MAX_CFG = 1e6  # far beyond use, and far from overflow in float32
+GRAPHS = Graphs()
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,24 @@ class Generated:
     scales: tuple[Tensor, ...] | None = None
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Launched:
+    """A generation that the device may still be at."""
+
+    generated: Generated
+    finite: Tensor
+    """() bool: whether the generation is of any use."""
+    dtype: torch.dtype
+
+    def checked(self) -> Generated:
+        """Wait for the device. FloatingPointError: logits or images are not finite."""
+        if not bool(self.finite):
+            raise FloatingPointError(
+                f"logits or images in {self.dtype} are not finite: NaN in the weights, or overflow"
+            )
+        return self.generated
+
+
 def generate(
     model: Model,
     tokenizer: Tokenizer,
@@ -41,6 +59,8 @@ def generate(
     return_scales: bool = False,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    graph: bool | None = None,
+    compile_decoder: bool = False,
 ) -> Generated:
     """Generate one image a label.
 
@@ -56,88 +76,86 @@ def generate(
         dtype: float32, bfloat16, float16, or None for the device's fastest. The quantizer and the draw stay
             in float32.
         backend: of every op; "auto" or a name of :func:`mvar_kernels.backends`, which then must take all ops.
+        graph: replay the whole generation as one CUDA graph, captured at the first call with these sizes and options
+            (:mod:`mvar.graphs`); other labels and seeds replay the same one. None: on a GPU, where it can be captured;
+            a warning says where it cannot. The tokens are the same: with or without a graph, a GPU draws batches that
+            are padded to a few sizes.
+        compile_decoder: run the decoder through torch.compile; costs a minute at the first call of each batch size.
 
     Raises:
         ValueError, TypeError: an argument out of range, or a model and a tokenizer that do not fit together.
         FloatingPointError: logits or images are not finite (NaN in the weights, or overflow).
+        RuntimeError: graph=True, and there is no GPU or the capture failed.
     """
-    config = model.config
+    how = Drawing(cfg, top_k, top_p, more_smooth, return_scales, backend)
+    return launch(
+        model,
+        tokenizer,
+        labels,
+        how,
+        seed=seed,
+        first_index=first_index,
+        dtype=dtype,
+        graph=graph,
+        compile_decoder=compile_decoder,
+    ).checked()
+
+
+def launch(
+    model: Model,
+    tokenizer: Tokenizer,
+    labels: Sequence[int] | Tensor,
+    how: Drawing,
+    *,
+    seed: int = 0,
+    first_index: int = 0,
+    dtype: torch.dtype | None = None,
+    graph: bool | None = None,
+    compile_decoder: bool = False,
+) -> Launched:
+    """:func:`generate` without waiting for the device."""
     check_fit(model, tokenizer)
-    label_rows = _labels(labels, config.num_classes, model.lvl_1L.device)
-    if isinstance(cfg, bool) or not isinstance(cfg, int | float) or not 0 <= cfg <= MAX_CFG:
-        raise ValueError(f"cfg: expected a number from 0 to {MAX_CFG:g}, got {cfg!r}")
-    if isinstance(first_index, bool) or not isinstance(first_index, int) or not 0 <= first_index < 2**32:
-        raise ValueError(f"first_index: expected a whole number from 0 to 2³²−1, got {first_index}")
-    dtype = dtype or fastest_dtype(label_rows.device)
-    model, decode = prepared_model(model, dtype), prepared_decoder(tokenizer, dtype)
+    device = model.lvl_1L.device
+    rows = _labels(labels, model.config.num_classes, device)
+    if isinstance(how.cfg, bool) or not isinstance(how.cfg, int | float) or not 0 <= how.cfg <= MAX_CFG:
+        raise ValueError(f"cfg: expected a number from 0 to {MAX_CFG:g}, got {how.cfg!r}")
+    for name, value, bits in (("seed", seed, 63), ("first_index", first_index, 32)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**bits:
+            raise ValueError(f"{name}: expected a whole number from 0 to 2^{bits} − 1, got {value}")
+    if graph and not has_graphs(device):
+        raise RuntimeError(f"graph: CUDA graphs need a GPU, and the model is on {device}")
 
-    B, last = len(label_rows), len(config.scales) - 1
-    rows = _Rows(B, guided=cfg > 0)
-    image_index = torch.arange(first_index, first_index + B, device=label_rows.device)
-    cond = model.class_emb(torch.cat([label_rows, label_rows.new_tensor([config.num_classes] * rows.guided)]))
-    modulation = rows.expand_modulation(model.modulation(cond))
-    positions = model.positions().split(config.scales, 1)
-    x = rows.expand(model.start(cond)) + positions[0]
-
-    codebook = tokenizer.quantize.embedding.weight
-    f_hat = codebook.new_zeros(B, config.code_dim, *2 * config.patch_nums[-1:], dtype=torch.float32)
-    states: Sequence[State | None] = model.empty_states(len(x))
-    tokens, pictures = [], []
-    finite = torch.ones(
-        (), dtype=torch.bool, device=label_rows.device
-    )  # read once, at the end: no waiting between scales
-    for k, length in enumerate(config.scales):
-        hidden, states = model.hidden(x, modulation, (length,), states, backend=backend)
-        progress = k / last if last else 0.0
-        logits = model.head(rows.guide(hidden, cfg * progress)).float()  # (B, l, V)
-        finite &= logits.isfinite().all()
-        draw: dict[str, Any] = {
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-            "image_index": image_index,
-            "scale_index": k,
-            "backend": backend,
-        }
-        tokens.append(mk.sample_tokens(logits, **draw))
-        if more_smooth:
-            temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-            embedded = mk.soft_embedding(
-                logits, None, codebook, sharpness=1 + progress, temperature=temperature, **draw
-            )
-        else:
-            embedded = tokenizer.embed(tokens[-1])
-        f_hat = f_hat + tokenizer.scale_features(k, embedded)
-        if return_scales:
-            pictures.append(_to_unit(decode(f_hat)))
-        if k < last:
-            step = model.word_embed(tokenizer.next_input(k + 1, f_hat).to(x.dtype)) + positions[k + 1]
-            x = rows.repeat(step)
-    images = pictures[-1] if return_scales else _to_unit(decode(f_hat))
-    if not bool(finite & images.isfinite().all()):
-        raise FloatingPointError(f"logits or images in {dtype} are not finite: NaN in the weights, or overflow")
-    return Generated(images, torch.cat(tokens, 1), tuple(pictures) if return_scales else None)
+    kept = counts_changes(model) and counts_changes(tokenizer)  # else copies, and graphs of them, are made anew
+    dtype = dtype or fastest_dtype(device)
+    model, tokenizer = prepared_model(model, dtype), prepared_tokenizer(tokenizer, dtype, compile_decoder)
+    B = len(rows)
+    image_index = torch.arange(first_index, first_index + B, device=device)
+    if has_graphs(device):
+        # What is padded is the last image again: not finite only where that one is not.
+        missing = padded_batch(B) - B
+        rows, image_index = (torch.cat([t, t[-1:].expand(missing)]) for t in (rows, image_index))
+    inputs = (rows, image_index, torch.full((), seed, device=device))
+    use_graph = (has_graphs(device) and kept and not how.return_scales) if graph is None else graph
+    tokens, finite, *images = (
+        _replayed(model, tokenizer, how, inputs, required=bool(graph))
+        if use_graph
+        else draw_batch(model, tokenizer, how, *inputs)
+    )
+    pictures = tuple(t[:B] for t in images)
+    return Launched(Generated(pictures[-1], tokens[:B], pictures if how.return_scales else None), finite, dtype)
 
 
-class _Rows(NamedTuple):
-    """Rows of the batch: B conditional ones and, when guided, the same B images without a class."""
-
-    batch: int
-    guided: bool
-
-    def expand(self, t: Tensor) -> Tensor:
-        """B rows and one unconditional row → 2B rows; the unconditional one was computed once."""
-        return torch.cat([t[:-1], t[-1:].expand(self.batch, *t.shape[1:])]) if self.guided else t
-
-    def expand_modulation(self, modulation: Modulation) -> Modulation:
-        return Modulation(*([self.expand(t) for t in vectors] for vectors in modulation))
-
-    def repeat(self, t: Tensor) -> Tensor:
-        return t.repeat(2, 1, 1) if self.guided else t
-
-    def guide(self, hidden: Tensor, c: float) -> Tensor:
-        """(1+c)·cond − c·uncond on the head's input: the head is affine, so this equals guidance of its logits."""
-        return (1 + c) * hidden[: self.batch] - c * hidden[self.batch :] if self.guided else hidden
+def _replayed(
+    model: Model, tokenizer: Tokenizer, how: Drawing, inputs: tuple[Tensor, Tensor, Tensor], required: bool
+) -> tuple[Tensor, ...]:
+    draw = partial(draw_batch, model, tokenizer, how)
+    try:
+        return GRAPHS.run((model, tokenizer), how, draw, inputs)
+    except CaptureError as error:
+        if required:
+            raise
+        warn_of(error)
+        return draw(*inputs)
 
 
 def check_fit(model: Model, tokenizer: Tokenizer) -> None:
@@ -163,7 +181,3 @@ def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.devi
     if lowest < 0 or highest >= num_classes:
         raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {lowest} to {highest}")
     return rows.to(device, torch.int64)
-
-
-def _to_unit(images: Tensor) -> Tensor:
-    return (images + 1) * 0.5

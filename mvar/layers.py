@@ -53,8 +53,12 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor) -> Tensor:
         """(B, L, C) → (B, L, 3, H, D)."""
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        bias = None if self.mat_qkv.bias is not None else self.joined_bias()
         return self.mat_qkv(x, bias).unflatten(-1, (3, self.heads, -1))
+
+    def joined_bias(self) -> Tensor:
+        """Of q, k and v; a copy for inference has it in mat_qkv."""
+        return torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
 
     def log_temperature(self) -> Tensor | None:
         return self.scale_mul_1H11.flatten() if hasattr(self, "scale_mul_1H11") else None

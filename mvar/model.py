@@ -3,27 +3,17 @@
 The two differ in their blocks alone (blocks.py). Module and parameter names are those of the published files.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 import mvar_kernels as mk
-from mvar.blocks import LN_EPS, AfterBranch, Block, HeadNorm, MVARBlock, VARBlock, modulation_layer
+from mvar.blocks import LN_EPS, AfterBranch, Block, HeadNorm, MVARBlock, VARBlock
 from mvar.config import ModelConfig
 from mvar.layers import State
-
-
-class Modulation(NamedTuple):
-    """All that the class decides: vectors (B, C) for all branches of all blocks in order, and for the head."""
-
-    gates: list[Tensor]
-    """one a branch."""
-    scales: list[Tensor]
-    """one more than branches: the scale before each branch, and before the head."""
-    shifts: list[Tensor]
-    """likewise."""
+from mvar.modulation import JoinedModulation, Modulation, modulation_layer
 
 
 class Model(nn.Module):
@@ -53,6 +43,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(C)
         self.head = nn.Linear(C, config.num_codes)
+        self.joined_modulation: JoinedModulation | None = None  # in a copy for inference, instead of the layers
 
     def forward(self, labels: Tensor, inputs: Tensor, *, backend: str = "auto") -> Tensor:
         """Logits of every token, given the true tokens of all coarser scales.
@@ -90,19 +81,26 @@ class Model(nn.Module):
         """Level plus position embedding: (1, L, C)."""
         return self.lvl_embed(self.lvl_1L) + self.pos_1LC
 
-    def modulation(self, cond: Tensor) -> Modulation:
-        """The modulation of class embeddings (B, C). It is the same at every scale: once per image is enough."""
+    def modulation(self, cond: Tensor, expand: Callable[[Tensor], Tensor] = lambda rows: rows) -> Modulation:
+        """The modulation of class embeddings (B, C). It is the same at every scale: once per image is enough.
+
+        expand: makes rows of the batch of their rows.
+        """
+        if self.joined_modulation is not None:
+            joined: Modulation = self.joined_modulation(cond, expand)
+            return joined
         gates: list[Tensor] = []
         scales: list[Tensor] = []
         shifts: list[Tensor] = []
         shared, n = self.shared_ada_lin(cond), self.block.branches
         for block in self.typed_blocks():
-            vectors = block.modulation(shared)
-            gates += vectors[:n]
-            scales += vectors[n : 2 * n]
-            shifts += vectors[2 * n :]
+            of_block = block.modulation(shared)
+            gates += of_block[:n]
+            scales += of_block[n : 2 * n]
+            shifts += of_block[2 * n :]
         scale, shift = self.head_nm.ada_lin(cond).chunk(2, -1)
-        return Modulation(gates, [*scales, scale], [*shifts, shift])
+        lists = (gates, [*scales, scale], [*shifts, shift])
+        return Modulation(*([expand(rows) for rows in vectors] for vectors in lists))
 
     def empty_states(self, batch: int) -> list[State]:
         """What the blocks remember of coarser scales before the first one, for :meth:`hidden`: one state a block.

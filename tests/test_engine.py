@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mvar
-from mvar.engine import doubling_convolution, prepared_decoder, prepared_model
+from mvar.engine import doubling_convolution, prepared_model, prepared_tokenizer
 from mvar.layers import FeedForward, Linear
 from mvar.packed import PackedFeedForward, PackedLinear, packs
 
@@ -61,8 +61,10 @@ def test_the_decoder_by_dtype() -> None:
     )
     features = torch.randn(3, 32, 4, 4, generator=torch.Generator().manual_seed(0))
     exact = tokenizer.decode_features(features)
-    torch.testing.assert_close(prepared_decoder(tokenizer, torch.float32)(features), exact, rtol=0, atol=1e-5)
-    rough = prepared_decoder(tokenizer, torch.bfloat16)(features)
+    torch.testing.assert_close(
+        prepared_tokenizer(tokenizer, torch.float32).decode_features(features), exact, rtol=0, atol=1e-5
+    )
+    rough = prepared_tokenizer(tokenizer, torch.bfloat16).decode_features(features)
     psnr_db = -10 * ((rough - exact).square().mean() / 4).log10()
     assert rough.dtype == torch.float32 and 35 < psnr_db < 80  # not bit-equal either: it did run in bfloat16
 

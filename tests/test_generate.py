@@ -132,7 +132,7 @@ def test_modulation_runs_once_a_generation() -> None:
     model, tokenizer = small()
     rows: list[int] = []
     prepared = prepared_model(model, torch.float32)
-    prepared.blocks[1].ada_lin.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    prepared.joined_modulation.linear.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     mvar.generate(model, tokenizer, LABELS, dtype=torch.float32)
     assert rows == [4]
 
