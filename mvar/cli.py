@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         "generate images from any weights",
         "mvar sample --classes 0-9 --count 8 --grid digits.png\n"
         "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 207,980 --out pictures\n"
-        "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 0-999 --count 50 --npz fid.npz",
+        "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 0-999 --count 50 --npz fid.npz\n"
+        "torchrun --nproc_per_node=8 -m mvar.sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth "
+        "--classes 0-999 --count 50 --npz fid.npz",
     )
     sample.add_argument(
         "--weights",
@@ -96,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--grid", type=Path, help="PNG with all images, one row a class")
     sample.add_argument("--npz", type=Path, help="npz with all images as the ADM evaluator reads them")
     sample.add_argument("--smooth", action="store_true", help="soft codes: nicer pictures, not for FID")
+    sample.add_argument(
+        "--compile-decoder", action="store_true", help="the decoder by torch.compile: pays for thousands of images"
+    )
     _drawing(sample, cfg=1.5, top_k=900, top_p=0.96)
     _machine(sample)
 
@@ -178,6 +183,12 @@ def _machine(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPE_NAMES, default="auto", help="of the model (default: the device's fastest)"
     )
     parser.add_argument("--backend", default="auto", help=BACKEND_HELP)
+    parser.add_argument(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="each batch as one CUDA graph (default: on a GPU)",
+    )
     parser.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda where there is one)")
 
 

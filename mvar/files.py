@@ -25,18 +25,25 @@ def _create_aside(target: Path) -> Path:
 
 
 @contextmanager
+def beside(path: str | Path) -> Iterator[Path]:
+    """An empty file in the same folder, gone at the end. Raises OSError naming `path` where it cannot be made."""
+    aside = _create_aside(Path(path))
+    try:
+        yield aside
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write to, in the same folder; on success it takes the place of `path`, on an error it is gone.
 
     Raises OSError naming `path` where its folder cannot be written to.
     """
     target = Path(path)
-    aside = _create_aside(target)
-    try:
+    with beside(target) as aside:
         yield aside
         umask = os.umask(0)
         os.umask(umask)
         aside.chmod(0o666 & ~umask)  # mkstemp's files are for their owner alone
         aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)

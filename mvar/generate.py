@@ -180,4 +180,4 @@ def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.devi
     lowest, highest = int(rows.min()), int(rows.max())
     if lowest < 0 or highest >= num_classes:
         raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {lowest} to {highest}")
-    return rows.to(device, torch.int64)
+    return rows.to(device, torch.int64, non_blocking=True)  # waiting would be for all that runs there

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -11,20 +12,25 @@ from mvar.files import replacing
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] → (B, H, W, 3) uint8, rounded to the nearest."""
-    return (images.clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    """(B, 3, H, W) in [0, 1] → (B, H, W, 3) uint8, rounded to the nearest, on the same device."""
+    return (images.clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def save_png(path: str | Path, image: Tensor) -> None:
     """Write one (3, H, W) picture in [0, 1]."""
+    save_pixels(path, to_bytes(image[None])[0].cpu())
+
+
+def save_pixels(path: str | Path, pixels: Tensor) -> None:
+    """Write one (H, W, 3) uint8 picture as a PNG."""
     with replacing(path) as aside:
-        Image.fromarray(to_bytes(image[None])[0].numpy()).save(aside, format="PNG")
+        Image.fromarray(pixels.numpy()).save(aside, format="PNG")
 
 
-def save_npz(path: str | Path, images: Tensor, labels: Tensor) -> None:
-    """Write (B, H, W, 3) uint8 as `arr_0`, as ADM's evaluator reads it, and the labels beside it."""
+def save_npz(path: str | Path, images: NDArray[np.uint8], labels: Tensor) -> None:
+    """Write (B, H, W, 3) as `arr_0`, as ADM's evaluator reads it, and the labels beside it."""
     with replacing(path) as aside, aside.open("wb") as stream:
-        np.savez(stream, arr_0=images.numpy(), labels=labels.numpy())
+        np.savez(stream, arr_0=images, labels=labels.numpy())
 
 
 def grid(images: Tensor, columns: int, *, gap: int = 2, enlarge: int = 1) -> Tensor:

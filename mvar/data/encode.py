@@ -35,9 +35,7 @@ log = logging.getLogger("mvar")
 def tokenize(options: argparse.Namespace) -> None:
     """Write the tokens of `data_path/train`, and of `data_path/val` where there is one, into folders of these names."""
     # torchrun's variables; without it one process does all.
-    rank, world, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if options.device is None and torch.cuda.is_available():
-        options.device = f"cuda:{local}"
+    rank, world = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
     tokenizer = load_tokenizer(
         options.tokenizer, resolution=options.resolution, patch_nums=options.patch_nums, device=device_of(options)
     )

@@ -1,0 +1,48 @@
+"""The processes of a run that torchrun started, which share is whose, and where they wait for one another."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of a run."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def meet(self) -> None:
+        """Wait for all others to come here, too."""
+        if self.size > 1:
+            dist.barrier()
+
+    def agreed(self, value: Value) -> Value:
+        """The first process's value."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the other processes; without torchrun's variables there is none."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Processes()
+        return
+    dist.init_process_group("gloo")  # they exchange a file's name and their presence: nothing for a GPU
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
