@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if DEVICE.type != "cpu":
-        raise SystemExit("this measures the CPU engine; generation on a GPU has no benchmark yet")
+        raise SystemExit("this measures the CPU engine; `python -m benchmarks.generation` is for a GPU")
     require_allocator()
     model, tokenizer = random_model(options.depth)
     torch.set_float32_matmul_precision("medium")  # torch's better float32 products on the CPU, for the baseline

@@ -2,18 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mvar_kernels as mk
 from benchmarks.measure import interleaved
 from mvar.engine import prepared_tokenizer
+from mvar.layers import Linear
 from mvar.packed import PackedLinear
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.catalogue import SPECS
@@ -34,10 +35,10 @@ class Part:
         return 1e3 * max(self.flops / peak_gflops, self.moved_bytes / copy_gbps) / 1e9
 
 
-def _linear_work(layer: PackedLinear, x: Tensor, *others: Any) -> tuple[int, int]:
+def _linear_work(layer: PackedLinear | nn.Linear, x: Tensor, *others: Any) -> tuple[int, int]:
     rows = x.numel() // x.shape[-1]
-    numbers = x.numel() + layer.features * (x.shape[-1] + rows)
-    return numbers * x.element_size(), 2 * x.numel() * layer.features
+    numbers = x.numel() + layer.out_features * (x.shape[-1] + rows)
+    return numbers * x.element_size(), 2 * x.numel() * layer.out_features
 
 
 def _attention_work(
@@ -76,6 +77,8 @@ def _uncounted(*others: Any, **options: Any) -> tuple[int, int]:
 # Where each part is called, and what its calls must do at least.
 CALLS: tuple[tuple[Any, str, str, Callable[..., tuple[int, int]]], ...] = (
     (PackedLinear, "forward", "linear layers", _linear_work),
+    (nn.Linear, "forward", "linear layers", _linear_work),
+    (Linear, "forward", "linear layers", _linear_work),
     (mk, "scale_attention", "attention", _attention_work),
     (mk, "mamba2_mixer", "mixer", _mixer_work),
     (mk, "adaln", "adaLN", _adaln_work),
@@ -89,9 +92,13 @@ CALLS: tuple[tuple[Any, str, str, Callable[..., tuple[int, int]]], ...] = (
 
 
 @contextmanager
-def timed_parts() -> Iterator[dict[str, Part]]:
-    """Add up, by part, where a generation spends its time. A part inside another (the decoder's packed product)
-    counts for the outer one."""
+def observed_parts(
+    around: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext(),
+) -> Iterator[dict[str, Part]]:
+    """Add up, by part, what the calls of a generation take on the host and must do; each call inside `around(part)`.
+
+    A part inside another (the decoder's packed product) counts for the outer one.
+    """
     parts: dict[str, Part] = {name: Part() for name in PARTS}
     inside: list[str] = []
 
@@ -101,7 +108,8 @@ def timed_parts() -> Iterator[dict[str, Part]]:
                 return original(*args, **kwargs)
             inside.append(name)
             start = time.perf_counter()
-            result = original(*args, **kwargs)
+            with around(name):
+                result = original(*args, **kwargs)
             parts[name].seconds += time.perf_counter() - start
             inside.pop()
             moved, flops = work(*args, **kwargs)
@@ -122,7 +130,7 @@ def breakdown(generate: Callable[[], Any], tokenizer: Tokenizer, batch: int, dty
     """Milliseconds by part of the median of three generations, beside the floor of each part."""
     runs = []
     for _ in range(3):
-        with timed_parts() as parts:
+        with observed_parts() as parts:
             start = time.perf_counter()
             generate()
             runs.append((time.perf_counter() - start, parts))

@@ -3,8 +3,12 @@
 At every scale each Mamba layer runs again over all coarser tokens and the modulation is computed again; LN,
 modulation, gate and residual are separate passes; guidance comes after the head; codes are drawn by topk, sort
 and multinomial. (OliverRensu/MVAR, models/mvar.py and basic_mvar.py: what it does, not how it is written; its
-Mamba-2 is the chunked PyTorch form here, its attention torch's own.)
+Mamba-2 is the chunked PyTorch form here, its attention torch's own: over a batch, or on a GPU over sequences of any
+length, which is what flash-attn is called for there.)
 """
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +20,62 @@ from mvar.model import Model
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.ops.mamba2.reference import scan
 
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""q, k, v (B, l, H, D) of one scale, and the scale of their products → (B, l, H, D)."""
+
+
+def attend_batch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """By torch's own varlen attention (torch 2.10 and later, on a GPU). ImportError where torch has none."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, length, _, D = q.shape
+    ends = _ends(B, length, q.device)
+    q = q * (scale * D**0.5)  # its scale is 1/√D; at D = 64 and VAR's scale the factor is a power of two
+    out = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, length, length)
+    assert isinstance(out, Tensor)  # alone, as no auxiliary outputs were asked for
+    return out.view_as(q)
+
+
+@cache
+def _ends(batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+
 
 @torch.no_grad()
 def generate(
-    model: Model, tokenizer: Tokenizer, labels: Tensor, *, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96
+    model: Model,
+    tokenizer: Tokenizer,
+    labels: Tensor,
+    *,
+    cfg: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    attend: Attend = attend_batch,
+    run_block: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, R, R) in [0, 1] and tokens (B, L); draws from torch's global generator."""
+    """Images (B, 3, R, R) in [0, 1] and tokens (B, L); draws from torch's global generator.
+
+    run_block: :func:`block`, compiled.
+    """
+    run_block = run_block or block
     config, B = model.config, len(labels)
     both = torch.cat([labels, torch.full_like(labels, config.num_classes)])
     cond = model.class_emb(both)
     positions = model.positions()
     x = model.start(cond) + positions[:, : config.scales[0]]
     caches: list[Tensor | None] = [None] * config.depth
-    f_hat = torch.zeros(B, config.code_dim, *2 * config.patch_nums[-1:])
+    f_hat = torch.zeros(B, config.code_dim, *2 * config.patch_nums[-1:], device=labels.device)
     tokens, end = [], 0
     for k, length in enumerate(config.scales):
         end += length
-        for i, block in enumerate(model.typed_blocks()):
-            assert isinstance(block, MVARBlock)
-            x, caches[i] = _block(block, x, cond, caches[i])
+        for i, layers in enumerate(model.typed_blocks()):
+            assert isinstance(layers, MVARBlock)
+            x, caches[i] = run_block(layers, x, cond, caches[i], attend)
         scale, shift = model.head_nm.ada_lin(cond)[:, None].chunk(2, -1)
         logits = model.head(_norm(x) * (1 + scale) + shift).float()
         c = cfg * k / (len(config.scales) - 1)
@@ -62,19 +103,20 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def _block(block: MVARBlock, x: Tensor, cond: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
-    g1, g2, g3, s1, s2, s3, t1, t2, t3 = block.ada_lin(cond)[:, None].chunk(9, -1)
-    x = x + g1 * _attention(block.attn, _norm(x) * (1 + s1) + t1)
+def block(layers: MVARBlock, x: Tensor, cond: Tensor, cache: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
+    """One block over a scale's tokens; the Mamba layer over those of the coarser scales too, which it is given in
+    `cache` and gives back with the new ones."""
+    g1, g2, g3, s1, s2, s3, t1, t2, t3 = layers.ada_lin(cond)[:, None].chunk(9, -1)
+    x = x + g1 * _attention(layers.attn, _norm(x) * (1 + s1) + t1, attend)
     cache = x if cache is None else torch.cat([cache, x], 1)
-    x = x + (g2 * _mamba(block.mamba, _norm(cache) * (1 + s2) + t2))[:, -x.shape[1] :]
-    return x + g3 * block.ffn(_norm(x) * (1 + s3) + t3), cache
+    x = x + (g2 * _mamba(layers.mamba, _norm(cache) * (1 + s2) + t2))[:, -x.shape[1] :]
+    return x + g3 * layers.ffn(_norm(x) * (1 + s3) + t3), cache
 
 
-def _attention(attn: Attention, x: Tensor) -> Tensor:
+def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
     bias = torch.cat([attn.q_bias, attn.zero_k_bias, attn.v_bias])
-    q, k, v = attn.mat_qkv(x, bias).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, D)
-    out = F.scaled_dot_product_attention(q, k, v, scale=0.25 * q.shape[-1] ** -0.5)
-    return attn.proj(out.transpose(1, 2).flatten(2))
+    q, k, v = attn.mat_qkv(x, bias).unflatten(-1, (3, attn.heads, -1)).unbind(2)  # (B, l, H, D)
+    return attn.proj(attend(q, k, v, 0.25 * q.shape[-1] ** -0.5).flatten(2))
 
 
 def _mamba(mamba: Mamba2, x: Tensor) -> Tensor:

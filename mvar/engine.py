@@ -39,6 +39,11 @@ def prepared_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool 
     return copy
 
 
+def release(module: nn.Module) -> None:
+    """Drop a module's copies, and with them the graphs of them. They are made anew when they are needed."""
+    _copies.pop(module, None)
+
+
 def counts_changes(module: nn.Module) -> bool:
     """Whether torch counts the versions of its weights: not of those made in inference mode."""
     return not any(t.is_inference() for t in _weights(module))

@@ -32,7 +32,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
-        self.features, self.bias = linear.out_features, linear.bias
+        self.out_features, self.bias = linear.out_features, linear.bias
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight, PACKED_ROWS)
         self.after: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
