@@ -103,10 +103,22 @@ def runs(sides: Sequence[str], pair: Pair, var: Pair | None, labels: Tensor) -> 
 
 
 def _theirs(model: mvar.Model, tokenizer: Tokenizer, labels: Tensor, *, compiled: bool) -> None:
-    attend = public.attend_varlen if DEVICE.type == "cuda" else public.attend_batch
+    _, attend = public_attention()
     run_block = _compiled_block() if compiled else None
     with torch.autocast(DEVICE.type, DTYPE):
         public.generate(model, tokenizer, labels, attend=attend, run_block=run_block)
+
+
+@cache
+def public_attention() -> tuple[str, public.Attend]:
+    """Varlen attention where torch has one that runs here, else the one over a batch."""
+    q = torch.ones(2, 4, 1, 64, device=DEVICE, dtype=DTYPE)
+    try:
+        public.attend_varlen(q, q, q, 1.0)
+    except Exception as error:
+        print(f"no varlen attention: {error}", flush=True)
+        return "scaled_dot_product_attention", public.attend_batch
+    return "varlen_attn", public.attend_varlen
 
 
 @cache
@@ -164,6 +176,7 @@ def measure(size: Size, pair: Pair, var: Pair | None, end: float, chunks: dict[i
         "images_per_second": {side: 1e3 * size.batch / ms for side, ms in median_ms.items()},
         "peak_gib": peaks,
         "weights_gib": {"mvar": gib(pair)} | ({VAR: gib(var)} if var else {}),
+        "public_attention": public_attention()[0] if PUBLIC in size.sides else None,
         "scan_chunk_of_public": chunks.get(size.batch),
         "rounds": rounds,
         "left_out": left_out,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots
+from benchmarks import plots, report_gpu
 from benchmarks.measure import RESULTS
 from mvar.files import replacing
 
@@ -35,8 +35,11 @@ def device(folder: Path) -> str:
     memory = {name: r for name, r in results.items() if name.startswith("memory_")}
     data = {name: r for name, r in results.items() if name.startswith("data_")}
     plugged_in = {name: r for name, r in results.items() if name.startswith("plug_in_")}
-    ops = {name: r for name, r in results.items() if name not in generations | memory | data | plugged_in}
+    on_gpu = {name: results[name]["rows"] for name in ("generation", "timeline") if name in results}
+    ops = {name: r for name, r in results.items() if name not in generations | memory | data | plugged_in | on_gpu}
     parts = [machines(results.values())]
+    if on_gpu:
+        parts.append(report_gpu.generation(on_gpu["generation"], on_gpu.get("timeline", [])))
     for name, content in generations.items():
         picture = Path("docs") / f"{name}_{folder.name}.png"
         plots.generation(content["rows"], ROOT / picture)

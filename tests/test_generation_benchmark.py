@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mvar
-from benchmarks import generation, public
+from benchmarks import generation, public, report_gpu
 from benchmarks.generation import ALL, COMPILED, COMPILED_DECODER, NO_GRAPH, OURS, PUBLIC, VAR, Size, targets
 from mvar.tokenizer import Tokenizer
 
@@ -35,6 +35,8 @@ def test_all_sides_and_a_timeline(written: dict[str, Any], monkeypatch: pytest.M
     assert row["left_out"] == {} and set(row["median_ms"]) == set(sides) == set(row["peak_gib"])
     assert all(ms > 0 for ms in row["median_ms"].values()) and row["scan_chunk_of_public"] in generation.CHUNKS
     assert row["images_per_second"][OURS] == pytest.approx(2e3 / row["median_ms"][OURS])
+    text = report_gpu.generation([row], [line])
+    assert "| d2 at 256×256 | 2 |" in text and f"| {PUBLIC} |" in text and "- batch 1: less than 25 ms: not" in text
     spent = line["parts_ms"]
     assert sum(spent.values()) == pytest.approx(line["total_ms"])
     assert all(spent[name] > 0 for name in ("linear layers", "attention", "mixer", "adaLN", "drawing", "decoder"))
@@ -48,6 +50,7 @@ def test_a_side_that_fails_is_left_out_and_named(written: dict[str, Any], monkey
     generation.run_plan([Size(1, 256, 1, ALL), Size(1, 256, 2)], tiny_pair, seconds=100)
     first, second = written["generation"]
     assert first["left_out"] == {PUBLIC: "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"}
+    assert f"Tried to allocate 20 GiB: {PUBLIC} (d1, 256, batch 1)." in report_gpu.generation([first, second], [])
     assert set(first["median_ms"]) == {OURS, VAR} and set(second["median_ms"]) == {OURS}
 
 
