@@ -1,6 +1,7 @@
 """Inference copies: the same numbers as the modules they were made from."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +91,23 @@ def test_weights_made_in_inference_mode_are_never_stale() -> None:
         before = prepared_model(model, torch.float32).pos_1LC.clone()
         model.pos_1LC.mul_(2)
         torch.testing.assert_close(prepared_model(model, torch.float32).pos_1LC, 2 * before)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"architecture": "var"}, {"architecture": "var", "shared_adaln": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_modulation_is_that_of_the_layers(sizes: dict[str, Any], dtype: torch.dtype) -> None:
+    """Every vector at its place; rows are expanded once, after the product."""
+    tokenizer = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
+    model, _ = mvar.build(3, num_classes=4, tokenizer=tokenizer, **sizes)
+    mvar.initialise(model, alng=1.0, seed=1)
+    copy = prepared_model(model, dtype)
+    assert copy.joined_modulation is not None and not any("ada_" in name for name, _ in copy.named_parameters())
+    labels = torch.tensor([0, 3, 4])
+    with torch.no_grad():
+        exact = model.modulation(model.class_emb(labels))
+        joined = copy.modulation(copy.class_emb(labels), lambda rows: rows[[0, 1, 2, 2]])
+    for kind, expected in zip(joined, exact, strict=True):
+        assert len(kind) == len(expected)
+        for got, want in zip(kind, expected, strict=True):
+            assert got.shape == (4, 192) and torch.equal(got[2], got[3])
+            assert (got[:3] - want).abs().max() <= rounding(dtype, 192) * want.abs().max()

@@ -203,3 +203,15 @@ def test_no_graph_where_there_is_no_gpu() -> None:
         with pytest.raises(RuntimeError, match="graph: CUDA graphs need a GPU, and the model is on cpu"):
             mvar.generate(*pair, [1], **OPTIONS, graph=True)
         assert same(mvar.generate(*pair, [1], **OPTIONS), mvar.generate(*pair, [1], **OPTIONS, graph=False))
+
+
+def test_a_compiled_decoder_is_another_tokenizer_and_another_graph(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(module))
+    pair = small()
+    plain = mvar.generate(*pair, [1], **OPTIONS)
+    for _ in range(2):
+        assert same(mvar.generate(*pair, [1], **OPTIONS, compile_decoder=True), plain)
+    assert len(graphs) == 2 and len(compiled) == 1
