@@ -32,6 +32,7 @@ DTYPE = torch.bfloat16
 CHUNKS = (32, 64, 256)  # of the baseline's scan: the faster one of every size; mamba_ssm's kernels take 256
 OURS, NO_GRAPH, COMPILED_DECODER = "mvar", "mvar without a graph", "mvar with a compiled decoder"
 VAR, PUBLIC, COMPILED = "VAR in this engine", "public algorithm", "public algorithm, torch.compile"
+AGREE = 0.9  # one token of a coarse scale may fall the other way by rounding; a wrong kernel agrees on next to none
 MIN_SECONDS = 5.0  # left to begin another side with
 TIMING_SECONDS = 6.0  # for the rounds of one size, of which there are 2 to 7
 
@@ -126,17 +127,54 @@ def _compiled_block() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(public.block, dynamic=False)
 
 
-def measure(size: Size, pair: Pair, var: Pair | None, end: float, chunks: dict[int, int]) -> dict[str, Any]:
+def check(pair: Pair) -> dict[str, Any]:
+    """What the engine draws, held against the public algorithm and against itself without a graph.
+
+    Greedy tokens in float32: the share that is equal, up to the first scale that differs anywhere, as all that comes
+    after one token that fell the other way is another picture.
+    """
+    labels = torch.tensor([7], device=DEVICE)
+    ours = mvar.generate(*pair, labels, top_k=1, dtype=torch.float32).tokens
+    _, theirs = public.generate(*pair, labels, top_k=1)
+    end = 0
+    for length in pair[0].config.scales:
+        end += length
+        if not torch.equal(ours[:, :end], theirs[:, :end]):
+            break
+    three = torch.tensor([1, 2, 3], device=DEVICE)  # a batch that is padded
+    with_and_without = [mvar.generate(*pair, three, dtype=DTYPE, graph=graph).tokens for graph in (None, False)]
+    for module in pair:
+        release(module)
+    return {
+        "greedy_tokens_equal_to_public": float((ours[:, :end] == theirs[:, :end]).float().mean()),
+        "same_tokens_without_a_graph": torch.equal(*with_and_without),
+    }
+
+
+def fault(pair: Pair) -> tuple[dict[str, Any], str | None]:
+    """What :func:`check` found, and why the engine is not to be timed, or None."""
+    try:
+        found = check(pair)
+    except Exception as error:
+        return {}, f"not checked: {type(error).__name__}: {error}"[:200]
+    agreement = found["greedy_tokens_equal_to_public"]
+    wrong = agreement < AGREE and f"wrong: {agreement:.1%} of its greedy tokens are the public algorithm's"
+    return found, wrong or None
+
+
+def measure(
+    size: Size, pair: Pair, var: Pair | None, end: float, chunks: dict[int, int], wrong: str | None
+) -> dict[str, Any]:
     """One row: milliseconds and peak memory of each side, and why some have none.
 
-    chunks: of the baseline's scan, by batch; found at the first size that has it.
+    chunks: of the baseline's scan, by batch; found at the first size that has it. wrong: what the engine is.
     """
     labels = (torch.arange(size.batch) * 37 % 1000).to(DEVICE)
     sides = dict(runs(size.sides, pair, var, labels))
     peaks: dict[str, float] = {}
     seconds: dict[str, float] = {}
     median_ms: dict[str, float] = {}
-    left_out: dict[str, str] = {}
+    left_out = {side: wrong for side in sides if wrong and side not in (PUBLIC, COMPILED)}
 
     def leave_out(names: Sequence[str], error: Exception) -> None:
         for name in names:
@@ -145,6 +183,8 @@ def measure(size: Size, pair: Pair, var: Pair | None, end: float, chunks: dict[i
         error.__traceback__ = None  # whose frames hold memory, which may be just what is missing
 
     for side, run in sides.items():  # whatever fails, the other sides are measured
+        if side in left_out:
+            continue
         try:
             with limited(end - time.monotonic()):
                 peaks[side] = peak_gib(run, var if side == VAR and var else pair)
@@ -233,11 +273,18 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def run_plan(plan: Sequence[Size], build: Build, seconds: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and timelines; both files are written anew after every size."""
+    """Rows and timelines; both files are written anew after every size. The engine is checked at the first one."""
     end = time.monotonic() + seconds
     rows: list[dict[str, Any]] = []
     timelines: list[dict[str, Any]] = []
     chunks: dict[int, int] = {}
+    agreement: dict[str, Any] = {}
+    wrong: str | None = None
+
+    def save() -> None:
+        write("generation", {"agreement": agreement, "sizes": rows})
+        write("timeline", timelines)
+
     for (depth, resolution), sizes in groupby(plan, key=lambda size: size[:2]):
         if end - time.monotonic() < MIN_SECONDS:
             rows += [_skipped(size) for size in sizes]
@@ -245,10 +292,13 @@ def run_plan(plan: Sequence[Size], build: Build, seconds: float) -> tuple[list[d
         group = list(sizes)
         pair = build(depth, resolution, "mvar")
         var = build(depth, resolution, "var") if any(VAR in size.sides for size in group) else None
+        if not rows:
+            agreement, wrong = fault(pair)
+            print(agreement, wrong or "", flush=True)
         for size in group:
-            rows.append(measure(size, pair, var, end, chunks))
+            rows.append(measure(size, pair, var, end, chunks, wrong))
             print(rows[-1], flush=True)
-            if size.with_timeline:
+            if size.with_timeline and not wrong:
                 try:
                     with limited(end - time.monotonic()):
                         labels = torch.arange(size.batch, device=DEVICE)
@@ -256,11 +306,11 @@ def run_plan(plan: Sequence[Size], build: Build, seconds: float) -> tuple[list[d
                     print(timelines[-1], flush=True)
                 except Exception as error:  # a profiler that may not look does not stop the rest
                     print(f"{size}: no timeline: {error}", flush=True)
-            _write(rows, timelines)
+            save()
         for module in (*pair, *(var or ())):
             release(module)
         del pair, var
-    _write(rows, timelines)
+    save()
     return rows, timelines
 
 
@@ -269,11 +319,6 @@ def _skipped(size: Size) -> dict[str, Any]:
     return {"depth": size.depth, "resolution": size.resolution, "batch": size.batch, "left_out": left_out} | {
         name: {} for name in ("median_ms", "images_per_second", "peak_gib", "weights_gib")
     }
-
-
-def _write(rows: Any, timelines: Any) -> None:
-    write("generation", rows)
-    write("timeline", timelines)
 
 
 def targets(rows: Sequence[dict[str, Any]], timelines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -302,7 +347,7 @@ def targets(rows: Sequence[dict[str, Any]], timelines: Sequence[dict[str, Any]])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=240.0, help="for everything (default: 240)")
+    parser.add_argument("--seconds", type=float, default=200.0, help="for everything (default: 200)")
     options = parser.parse_args()
     if DEVICE.type != "cuda":
         raise SystemExit("no CUDA device; `python -m benchmarks.generate` measures the CPU engine")

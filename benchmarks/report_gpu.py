@@ -8,8 +8,9 @@ from benchmarks.generation import OURS, targets
 Rows = Sequence[dict[str, Any]]
 
 
-def generation(rows: Rows, timelines: Rows) -> str:
+def generation(content: dict[str, Any], timelines: Rows) -> str:
     """Speed and memory by size, what was left out, targets, and where the time goes."""
+    rows, agreement = content["sizes"], content["agreement"]
     sides = list(dict.fromkeys(side for row in rows for side in row["median_ms"] if side != OURS))
     attention = next((row["public_attention"] for row in rows if row.get("public_attention")), None)
     lines = [
@@ -28,6 +29,13 @@ def generation(rows: Rows, timelines: Rows) -> str:
         for side, reason in row["left_out"].items():
             missing[reason].append(f"{side} (d{row['depth']}, {row['resolution']}, batch {row['batch']})")
     lines += ["", *(f"Not measured, {reason}: {', '.join(names)}.\n" for reason, names in missing.items())]
+    if agreement:
+        same = "the same tokens" if agreement["same_tokens_without_a_graph"] else "OTHER TOKENS"
+        equal = agreement["greedy_tokens_equal_to_public"]
+        lines.append(
+            f"Greedy tokens in float32, up to the first scale that differs: {equal:.2%} as the public algorithm's. "
+            f"With and without a graph: {same}.\n"
+        )
     lines += ["Aims on an H200, d16 at 256×256:\n", *(f"- {a}: {found}" for a, found in targets(rows, timelines)), ""]
     return "\n".join(lines + ([timeline(timelines)] if timelines else []))
 

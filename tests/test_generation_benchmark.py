@@ -1,5 +1,6 @@
 """The GPU's benchmark in small on the CPU: every line of it but CUDA's own, because a GPU's time is short."""
 
+import copy
 import time
 from typing import Any
 
@@ -21,7 +22,7 @@ def tiny_pair(depth: int, resolution: int, architecture: str) -> tuple[mvar.Mode
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     files: dict[str, Any] = {}
-    monkeypatch.setattr(generation, "write", lambda name, rows: files.update({name: list(rows)}))
+    monkeypatch.setattr(generation, "write", lambda name, rows: files.update({name: copy.deepcopy(rows)}))
     monkeypatch.setattr(generation, "TIMING_SECONDS", 0.0)
     return files
 
@@ -31,11 +32,15 @@ def test_all_sides_and_a_timeline(written: dict[str, Any], monkeypatch: pytest.M
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
     sides = (*ALL, NO_GRAPH, COMPILED_DECODER, COMPILED)
     generation.run_plan([Size(2, 256, 2, sides, with_timeline=True)], tiny_pair, seconds=100)
-    (row,), (line,) = written["generation"], written["timeline"]
+    (row,), (line,) = written["generation"]["sizes"], written["timeline"]
+    assert written["generation"]["agreement"] == {
+        "greedy_tokens_equal_to_public": 1.0,
+        "same_tokens_without_a_graph": True,
+    }
     assert row["left_out"] == {} and set(row["median_ms"]) == set(sides) == set(row["peak_gib"])
     assert all(ms > 0 for ms in row["median_ms"].values()) and row["scan_chunk_of_public"] in generation.CHUNKS
     assert row["images_per_second"][OURS] == pytest.approx(2e3 / row["median_ms"][OURS])
-    text = report_gpu.generation([row], [line])
+    text = report_gpu.generation(written["generation"], [line])
     assert "| d2 at 256×256 | 2 |" in text and f"| {PUBLIC} |" in text and "- batch 1: less than 25 ms: not" in text
     spent = line["parts_ms"]
     assert sum(spent.values()) == pytest.approx(line["total_ms"])
@@ -43,14 +48,18 @@ def test_all_sides_and_a_timeline(written: dict[str, Any], monkeypatch: pytest.M
 
 
 def test_a_side_that_fails_is_left_out_and_named(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any, **options: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more of that")
+    theirs = public.generate
+
+    def fails(*args: Any, **options: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):  # and not while the engine is checked
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more of that")
+        return theirs(*args, **options)
 
     monkeypatch.setattr(public, "generate", fails)
     generation.run_plan([Size(1, 256, 1, ALL), Size(1, 256, 2)], tiny_pair, seconds=100)
-    first, second = written["generation"]
+    first, second = written["generation"]["sizes"]
     assert first["left_out"] == {PUBLIC: "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"}
-    assert f"Tried to allocate 20 GiB: {PUBLIC} (d1, 256, batch 1)." in report_gpu.generation([first, second], [])
+    assert f"Tried to allocate 20 GiB: {PUBLIC} (d1, 256, batch 1)." in report_gpu.generation(written["generation"], [])
     assert set(first["median_ms"]) == {OURS, VAR} and set(second["median_ms"]) == {OURS}
 
 
@@ -58,11 +67,23 @@ def test_what_there_is_no_time_for_is_left_out_and_named(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generation, "MIN_SECONDS", 0.01)
+    monkeypatch.setattr(generation, "fault", lambda pair: ({}, None))
     monkeypatch.setattr(public, "generate", lambda *args, **options: time.sleep(60))
     generation.run_plan([Size(1, 256, 1, (OURS, PUBLIC)), Size(2, 256, 1)], tiny_pair, seconds=4)
-    first, second = written["generation"]
+    first, second = written["generation"]["sizes"]
     assert first["left_out"][PUBLIC].startswith("TimeoutError: not done within")
     assert second["left_out"] == {OURS: "TimeoutError: no time left"} and second["median_ms"] == {}
+
+
+def test_a_wrong_engine_is_not_timed(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def draws_nonsense(pair: Any) -> dict[str, Any]:
+        return {"greedy_tokens_equal_to_public": 0.2, "same_tokens_without_a_graph": True}
+
+    monkeypatch.setattr(generation, "check", draws_nonsense)
+    generation.run_plan([Size(1, 256, 1, ALL, with_timeline=True)], tiny_pair, seconds=100)
+    (row,) = written["generation"]["sizes"]
+    assert set(row["median_ms"]) == {PUBLIC} and written["timeline"] == []
+    assert row["left_out"][OURS] == "wrong: 20.0% of its greedy tokens are the public algorithm's"
 
 
 def test_targets_are_said_beside_what_was_found() -> None:
