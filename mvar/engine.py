@@ -92,17 +92,25 @@ def _copy_model(model: Model, dtype: torch.dtype) -> Model:
         for name, t in model.state_dict().items()
     }
     copy.load_state_dict(state, assign=True)
+    del state  # of which the copy need not keep everything
     copy.eval().requires_grad_(False)
     _join_modulation(copy)
     for block in copy.typed_blocks():
         block.attn.mat_qkv.bias = nn.Parameter(block.attn.joined_bias(), requires_grad=False)
     if packs(model.lvl_1L.device, dtype):
-        for name, module in list(copy.named_modules()):
-            if isinstance(module, FeedForward):
-                copy.set_submodule(name, PackedFeedForward(module))
-            elif isinstance(module, nn.Linear) and not name.endswith((".fc1", ".fc2")):
-                copy.set_submodule(name, PackedLinear(module))
+        _pack(copy)
     return copy
+
+
+def _pack(model: Model) -> None:
+    """Pack layer after layer, the largest first; each one's weight goes before the next one is packed."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, FeedForward | nn.Linear)]
+    for name in sorted(layers, key=lambda name: name.startswith("joined_modulation."), reverse=True):
+        if name.endswith((".fc1", ".fc2")):
+            continue  # gone with their FeedForward
+        layer = model.get_submodule(name)
+        packed = PackedFeedForward(layer) if isinstance(layer, FeedForward) else PackedLinear(cast(nn.Linear, layer))
+        model.set_submodule(name, packed)
 
 
 def _join_modulation(model: Model) -> None:
