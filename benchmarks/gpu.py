@@ -1,16 +1,16 @@
 """All that needs a GPU, within nine minutes and without network: `python -m benchmarks.gpu` (`make gpu`).
 
 Builds; holds every kernel against float64 in every dtype, a process for each op, while others compile what will be
-timed; times op after op, and generation, alone on the GPU; makes tables. Every step is a process of its own with a limit, after which
-it is killed with all that it started: what fails, hangs or breaks the device takes no other step with it, and what was
-measured before stays, as benchmarks.ops writes row by row. Exits with 1 if any step was not done.
+timed; times op after op, and generation, alone on the GPU; makes tables. Every step is a process of its own with a
+limit, after which it is killed with all that it started: what fails, hangs or breaks the device takes no other step
+with it, and what was measured before stays, as results are written row by row. Exits with 1 if any step was not done.
 
 Estimated, not measured, on 16 cores: the contract compiles about 640 kernels, half a second to a second each (the
 ahead-of-time test takes 0.46 s a kernel on one core), in 5 processes, the largest with a third of them: 110 to 210 s.
 Beside it torch.compile takes the rivals of 40 rows, the unrolled scans up to a minute each, of which the limit may cut
 some: they are compiled again, or not, when they are timed. Timing ops is 40 rows of 3 s and 7 starts of 8 s: 180 s;
-generation takes the seconds it is given. With 60 s for the build that is more than nine minutes where all of it is slow:
-what matters most goes first, and what is left of nine when a step starts bounds it in any case.
+generation takes the seconds it is given. With 60 s for the build that is more than nine minutes where all of it is
+slow: what matters most goes first, and what is left of nine when a step starts bounds it in any case.
 """
 
 import os
