@@ -1,6 +1,8 @@
 """The processes of a run that torchrun started, which share is whose, and where they wait for one another."""
 
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +44,10 @@ def joined() -> Iterator[Processes]:
         yield Processes()
         return
     dist.init_process_group("gloo")  # they exchange a file's name and their presence: nothing for a GPU
+    # torchrun ends all processes with the first that fails: as an exception, so that they tidy up.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
+        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
