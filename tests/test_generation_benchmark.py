@@ -86,6 +86,15 @@ def test_a_wrong_engine_is_not_timed(written: dict[str, Any], monkeypatch: pytes
     assert row["left_out"][OURS] == "wrong: 20.0% of its greedy tokens are the public algorithm's"
 
 
+def test_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(generation, "_compiled_block", lambda: torch.compile(public.block, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
+    monkeypatch.setattr(generation, "PLAN", [Size(1, 256, 1), Size(1, 256, 2, (OURS, *generation.TO_COMPILE))])
+    generation.compile_ahead(tiny_pair, seconds=100)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 9 and said[2] == f"{COMPILED}, scan in chunks of 256"
+
+
 def test_targets_are_said_beside_what_was_found() -> None:
     def row(batch: int, **ms: float) -> dict[str, Any]:
         return {"depth": 16, "resolution": 256, "batch": batch, "median_ms": {OURS: ms["ours"], PUBLIC: ms["theirs"]}}
