@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU plays
 
 @dataclass(frozen=True)
 class Fault:
-    """`before` becomes `after`, once, in the op's cuda.cu; `shows` is how: wrong numbers ("") or the shim's words."""
+    """`before` becomes `after`, once, in a `file` of the op's folder that its cuda.cu is or includes; `shows` is how:
+    wrong numbers ("") or the shim's words.
+    """
 
     name: str
     folder: str
@@ -30,6 +32,7 @@ class Fault:
     before: str
     after: str
     shows: str = ""
+    file: str = "cuda.cu"
 
 
 FAULTS = (
@@ -77,6 +80,31 @@ FAULTS = (
         "    wait_for_copies<1>();",
         "before its asynchronous copies were waited for",
     ),
+    Fault(
+        "missing_barrier",
+        "mamba2",
+        "mamba2_mixer",
+        "    __syncthreads();\n    from_inside(y, m);",
+        "    from_inside(y, m);",
+        file="cuda_chunks.h",
+    ),
+    Fault("off_by_one", "mamba2", "mamba2_mixer", "score = s < t ?", "score = s <= t ?", file="cuda_chunks.h"),
+    Fault(
+        "wrong_lane",
+        "mamba2",
+        "mamba2_mixer",
+        "[first_row + lane / 2 % kRowsOfLane]",
+        "[first_row + lane / 4 % kRowsOfLane]",
+        file="cuda_short.h",
+    ),
+    Fault(
+        "state_row_off_by_one",
+        "mamba2",
+        "mamba2_mixer",
+        "(l + kTaps - 1) * before_stride",
+        "(l + kTaps - 2) * before_stride",
+        file="cuda_parts.h",
+    ),
 )
 
 
@@ -85,9 +113,10 @@ def planted(fault: Fault, folder: Path) -> Path:
     cuda_on_cpu.module()
     commands = json.loads((cuda_on_cpu.BUILD / "compile_commands.json").read_text())
     source = CSRC / fault.folder / "cuda.cu"
-    text = source.read_text()
+    text = (source.parent / fault.file).read_text()
     assert text.count(fault.before) == 1, "the fault's place has changed"
-    faulty = folder / "cuda.cu"
+    faulty = folder / fault.folder / fault.file  # headers are looked for in `folder` first
+    faulty.parent.mkdir()
     faulty.write_text(text.replace(fault.before, fault.after))
     module = folder / cuda_on_cpu.build().name
     objects = []
@@ -95,9 +124,10 @@ def planted(fault: Fault, folder: Path) -> Path:
         words = shlex.split(entry["command"])
         output = words.index("-o") + 1
         if Path(entry["file"]).resolve() == source.resolve():
-            words[words.index(entry["file"])] = str(faulty)
             words[output] = str(folder / "cuda.o")
-            subprocess.run(words, check=True, cwd=entry["directory"])
+            if fault.file == source.name:
+                words[words.index(entry["file"])] = str(faulty)
+            subprocess.run([words[0], f"-I{folder}", *words[1:]], check=True, cwd=entry["directory"])
         objects.append(str(Path(entry["directory"], words[output])))
     compiler = shlex.split(commands[0]["command"])[0]
     subprocess.run([compiler, "-shared", "-o", str(module), *objects], check=True)

@@ -17,9 +17,9 @@
 // and head), and what is expected of these kernels, a launch counted as 2 µs:
 //
 //     B, L, H          bytes needed         with y · SiLU(z)      tensor cores         expected
-//     16, 1, 32        17.0 MB   4.0 µs     17.2 MB   4.0 µs      none                  8–10 µs
-//     16, 256, 32      68.4 MB  15.9 µs    102.0 MB  23.7 µs      8.6 GFLOP  10.9 µs   30–40 µs
-//     2, 256, 32        8.6 MB   2.0 µs     12.7 MB   3.0 µs      1.1 GFLOP   1.4 µs   15–20 µs
+//     16, 1, 32        17.0 MB   4.0 µs     17.1 MB   4.0 µs      none                  8–10 µs
+//     16, 256, 32      68.4 MB  15.9 µs    102.0 MB  23.7 µs      8.3 GFLOP  10.5 µs   30–40 µs
+//     2, 256, 32        8.6 MB   2.0 µs     12.7 MB   3.0 µs      1.0 GFLOP   1.3 µs   15–20 µs
 //
 // In the last row 64 blocks walk 8 chunks each, at about 1.5 µs: not throughput but one block's latency decides. To
 // measure first there: two blocks a head, of 32 rows p each.

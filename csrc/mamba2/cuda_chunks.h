@@ -134,14 +134,15 @@ __device__ __forceinline__ const Operand& operand(const uint32_t (&registers)[4]
 
 // The A operand Mᵀ (16 columns of M, 16 rows) of a row-major M.
 template <typename M>
-__device__ __forceinline__ void load_left_transposed(uint32_t (&a)[4], const M (&m)[kChunk][kPitch], int row, int column) {
+__device__ __forceinline__ void load_left_transposed(uint32_t (&a)[4], const M (&m)[kChunk][kPitch], int row,
+                                                     int column) {
   const int lane = lane_index();
   load_matrices_transposed(a, &m[row + lane / 16 * 8 + lane % 8][column + lane / 8 % 2 * 8]);
 }
 
 // This warp's square of C Bᵀ ⊙ W.
-template <typename T>
-__device__ void make_scores(ChunkShared<T>& m, const uint16_t (&prepared)[kArrays<T>][kChunk][kPitch], const Decays& d) {
+template <typename T, typename Prepared>
+__device__ void make_scores(ChunkShared<T>& m, const Prepared& prepared, const Decays& d) {
   const int lane = lane_index(), first_t = warp_index() / 2 * 16, first_s = warp_index() % 2 * 16;
   if (first_s > first_t) return;  // all above the diagonal; never read
   float scores[2][4] = {};        // [16, 8] at s = first_s and first_s + 8
