@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mvar.train.flags import add_flags, parsed
+
 # torch takes a second to import: `mvar --help` and bad use are answered before it.
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
@@ -107,18 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     train = command(
         "train",
         _train,
-        "train a tokenizer and a model",
+        "train a model, under the flags of VAR's and M-VAR's trainers; alone, or in every process of torchrun",
         "mvar train --preset digits --out runs/digits\n"
-        "mvar train --preset digits --bidirectional --tokenizer runs/digits/tokenizer.safetensors --out runs/both",
+        "mvar train --preset digits --bidirectional --tokenizer runs/digits/tokenizer.safetensors --out runs/both\n"
+        "torchrun --nproc_per_node=8 -m mvar.train --depth=16 --bs=768 --ep=200 --fp16=1 --alng=1e-3 --wpe=0.1 "
+        "--data_path=imagenet",
     )
-    train.add_argument("--preset", choices=("digits",), required=True, help="data and recipe")
-    train.add_argument("--out", type=Path, required=True, help="folder for tokenizer.safetensors and model.safetensors")
-    train.add_argument("--tokenizer", type=Path, help="use this tokenizer instead of training one")
-    train.add_argument("--bidirectional", action="store_true", help="the mixer's backward direction inside each scale")
-    train.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
-    train.add_argument(
-        "--shorten", type=float, default=1.0, metavar="F", help="share of the preset's steps (default: 1)"
-    )
+    add_flags(train)
 
     tokenize = command(
         "tokenize",
@@ -217,15 +214,14 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from mvar.train import train_digits
+    from mvar.train.run import run
+    from mvar.train.trainer import Interrupted
 
-    train_digits(
-        options.out,
-        bidirectional=options.bidirectional,
-        tokenizer_file=options.tokenizer,
-        seed=options.seed,
-        shorten=options.shorten,
-    )
+    try:
+        run(parsed(options))
+    except Interrupted as error:
+        print(error, flush=True)
+        sys.exit(128 + error.signal)
 
 
 def _tokenize(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ The two differ in their blocks alone (blocks.py). Module and parameter names are
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, ClassVar, cast
 
 import torch
@@ -46,29 +47,44 @@ class Model(nn.Module):
         self.joined_modulation: JoinedModulation | None = None  # in a copy for inference, instead of the layers
 
     def forward(self, labels: Tensor, inputs: Tensor, *, backend: str = "auto") -> Tensor:
-        """Logits of every token, given the true tokens of all coarser scales.
+        """Logits of every token, given the true tokens of all coarser scales: (B, L, V) float32.
+
+        Arguments as of :meth:`features`.
+        """
+        return self.head(self.features(labels, inputs, backend=backend)).float()
+
+    def features(self, labels: Tensor, inputs: Tensor, *, draws: Tensor | None = None, backend: str = "auto") -> Tensor:
+        """The head's input for every token, given the true tokens of all coarser scales: (B, L, C).
 
         Args:
             labels: (B,) int64 in [0, num_classes]; num_classes is the unconditional class. In training mode a
                 share `label_drop` of them is replaced by it.
-            inputs: (B, L − first scale, code_dim), floating point, from `tokenizer.teacher_forcing_inputs`.
+            inputs: (B, L − first scale, code_dim), floating point, from `tokenizer.teacher_forcing_inputs`. Its first
+                rows alone, up to a scale's end, give the first scales alone.
+            draws: in training mode, (B, `draws_per_image`) numbers from [0, 1) that decide whether an image's label
+                and branches are dropped; None: torch's global generator draws them.
             backend: of every op; "auto" or a name of :func:`mvar_kernels.backends`.
-
-        Returns:
-            (B, L, V) float32.
         """
-        self._check(labels, inputs)
-        if self.training and self.config.label_drop > 0:
-            drop = torch.rand(labels.shape, device=labels.device) < self.config.label_drop
-            labels = torch.where(drop, self.config.num_classes, labels)
+        scales = self._check(labels, inputs)
+        if self.training:
+            if draws is None:
+                draws = torch.rand(len(labels), self.draws_per_image, device=labels.device)
+            labels = torch.where(draws[:, 0] < self.config.label_drop, self.config.num_classes, labels)
         cond = self.class_emb(labels)  # (B, C)
         rows = torch.cat([self.start(cond), self.word_embed(inputs.to(cond.dtype))], 1)  # (B, L, C)
-        x = rows + self.positions()
+        x = rows + self.positions()[:, : rows.shape[1]]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream in 16 bits, as in VAR's trainer
         modulation = self.modulation(cond)
         if self.training:
-            modulation = self._with_stochastic_depth(modulation)
-        hidden, _ = self.hidden(x, modulation, self.config.scales, backend=backend)
-        return self.head(hidden).float()
+            assert draws is not None
+            modulation = self._with_stochastic_depth(modulation, draws[:, 1:])
+        return self.hidden(x, modulation, scales, backend=backend)[0]
+
+    @property
+    def draws_per_image(self) -> int:
+        """Random numbers that a training image needs: one for its label, one for each branch."""
+        return 1 + self.block.branches * self.config.depth
 
     def typed_blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
@@ -133,24 +149,30 @@ class Model(nn.Module):
             new_states.append(state)
         return h, new_states
 
-    def _with_stochastic_depth(self, modulation: Modulation) -> Modulation:
+    def _with_stochastic_depth(self, modulation: Modulation, draws: Tensor) -> Modulation:
         """Switch whole branches off for some samples by their gates (Huang et al., arXiv 1603.09382)."""
         assert self.config.drop_path is not None
         last = max(self.config.depth - 1, 1)
         gates = []
         for i, gate in enumerate(modulation.gates):
             keep = 1 - self.config.drop_path * (i // self.block.branches) / last
-            kept = torch.rand(gate.shape[0], 1, device=gate.device) < keep if keep < 1 else None
-            gates.append(gate if kept is None else gate * kept / keep)
+            gates.append(gate * (draws[:, i, None] < keep).to(gate.dtype) / keep if keep < 1 else gate)
         return modulation._replace(gates=gates)
 
-    def _check(self, labels: Tensor, inputs: Tensor) -> None:
-        rest = self.config.num_tokens - self.config.scales[0]
+    def _check(self, labels: Tensor, inputs: Tensor) -> tuple[int, ...]:
+        """The scales that the inputs are of."""
         if labels.dtype != torch.int64 or labels.dim() != 1:
             raise ValueError(f"labels: expected (B,) int64, got {tuple(labels.shape)} {labels.dtype}")
-        if not inputs.is_floating_point() or inputs.shape != (len(labels), rest, self.config.code_dim):
-            expected = (len(labels), rest, self.config.code_dim)
+        first, ends = self.config.scales[0], list(accumulate(self.config.scales))
+        end = first + inputs.shape[1] if inputs.dim() == 3 else 0
+        if (
+            not inputs.is_floating_point()
+            or end not in ends
+            or inputs.shape[::2] != (len(labels), self.config.code_dim)
+        ):
+            expected = (len(labels), self.config.num_tokens - first, self.config.code_dim)
             raise ValueError(f"inputs: expected {expected} floating point, got {tuple(inputs.shape)} {inputs.dtype}")
+        return self.config.scales[: ends.index(end) + 1]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The published mask follows from the schedule; as a buffer it would cost L² (357 MB at 1024×1024).

@@ -1,0 +1,105 @@
+"""A run on disk: `<out>/checkpoints/<iteration>/`, safetensors of every process's part and one state.json.
+
+Tensors go through torch.distributed.checkpoint, so a run can go on with another number of processes, sharded or not.
+Its safetensors storage is used, not its own, whose index is a pickle. A checkpoint is written beside its place and
+renamed, and the one before it is kept until the next: whatever happens, the last whole one is there.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+    load,
+    save,
+)
+
+from mvar.train.distributed import World
+
+KEPT = 2
+FACTS = "state.json"
+FAILURES = (OSError, ValueError, KeyError, SafetensorError, CheckpointException)
+
+
+class Checkpoints:
+    """The checkpoints of one run. All methods are called by all processes alike."""
+
+    def __init__(self, out: Path, world: World) -> None:
+        self.folder, self.world = out / "checkpoints", world
+
+    def paths(self) -> list[Path]:
+        """Whole checkpoints, the newest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((p for p in found if p.name.isdigit() and (p / FACTS).is_file()), key=lambda p: -int(p.name))
+
+    def write(self, iteration: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write a checkpoint, then remove all but the last two. OSError where that fails: the older ones stay."""
+        aside, target = self.folder / f".{iteration:08d}", self.folder / f"{iteration:08d}"
+
+        def prepare() -> None:
+            for left_over in self.folder.glob(".*"):
+                shutil.rmtree(left_over)
+            aside.mkdir(parents=True)
+
+        def write() -> None:
+            writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+            save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+
+        def publish() -> None:
+            with (aside / FACTS).open("w") as stream:
+                json.dump(dict(facts), stream, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
+            shutil.rmtree(target, ignore_errors=True)  # there only where it could not be read
+            aside.rename(target)
+            for old in self.paths()[KEPT:]:
+                shutil.rmtree(old)
+
+        try:
+            self._all(prepare if self.world.leads else None)
+            self._all(write)
+            self._all(publish if self.world.leads else None)
+        except OSError as error:
+            if self.world.leads:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise OSError(f"cannot write {target}: {error}") from error
+
+    def _all(self, action: Callable[[], None] | None) -> None:
+        """Do it, and raise OSError in all processes where it failed in one."""
+        problem: BaseException | None = None
+        try:
+            if action is not None:
+                action()
+        except FAILURES as error:
+            problem = error
+        if self.world.any(problem is not None):
+            raise OSError(_last_line(problem) if problem else "another process could not") from problem
+
+    def facts(self, path: Path) -> dict[str, Any]:
+        loaded = json.loads((path / FACTS).read_text())
+        assert isinstance(loaded, dict)
+        return loaded
+
+    def read(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Fill `tensors` from a checkpoint. OSError where it is damaged or of another model."""
+
+        def read() -> None:
+            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+
+        try:
+            self._all(read)
+        except OSError as error:
+            raise OSError(f"{path}: cannot be used: {error}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -1,0 +1,129 @@
+"""The processes of a run: torch.distributed as torchrun sets it up, DDP, FSDP2, activation checkpointing."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from mvar.model import Model
+from mvar.train.objective import Objective
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of a run; alone where torchrun has not started it."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return bool(self.total(torch.tensor(float(flag))))
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size == 1:
+            return values
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values
+
+    def agreed(self, value: int) -> int:
+        """The first process's value."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[World]:
+    """Join the processes that torchrun started (gloo on the CPU, NCCL on GPUs), or be alone; leave at the end."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "WORLD_SIZE" not in os.environ:
+        yield World(0, 1, _usable(kind))
+        return
+    if kind == "cuda":
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    where = _usable(kind)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), where)
+    finally:
+        dist.destroy_process_group()
+
+
+def _usable(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def recompute_blocks(model: Model) -> None:
+    """Keep only the blocks' inputs for the backward, and compute the rest again there (arXiv 1604.06174)."""
+    for block in model.typed_blocks():
+        # Nothing random happens in a block, so no state of a generator need be kept.
+        recomputed = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        setattr(block, "forward", recomputed)  # noqa: B010 (mypy minds an assignment)
+
+
+def parallel(objective: Objective, world: World, *, fsdp: bool) -> nn.Module:
+    """The objective for all processes: DDP's, or with every block's weights, gradients and optimizer state sharded.
+
+    FSDP2 gathers weights in float32 and leaves dtypes to autocast, so that the recurrence's parameters, which
+    must not be rounded, need no exception.
+    """
+    if fsdp:
+        if not dist.is_initialized():
+            raise ValueError("--fsdp: start the run with torchrun, also for a single process")
+        if objective.model.config.shared_adaln:
+            raise ValueError("--fsdp: blocks with a shared modulation layer (--saln) cannot be sharded")
+        mesh = dist.init_device_mesh(world.device.type, (world.size,))
+        for block in objective.model.typed_blocks():
+            fully_shard(block.ada_lin, mesh=mesh)  # called for all blocks before the first one runs
+            fully_shard(block, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
+        return objective
+    if world.size == 1:
+        return objective
+    ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def synchronised(module: nn.Module, now: bool) -> Iterator[None]:
+    """Exchange gradients in the backward of what is called in here, or (not `now`) only add them up."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
+    with module.no_sync() if isinstance(module, DistributedDataParallel) and not now else nullcontext():
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of a sharded one: to be called by all processes alike."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,203 @@
+"""What a run can be asked for: the flags of VAR's trainer (FoundationVision/VAR, utils/arg_util.py), which are M-VAR's
+too, with their meaning and defaults, and a few of our own. Presets are sets of defaults.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mvar.config import ARCHITECTURES, SCHEDULES
+
+COMPILE_MODES = {1: "reduce-overhead", 2: "max-autotune", 3: "default"}
+COMPILED = "torch.compile: 0 not, 1 reduce-overhead, 2 max-autotune, 3 its default mode"
+
+
+def boolean(text: str) -> bool:
+    known = {"1": True, "true": True, "0": False, "false": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"expected 1 or 0, true or false, got {text!r}")
+    return known[text.lower()]
+
+
+def token_maps(text: str) -> tuple[int, ...]:
+    if text.isdigit() and int(text) in SCHEDULES:
+        return SCHEDULES[int(text)]
+    if not re.fullmatch(r"\d+([_-]\d+)*", text):
+        raise argparse.ArgumentTypeError(f"expected 256, 512, 1024 or side lengths such as 1_2_3_4, got {text!r}")
+    return tuple(int(side) for side in re.split("[_-]", text))
+
+
+def schedule_name(text: str) -> str:
+    number = re.fullmatch(r"lin(0?\.\d+)", text)
+    if text not in ("lin0", "lin", "lin00", "cos", "exp") and not (number and 0 < float(number[1]) < 1):
+        raise argparse.ArgumentTypeError(f"expected lin0, lin, lin00, lin0.3 (any share), cos or exp, got {text!r}")
+    return text
+
+
+def _flag(
+    default: Any,
+    help: str,
+    type: Callable[[str], Any] | None = None,
+    choices: tuple[Any, ...] | None = None,
+    *,
+    free: bool = False,
+) -> Any:
+    """free: may change between a run and its resumption, since it does not decide what is computed."""
+    return field(default=default, metadata={"help": help, "type": type, "choices": choices, "free": free})
+
+
+@dataclass(frozen=True)
+class Flags:
+    """One run. Raises ValueError, naming the flag, where a value is out of range."""
+
+    preset: str | None = _flag(None, "a known run, whose defaults these flags then change", str, free=True)
+    # Data
+    data_path: str | None = _flag(None, "folder with train/class/picture and val/class/picture", str, free=True)
+    tokens: str | None = _flag(
+        None, "folder of `mvar tokenize`, with train and val, instead of pictures", str, free=True
+    )
+    tokenizer: str | None = _flag(
+        "vae_ch160v4096z32.pth", "tokenizer's file, or hf://owner/repository/file", str, free=True
+    )
+    pn: tuple[int, ...] = _flag(SCHEDULES[256], "token maps: 256, 512, 1024 or side lengths such as 1_2_3", token_maps)
+    mid_reso: float = _flag(1.125, "pictures are first resized to so many times the resolution, then cropped")
+    hflip: bool = _flag(False, "flip pictures at random")
+    workers: int = _flag(0, "processes that read pictures", free=True)
+    # Model
+    arch: str = _flag("mvar", "M-VAR or VAR", choices=ARCHITECTURES)
+    depth: int = _flag(16, "blocks; the width is 64 times as much")
+    width: int | None = _flag(None, "another width, a multiple of 64", int)
+    state_dim: int = _flag(64, "the mixer's state size")
+    bidirectional: bool = _flag(False, "the mixer's backward direction inside each scale")
+    saln: bool = _flag(False, "one modulation layer for all blocks (VAR's d36-s)")
+    anorm: bool = _flag(True, "unit queries and keys (the published d12, d16 and d20 of M-VAR have --anorm=0)")
+    ini: float = _flag(-1.0, "standard deviation of the initial weights, below 0 for √(1/3C)")
+    hd: float = _flag(0.02, "factor on the head's initial weights")
+    aln: float = _flag(0.5, "factor on the modulation layers' initial weights")
+    alng: float = _flag(1e-5, "factor on their gates' initial weights, instead")
+    # Optimisation
+    bs: int = _flag(768, "global batch, all processes and accumulated steps together")
+    ac: int = _flag(1, "steps whose gradients are accumulated")
+    ep: int = _flag(250, "epochs")
+    opt: str = _flag("adamw", "optimizer; both are AdamW", choices=("adam", "adamw"))
+    afuse: bool = _flag(True, "fused AdamW", free=True)
+    tblr: float = _flag(1e-4, "learning rate for a batch of 256; the peak is this times bs/256")
+    twd: float = _flag(0.05, "weight decay at the start")
+    twde: float = _flag(0.0, "weight decay at the end, on a cosine; 0 for as at the start")
+    tclip: float = _flag(2.0, "largest norm of the gradient; 0 for no clipping")
+    ls: float = _flag(0.0, "label smoothing")
+    sche: str = _flag("lin0", "learning rate's shape: lin0, lin, lin00, lin0.3 (any share), cos, exp", schedule_name)
+    wp: float = _flag(0.0, "epochs of warm-up; 0 for a 50th of all")
+    wp0: float = _flag(0.005, "share of the peak rate at the start of the warm-up")
+    wpe: float = _flag(0.01, "share of the peak rate at the end")
+    fp16: int = _flag(0, "0: float32, 1: float16 with loss scaling, 2: bfloat16", choices=(0, 1, 2))
+    average: float = _flag(0.0, "decay of an exponential average of the weights, which is then what is written")
+    # Progressive training
+    pg: float = _flag(0.0, "share of the training in which scales are added one by one; 0 for all from the start")
+    pg0: int = _flag(4, "the first stage's last scale, counted from 0")
+    pgwp: float = _flag(0.0, "epochs over which a new scale's loss comes in; 0 for a 300th of all")
+    # Machine
+    device: str | None = _flag(None, "such as cpu or cuda (default: cuda where there is one)", str, free=True)
+    backend: str = _flag("auto", "backend of every op, see `mvar info`", free=True)
+    tf32: bool = _flag(True, "float32 products in TF32 on a GPU, through oneDNN on a CPU", free=True)
+    tfast: int = _flag(0, f"compile the blocks, every one on its own. {COMPILED}", choices=(0, 1, 2, 3), free=True)
+    vfast: int = _flag(0, f"compile the tokenizer's encoder. {COMPILED}", choices=(0, 1, 2, 3), free=True)
+    fsdp: bool = _flag(False, "shard weights, gradients and optimizer (FSDP2), not only the batch (DDP)", free=True)
+    recompute: bool = _flag(False, "keep only the blocks' inputs and compute them again in the backward", free=True)
+    seed: int | None = _flag(None, "of weights, order, crops and drops (default: a new one)", int)
+    # Run
+    out: str = _flag("local_output", "folder of the run; one that is found there goes on", free=True)
+    exp_name: str = _flag("text", "name of the run in its log", free=True)
+    save_every: int = _flag(1000, "iterations between checkpoints", free=True)
+    log_every: int = _flag(50, "iterations between lines of the log", free=True)
+    skips: int = _flag(20, "steps in a row that may be skipped because their gradients are not finite", free=True)
+    tb: bool | None = _flag(None, "write for TensorBoard (default: if it is installed)", boolean, free=True)
+    peak_tflops: float | None = _flag(None, "the device's peak, for the model FLOP utilisation", float, free=True)
+    pictures: int = _flag(8, "classes in the picture grid at the end, 0 for none", free=True)
+    shorten: float = _flag(1.0, "share of the epochs, for a try")
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "bs", "ac", "ep", "save_every", "log_every", "skips"):
+            _require(getattr(self, name) >= 1, name, "a whole number of at least 1", getattr(self, name))
+        for name in ("twd", "twde", "wp", "wp0", "wpe", "pgwp", "pg0", "workers", "pictures", "hd", "aln", "alng"):
+            _require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
+        for name in ("ls", "average"):
+            _require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1", getattr(self, name))
+        _require(self.seed is None or self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
+        _require(0 < self.tblr < math.inf, "tblr", "a number above 0", self.tblr)
+        _require(0 <= self.pg < 1, "pg", "a number from 0 to below 1", self.pg)
+        _require(1 <= self.mid_reso < math.inf, "mid_reso", "a number of at least 1", self.mid_reso)
+        _require(0 < self.shorten <= 1, "shorten", "a number above 0 and up to 1", self.shorten)
+        if self.pg:
+            _require(self.pg0 < len(self.pn), "pg0", f"a scale from 0 to {len(self.pn) - 1}", self.pg0)
+
+
+def _require(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"--{name}: expected {expected}, got {got}")
+
+
+_D16 = {"depth": 16, "bs": 768, "ep": 200, "fp16": 1, "alng": 1e-3, "wpe": 0.1, "anorm": False}
+_D24 = _D16 | {"depth": 24, "ep": 350, "tblr": 8e-5, "alng": 1e-4, "wpe": 0.01, "anorm": True}
+_D30 = _D24 | {"depth": 30, "bs": 1024, "alng": 1e-5, "twde": 0.08, "fsdp": True, "recompute": True}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "digits": {
+        "exp_name": "model",
+        "tokenizer": None,
+        "seed": 0,
+        "depth": 3,
+        "width": 128,
+        "state_dim": 32,
+        "anorm": False,
+        "alng": 1e-2,
+        "bs": 64,
+        "ep": 67,
+        "tblr": 8e-3,
+        "sche": "cos",
+        "tclip": 1.0,
+        "average": 0.99,
+        "log_every": 140,
+        "save_every": 700,
+        "pictures": 10,
+    },
+    "d12": _D16 | {"depth": 12},
+    "d16": _D16,
+    "d20": _D16 | {"depth": 20, "ep": 250},
+    "d24": _D24,
+    "d30": _D30,
+    "d32": _D30 | {"depth": 32},
+}
+"""digits: scikit-learn's digits, with a tokenizer trained for them. The others: the commands of the public READMEs
+for ImageNet at 256×256 (M-VAR's for d12 to d30; its d32 has none, and is given d30's)."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags, as `--name=value` or `--name value`; a flag not given is not in the result (see `parsed`)."""
+    for item in fields(Flags):
+        kind = item.metadata["type"] or (boolean if isinstance(item.default, bool) else type(item.default))
+        choices = tuple(PRESETS) if item.name == "preset" else item.metadata["choices"]
+        default = "" if item.default is None else f" (default: {_shown(item.default)})"
+        details: dict[str, Any] = {"nargs": "?", "const": True} if kind is boolean else {}
+        if choices:
+            details["choices"] = choices
+        else:
+            details["metavar"] = item.name.upper()
+        text = item.metadata["help"] + default
+        parser.add_argument(f"--{item.name}", type=kind, default=argparse.SUPPRESS, help=text, **details)
+
+
+def parsed(options: argparse.Namespace) -> Flags:
+    """The preset's defaults, and before them what was given on the command line."""
+    names = {item.name for item in fields(Flags)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    return Flags(**{**PRESETS.get(given.get("preset", ""), {}), **given})
+
+
+def _shown(value: object) -> str:
+    return (
+        "_".join(map(str, value)) if isinstance(value, tuple) else str(int(value) if isinstance(value, bool) else value)
+    )

@@ -1,0 +1,309 @@
+"""The loop: batches to tokens, to losses, to steps; checkpoints, and an end at any moment."""
+
+import hashlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvar.data import Batch, Source, num_batches
+from mvar.model import Model
+from mvar.tokenizer import Tokenizer
+from mvar.train.checkpoint import Checkpoints
+from mvar.train.distributed import World, parallel, recompute_blocks, synchronised, whole
+from mvar.train.flags import COMPILE_MODES, Flags
+from mvar.train.metrics import Reporter, Window, flops_per_image, peak_flops
+from mvar.train.objective import Objective
+from mvar.train.optimizer import Step, Stepper, adamw
+from mvar.train.schedule import Schedule, Stage
+
+AUTOCAST = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16}  # by --fp16
+VALIDATED_EVERY = 10  # epochs, as in VAR
+
+
+class Interrupted(Exception):
+    """The run was told to end by `signal`, and has saved itself."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+class Trainer:
+    """One run: `run()` trains `model` to the end, from wherever `resume()` found it.
+
+    Args:
+        model: initialised, on the world's device.
+        tokenizer: in evaluation mode, on the world's device.
+        source, validation: of images or tokens.
+        seed: decides all that is random from here on: the order, and what is dropped.
+    """
+
+    def __init__(
+        self,
+        flags: Flags,
+        model: Model,
+        tokenizer: Tokenizer,
+        source: Source,
+        world: World,
+        *,
+        seed: int,
+        validation: Source | None = None,
+    ) -> None:
+        self.flags, self.model, self.tokenizer, self.world, self.seed = flags, model, tokenizer, world, seed
+        self.source, self.validation = source, validation
+        self.rows = max(round(flags.bs / flags.ac / world.size), 1)
+        self.schedule = Schedule(flags, num_batches(len(source), self.rows, world.size), self.rows * world.size)
+        if flags.recompute:
+            recompute_blocks(model)
+        if flags.tfast:
+            for block in model.typed_blocks():
+                block.compile(mode=COMPILE_MODES[flags.tfast])
+        if flags.vfast:
+            tokenizer.encoder.compile(mode=COMPILE_MODES[flags.vfast])
+        self.objective = Objective(model, smoothing=flags.ls, backend=flags.backend).train()
+        self.module = parallel(self.objective, world, fsdp=flags.fsdp)
+        self.stepper = Stepper(
+            adamw(self.objective, fused=flags.afuse),
+            world.device,
+            clip=flags.tclip,
+            float16=flags.fp16 == 1,
+            average=flags.average,
+        )
+        self.checkpoints = Checkpoints(Path(flags.out), world)
+        self.window = Window(model.config.scales, model.config.num_codes, world)
+        self.flops = flops_per_image(model)
+        self.peak = 1e12 * flags.peak_tflops if flags.peak_tflops else peak_flops(world.device)
+        self.done = self.saved = 0
+        self.told_to_stop: int | None = None
+
+    def run(self) -> None:
+        """Train to the end. Raises Interrupted after SIGTERM or SIGINT, FloatingPointError after too many skips."""
+        total = self.schedule.iterations
+        out, flags = Path(self.flags.out), self.flags
+        self.reporter = Reporter(
+            out, self.world.leads, tensorboard=flags.tb, name=flags.exp_name, done=self.done, total=total
+        )
+        self.told = self.tried = self.began_at = self.done
+        self.began = self.told_time = time.perf_counter()
+        with closing(self.reporter), self._listening():
+            for batch in self._batches():
+                iteration, stage = self.done, self.schedule.stage(self.done)
+                self._train_on(batch, iteration, stage)
+                self.done += 1
+                self.reporter.advance()
+                if self.schedule.steps(iteration):
+                    rate, decay = self.schedule.learning_rate(iteration), self.schedule.weight_decay(iteration)
+                    self._after(self.stepper.step(rate, decay), iteration, stage)
+                epoch = self.done // self.schedule.per_epoch
+                if self.done % self.schedule.per_epoch == 0 and self.validation is not None:
+                    if epoch % VALIDATED_EVERY == 0 or self.done == total:
+                        self.reporter.row(self.done, {f"val_{k}": v for k, v in self._validate().items()})
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint that can be read, if there is one.
+
+        Raises ValueError where it is of a run that other flags or other data decided.
+        """
+        tensors = self._tensors()
+        for path in self.checkpoints.paths():
+            facts = self.checkpoints.facts(path)
+            self._require_same(facts)
+            try:
+                self.checkpoints.read(path, tensors)
+            except OSError as error:
+                print(f"warning: {error}; the one before it is tried", flush=True)
+                continue
+            self.done = self.saved = facts["iteration"]
+            self.seed = facts["seed"]
+            self.stepper.load_counts(facts["stepper"])
+            return True
+        return False
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights as they are to be used, averaged if --average says so, on the CPU, under the model's names.
+
+        To be called by all processes; the first one's are whole, the others get nothing.
+        """
+        by_parameter = dict(zip(self.stepper.parameters, self.stepper.average, strict=False))
+        state = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            full = whole(by_parameter.get(value, value))
+            if self.world.leads:
+                state[name] = full.cpu()
+        return state
+
+    def _batches(self) -> Iterator[Batch]:
+        for epoch in range(self.done // self.schedule.per_epoch, self.schedule.epochs):
+            yield from self.source.batches(
+                batch=self.rows,
+                seed=self.seed,
+                epoch=epoch,
+                rank=self.world.rank,
+                world=self.world.size,
+                start=self.done % self.schedule.per_epoch,
+                workers=self.flags.workers,
+            )
+
+    def _train_on(self, batch: Batch, iteration: int, stage: Stage) -> None:
+        labels, inputs, tokens = self._on_device(batch, stage.scales)
+        with synchronised(self.module, self.schedule.steps(iteration)):
+            with self._autocast():
+                out = self.module(
+                    labels,
+                    inputs,
+                    tokens,
+                    self._draws(iteration),
+                    newest_weight=stage.newest_weight,
+                    share=1 / self.flags.ac,
+                )
+            self.stepper.backward(out.loss)
+        self.window.add(out, tokens)
+
+    def _on_device(self, batch: Batch, scales: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels, inputs and tokens of the first scales."""
+        device = self.world.device
+        if batch.tokens is not None:
+            tokens = batch.tokens.to(device, non_blocking=True)
+        else:
+            assert batch.images is not None
+            tokens = self.tokenizer.encode(batch.images.to(device, non_blocking=True))
+        inputs = self.tokenizer.teacher_forcing_inputs(tokens)
+        length, first = sum(self.tokenizer.scales[:scales]), self.tokenizer.scales[0]
+        return batch.labels.to(device, non_blocking=True), inputs[:, : length - first], tokens[:, :length]
+
+    def _draws(self, iteration: int) -> Tensor:
+        """What decides the drops of this process's images: a function of seed, iteration and place in the batch."""
+        key = hashlib.blake2b(f"drops {self.seed} {iteration}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+        draws = torch.rand(self.rows * self.world.size, self.model.draws_per_image, generator=generator)
+        return draws[self.world.rank * self.rows :][: self.rows].to(self.world.device, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST[self.flags.fp16]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _after(self, step: Step, iteration: int, stage: Stage) -> None:
+        """What comes after a step: an end, a line, a checkpoint."""
+        last = self.done == self.schedule.iterations
+        if self.stepper.in_a_row >= self.flags.skips:
+            raise FloatingPointError(
+                f"iteration {self.done}: {self.stepper.in_a_row} steps in a row without a finite gradient; "
+                f"the last checkpoint is of iteration {self.saved}"
+            )
+        if last or self.told == 0 or self.done - self.told >= self.flags.log_every:
+            self._tell(step, iteration, stage)
+        stopping = self.world.any(self.told_to_stop is not None)
+        if last or stopping or self.done - self.tried >= self.flags.save_every:
+            self.tried = self.done
+            try:
+                self._save()
+            except OSError as error:
+                if last or stopping:
+                    raise
+                self.reporter.say(f"warning: {error}; training goes on, the last checkpoint is of {self.saved}")
+        if stopping and not last:
+            message = f"stopped after iteration {self.done} of {self.schedule.iterations}, and saved"
+            raise Interrupted(message, self.told_to_stop or signal.SIGTERM)
+
+    def _tell(self, step: Step, iteration: int, stage: Stage) -> None:
+        now = time.perf_counter()
+        images_per_s = (self.done - self.told) * self.schedule.images / (now - self.told_time)
+        values: dict[str, Any] = self.window.means() | {
+            "gradient_norm": step.gradient_norm if math.isfinite(step.gradient_norm) else None,
+            "learning_rate": self.schedule.learning_rate(iteration),
+            "weight_decay": self.schedule.weight_decay(iteration),
+            "epoch": self.done / self.schedule.per_epoch,
+            "scales": stage.scales,
+            "images_per_s": images_per_s,
+            "mfu": images_per_s * self.flops / (self.peak * self.world.size) if self.peak else None,
+            "skipped": self.stepper.skipped,
+            "loss_scale": self.stepper.scaler.get_scale() if self.flags.fp16 == 1 else None,
+        }
+        left = (self.schedule.iterations - self.done) * (now - self.began) / (self.done - self.began_at)
+        self.reporter.tell(self.done, values, left)
+        self.window.clear()
+        self.told, self.told_time = self.done, now
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Means over the whole validation set, without drops and smoothing."""
+        assert self.validation is not None
+        window = Window(self.model.config.scales, self.model.config.num_codes, self.world)
+        everything = len(self.tokenizer.scales)
+        self.objective.eval()
+        for batch in self.validation.once(
+            batch=self.rows, rank=self.world.rank, world=self.world.size, workers=self.flags.workers
+        ):
+            rows = len(batch.labels)
+            if rows == 0:  # a process without rows keeps step with the others, whose weights can be sharded
+                batch = Batch(
+                    torch.zeros(1, dtype=torch.int64), tokens=torch.zeros(1, self.tokenizer.num_tokens).long()
+                )
+            labels, inputs, tokens = self._on_device(batch, everything)
+            with self._autocast():
+                out = self.module(labels, inputs, tokens)
+            window.add(out._replace(nll=out.nll[:rows], predictions=out.predictions[:rows]), tokens[:rows])
+        self.objective.train()
+        return window.means()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {
+            f"{kind}.{names[parameter]}": tensor.detach()
+            for parameter, tensors in self.stepper.tensors()
+            for kind, tensor in tensors.items()
+        }
+
+    def _save(self) -> None:
+        if self.saved == self.done:
+            return
+        facts = {
+            "iteration": self.done,
+            "seed": self.seed,
+            "items": len(self.source),
+            "images": self.schedule.images,
+            "stepper": self.stepper.counts(),
+            "flags": asdict(self.flags),
+        }
+        self.checkpoints.write(self.done, self._tensors(), facts)
+        self.saved = self.done
+
+    def _require_same(self, facts: dict[str, Any]) -> None:
+        """ValueError unless the run that was saved is this one."""
+        ours = json.loads(json.dumps(asdict(self.flags)))
+        decided = [item.name for item in fields(Flags) if not item.metadata["free"]]
+        if self.flags.seed is None:
+            decided.remove("seed")  # the saved one is taken
+        pairs = [(f"--{name}", facts["flags"].get(name), ours[name]) for name in decided]
+        pairs.append(("the number of training items", facts["items"], len(self.source)))
+        pairs.append(("the images of an iteration", facts["images"], self.schedule.images))
+        for name, saved, now in pairs:
+            if saved != now:
+                raise ValueError(
+                    f"{name}: the run in {self.flags.out} has {saved}, not {now}; keep it, or choose another --out"
+                )
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """On SIGTERM or SIGINT finish the step, save and leave; a second one ends the process as ever."""
+
+        def handle(number: int, _: object) -> None:
+            self.told_to_stop = number
+            signal.signal(number, before[number])
+
+        before: dict[int, Any] = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
