@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,32 +14,38 @@ from typing import Any
 import torch
 
 from benchmarks.generate import ours, random_model, theirs
-from benchmarks.measure import ALLOCATOR, write
+from benchmarks.measure import ALLOCATOR, DEVICE, write
 
 SIDES = {"mvar": ours, "public algorithm": theirs}
 
 
-@torch.no_grad()
-def peak_gib(side: str, depth: int, batch: int, dtype: torch.dtype) -> float:
-    """Of this process while one batch is drawn: model and tokenizer in float32, and all that the side adds to them.
-
-    The peak of building the model does not count.
-    """
-    model, tokenizer = random_model(depth)
-    torch.set_float32_matmul_precision("medium")
+def peak_gib(run: Callable[[], Any]) -> float:
+    """The most that this process, or the GPU where there is one, holds while it runs; what was there before counts."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / 2**30
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held now
-    SIDES[side](model, tokenizer, torch.arange(batch), dtype)
+    run()
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def in_a_process_of_its_own(side: str, depth: int, batch: int, dtype: torch.dtype) -> float:
-    command = [sys.executable, "-m", "benchmarks.memory", "--of", side, "--dtype", str(dtype)[6:]]
-    sizes = ["--depth", str(depth), "--batches", str(batch)]
+@torch.no_grad()
+def of_a_generation(side: str, depth: int, batch: int, dtype: torch.dtype) -> float:
+    """While one batch is drawn: model and tokenizer in float32, and all that the side adds to them."""
+    model, tokenizer = random_model(depth)
+    torch.set_float32_matmul_precision("medium")
+    return peak_gib(lambda: SIDES[side](model, tokenizer, torch.arange(batch), dtype))
+
+
+def in_a_process_of_its_own(module: str, *arguments: str) -> float:
+    """What `python -m module` prints."""
+    command = [sys.executable, "-m", module, *arguments]
     # Without the settings for timing, under which what is freed is kept.
     environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
-    done = subprocess.run([*command, *sizes], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(json.loads(done.stdout))
 
 
@@ -50,11 +57,12 @@ def main() -> None:
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.of:
-        print(peak_gib(options.of, options.depth, options.batches[0], getattr(torch, options.dtype)))
+        print(of_a_generation(options.of, options.depth, options.batches[0], getattr(torch, options.dtype)))
         return
     rows: list[dict[str, Any]] = []
     for batch, dtype in product(options.batches, (torch.float32, torch.bfloat16)):
-        peaks = {side: in_a_process_of_its_own(side, options.depth, batch, dtype) for side in SIDES}
+        sizes = ("--dtype", str(dtype)[6:], "--depth", str(options.depth), "--batches", str(batch))
+        peaks = {side: in_a_process_of_its_own("benchmarks.memory", "--of", side, *sizes) for side in SIDES}
         rows.append({"batch": batch, "dtype": str(dtype)[6:], "peak_gib": peaks})
         print(rows[-1])
     print(write(f"memory_d{options.depth}", rows))

@@ -77,7 +77,7 @@ def generate(
             assert isinstance(layers, MVARBlock)
             x, caches[i] = run_block(layers, x, cond, caches[i], attend)
         scale, shift = model.head_nm.ada_lin(cond)[:, None].chunk(2, -1)
-        logits = model.head(_norm(x) * (1 + scale) + shift).float()
+        logits = model.head(norm(x) * (1 + scale) + shift).float()
         c = cfg * k / (len(config.scales) - 1)
         tokens.append(draw((1 + c) * logits[:B] - c * logits[B:], top_k, top_p))
         f_hat = f_hat + tokenizer.scale_features(k, tokenizer.embed(tokens[-1]))
@@ -99,7 +99,7 @@ def draw(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
 
 
-def _norm(x: Tensor) -> Tensor:
+def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -107,10 +107,10 @@ def block(layers: MVARBlock, x: Tensor, cond: Tensor, cache: Tensor | None, atte
     """One block over a scale's tokens; the Mamba layer over those of the coarser scales too, which it is given in
     `cache` and gives back with the new ones."""
     g1, g2, g3, s1, s2, s3, t1, t2, t3 = layers.ada_lin(cond)[:, None].chunk(9, -1)
-    x = x + g1 * _attention(layers.attn, _norm(x) * (1 + s1) + t1, attend)
+    x = x + g1 * _attention(layers.attn, norm(x) * (1 + s1) + t1, attend)
     cache = x if cache is None else torch.cat([cache, x], 1)
-    x = x + (g2 * _mamba(layers.mamba, _norm(cache) * (1 + s2) + t2))[:, -x.shape[1] :]
-    return x + g3 * layers.ffn(_norm(x) * (1 + s3) + t3), cache
+    x = x + (g2 * mamba(layers.mamba, norm(cache) * (1 + s2) + t2))[:, -x.shape[1] :]
+    return x + g3 * layers.ffn(norm(x) * (1 + s3) + t3), cache
 
 
 def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
@@ -119,7 +119,7 @@ def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
     return attn.proj(attend(q, k, v, 0.25 * q.shape[-1] ** -0.5).flatten(2))
 
 
-def _mamba(mamba: Mamba2, x: Tensor) -> Tensor:
+def mamba(mamba: Mamba2, x: Tensor) -> Tensor:
     E, H = mamba.norm.weight.shape[0], mamba.D.shape[0]
     N = (mamba.conv1d.weight.shape[0] - E) // 2
     z, xbc, dt = mamba.in_proj(x).split([E, E + 2 * N, H], -1)

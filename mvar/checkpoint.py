@@ -22,6 +22,8 @@ from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
 
 HUB = "hf://"
 CONFIG_KEY = "mvar_config"  # in the metadata of our own files
+# Where the checkpoints of VAR's and M-VAR's own trainers have what is asked for, under "trainer".
+IN_TRAINERS = {"model": ("var_wo_ddp", "mvar_wo_ddp"), "tokenizer": ("vae_local",)}
 # Buffers of the published files that follow from the configuration and that we do not keep.
 DERIVED = ("attn_bias_for_masking",)
 
@@ -35,16 +37,16 @@ class CheckpointError(ValueError):
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model:
     """An M-VAR or VAR model in evaluation mode, float32, from an official or an own file, or from hf://owner/repository/file.
 
-    Every size is read off the file: M-VAR from its mixers, q/k norm from whether `scale_mul_1H11` is there, patch
-    numbers from `blocks.0.attn.patch_nums` or (VAR) from `lvl_1L`, the rest from shapes; our own files carry their
-    configuration.
+    A checkpoint of VAR's or M-VAR's own trainer is read too. Every size is read off the file: M-VAR from its mixers,
+    q/k norm from whether `scale_mul_1H11` is there, patch numbers from `blocks.0.attn.patch_nums` or (VAR) from
+    `lvl_1L`, the rest from shapes; our own files carry their configuration.
 
     Raises:
         OSError: no such file, or it could not be fetched.
         CheckpointError: truncated, a pickle that is more than weights, a missing or unknown name, a wrong
             shape, or a value that is not finite.
     """
-    state, stored = _read(path)
+    state, stored = _read(path, "model")
 
     def config(stored: dict[str, Any]) -> ModelConfig:
         return ModelConfig(**stored) if stored else ModelConfig.from_state_dict(state)
@@ -71,7 +73,7 @@ def load_tokenizer(
     """
     if resolution is not None:
         patch_nums = schedule(resolution, patch_nums)
-    state, stored = _read(path)
+    state, stored = _read(path, "tokenizer")
 
     def config(stored: dict[str, Any]) -> TokenizerConfig:
         given = {} if patch_nums is None else {"patch_nums": tuple(patch_nums)}
@@ -99,8 +101,8 @@ def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[
     return SCHEDULES[resolution]
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], object]:
-    """All tensors of a file, and the configuration stored in it, empty if there is none."""
+def _read(path: str | Path, part: str) -> tuple[dict[str, Tensor], object]:
+    """All tensors of a file, or of one part of a trainer's, and the stored configuration, empty if there is none."""
     file = _local(str(path))
     if not file.is_file():
         raise FileNotFoundError(f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}")
@@ -126,10 +128,12 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], object]:
         ) from error
     except Exception as error:  # what a corrupted byte raises inside the reader is any of a dozen types
         raise CheckpointError(f"{file}: truncated or corrupted, or no weights: {_first_line(error)}") from error
+    if isinstance(loaded, Mapping) and isinstance(trainer := loaded.get("trainer"), Mapping):
+        loaded = next((trainer[name] for name in IN_TRAINERS[part] if name in trainer), None)
     if not isinstance(loaded, Mapping) or not all(
         isinstance(n, str) and isinstance(t, Tensor) for n, t in loaded.items()
     ):
-        raise CheckpointError(f"{file}: expected a state dict of names and tensors")
+        raise CheckpointError(f"{file}: expected a {part}'s state dict of names and tensors")
     return dict(loaded), {}
 
 

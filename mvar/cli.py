@@ -1,4 +1,4 @@
-"""The command line: `mvar demo | sample | train | tokenize | info`."""
+"""The command line: `mvar demo | sample | train | convert | tokenize | info`."""
 
 import argparse
 import os
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
+            allow_abbrev=False,
             epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines()),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -116,6 +117,25 @@ def _parser() -> argparse.ArgumentParser:
         "--data_path=imagenet",
     )
     add_flags(train)
+
+    convert = command(
+        "convert",
+        _convert,
+        "read weights, also out of a trainer's checkpoint, and write them in the published format or in our own",
+        "mvar convert ar-ckpt-last.pth d16.safetensors\n"
+        "mvar convert runs/d16/checkpoints/00333600 d16.pth\n"
+        "mvar convert ar-ckpt-last.pth tokenizer.pth --part tokenizer",
+    )
+    convert.add_argument(
+        "source", help="official or own file, checkpoint of VAR's or M-VAR's trainer, or of a run of mvar train"
+    )
+    convert.add_argument(
+        "target", type=Path, help=".pth for a state dict as published, .safetensors for our own format"
+    )
+    convert.add_argument("--part", choices=("model", "tokenizer"), default="model", help="(default: model)")
+    convert.add_argument(
+        "--dtype", choices=DTYPE_NAMES[1:], default="fp32", help="of the weights that are written (default: fp32)"
+    )
 
     tokenize = command(
         "tokenize",
@@ -222,6 +242,12 @@ def _train(options: argparse.Namespace) -> None:
     except Interrupted as error:
         print(error, flush=True)
         sys.exit(128 + error.signal)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from mvar.convert import convert
+
+    convert(options)
 
 
 def _tokenize(options: argparse.Namespace) -> None:

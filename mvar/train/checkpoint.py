@@ -8,10 +8,12 @@ renamed, and the one before it is kept until the next: whatever happens, the las
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,6 +25,8 @@ from torch.distributed.checkpoint import (
     save,
 )
 
+from mvar.config import ModelConfig
+from mvar.model import Model, from_config
 from mvar.train.distributed import World
 
 KEPT = 2
@@ -77,8 +81,11 @@ class Checkpoints:
         """Do it, and raise OSError in all processes where it failed in one."""
         problem: BaseException | None = None
         try:
-            if action is not None:
-                action()
+            with warnings.catch_warnings():
+                # That a single process saves alone is what is meant.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                if action is not None:
+                    action()
         except FAILURES as error:
             problem = error
         if self.world.any(problem is not None):
@@ -93,12 +100,28 @@ class Checkpoints:
         """Fill `tensors` from a checkpoint. OSError where it is damaged or of another model."""
 
         def read() -> None:
-            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+            reader = HuggingFaceStorageReader(str(path))
+            load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
 
         try:
             self._all(read)
         except OSError as error:
             raise OSError(f"{path}: cannot be used: {error}") from error
+
+
+def read_model(path: Path) -> Model:
+    """The model in one checkpoint, its averaged weights where it has them, in evaluation mode.
+
+    Raises OSError where it is no checkpoint of a run, or damaged.
+    """
+    if not (path / FACTS).is_file():
+        raise FileNotFoundError(f"{path}: no {FACTS} there; expected a folder in a run's checkpoints/")
+    checkpoints = Checkpoints(path.parent.parent, World(0, 1, torch.device("cpu")))
+    facts = checkpoints.facts(path)
+    model = from_config(ModelConfig(**facts["model"]))
+    kind = "average" if facts["flags"]["average"] else "model"
+    checkpoints.read(path, {f"{kind}.{name}": value.detach() for name, value in model.named_parameters()})
+    return model.eval()
 
 
 def _last_line(error: BaseException) -> str:

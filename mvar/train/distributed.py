@@ -1,6 +1,7 @@
 """The processes of a run: torch.distributed as torchrun sets it up, DDP, FSDP2, activation checkpointing."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -111,7 +112,10 @@ def parallel(objective: Objective, world: World, *, fsdp: bool) -> nn.Module:
     if world.size == 1:
         return objective
     ids = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        # Buffers are constants of the configuration. The argument's next name is not in every torch from 2.8 on.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextmanager

@@ -148,6 +148,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "digits": {
         "exp_name": "model",
         "tokenizer": None,
+        "pn": (1, 2, 3, 4),
         "seed": 0,
         "depth": 3,
         "width": 128,

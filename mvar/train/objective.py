@@ -64,12 +64,13 @@ class _HeadCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             w, b = weight.to(dtype), bias.to(dtype)
             grad_hidden = torch.empty_like(hidden) if wanted else None
-            grad_weight, grad_bias = (torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias))
+            exact = torch.promote_types(dtype, torch.float32)
+            grad_weight, grad_bias = (torch.zeros_like(p, dtype=exact) for p in (weight, bias))
             losses, nlls, predictions = [], [], []
             chunks = zip(hidden.split(rows), tokens.split(rows), weights.split(rows), strict=True)
             for i, (x, target, share) in enumerate(chunks):
                 x = x.to(dtype)
-                logits = F.linear(x, w, b).float()  # (rows, V)
+                logits = F.linear(x, w, b).to(exact)  # (rows, V)
                 log_sum = logits.logsumexp(-1)
                 nll = log_sum - logits.gather(-1, target[:, None])[:, 0]
                 loss = (1 - smoothing) * nll + smoothing * (log_sum - logits.mean(-1)) if smoothing else nll
@@ -85,24 +86,21 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 grad *= share[:, None]
                 grad_bias += grad.sum(0)
                 grad = grad.to(dtype)
-                torch.mm(grad, w, out=grad_hidden[i * rows : i * rows + len(x)]) if hidden.dtype == dtype else (
-                    grad_hidden[i * rows : i * rows + len(x)].copy_(grad @ w)
-                )
-                if dtype == torch.float32:
+                grad_hidden[i * rows : i * rows + len(x)] = grad @ w
+                if dtype == exact:
                     grad_weight.addmm_(grad.T, x)
                 else:
                     grad_weight += grad.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (weight.dtype, bias.dtype)
+        ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)
         out = torch.stack(losses).sum(), torch.cat(nlls), torch.cat(predictions)
         ctx.mark_non_differentiable(*out[1:])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        for_weight, for_bias = ctx.dtypes
-        return (hidden * grad.to(hidden.dtype), (weight * grad).to(for_weight), (bias * grad).to(for_bias), *4 * [None])
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*((value * grad.to(value.dtype)).to(dtype) for value, dtype in grads), None, None, None, None)
 
 
 class Objective(nn.Module):

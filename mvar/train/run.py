@@ -103,6 +103,8 @@ def digits_data(flags: Flags, world: World) -> Data:
         train_digits_tokenizer(file, seed=flags.seed or 0, shorten=flags.shorten)
     world.barrier()
     tokenizer = load_tokenizer(file, device=world.device)
+    if tokenizer.patch_nums != flags.pn:
+        raise ValueError(f"--pn: the tokenizer's token maps are {tokenizer.patch_nums}, not {flags.pn}")
 
     def source(part: digits.Digits) -> Source:
         tokens = [tokenizer.encode(images.to(world.device)).cpu() for images in part.images.split(ENCODE_BATCH)]

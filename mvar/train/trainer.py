@@ -274,6 +274,7 @@ class Trainer:
             "images": self.schedule.images,
             "stepper": self.stepper.counts(),
             "flags": asdict(self.flags),
+            "model": asdict(self.model.config),
         }
         self.checkpoints.write(self.done, self._tensors(), facts)
         self.saved = self.done

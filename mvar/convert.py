@@ -1,0 +1,50 @@
+"""`mvar convert`: weights from one format into another."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mvar.checkpoint import load_model, load_tokenizer, save
+from mvar.files import check_writable, replacing
+from mvar.model import Model
+from mvar.sample import DTYPES
+from mvar.tokenizer import Tokenizer
+from mvar.train.checkpoint import read_model
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Read `source`, write `target`: .pth for a state dict as published, .safetensors for our own format."""
+    if options.target.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"{options.target}: expected a name that ends in .pth or .safetensors")
+    check_writable(options.target)
+    module: Model | Tokenizer
+    if options.part == "tokenizer":
+        module = load_tokenizer(options.source)
+    else:
+        folder = Path(options.source)
+        module = read_model(folder) if folder.is_dir() else load_model(options.source)
+    dtype = DTYPES[options.dtype]
+    if options.target.suffix == ".safetensors":
+        save(options.target, module, dtype=dtype)
+    else:
+        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in official_state_dict(module).items()}
+        with replacing(options.target) as aside:
+            torch.save(state, aside)
+    print(f"written: {options.target}")
+
+
+def official_state_dict(module: Model | Tokenizer) -> dict[str, Tensor]:
+    """All that the published code's load_state_dict(strict=True) asks for, with the mask that we do not keep.
+
+    Raises ValueError for a model that the published code does not have.
+    """
+    state = dict(module.state_dict())
+    if isinstance(module, Model):
+        if module.config.bidirectional:
+            raise ValueError("a model with a bidirectional mixer has no published format; write .safetensors")
+        level = module.lvl_1L
+        seen = level.T >= level if module.architecture == "var" else level.T == level
+        state["attn_bias_for_masking"] = torch.where(seen, 0.0, -torch.inf)[None, None]
+    return state

@@ -1,0 +1,73 @@
+"""Two processes with gloo on the CPU: the same losses as one with the whole batch, under DDP and under FSDP2."""
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+from torch.distributed.tensor import DTensor
+
+from mvar.train.distributed import joined
+from mvar.train.flags import Flags
+from tests import training
+
+# Dropped labels and branches, accumulated gradients, a checkpoint on the way.
+RUNS = {
+    "ddp": {"ac": 2, "bs": 128},
+    "fsdp": {"ac": 2, "bs": 128, "fsdp": True, "recompute": True},
+}
+
+
+def _process(rank: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with joined("cpu") as world:
+        for name, changed in RUNS.items():
+            run = training.trainer(training.flags(out / name, **changed), world)
+            run.run()
+            if name == "fsdp":
+                held = [p for p in run.stepper.parameters if isinstance(p, DTensor)]
+                assert len(held) == len(run.stepper.parameters)
+                assert sum(p.to_local().numel() for p in held) < 0.6 * sum(p.numel() for p in held)
+            again = training.trainer(training.flags(out / name, **changed), world)
+            assert again.resume() and again.done == run.done
+            weights, read = run.weights(), again.weights()
+            assert all(torch.equal(value, read[key]) for key, value in weights.items())
+            assert bool(weights) == (rank == 0)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_process, (port, out), nprocs=2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Flags:
+    flags = training.flags(tmp_path_factory.mktemp("alone"), **RUNS["ddp"])
+    training.trainer(flags).run()
+    return flags
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_are_one(name: str, alone: Flags, two: Path) -> None:
+    one, both = training.rows(Path(alone.out)), training.rows(two / name)
+    assert len(one) == len(both) == 11
+    for row, other in zip(one, both, strict=True):
+        for key in ("loss", "loss_scale0", "loss_last", "accuracy", "code_usage"):
+            # Sums of float32 in another order; an accuracy can differ by a tie.
+            assert other[key] == pytest.approx(row[key], rel=2e-4), key
+        assert other["gradient_norm"] == pytest.approx(row["gradient_norm"], rel=2e-4)
+    # What two processes have saved, sharded or not, one goes on with.
+    again = training.trainer(replace(alone, out=str(two / name)))
+    assert again.resume() and again.done == 22 and not dist.is_initialized()
+    for key, value in again.weights().items():
+        assert value.shape == again.model.state_dict()[key].shape

@@ -1,0 +1,82 @@
+"""The flags: VAR's meaning and defaults, everything else an error in one line."""
+
+from dataclasses import fields
+
+import pytest
+
+from mvar.cli import main
+from mvar.config import SCHEDULES
+from mvar.train.flags import PRESETS, Flags
+from tests import training
+
+# FoundationVision/VAR, utils/arg_util.py at 78b9539; M-VAR's are the same.
+VARS = {
+    "tfast": 0, "vfast": 0, "depth": 16, "ini": -1, "hd": 0.02, "aln": 0.5, "alng": 1e-5, "fp16": 0, "tblr": 1e-4,
+    "twd": 0.05, "twde": 0, "tclip": 2.0, "ls": 0.0, "bs": 768, "ac": 1, "ep": 250, "wp": 0, "wp0": 0.005,
+    "wpe": 0.01, "sche": "lin0", "opt": "adamw", "afuse": True, "saln": False, "anorm": True,
+    "pn": SCHEDULES[256], "mid_reso": 1.125, "hflip": False, "workers": 0, "pg": 0.0, "pg0": 4, "pgwp": 0,
+    "tf32": True, "seed": None, "exp_name": "text",
+}  # fmt: skip
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Flags:
+    """What the command line makes of it."""
+    found: list[Flags] = []
+    monkeypatch.setattr("mvar.train.run.run", found.append)
+    main(["train", *arguments])
+    return found[0]
+
+
+def test_defaults_are_vars(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = asked(monkeypatch)
+    assert {name: getattr(flags, name) for name in VARS} == VARS
+
+
+def test_the_public_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "--depth=30 --bs=1024 --ep 350 --tblr=8e-5 --fp16=1 --alng=1e-5 --wpe=0.01 --twde=0.08 --pn=512 --saln=1"
+    flags = asked(monkeypatch, *words.split(), "--data_path=/imagenet", "--tf32=false", "--hflip")
+    assert (flags.depth, flags.bs, flags.ep, flags.tblr, flags.fp16, flags.twde) == (30, 1024, 350, 8e-5, 1, 0.08)
+    assert flags.pn == SCHEDULES[512] and flags.saln and not flags.tf32 and flags.hflip
+    assert asked(monkeypatch, "--pn=1_2_4").pn == asked(monkeypatch, "--pn=1-2-4").pn == (1, 2, 4)
+
+
+def test_presets_stand_behind_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = asked(monkeypatch, "--preset=d16", "--bs=32")
+    assert (flags.depth, flags.ep, flags.fp16, flags.bs, flags.anorm) == (16, 200, 1, 32, False)
+    assert PRESETS["d32"]["fsdp"] and asked(monkeypatch, "--preset=d32").recompute
+    for preset in PRESETS.values():
+        assert preset.keys() <= {item.name for item in fields(Flags)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--depht=16"], "unrecognized arguments: --depht=16"),
+        (["--dep=16"], "unrecognized arguments: --dep=16"),
+        (["--fp16=3"], "--fp16"),
+        (["--sche=lin2"], "expected lin0, lin, lin00"),
+        (["--pn=1_b"], "expected 256, 512, 1024"),
+        (["--tf32=maybe"], "expected 1 or 0"),
+        (["--opt=lion"], "invalid choice: 'lion'"),
+        (["--bs=0"], "--bs: expected a whole number of at least 1, got 0"),
+        (["--ls=1"], "--ls: expected a number from 0 to below 1"),
+        (["--pg=0.5", "--pg0=10"], "--pg0: expected a scale from 0 to 9"),
+        (["--out=runs"], "give one of --data_path, --tokens and --preset=digits"),
+        (["--data_path=x", "--tokenizer=none.pth"], "none.pth: no such file"),
+        (["--preset=digits", "--tokenizer={tokenizer}", "--pn=256"], "--pn: the tokenizer's token maps are (1, 2"),
+        (["--device=cuda:77", "--preset=digits"], "--device: 'cuda:77' cannot be used"),
+    ],
+)  # fmt: skip
+def test_bad_use(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("run"))
+    with pytest.raises(SystemExit) as exit:
+        main(["train", *(text.format(tokenizer=training.TOKENIZER) for text in arguments)])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
