@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mvar.train.flags import add_flags, parsed
+from mvar.train.flags import add_flags, parsed, token_maps
 
 # torch takes a second to import: `mvar --help` and bad use are answered before it.
 
@@ -133,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         "target", type=Path, help=".pth for a state dict as published, .safetensors for our own format"
     )
     convert.add_argument("--part", choices=("model", "tokenizer"), default="model", help="(default: model)")
+    convert.add_argument(
+        "--pn", type=token_maps, help="a tokenizer's token maps, not in its file: 512, 1_2_3 (default: 256)"
+    )
     convert.add_argument(
         "--dtype", choices=DTYPE_NAMES[1:], default="fp32", help="of the weights that are written (default: fp32)"
     )

@@ -21,7 +21,7 @@ def convert(options: argparse.Namespace) -> None:
     check_writable(options.target)
     module: Model | Tokenizer
     if options.part == "tokenizer":
-        module = load_tokenizer(options.source)
+        module = load_tokenizer(options.source, patch_nums=options.pn)
     else:
         folder = Path(options.source)
         module = read_model(folder) if folder.is_dir() else load_model(options.source)

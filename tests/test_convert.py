@@ -1,5 +1,6 @@
 """`mvar convert`: out of the public trainers' checkpoints and our own, into the published format and ours."""
 
+import math
 from collections import OrderedDict
 from pathlib import Path
 
@@ -28,7 +29,18 @@ def test_out_of_a_public_trainer(name: str, tmp_path: Path) -> None:
     assert written.keys() == weights.keys()  # the derived mask is there again
     for key, value in weights.items():
         assert torch.equal(written[key], value) and written[key].dtype == value.dtype, key
-    main(["convert", f"{tmp_path}/ar-ckpt-last.pth", f"{tmp_path}/tokenizer.safetensors", "--part", "tokenizer"])
+    maps = "_".join(str(math.isqrt(n)) for n in weights["blocks.0.attn.patch_nums"].tolist())
+    main(
+        [
+            "convert",
+            f"{tmp_path}/ar-ckpt-last.pth",
+            f"{tmp_path}/tokenizer.safetensors",
+            "--part",
+            "tokenizer",
+            "--pn",
+            maps,
+        ]
+    )
     tokenizer = mvar.load_tokenizer(tmp_path / "tokenizer.safetensors")
     assert torch.equal(tokenizer.quantize.embedding.weight, codes["quantize.embedding.weight"])
 
