@@ -35,7 +35,7 @@ demo: setup
 bench: setup
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=68719476736 MALLOC_TOP_PAD_=268435456 \
 	sh -c '$(BIN)/python -m benchmarks.ops && $(BIN)/python -m benchmarks.generate && $(BIN)/python -m benchmarks.data \
-	&& $(BIN)/python -m benchmarks.plug_in'
+	&& $(BIN)/python -m benchmarks.plug_in && $(BIN)/python -m benchmarks.train'
 	$(BIN)/python -m benchmarks.memory
 	-$(BIN)/python tests/compile_ahead.py --write benchmarks/results/kernels.json > /dev/null
 	$(BIN)/python -m benchmarks.report
