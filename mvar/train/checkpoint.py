@@ -92,8 +92,11 @@ class Checkpoints:
             raise OSError(_last_line(problem) if problem else "another process could not") from problem
 
     def facts(self, path: Path) -> dict[str, Any]:
-        loaded = json.loads((path / FACTS).read_text())
-        assert isinstance(loaded, dict)
+        """What was saved beside the tensors. OSError where it is damaged."""
+        try:
+            loaded: dict[str, Any] = json.loads((path / FACTS).read_text())
+        except ValueError as error:
+            raise OSError(f"{path / FACTS}: cannot be used: {error}") from error
         return loaded
 
     def read(self, path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -111,16 +111,20 @@ class Trainer:
     def resume(self) -> bool:
         """Go on from the newest checkpoint that can be read, if there is one.
 
-        Raises ValueError where it is of a run that other flags or other data decided.
+        Raises ValueError where it is of a run that other flags or other data decided, OSError where there are
+        checkpoints and none can be read.
         """
-        tensors = self._tensors()
-        for path in self.checkpoints.paths():
-            facts = self.checkpoints.facts(path)
-            self._require_same(facts)
+        tensors, paths = self._tensors(), self.checkpoints.paths()
+        for path in paths:
             try:
+                facts = self.checkpoints.facts(path)
+                self._require_same(facts)
                 self.checkpoints.read(path, tensors)
             except OSError as error:
-                print(f"warning: {error}; the one before it is tried", flush=True)
+                if path == paths[-1]:
+                    raise
+                if self.world.leads:
+                    print(f"warning: {error}; the one before it is tried", flush=True)
                 continue
             self.done = self.saved = facts["iteration"]
             self.seed = facts["seed"]
