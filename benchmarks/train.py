@@ -59,6 +59,7 @@ def plain_loss(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     for each in model.typed_blocks():
+        assert isinstance(each, MVARBlock)
         x = (block or plain_block)(each, x, cond, model.config.scales)
     return (head or plain_head)(model, x, cond, tokens)
 
