@@ -1,3 +1,5 @@
+# mypy: disable-error-code="union-attr,operator,arg-type,list-item"
+# Submodules are found by name, as in the public code: torch types them as tensor or module.
 """A model of VAR's published structure (arXiv 2404.02905; names and shapes of FoundationVision/VAR), in plain PyTorch.
 
 What a repository that follows VAR has, and nothing of ours: the specification of mvar's own VAR, and the model that
