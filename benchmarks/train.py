@@ -7,7 +7,6 @@ a step that starts from pictures is timed by itself.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -132,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_cpu = DEVICE.type == "cpu"
     parser.add_argument("--depth", type=int, default=4 if on_cpu else 16)
-    parser.add_argument("--batch", type=int, default=4 if on_cpu else 48)
+    parser.add_argument("--batch", type=int, default=2 if on_cpu else 48)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
@@ -146,10 +145,10 @@ def main() -> None:
     steps = Steps(options.depth, options.batch)
     differences = steps.gradient_differences()
     print(f"gradients agree: {differences}")
-    rows = [measure(steps, dtype, options) for dtype in (torch.float32, torch.bfloat16)]
-    print(
-        write(f"train_d{options.depth}", {"gradient_differences": differences, "runs": rows, "encode": encode(steps)})
-    )
+    found: dict[str, Any] = {"gradient_differences": differences, "encode": encode(steps), "runs": []}
+    for dtype in (torch.float32, torch.bfloat16):
+        found["runs"].append(measure(steps, dtype, options))
+        print(json.dumps(found["runs"][-1]), write(f"train_d{options.depth}", found))
 
 
 def measure(steps: Steps, dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def measure(steps: Steps, dtype: torch.dtype, options: argparse.Namespace) -> di
     sizes = ("--depth", str(options.depth), "--batch", str(options.batch), "--dtype", str(dtype)[6:])
     gflop = steps.batch * flops_per_image(steps.model) / 1e9
     rate = peak_gflops(dtype) if DEVICE.type == "cpu" else (peak_flops(DEVICE) or float("nan")) / 1e9
-    row = {
+    return {
         "batch": steps.batch,
         "dtype": str(dtype)[6:],
         "median_ms": timed,
@@ -167,8 +166,6 @@ def measure(steps: Steps, dtype: torch.dtype, options: argparse.Namespace) -> di
         "peak_gflops": rate,
         "floor_ms": 1e3 * gflop / rate,
     }
-    print(json.dumps(row), file=sys.stderr)
-    return row
 
 
 def encode(steps: Steps) -> dict[str, float]:
