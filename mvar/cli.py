@@ -1,4 +1,4 @@
-"""The command line: `mvar demo | sample | train | convert | tokenize | info`."""
+"""The command line: `mvar demo | sample | evaluate | train | convert | tokenize | info`."""
 
 import argparse
 import os
@@ -83,11 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "torchrun --nproc_per_node=8 -m mvar.sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth "
         "--classes 0-999 --count 50 --npz fid.npz",
     )
-    sample.add_argument(
-        "--weights",
-        help="model: official or own file, or hf://owner/repository/file (default: the digits inside the package)",
-    )
-    sample.add_argument("--tokenizer", help="tokenizer that belongs to it, likewise")
+    _weights(sample)
     sample.add_argument("--classes", type=_classes, required=True, help="such as 3 or 1,5,7-9")
     sample.add_argument("--count", type=int, default=1, metavar="N", help="images a class (default: 1)")
     sample.add_argument(
@@ -101,11 +97,38 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--grid", type=Path, help="PNG with all images, one row a class")
     sample.add_argument("--npz", type=Path, help="npz with all images as the ADM evaluator reads them")
     sample.add_argument("--smooth", action="store_true", help="soft codes: nicer pictures, not for FID")
-    sample.add_argument(
-        "--compile-decoder", action="store_true", help="the decoder by torch.compile: pays for thousands of images"
-    )
+    _compile_decoder(sample)
     _drawing(sample, cfg=1.5, top_k=900, top_p=0.96)
     _machine(sample)
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "draw 50 images a class by the published recipe, and measure FID, Inception score, precision and recall",
+        "mvar evaluate --weights d16.pth --tokenizer vae_ch160v4096z32.pth --out d16 "
+        "--reference VIRTUAL_imagenet256_labeled.npz --inception weights-inception-2015-12-05-6726825d.pth\n"
+        "torchrun --nproc_per_node=8 -m mvar.cli evaluate --weights d16.pth --tokenizer vae_ch160v4096z32.pth "
+        "--out d16",
+    )
+    _weights(evaluate)
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for images.npz and evaluation.json; what is there already is kept and gone on with",
+    )
+    evaluate.add_argument("--count", type=int, default=50, metavar="N", help="images a class (default: 50)")
+    evaluate.add_argument("--batch", type=int, default=50, metavar="N", help="images at a time (default: 50)")
+    evaluate.add_argument("--png", action="store_true", help="also one PNG an image")
+    evaluate.add_argument("--reference", type=Path, help="ADM's reference npz, or any npz with images or moments")
+    evaluate.add_argument(
+        "--inception",
+        type=Path,
+        help="torch-fidelity's Inception weights (default: where torch.hub keeps them; nothing is ever fetched)",
+    )
+    _compile_decoder(evaluate)
+    _drawing(evaluate, cfg=1.5, top_k=900, top_p=0.96)
+    _machine(evaluate)
 
     train = command(
         "train",
@@ -188,6 +211,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        help="model: official or own file, or hf://owner/repository/file (default: the digits inside the package)",
+    )
+    parser.add_argument("--tokenizer", help="tokenizer that belongs to it, likewise")
+
+
+def _compile_decoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compile-decoder", action="store_true", help="the decoder by torch.compile: pays for thousands of images"
+    )
+
+
 def _drawing(parser: argparse.ArgumentParser, cfg: float | None, top_k: int | None, top_p: float | None) -> None:
     def shown(value: float | None) -> str:
         return f"(default: {'as suits the model' if value is None else value})"
@@ -234,6 +271,12 @@ def _sample(options: argparse.Namespace) -> None:
     from mvar.sample import sample
 
     sample(options)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from mvar.evaluate.command import evaluate
+
+    evaluate(options)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -40,12 +40,10 @@ def sample(options: argparse.Namespace) -> None:
     for name in ("count", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    if (options.weights is None) != (options.tokenizer is None):
-        raise ValueError("--weights and --tokenizer: give both, or neither for the digits inside the package")
     for path in (options.grid, options.npz, options.out and options.out / "000000.png"):
         if path is not None:
             check_writable(path)
-    model, tokenizer = _load(options.weights, options.tokenizer, device_of(options))
+    model, tokenizer = load(options.weights, options.tokenizer, device_of(options))
     labels = torch.tensor(options.classes).repeat_interleave(options.count)
     shared = drawing(options)
     how = Drawing(
@@ -70,7 +68,7 @@ def sample(options: argparse.Namespace) -> None:
         mine = range(0, len(labels), options.batch)[processes.rank :: processes.size]
         quiet = None if processes.leads else True  # None: where there is no terminal
         with gathered() as pixels:
-            for start, drawn in _drawn(begin, tqdm(mine, desc="images", unit="batch", disable=quiet)):
+            for start, drawn in drawn_batches(begin, tqdm(mine, desc="images", unit="batch", disable=quiet)):
                 if options.out is not None:
                     for i, image in enumerate(drawn, start):
                         save_pixels(options.out / f"{i:06d}_{int(labels[i]):04d}.png", image)
@@ -81,7 +79,7 @@ def sample(options: argparse.Namespace) -> None:
             return
         with gathered() as pixels:
             if options.npz is not None:
-                save_npz(options.npz, pixels, labels)
+                save_npz(options.npz, shape, [pixels], labels)
             if options.grid is not None:
                 images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2) / 255
                 save_png(options.grid, grid(images, options.count))
@@ -89,7 +87,7 @@ def sample(options: argparse.Namespace) -> None:
     print(f"{len(labels)} images in {written}")
 
 
-def _drawn(begin: Callable[[int], Launched], starts: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+def drawn_batches(begin: Callable[[int], Launched], starts: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
     """Batches as (first image, (B, H, W, 3) uint8 on the host); the device draws one while the host has the one before.
 
     Raises FloatingPointError where a batch is not finite.
@@ -149,7 +147,10 @@ def drawing(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {"dtype": DTYPES[options.dtype]}
 
 
-def _load(weights: str | None, tokenizer: str | None, device: torch.device) -> tuple[Model, Tokenizer]:
+def load(weights: str | None, tokenizer: str | None, device: torch.device) -> tuple[Model, Tokenizer]:
+    """The model and the tokenizer that the command line names."""
+    if (weights is None) != (tokenizer is None):
+        raise ValueError("--weights and --tokenizer: give both, or neither for the digits inside the package")
     if weights is None or tokenizer is None:
         model, images = digits.pretrained()
         return model.to(device), images.to(device)

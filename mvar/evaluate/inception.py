@@ -1,0 +1,146 @@
+"""FID, Inception score, precision and recall, by torch-fidelity and weights that are on this machine already.
+
+torch-fidelity's network is TensorFlow's of 2015, which ADM's evaluator runs, its resizing included. Against ADM's
+reference file the figures are those of ADM's protocol: FID to the moments of the whole training set that are in there,
+precision and recall (3 neighbours) against its 10,000 images, Inception score as a mean of 10 parts.
+"""
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvar.pictures import read_npz
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
+REFERENCE_URL = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+    "VIRTUAL_imagenet256_labeled.npz"
+)
+FEATURES, LOGITS = "2048", "logits_unbiased"  # torch-fidelity's names
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where network and reference come from; `missing` says what has to be got, one line each."""
+
+    weights: Path
+    reference: Path | None
+    missing: tuple[str, ...]
+    """without these there is no figure at all"""
+    unreferenced: str | None
+    """why there is an Inception score only"""
+
+
+def sources(weights: Path | None, reference: Path | None) -> Sources:
+    """Look for torch-fidelity, the network's weights (given, or where torch.hub keeps them) and the reference.
+
+    Raises:
+        FileNotFoundError: a file that is given is not there.
+        ValueError: one that is given is not what it should be.
+    """
+    missing = []
+    try:
+        import torch_fidelity.metric_prc  # noqa: F401  (not in versions before 0.4)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        missing.append(f"torch-fidelity 0.4 with torchvision: pip install 'torch-fidelity>=0.4' ({reason})")
+    for name, path in (("--inception", weights), ("--reference", reference)):
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(f"{name}: {path}: no such file")
+    if weights is None:
+        weights = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
+        if not weights.is_file():
+            missing.append(f"the Inception network's weights: fetch {WEIGHTS_URL} and give --inception {WEIGHTS}")
+    if reference is not None:
+        _check_reference(reference)
+    absent = None if reference else f"ADM's reference: fetch {REFERENCE_URL} (for 256×256) and give it to --reference"
+    return Sources(weights, reference, tuple(missing), absent)
+
+
+def figures(images: Path, found: Sources, device: torch.device, batch: int = 64) -> dict[str, Any]:
+    """Measure an npz of images.
+
+    Returns:
+        inception_score_mean and inception_score_std; with a reference fid, and with images in it precision and recall;
+        and the SHA-256 of weights and reference.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    network = Inception(found.weights, device)
+    made = network.features(images, batch)
+    measured: dict[str, Any] = dict(isc_features_to_metric(made[LOGITS]))
+    if found.reference is not None:
+        with np.load(found.reference) as stored:
+            statistics = {name: stored[name].astype(np.float64) for name in ("mu", "sigma") if name in stored}
+            has_images = "arr_0" in stored
+        real = network.features(found.reference, batch)[FEATURES] if has_images else None
+        if not statistics:
+            statistics = _in_float64(fid_features_to_statistics(real))
+        distance = fid_statistics_to_metric(
+            _in_float64(fid_features_to_statistics(made[FEATURES])), statistics, verbose=False
+        )
+        measured["fid"] = distance[KEY_METRIC_FID]
+        if real is not None:
+            shares = prc_features_to_metric(made[FEATURES], real, save_cpu_ram=True, verbose=False)
+            measured |= {name: shares[name] for name in ("precision", "recall")}
+        measured["reference_sha256"] = sha256(found.reference)
+    return measured | {"inception_sha256": sha256(found.weights)}
+
+
+class Inception:
+    """The network, on one device."""
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        from torch_fidelity import FeatureExtractorInceptionV3
+
+        try:
+            # torch-fidelity reads pickles of any kind: not before torch has found that this one is weights alone.
+            torch.load(weights, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"--inception: {weights}: not a file of weights: {str(error).splitlines()[0]}") from error
+        self.device = device
+        self.network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", [FEATURES, LOGITS], feature_extractor_weights_path=str(weights)
+        ).to(device)
+
+    @torch.no_grad()
+    def features(self, images: Path, batch: int) -> dict[str, Tensor]:
+        """Of all images of an npz: (n, 2048) and (n, 1008), on the host."""
+        found = []
+        for pixels in read_npz(images, batch):
+            rows = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).to(self.device)
+            found.append([t.cpu() for t in self.network(rows)])
+        return {name: torch.cat(rows) for name, rows in zip((FEATURES, LOGITS), zip(*found, strict=True), strict=True)}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _in_float64(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: np.asarray(value, np.float64) for name, value in statistics.items()}
+
+
+def _check_reference(path: Path) -> None:
+    try:
+        with np.load(path) as stored:
+            names = set(stored.files)
+    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--reference: {path}: not an npz: {error}") from error
+    if not ({"mu", "sigma"} <= names or "arr_0" in names):
+        raise ValueError(f"--reference: {path}: expected mu and sigma, or images as arr_0; found {sorted(names)}")

@@ -1,0 +1,261 @@
+"""`mvar evaluate`: the same images however often it is stopped and in however many processes, and what it measures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mvar
+from mvar.cli import main
+from mvar.evaluate import command, frechet_distance, precision_recall
+from mvar.evaluate.inception import FEATURES, LOGITS, WEIGHTS
+from mvar.pictures import read_npz, save_npz
+from tests.test_cli import fails
+
+# 40 images in 14 batches, the last one short; in float32, where a batch's size does not matter to a picture.
+ARGUMENTS = ["evaluate", "--count", "4", "--batch", "3", "--dtype", "fp32", "--device", "cpu", "--seed", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
+BATCHES = set(range(0, 40, 3))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an uninterrupted run of one process writes."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = subprocess.run([sys.executable, "-m", "mvar.cli", *ARGUMENTS, "--out", folder], env=ENVIRONMENT)
+    assert done.returncode == 0
+    return folder
+
+
+def pixels(folder: Path) -> np.ndarray[Any, Any]:
+    with np.load(folder / "images.npz") as content:
+        assert content["labels"].tolist() == [i % 10 for i in range(40)]
+        images: np.ndarray[Any, Any] = content["arr_0"]
+    assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8
+    return images
+
+
+def test_goes_on_after_a_kill_and_draws_nothing_twice(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = subprocess.Popen([sys.executable, "-m", "mvar.cli", *ARGUMENTS, "--out", tmp_path], env=ENVIRONMENT)
+    while len(list(tmp_path.glob("parts/[0-9]*.npy"))) < 3:
+        assert run.poll() is None, "ended before it was killed"
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    there = {int(path.stem) for path in tmp_path.glob("parts/[0-9]*.npy")}
+    assert 3 <= len(there) < len(BATCHES) and not (tmp_path / "images.npz").exists()
+
+    drawn = []
+
+    def launch(*arguments: Any, first_index: int, **options: Any) -> Any:
+        drawn.append(first_index)
+        return mvar.generate.__globals__["launch"](*arguments, first_index=first_index, **options)
+
+    monkeypatch.setattr(command, "launch", launch)
+    torch.set_num_threads(1)
+    main([*ARGUMENTS, "--out", str(tmp_path), "--png"])
+    assert sorted(drawn) == sorted(BATCHES - there)
+    assert np.array_equal(pixels(tmp_path), pixels(whole))
+    assert not (tmp_path / "parts").exists()
+    files = sorted((tmp_path / "png").iterdir())
+    assert [path.name for path in files] == [f"{i:06d}_{i % 10:04d}.png" for i in range(40)]
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in files]), pixels(whole))
+
+    main([*ARGUMENTS, "--out", str(tmp_path)])
+    assert len(drawn) == len(BATCHES - there)  # all there: nothing is drawn
+
+
+def test_images_do_not_depend_on_the_number_of_processes(whole: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mvar.cli"]
+    done = subprocess.run(
+        [*torchrun, *ARGUMENTS, "--out", tmp_path, "--png"], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("40 images in") == 1
+    assert np.array_equal(pixels(tmp_path), pixels(whole))
+    assert len(list((tmp_path / "png").glob("*.png"))) == 40
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["machine"]["processes"] == 2 and record["recipe"]["images"] == 40
+
+
+def test_other_images_in_the_folder_are_left_alone(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (whole / "images.npz").read_bytes()
+    error = fails(capsys, *ARGUMENTS, "--out", str(whole), "--cfg", "2")
+    assert "images of another recipe: cfg 1.5 there, 2.0 asked for" in error
+    assert (whole / "images.npz").read_bytes() == before
+
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "recipe.json").write_text((whole / "recipe.json").read_text())
+    for start in BATCHES:
+        np.save(tmp_path / "parts" / f"{start:06d}.npy", np.zeros((min(3, 40 - start), 32, 32, 3), np.uint8))
+    spoilt = tmp_path / "parts" / "000006.npy"
+    spoilt.write_bytes(spoilt.read_bytes()[:-100])
+    error = fails(capsys, *ARGUMENTS, "--out", str(tmp_path))
+    assert f"{spoilt}: damaged" in error and "delete it" in error
+    assert not list(tmp_path.glob("*images.npz*"))
+
+
+def test_a_file_of_images_is_read_in_batches(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), np.uint8)
+    save_npz(tmp_path / "ours.npz", images.shape, [images[:5], images[5:]], torch.arange(7))
+    np.savez_compressed(tmp_path / "theirs.npz", arr_0=images)
+    for name in ("ours", "theirs"):
+        assert np.array_equal(np.load(tmp_path / f"{name}.npz")["arr_0"], images)
+        batches = list(read_npz(tmp_path / f"{name}.npz", 3))
+        assert [len(batch) for batch in batches] == [3, 3, 1] and np.array_equal(np.concatenate(batches), images)
+    with pytest.raises(ValueError, match="expected 8 pictures"):
+        save_npz(tmp_path / "few.npz", (8, 4, 4, 3), [images], torch.arange(8))
+    assert not (tmp_path / "few.npz").exists()
+    np.savez(tmp_path / "grey.npz", arr_0=images[..., 0])
+    with pytest.raises(ValueError, match="arr_0: expected"):
+        next(read_npz(tmp_path / "grey.npz", 3))
+
+
+# What it measures, and what it says where it cannot
+
+
+def test_says_what_is_missing_and_leaves_the_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # not to be imported
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    main([*ARGUMENTS, "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "pip install 'torch-fidelity>=0.4'" in out and "fetch https://github.com/toshas/torch-fidelity/" in out
+    assert "VIRTUAL_imagenet256_labeled.npz" in out
+    assert out.index("pip install") < out.index("40 images in")  # before the hours of drawing
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["figures"] == {} and len(record["missing"]) == 3
+    assert (tmp_path / "images.npz").exists()
+
+
+class StandIn(torch.nn.Module):
+    """torch-fidelity's network, as far as it is used: uint8 (B, 3, H, W) → features and logits."""
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str) -> None:
+        super().__init__()
+        assert features_list == [FEATURES, LOGITS]
+        self.weight = torch.load(feature_extractor_weights_path)["weight"]
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32)
+        found = features(images, self.weight)
+        return found, found[:, :5]
+
+
+def features(images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1) @ weight
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules in torch-fidelity's place with the functions, arguments and keys of version 0.4."""
+
+    def statistics(rows: torch.Tensor) -> dict[str, Any]:
+        return {"mu": rows.numpy().mean(0), "sigma": np.cov(rows.numpy(), rowvar=False)}
+
+    def distance(a: dict[str, Any], b: dict[str, Any], verbose: bool) -> dict[str, float]:
+        assert a["mu"].dtype == b["mu"].dtype and a["sigma"].dtype == b["sigma"].dtype  # it insists
+        moments = [mvar.evaluate.Moments(torch.from_numpy(s["mu"]), torch.from_numpy(s["sigma"])) for s in (a, b)]
+        return {"frechet_inception_distance": mvar.evaluate.frechet(*moments)}
+
+    def shares(made: torch.Tensor, real: torch.Tensor, **options: Any) -> dict[str, float]:
+        assert options == {"save_cpu_ram": True, "verbose": False}
+        found = precision_recall(made, real)
+        return {"precision": found.precision, "recall": found.recall, "f_score": 0.0}
+
+    contents: dict[str, dict[str, Any]] = {
+        "torch_fidelity": {"FeatureExtractorInceptionV3": StandIn},
+        "torch_fidelity.metric_prc": {"prc_features_to_metric": shares},
+        "torch_fidelity.metric_isc": {
+            "isc_features_to_metric": lambda rows: {
+                "inception_score_mean": float(rows.shape[1]),
+                "inception_score_std": 0.0,
+            }
+        },
+        "torch_fidelity.metric_fid": {
+            "KEY_METRIC_FID": "frechet_inception_distance",
+            "fid_features_to_statistics": statistics,
+            "fid_statistics_to_metric": distance,
+        },
+    }
+    for name, content in contents.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_measures_against_a_reference(
+    whole: Path, tmp_path: Path, library: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    weight = torch.from_numpy(rng.normal(size=(48, 8))).float()
+    torch.save({"weight": weight}, tmp_path / WEIGHTS)
+    real = rng.integers(0, 256, (30, 32, 32, 3), np.uint8)
+    mu, sigma = rng.normal(size=8), np.diag(rng.uniform(1, 2, 8))
+    np.savez(tmp_path / "images.npz", arr_0=real)
+    np.savez(tmp_path / "moments.npz", mu=mu, sigma=sigma)
+    np.savez(tmp_path / "both.npz", arr_0=real, mu=mu.astype(np.float32), sigma=sigma)
+
+    made_rows, real_rows = (features(torch.from_numpy(p).permute(0, 3, 1, 2), weight) for p in (pixels(whole), real))
+    shares = precision_recall(made_rows, real_rows)
+    of_moments = mvar.evaluate.frechet(
+        mvar.evaluate.moments(made_rows), mvar.evaluate.Moments(torch.from_numpy(mu), torch.from_numpy(sigma))
+    )
+    of_images = frechet_distance(made_rows, real_rows)
+    assert abs(of_images - of_moments) > 1
+    for name, fid, has_images in (
+        ("images", of_images, True),
+        ("moments", of_moments, False),
+        ("both", of_moments, True),
+    ):
+        given = ["--inception", str(tmp_path / WEIGHTS), "--reference", str(tmp_path / f"{name}.npz")]
+        main([*ARGUMENTS, "--out", str(whole), *given])
+        record = json.loads((whole / "evaluation.json").read_text())
+        figures = record["figures"]
+        assert record["missing"] == []
+        assert figures["fid"] == pytest.approx(fid, rel=1e-5)  # float32 features
+        assert figures["inception_score_mean"] == 5
+        assert ("precision" in figures) == has_images
+        if has_images:
+            assert (figures["precision"], figures["recall"]) == pytest.approx(shares)
+        assert f"fid: {fid:.3g}"[:8] in capsys.readouterr().out
+        assert len(figures["inception_sha256"]) == len(figures["reference_sha256"]) == 64
+
+    main([*ARGUMENTS, "--out", str(whole), "--inception", str(tmp_path / WEIGHTS)])
+    record = json.loads((whole / "evaluation.json").read_text())
+    assert set(record["figures"]) == {"inception_score_mean", "inception_score_std", "inception_sha256"}
+    assert "reference" in record["missing"][0]
+
+
+def test_files_that_are_not_what_they_should_be(
+    whole: Path, tmp_path: Path, library: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"weight": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "text.npz").write_text("text")
+    np.savez(tmp_path / "odd.npz", odd=np.zeros(2))
+    out = [*ARGUMENTS, "--out", str(whole)]
+    assert "--inception: no.pth: no such file" in fails(capsys, *out, "--inception", "no.pth")
+    assert "not a file of weights" in fails(capsys, *out, "--inception", str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "ran").exists()
+    assert "not an npz" in fails(capsys, *out, "--reference", str(tmp_path / "text.npz"))
+    assert "expected mu and sigma" in fails(capsys, *out, "--reference", str(tmp_path / "odd.npz"))
+    assert "--batch: expected at least 1" in fails(capsys, *out, "--batch", "0")
