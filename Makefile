@@ -38,6 +38,7 @@ bench: setup
 	&& $(BIN)/python -m benchmarks.plug_in && $(BIN)/python -m benchmarks.train'
 	$(BIN)/python -m benchmarks.memory
 	-$(BIN)/python tests/compile_ahead.py --write benchmarks/results/kernels.json > /dev/null
+	-$(BIN)/python tests/cuda_resources.py --write benchmarks/results/cuda_kernels.json > /dev/null
 	$(BIN)/python -m benchmarks.report
 
 # All that needs a GPU, in one go of at most nine minutes and without network, in the Python at hand (torch for CUDA,

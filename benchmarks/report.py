@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, report_gpu
+from benchmarks import plots, report_gpu, report_kernels
 from benchmarks.measure import RESULTS
 from mvar.files import replacing
 
@@ -25,7 +25,8 @@ def main() -> None:
     with replacing(README) as aside:
         aside.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
     with replacing(KERNELS) as aside:
-        aside.write_text(kernels(json.loads((RESULTS / "kernels.json").read_text())))
+        stored = (json.loads((RESULTS / name).read_text()) for name in ("kernels.json", "cuda_kernels.json"))
+        aside.write_text(report_kernels.page(*stored))
 
 
 def device(folder: Path) -> str:
@@ -200,33 +201,6 @@ def table_of_ops(ops: dict[str, Any]) -> str:
             others = ", ".join(f"{side} {ms:.3g} ({ms / best:.1f}×)" for side, ms in times.items())
             cells = (f"`{name}`", row["case"], row["dtype"], row["pass"], mine, others, f"{copy:.3g}")
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def kernels(compiled: dict[str, Any]) -> str:
-    """What tests/compile_ahead.py found: a table for each architecture."""
-    lines = [
-        "# Triton kernels, compiled ahead of time",
-        "",
-        "Every kernel with every tile that can be chosen, for the sizes of d16 and d30 in bfloat16: registers a",
-        "thread, shared memory a block, and the share of a multiprocessor's warps that fit by these two. Compiled for",
-        "GPUs that were not there, by",
-        f"`python tests/compile_ahead.py --write benchmarks/results/kernels.json` with Triton {compiled['triton']}; "
-        "nothing here was run or timed.",
-        '"Stack": bytes a thread of registers that did not fit, in memory instead.',
-    ]
-    for arch in dict.fromkeys(row["arch"] for row in compiled["rows"]):
-        lines += [
-            f"\n## {arch}\n",
-            "| kernel | constants | warps | stages | registers | stack | shared, KB | occupancy | tensor cores |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for row in compiled["rows"]:
-            if row["arch"] == arch:
-                cells = (row["kernel"].strip("_").removesuffix("_kernel"), row["tile"], row["warps"], row["stages"])
-                found = (row["registers"], row["stack_bytes"], f"{row['shared_bytes'] / 1024:.1f}")
-                share = (f"{row['occupancy']:.0%}", "yes" if row["tensor_cores"] else "–")
-                lines.append("| " + " | ".join(map(str, (*cells, *found, *share))) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -46,6 +46,12 @@ def nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+def nvcc_version() -> str:
+    said = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\S+),", said)
+    return found[1] if found else "of unknown version"
+
+
 def needs(source: Path) -> list[Needs]:
     """Every kernel of a source on every architecture. RuntimeError, in nvcc's words, where it does not compile."""
     compiler = nvcc()
@@ -90,7 +96,7 @@ def main() -> int:
         print(f"{row.kernel:50s} {row.arch:6s} {row.registers:3d} registers, {row.stack_bytes} B stack {faults}")
     if options.write:
         one_a_line = ",\n".join(f"  {json.dumps(asdict(row))}" for row in table)
-        options.write.write_text(f'{{\n "rows": [\n{one_a_line}\n ]\n}}\n')
+        options.write.write_text(f'{{\n "nvcc": "{nvcc_version()}",\n "rows": [\n{one_a_line}\n ]\n}}\n')
     return 1 if any(row.faults() for row in table) else 0
 
 
