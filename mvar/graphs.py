@@ -128,7 +128,8 @@ class Graphs:
             CaptureError: it cannot be recorded. It is not tried again.
         """
         key = (*map(id, owners), how, *((t.shape, t.dtype, t.device) for t in inputs))
-        with self._lock, self._in_order(inputs[0].device):
+        # Buffers made in inference mode could not be written to outside of it.
+        with self._lock, self._in_order(inputs[0].device), torch.inference_mode(False), torch.no_grad():
             if key not in self._known:
                 self._known[key] = self._recorded(function, inputs), [self._watch(owner, key) for owner in owners]
             self._known.move_to_end(key)

@@ -215,3 +215,13 @@ def test_a_compiled_decoder_is_another_tokenizer_and_another_graph(
     for _ in range(2):
         assert same(mvar.generate(*pair, [1], **OPTIONS, compile_decoder=True), plain)
     assert len(graphs) == 2 and len(compiled) == 1
+
+
+def test_one_recording_in_and_out_of_inference_mode(graphs: Graphs) -> None:
+    pair = small()
+    with torch.inference_mode():
+        first = mvar.generate(*pair, [1], **OPTIONS)
+    second = mvar.generate(*pair, [2], **OPTIONS)
+    with torch.inference_mode():
+        assert same(mvar.generate(*pair, [1], **OPTIONS), first)
+    assert len(Recorded.made) == 1 and same(second, mvar.generate(*pair, [2], **OPTIONS, graph=False))
