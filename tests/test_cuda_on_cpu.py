@@ -82,6 +82,21 @@ FAULTS = (
     ),
     Fault(
         "missing_barrier",
+        "sample_tokens",
+        "sample_tokens",
+        "    __syncthreads();\n    count = (int)total;",
+        "    count = (int)total;",
+    ),
+    Fault(
+        "off_by_one",
+        "sample_tokens",
+        "sample_tokens",
+        "needed > before + inside[j]) continue;",
+        "needed >= before + inside[j]) continue;",
+    ),
+    Fault("wrong_lane", "sample_tokens", "sample_tokens", "if (lane >= distance) sum", "if (lane > distance) sum"),
+    Fault(
+        "missing_barrier",
         "mamba2",
         "mamba2_mixer",
         "    __syncthreads();\n    from_inside(y, m);",
