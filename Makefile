@@ -31,11 +31,8 @@ lint: setup
 demo: setup
 	$(BIN)/mvar demo
 
-# The allocator settings keep torch's eager side from giving its memory back and faulting it in again.
 bench: setup
-	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=68719476736 MALLOC_TOP_PAD_=268435456 \
-	sh -c '$(BIN)/python -m benchmarks.ops && $(BIN)/python -m benchmarks.generate && $(BIN)/python -m benchmarks.data \
-	&& $(BIN)/python -m benchmarks.plug_in && $(BIN)/python -m benchmarks.train'
+	$(BIN)/mvar bench --suite ops generate data plug_in train parity
 	$(BIN)/python -m benchmarks.memory
 	-$(BIN)/python tests/compile_ahead.py --write benchmarks/results/kernels.json > /dev/null
 	-$(BIN)/python tests/cuda_resources.py --write benchmarks/results/cuda_kernels.json > /dev/null

@@ -14,19 +14,11 @@ from typing import Any
 import torch
 
 import mvar
+from mvar.bench import ALLOCATOR
 from mvar.files import replacing
 from mvar_kernels.backends import architecture, native
 
 RESULTS = Path(__file__).parent / "results"
-
-# glibc returns large blocks to the system at once and takes them back page by page, which moves eager timings by
-# several times; with these every side keeps its memory (set by `make bench`, before the process starts).
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "68719476736",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TURN_MS = 20.0
@@ -37,7 +29,7 @@ def require_allocator() -> None:
     """Refuse to time on the CPU without the allocator settings that every side is given."""
     wrong = [name for name, value in ALLOCATOR.items() if os.environ.get(name) != value]
     if wrong and DEVICE.type == "cpu":
-        raise SystemExit(f"set {', '.join(f'{n}={ALLOCATOR[n]}' for n in wrong)} (`make bench` does)")
+        raise SystemExit(f"set {', '.join(f'{n}={ALLOCATOR[n]}' for n in wrong)} (`mvar bench` does)")
 
 
 def interleaved(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.generate import ours, random_model, theirs
-from benchmarks.measure import ALLOCATOR, DEVICE, write
+from benchmarks.measure import DEVICE, write
+from mvar.bench import ALLOCATOR
 
 SIDES = {"mvar": ours, "public algorithm": theirs}
 

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, report_gpu, report_kernels
+from benchmarks import plots, report_gpu, report_kernels, report_quality
 from benchmarks.measure import RESULTS
 from mvar.files import replacing
+from mvar_kernels.catalogue import SPECS
 
 ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
@@ -38,8 +39,8 @@ def device(folder: Path) -> str:
     plugged_in = {name: r for name, r in results.items() if name.startswith("plug_in_")}
     steps = {name: r for name, r in results.items() if name.startswith("train_")}
     on_gpu = {name: results[name]["rows"] for name in ("generation", "timeline") if name in results}
-    others = generations | memory | data | plugged_in | steps | on_gpu
-    ops = {name: r for name, r in results.items() if name not in others}
+    parities = {name: r for name, r in results.items() if name.startswith("parity_")}
+    ops = {name: r for name, r in results.items() if name in SPECS}
     parts = [machines(results.values())]
     if on_gpu:
         parts.append(report_gpu.generation(on_gpu["generation"], on_gpu.get("timeline", [])))
@@ -53,6 +54,7 @@ def device(folder: Path) -> str:
     if plugged_in:
         parts.append(accelerated([content["rows"] for content in plugged_in.values()]))
     parts += [training(name.removeprefix("train_"), content["rows"]) for name, content in steps.items()]
+    parts += [report_quality.parity(content["rows"]) for content in parities.values()]
     if ops:
         picture = Path("docs") / f"ops_{folder.name}.png"
         plots.ops({name: content["rows"] for name, content in ops.items()}, ROOT / picture)

@@ -1,4 +1,4 @@
-"""The command line: `mvar demo | sample | evaluate | train | convert | tokenize | info`."""
+"""The command line: `mvar demo | sample | evaluate | train | convert | tokenize | bench | info`."""
 
 import argparse
 import os
@@ -14,6 +14,7 @@ from mvar.train.flags import add_flags, parsed, token_maps
 # torch takes a second to import: `mvar --help` and bad use are answered before it.
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
+SUITES = ("parity", "ops", "generate", "generation", "data", "train", "plug_in", "memory")
 BACKEND_HELP = "backend of every op, see `mvar info` (default: auto)"
 
 
@@ -207,6 +208,16 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)")
     tokenize.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda where there is one)")
 
+    bench = command(
+        "bench",
+        _bench,
+        "measure speed and quality on this machine, from a checkout of the repository",
+        "mvar bench --suite parity --report\nmvar bench --suite ops generate\nmvar bench --suite parity -- --count 20",
+    )
+    bench.add_argument("--suite", nargs="+", choices=SUITES, metavar="NAME", help=f"any of {', '.join(SUITES)}")
+    bench.add_argument("--report", action="store_true", help="then make tables, plots and page from the result files")
+    bench.add_argument("arguments", nargs="*", help="after --: of the suite, see python -m benchmarks.NAME --help")
+
     command("info", _info, "tell versions, devices and backends, and why a backend is missing", "mvar info")
     return parser
 
@@ -300,6 +311,12 @@ def _tokenize(options: argparse.Namespace) -> None:
     from mvar.data.encode import tokenize
 
     tokenize(options)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from mvar.bench import bench
+
+    bench(options)
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "sample", "evaluate", "train", "tokenize", "info"):
+    for command in ("demo", "sample", "evaluate", "train", "tokenize", "bench", "info"):
         with pytest.raises(SystemExit) as exit:
             main([command, "--help"])
         assert exit.value.code == 0
@@ -118,6 +118,8 @@ def test_sample_from_given_weights(tmp_path: Path) -> None:
         (("train", "--preset", "digits", "--out", "x", "--seed", "-5"), "--seed"),
         (("demo", "--out", "/proc/mvar"), "cannot write /proc/mvar/samples.png"),
         (("sample", "--classes", "1", "--grid", "."), "cannot write .: a folder is in its place"),
+        (("bench",), "nothing to do: give --suite or --report"),
+        (("bench", "--suite", "speed"), "invalid choice: 'speed'"),
         (("demo", "--checked", "3"), "--checked: expected at least 20"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mvar.pictures import read_npz
@@ -115,13 +116,15 @@ class Inception:
         ).to(device)
 
     @torch.no_grad()
+    def __call__(self, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
+        """(B, H, W, 3) → (B, 2048) and (B, 1008), on the host."""
+        rows = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).to(self.device)
+        return dict(zip((FEATURES, LOGITS), (t.cpu() for t in self.network(rows)), strict=True))
+
     def features(self, images: Path, batch: int) -> dict[str, Tensor]:
-        """Of all images of an npz: (n, 2048) and (n, 1008), on the host."""
-        found = []
-        for pixels in read_npz(images, batch):
-            rows = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).to(self.device)
-            found.append([t.cpu() for t in self.network(rows)])
-        return {name: torch.cat(rows) for name, rows in zip((FEATURES, LOGITS), zip(*found, strict=True), strict=True)}
+        """Of all images of an npz."""
+        found = [self(pixels) for pixels in read_npz(images, batch)]
+        return {name: torch.cat([rows[name] for rows in found]) for name in (FEATURES, LOGITS)}
 
 
 def sha256(path: Path) -> str:
