@@ -42,7 +42,7 @@ LEAST_BLOCK = 128
 
 # A thread has BLOCK_V / (32·warps) codes in registers, and top-p a weight to each. `maxnreg` bounds its registers: the
 # compiler would take more to overlap a thread's own codes, and leave no room for a third row to hide the reductions.
-CANDIDATES = (Tile({"maxnreg": 80}, warps=8), Tile({}, warps=8), Tile({}, warps=4))
+CANDIDATES = (Tile({"maxnreg": 80}, warps=8), Tile({}, warps=8), Tile({"maxnreg": 192}, warps=4))
 WIDE_CANDIDATES = (Tile({}, warps=16), Tile({}, warps=32))  # of more than 4,096 codes
 UNSPECIALISED = (
     "seed_ptr",
