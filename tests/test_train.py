@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mvar
+from mvar.cli import main
 from mvar.train.trainer import Interrupted, Trainer
 from tests import training
+from tests.pictures import write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +267,28 @@ def test_tensorboard_asked_for_and_missing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ImportError, match=r"pip install 'mvar\[train\]'"):
         training.trainer(training.flags(tmp_path, tb=True)).run()
     training.trainer(training.flags(tmp_path, tb=None)).run()
+
+
+def test_from_a_folder_of_pictures_and_from_their_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, count in (("train", 6), ("val", 2)):
+        write_pictures(tmp_path / "data" / part, {"cat": count, "dog": count}, size=(24, 20))
+    sizes = mvar.TokenizerConfig((1, 2, 4), num_codes=16, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attention=False)
+    mvar.save(tmp_path / "codes.safetensors", mvar.build(1, tokenizer=sizes)[1])
+    main(
+        ["tokenize", f"--data_path={tmp_path}/data", f"--tokenizer={tmp_path}/codes.safetensors", f"--out={tmp_path}/t"]
+    )
+    shared = [
+        f"--tokenizer={tmp_path}/codes.safetensors",
+        "--pn=1_2_4",
+        "--depth=1",
+        "--bs=4",
+        "--ep=2",
+        "--log_every=1",
+    ]
+    for source in (f"--data_path={tmp_path}/data", f"--tokens={tmp_path}/t"):
+        out = tmp_path / source[2:6]
+        main(["train", *shared, source, f"--out={out}", "--tb=0", "--device=cpu", "--hflip"])
+        assert len(training.rows(out)) == 6 and "val_loss" in (out / "log.jsonl").read_text()
+        assert Image.open(out / "pictures.png").size == (8 * 18 + 2, 2 * 18 + 2)
+        assert mvar.load_model(out / "model.safetensors").config.num_classes == 2
+    assert "12 items of 2 classes" in capsys.readouterr().out
