@@ -71,6 +71,51 @@ def ops(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     _save(figure, path)
 
 
+def speed(rows: dict[str, Any], path: Path) -> None:
+    """Images a second against the batch, each side and dtype."""
+    figure = plt.figure(figsize=(8, 3.6))
+    axes = figure.add_subplot()
+    for dtype, style in (("float32", "--"), ("bfloat16", "-")):
+        runs = [run for run in rows["runs"] if run["dtype"] == dtype]
+        for side, colour in (("mvar", "tab:blue"), (BASELINES[0], "0.5")):
+            points = [(run["batch"], 1e3 * run["batch"] / run["median_ms"][side]) for run in runs]
+            axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=f"{side}, {dtype}")
+    axes.set_xlabel("batch")
+    axes.set_ylabel("images a second")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
+def growth(rows: dict[str, Any], path: Path) -> None:
+    """FLOPs and what is remembered, counted, and time, measured, against the number of tokens."""
+    count = 3 if rows["measured"] else 2
+    figure = plt.figure(figsize=(3.7 * count, 3.8))
+    panels = figure.subplots(1, count)
+    colours = {"mvar": "tab:blue", "VAR": "tab:orange", "public algorithm": "0.5"}
+    for axes, name, unit in zip(panels, ("flops", "state_bytes"), (1e12, 1e6), strict=False):
+        for side, colour in colours.items():
+            points = [(row["tokens"], row[name] / unit) for row in rows["counted"] if row["side"] == side]
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=side)
+    for side, colour in colours.items() if rows["measured"] else ():
+        points = [(row["tokens"], row["median_ms"][side] / 1e3) for row in rows["measured"]]
+        panels[2].plot(*zip(*points, strict=True), marker="o", color=colour, label=side)
+    depths = {row["depth"] for row in rows["measured"]}
+    small = " and ".join(f"d{depth}" for depth in sorted(depths))
+    titles = ("TFLOP, d16, counted", "MB remembered, d16, counted", f"seconds, {small}, float32, measured")
+    for axes, title in zip(panels, titles, strict=False):
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens")
+        axes.set_xticks([row["tokens"] for row in rows["counted"][::3]])
+        axes.get_xaxis().set_major_formatter("{x:,.0f}")
+        axes.minorticks_off()
+        axes.grid(color="0.9")
+    panels[0].legend(fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     with replacing(path) as aside:

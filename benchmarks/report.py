@@ -1,4 +1,4 @@
-"""README tables and plots from the result files alone: `python -m benchmarks.report`."""
+"""README tables, plots and one page of both from the result files alone: `mvar bench --report`."""
 
 import json
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import plots, report_gpu, report_kernels, report_quality
 from benchmarks.measure import RESULTS
+from benchmarks.page import page
 from mvar.files import replacing
 from mvar_kernels.catalogue import SPECS
 
@@ -14,17 +15,22 @@ ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: made by `python -m benchmarks.report` -->\n", "<!-- end of benchmarks -->\n"
 KERNELS = ROOT / "docs" / "kernels.md"
+PAGE = ROOT / "build" / "report.html"
 
 
 def main() -> None:
     before, rest = README.read_text().split(BEGIN)
     _, after = rest.split(END)
     folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
-    text = "\n".join(device(folder) for folder in folders if any(folder.glob("*.json")))
+    sections = {folder.name: device(folder) for folder in folders if any(folder.glob("*.json"))}
+    text = "\n".join(sections.values())
     if all(folder.name == "cpu" for folder in folders):
         text += "\nOn a GPU: not yet measured (`make gpu` does it).\n"
     with replacing(README) as aside:
         aside.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
+    with replacing(PAGE) as aside:
+        aside.write_text(page("mvar: benchmarks", sections, ROOT))
+    print(PAGE)
     with replacing(KERNELS) as aside:
         stored = (json.loads((RESULTS / name).read_text()) for name in ("kernels.json", "cuda_kernels.json"))
         aside.write_text(report_kernels.page(*stored))
@@ -50,11 +56,21 @@ def device(folder: Path) -> str:
         model = name.removeprefix("generate_")
         peaks = memory.get(f"memory_{model}", {"rows": []})["rows"]
         parts += [generation(model, content["rows"], peaks), f"![where the time goes]({picture})\n"]
+        against_batch = Path("docs") / f"speed_{model}_{folder.name}.png"
+        plots.speed(content["rows"], ROOT / against_batch)
+        parts.append(f"![images a second against the batch]({against_batch})\n")
     parts += [training_data(name.removeprefix("data_"), row) for name, r in data.items() for row in r["rows"]]
     if plugged_in:
         parts.append(accelerated([content["rows"] for content in plugged_in.values()]))
     parts += [training(name.removeprefix("train_"), content["rows"]) for name, content in steps.items()]
     parts += [report_quality.parity(content["rows"]) for content in parities.values()]
+    if "growth" in results:
+        picture = Path("docs") / f"growth_{folder.name}.png"
+        plots.growth(results["growth"]["rows"], ROOT / picture)
+        parts += [
+            report_quality.growth(results["growth"]["rows"]),
+            f"![cost against tokens: mvar, the public algorithm, VAR]({picture})\n",
+        ]
     if ops:
         picture = Path("docs") / f"ops_{folder.name}.png"
         plots.ops({name: content["rows"] for name, content in ops.items()}, ROOT / picture)

@@ -1,5 +1,6 @@
 """`mvar bench` from a checkout and from an installed package, and what the suites compute."""
 
+import base64
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import parity
+from benchmarks import growth, page, parity
 from mvar import bench, digits
 from mvar.cli import SUITES, main
 from mvar.evaluate import moments
@@ -71,3 +72,25 @@ def test_parity_of_a_wrong_backend_shows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(rough["equal_tokens_by_scale"]) == len(model.config.scales)
     assert rough["psnr_of_same_tokens_db"] > 40 and another["seed"] == 1
     assert parity.psnr_db(torch.zeros(4), torch.full((4,), 0.02), 2) == pytest.approx(40)
+
+
+def test_growth_counts_what_grows() -> None:
+    """d16 at 256 against the README's counts of a generation by part; then how each side grows."""
+    rows = {(row["side"], row["resolution"]): row for row in growth.counted()}
+    by_part = 834.903932928e9 + 14.479261696e9 + 12.1438208e9  # linear layers, attention, mixer
+    assert rows[growth.OURS, 256]["flops"] == pytest.approx(by_part, rel=1e-3)  # its adaLN shares a row
+    tokens = rows[growth.OURS, 1024]["tokens"] / rows[growth.OURS, 256]["tokens"]
+    remembered = {side: [rows[side, r]["state_bytes"] for r in (256, 1024)] for side in (growth.OURS, growth.VAR)}
+    assert remembered[growth.OURS][0] == remembered[growth.OURS][1]
+    assert remembered[growth.VAR][1] / remembered[growth.VAR][0] == pytest.approx(tokens, rel=1e-3)
+    assert all(rows[growth.PUBLIC, r]["flops"] > 1.3 * rows[growth.OURS, r]["flops"] for r in (256, 512, 1024))
+
+
+def test_page_holds_all_that_it_shows(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    text = "A `code` & [link](docs/x.md).\n\n| a | b |\n|---|---|\n| 1 < 2 | – |\n\n![what it shows](a.png)\n"
+    made = page.page("Title", {"cpu": text}, tmp_path)
+    assert "<code>code</code> &amp; link." in made and "<th>a</th><th>b</th>" in made
+    assert "<tr><td>1 &lt; 2</td><td>–</td></tr>" in made
+    assert f"data:image/png;base64,{base64.b64encode(b'picture').decode()}" in made and 'alt="what it shows"' in made
+    assert "|" not in made and 'src="docs' not in made and "http" not in made
