@@ -177,7 +177,7 @@ def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.devi
         whole = False
     if not whole or rows.dtype == torch.bool:
         raise ValueError(f"labels: expected at least one whole number in a row, got {labels!r}")
-    lowest, highest = int(rows.min()), int(rows.max())
+    lowest, highest = torch.stack(rows.aminmax()).tolist()  # one wait, where labels are on a GPU
     if lowest < 0 or highest >= num_classes:
         raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {lowest} to {highest}")
     return rows.to(device, torch.int64, non_blocking=True)  # waiting would be for all that runs there

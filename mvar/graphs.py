@@ -45,8 +45,6 @@ class Graph(Protocol):
 class CaptureError(RuntimeError):
     """The launches could not be recorded."""
 
-    told = False
-
 
 class CudaGraph:
     """torch.cuda.CUDAGraph on one device."""
@@ -66,11 +64,16 @@ class CudaGraph:
                     function(*inputs)
             torch.cuda.current_stream().wait_stream(stream)
             try:
-                # Other threads may go on using the device meanwhile.
-                with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                # A capture that fails leaves torch on its stream: the outer context goes back. Other threads may go on
+                # using the device meanwhile.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),
+                    torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+                ):
                     outputs = function(*inputs)
             except RuntimeError as error:
-                raise CaptureError(str(error).splitlines()[0]) from error
+                cause = error.__context__ or error  # ending a failed capture fails, too, and says nothing of why
+                raise CaptureError(str(cause).splitlines()[0]) from error
         return outputs
 
     def replay(self) -> None:
@@ -92,6 +95,8 @@ class _Recording:
     def replay(self, inputs: Sequence[Tensor]) -> Outputs:
         for buffer, t in zip(self.inputs, inputs, strict=True):
             buffer.copy_(t)
+            if buffer.is_cuda:  # it may be dropped while this replay is under way
+                buffer.record_stream(torch.cuda.current_stream(buffer.device))
         self.graph.replay()
         return tuple(t.clone() for t in self.outputs)
 
@@ -101,7 +106,7 @@ class Graphs:
 
     def __init__(self, make: Callable[[torch.device], Graph] = CudaGraph, bound: int = MAX_GRAPHS) -> None:
         self.make, self.bound = make, bound
-        self._known: OrderedDict[Hashable, tuple[_Recording | CaptureError, list[weakref.ref[Any]]]] = OrderedDict()
+        self._known: OrderedDict[Hashable, tuple[_Recording | str, list[weakref.ref[Any]]]] = OrderedDict()
         self._lock = threading.RLock()  # an owner may be collected, and its recording dropped, while it is held
         self._done: dict[torch.device, torch.cuda.Event] = {}
 
@@ -127,28 +132,30 @@ class Graphs:
         Raises:
             CaptureError: it cannot be recorded. It is not tried again.
         """
-        key = (*map(id, owners), how, *((t.shape, t.dtype, t.device) for t in inputs))
+        arithmetic = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled()
+        key = (*map(id, owners), how, arithmetic, *((t.shape, t.dtype, t.device) for t in inputs))
         # Buffers made in inference mode could not be written to outside of it.
         with self._lock, self._in_order(inputs[0].device), torch.inference_mode(False), torch.no_grad():
             if key not in self._known:
                 self._known[key] = self._recorded(function, inputs), [self._watch(owner, key) for owner in owners]
             self._known.move_to_end(key)
             found, _ = self._known[key]
-            if isinstance(found, CaptureError):
-                raise found
+            if isinstance(found, str):
+                raise CaptureError(found)
             return found.replay(inputs)
 
-    def _recorded(self, function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> _Recording | CaptureError:
+    def _recorded(self, function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> _Recording | str:
+        """The recording, or in words why there is none: the error would keep all that the function held alive."""
         while len(self._known) >= self.bound:
             self._known.popitem(last=False)
         device = inputs[0].device
         # A pool is shared with the living only: torch frees it with the last graph in it.
-        alive = (r for r, _ in self._known.values() if isinstance(r, _Recording) and r.inputs[0].device == device)
+        alive = (r for r, _ in list(self._known.values()) if isinstance(r, _Recording) and r.inputs[0].device == device)
         other = next(alive, None)
         try:
             return _Recording(self.make(device), function, inputs, other and other.graph.pool())
         except CaptureError as error:
-            return error
+            return str(error)
 
     def _watch(self, owner: Any, key: Hashable) -> "weakref.ref[Any]":
         def drop(_: Any) -> None:
@@ -180,9 +187,11 @@ def padded_batch(batch: int) -> int:
     return next((size for size in BATCHES if size >= batch), batch)
 
 
+_told: set[str] = set()
+
+
 def warn_of(error: CaptureError) -> None:
-    """Once for each failure."""
-    if error.told:
-        return
-    error.told = True
-    warnings.warn(f"drawing without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
+    """Once for each reason."""
+    if str(error) not in _told:
+        _told.add(str(error))
+        warnings.warn(f"drawing without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)

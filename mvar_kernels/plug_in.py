@@ -86,8 +86,11 @@ def _accelerated(replacement: type, original: type) -> type:
 def _candidate(part: nn.Module) -> type[Replacement] | None:
     """The replacement whose names the part has, or that it has already."""
     for replacement in REPLACEMENTS:
-        if isinstance(part, replacement) or all(hasattr(part, name) for name in replacement.names):
-            return replacement
+        try:
+            if isinstance(part, replacement) or all(hasattr(part, name) for name in replacement.names):
+                return replacement
+        except Exception:  # somebody else's property, which raises what it likes: it is none of VAR's
+            continue
     return None
 
 
@@ -95,7 +98,7 @@ def _objection(part: nn.Module, replacement: type[Replacement], trials: Trials) 
     """Why the part stays what it is, or None; the cheapest questions first."""
     try:
         reason = _call_objection(part, replacement) or replacement.objection(part) or _no_kernel(part)
-    except AttributeError as error:
+    except Exception as error:  # somebody else's code: whatever it raises is a reason to leave it
         reason = f"it lacks what is asked of such a part: {error}"
     return reason or trials.difference(part, replacement, _accelerated(replacement, type(part)))
 
@@ -112,7 +115,10 @@ def _call_objection(part: nn.Module, replacement: type[Replacement]) -> str | No
 
 def _no_kernel(part: nn.Module) -> str | None:
     """Why no kernel but the reference runs on the part's device, or None."""
-    device = next(part.parameters()).device
+    first = next(part.parameters(), None)
+    if first is None:
+        return "it has no parameters"
+    device = first.device
     kernels = [name for name in PREFERENCE.get(device.type, ()) if name != "reference"]
     reasons = {name: unavailable(name) for name in kernels}
     if any(reason is None for reason in reasons.values()):

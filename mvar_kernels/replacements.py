@@ -67,9 +67,14 @@ class Attention(Replacement):
 
     @classmethod
     def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
-        x = draw(2, 5, part.q_bias.numel())
+        C = part.q_bias.numel()
+        x = draw(2, 5, C)
         yield part(x, attn_bias=_mask(x))
         yield part(x, attn_bias=None)
+        # Sharp weights and a longer sequence show caps of the scores and windows.
+        x = draw(1, 64, C)
+        yield part(x, attn_bias=_mask(x))
+        yield part(8 * x, attn_bias=_mask(x))
         part.kv_caching(True)
         yield part(x[:, :1], attn_bias=None)
         yield part(x[:, 1:], attn_bias=None)

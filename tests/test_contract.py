@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import PEERS, backends, interpreted
+from mvar_kernels.backends import PEERS, BackendError, backends, interpreted
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Case, Inputs, Spec
 from tests import cuda_on_cpu
@@ -41,13 +41,14 @@ def named(backend: str) -> Iterator[str]:
 
 
 def covered(spec: Spec, backend: str, dtype: torch.dtype, case: Case) -> bool:
-    """Whether the backend takes this case in this dtype."""
+    """Whether the backend takes this case in this dtype. A kernel that breaks takes it: its own test shows how."""
     try:
         with named(backend) as name:
             spec.call(prepared(spec, case, dtype, backend), case, name)
-    except RuntimeError as error:
-        assert "asked for, but" in str(error)
+    except BackendError:
         return False
+    except Exception:
+        return True
     return True
 
 

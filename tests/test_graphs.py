@@ -58,6 +58,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     monkeypatch.setattr(generating, "has_graphs", lambda device: True)
     monkeypatch.setattr(generating, "GRAPHS", Graphs(Recorded))
     monkeypatch.setattr(Recorded, "made", [])
+    monkeypatch.setattr("mvar.graphs._told", set())
     graphs: Graphs = generating.GRAPHS
     yield graphs
 
@@ -167,6 +168,17 @@ def test_a_capture_that_fails_is_said_once_and_not_tried_again(graphs: Graphs, m
     assert len(said) == 1 and len(Recorded.made) == 1
     with pytest.raises(RuntimeError, match="operation not permitted"):
         mvar.generate(*pair, [1, 2, 3], **OPTIONS, graph=True)
+
+
+def test_a_capture_that_fails_keeps_nothing_alive(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = small()
+    monkeypatch.setattr(Recorded, "refuses", True)
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
+        mvar.generate(*pair, [1], **OPTIONS)
+    model = weakref.ref(pair[0])
+    del pair
+    gc.collect()
+    assert model() is None and len(graphs) == 0
 
 
 def test_errors_of_a_recording_are_those_of_generation(graphs: Graphs) -> None:

@@ -231,6 +231,46 @@ class MoreArguments(SelfAttention):
         return super().forward(x, attn_bias)
 
 
+class Capped(SelfAttention):
+    """Scores of at most 20, which weak attention never shows."""
+
+    def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        q, k, v = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.caching and self.cached_k is not None:
+            k, v = torch.cat([self.cached_k, k], 2), torch.cat([self.cached_v, v], 2)
+        self.cached_k, self.cached_v = (k, v) if self.caching else (None, None)
+        scores = 20 * torch.tanh(self.scale * (q @ k.mT) / 20)
+        out = (scores if attn_bias is None else scores + attn_bias).softmax(-1) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+def test_attention_that_differs_only_when_it_is_sharp_is_left_alone() -> None:
+    model = plain(attn_l2_norm=False)
+    model.blocks[0].attn.__class__ = Capped
+    report = mk.accelerate(model)
+    assert "does not compute" in report.left["blocks.0.attn"] and "blocks.1.attn" in report.replaced
+
+
+def test_random_numbers_of_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    model = plain()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    assert mk.accelerate(model).replaced and not seeded
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_that_are_no_parameters_are_a_reason() -> None:
+    model = plain()
+    for block in model.blocks:
+        for module in block.attn.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, weight.detach())
+    assert mk.accelerate(model).left["blocks.0.attn"] == "it has no parameters"
+
+
 def test_what_computes_something_else_is_left_alone() -> None:
     model = plain()
     model.blocks[0] = OtherOrder(model.blocks[0])
