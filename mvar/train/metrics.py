@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -82,12 +84,14 @@ class Window:
 class Reporter:
     """Lines for people, rows for programs: `log.jsonl` in the run's folder, TensorBoard, a bar on a terminal.
 
-    Only the first process's says anything. Raises ImportError where TensorBoard is asked for and missing.
+    Only the first process's says anything. What cannot be written is lost, with one warning, and the run is not.
+    Raises ImportError where TensorBoard is asked for and missing.
     """
 
     def __init__(self, out: Path, leads: bool, *, tensorboard: bool | None, name: str, done: int, total: int) -> None:
         self.leads, self.path, self.name, self.total = leads, out / "log.jsonl", name, total
         self.writer: Any = None
+        self.warned = False
         if not leads:
             return
         out.mkdir(parents=True, exist_ok=True)
@@ -120,11 +124,12 @@ class Reporter:
     def row(self, iteration: int, values: dict[str, Any]) -> None:
         if not self.leads:
             return
-        with self.path.open("a") as stream:
+        with self._warning(), self.path.open("a") as stream:
             stream.write(json.dumps({"iteration": iteration, "time": time.time(), **values}) + "\n")
-        for name, value in values.items():
-            if self.writer is not None and value is not None:
-                self.writer.add_scalar(name, value, iteration)
+        with self._warning():
+            for name, value in values.items():
+                if self.writer is not None and value is not None:
+                    self.writer.add_scalar(name, value, iteration)
 
     def say(self, text: str) -> None:
         if self.leads:
@@ -134,7 +139,18 @@ class Reporter:
         if self.leads:
             self.bar.close()
             if self.writer is not None:
-                self.writer.close()
+                with self._warning():
+                    self.writer.close()
+
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        """Say once, rather than raise, that the log cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            if not self.warned:
+                self.warned = True
+                self.say(f"warning: cannot write the log in {self.path.parent}: {error}; training goes on without")
 
 
 SHOWN = ("accuracy", "loss_last", "gradient_norm", "learning_rate", "images_per_s", "mfu", "skipped", "loss")
