@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mvar.train.metrics import Reporter
+from tests import training
 
 
 def reporter(out: Path, done: int = 0, tensorboard: bool = False) -> Reporter:
@@ -35,3 +36,17 @@ def test_a_full_disk_costs_the_log_not_the_run(
     full.row(2, {"loss": 1.0})
     full.close()
     assert capsys.readouterr().out.count("No space left on device; training goes on") == 1
+
+
+def saved(out: Path, *iterations: int) -> None:
+    """A run's checkpoints, of which none has learned anything."""
+    run = training.trainer(training.flags(out))
+    for run.done in iterations:
+        run._save()
+
+
+def test_only_own_leftovers_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".nfs0001").write_text("another's")
+    saved(tmp_path, 8)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [".nfs0001", "00000008"]

@@ -50,8 +50,8 @@ class Checkpoints:
         aside, target = self.folder / f".{iteration:08d}", self.folder / f"{iteration:08d}"
 
         def prepare() -> None:
-            for left_over in self.folder.glob(".*"):
-                shutil.rmtree(left_over)
+            for left_over in self.folder.glob(".[0-9]*"):
+                shutil.rmtree(left_over, ignore_errors=True)
             aside.mkdir(parents=True)
 
         def write() -> None:
