@@ -5,7 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from mvar.data import tensor_source
 from mvar.train.metrics import Reporter
 from tests import training
 
@@ -50,3 +52,22 @@ def test_only_own_leftovers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".nfs0001").write_text("another's")
     saved(tmp_path, 8)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [".nfs0001", "00000008"]
+
+
+def test_a_run_goes_on_with_its_tokenizer_and_its_data_only(tmp_path: Path) -> None:
+    saved(tmp_path, 8)
+    tokenizer, train, _ = training.data()
+    codes = tokenizer.quantize.embedding.weight.data
+    before = codes.clone()
+    codes[0, 0] += 1
+    try:
+        with pytest.raises(ValueError, match="the tokenizer's weights: the run in .* has .*, not .*; keep it, or"):
+            training.trainer(training.flags(tmp_path)).resume()
+    finally:
+        codes.copy_(before)
+    run = training.trainer(training.flags(tmp_path))
+    assert run.resume()
+    labels = torch.arange(len(train)) % 10
+    run = training.trainer(training.flags(tmp_path), source=tensor_source(torch.zeros(len(train), 30).long(), labels))
+    with pytest.raises(ValueError, match="the training items' names: the run in"):
+        run.resume()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import mvar
-from mvar.data import tensor_source
+from mvar.data import Source, tensor_source
 from mvar.model import from_config
 from mvar.train.distributed import World
 from mvar.train.flags import PRESETS, Flags
@@ -54,9 +54,11 @@ def trainer(
     drops: bool = True,
     dtype: torch.dtype = torch.float32,
     items: int | None = None,
+    source: Source | None = None,
 ) -> Trainer:
-    """items: so many of the digits only."""
+    """items: so many of the digits only. source: instead of them."""
     model, (tokenizer, train, val) = new_model(run, data(), 0), data()
+    train = source or train
     if not drops:
         state = model.state_dict()
         model = from_config(replace(model.config, label_drop=0.0, drop_path=0.0))

@@ -1,5 +1,6 @@
 """The interface between data and training, and tensors behind it."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +30,9 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Items: those of one epoch."""
+
+    def digest(self) -> str:
+        """Which items these are, as SHA-256: a run goes on only with the same."""
 
     def batches(
         self, *, batch: int, seed: int, epoch: int, rank: int = 0, world: int = 1, start: int = 0, workers: int = 0
@@ -82,6 +86,10 @@ class TensorSource:
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    def digest(self) -> str:
+        """Of the labels; not of the data, which another device encodes with other roundings."""
+        return hashlib.sha256(self._labels.numpy().tobytes()).hexdigest()
 
     def batches(
         self, *, batch: int, seed: int, epoch: int, rank: int = 0, world: int = 1, start: int = 0, workers: int = 0

@@ -192,6 +192,10 @@ class TokenStore:
     def __len__(self) -> int:
         return self.manifest.pictures
 
+    def digest(self) -> str:
+        """Of the pictures' names, as the folder's itself."""
+        return self.manifest.names
+
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise TokenStoreError unless these are tokens of this tokenizer, with its token maps."""
         for name in ("patch_nums", "num_codes", "resolution"):

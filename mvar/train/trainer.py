@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mvar.data import Batch, Source, num_batches
+from mvar.data.tokens import fingerprint
 from mvar.model import Model
 from mvar.tokenizer import Tokenizer
 from mvar.train.checkpoint import Checkpoints
@@ -60,6 +61,7 @@ class Trainer:
     ) -> None:
         self.flags, self.model, self.tokenizer, self.world, self.seed = flags, model, tokenizer, world, seed
         self.source, self.validation = source, validation
+        self.fingerprint, self.digest = fingerprint(tokenizer), source.digest()
         self.rows = max(round(flags.bs / flags.ac / world.size), 1)
         self.schedule = Schedule(flags, num_batches(len(source), self.rows, world.size), self.rows * world.size)
         if flags.recompute:
@@ -276,6 +278,8 @@ class Trainer:
             "seed": self.seed,
             "items": len(self.source),
             "images": self.schedule.images,
+            "tokenizer": self.fingerprint,
+            "data": self.digest,
             "stepper": self.stepper.counts(),
             "flags": asdict(self.flags),
             "model": asdict(self.model.config),
@@ -292,6 +296,8 @@ class Trainer:
         pairs = [(f"--{name}", facts["flags"].get(name), ours[name]) for name in decided]
         pairs.append(("the number of training items", facts["items"], len(self.source)))
         pairs.append(("the images of an iteration", facts["images"], self.schedule.images))
+        pairs.append(("the digest of the tokenizer's weights", facts["tokenizer"], self.fingerprint))
+        pairs.append(("the digest of the training items' names", facts["data"], self.digest))
         for name, saved, now in pairs:
             if saved != now:
                 raise ValueError(
