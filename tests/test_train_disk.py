@@ -1,5 +1,6 @@
 """What a run leaves on disk, and what it finds there: its log and its checkpoints, whatever happened to them."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,3 +72,9 @@ def test_a_run_goes_on_with_its_tokenizer_and_its_data_only(tmp_path: Path) -> N
     run = training.trainer(training.flags(tmp_path), source=tensor_source(torch.zeros(len(train), 30).long(), labels))
     with pytest.raises(ValueError, match="the training items' names: the run in"):
         run.resume()
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
+    reporter(tmp_path).tell(1, {"loss": float("nan"), "gradient_norm": float("inf"), "epoch": 0.5}, 1.0)
+    row = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (row["loss"], row["gradient_norm"], row["epoch"]) == (None, None, 0.5)

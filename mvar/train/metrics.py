@@ -1,6 +1,7 @@
 """What is told about a run: means since the last line, speed, the time left; to a log, TensorBoard and the screen."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -122,8 +123,10 @@ class Reporter:
             print(f"{self.name}: iteration {iteration} of {self.total}, {left} left, {text}", flush=True)
 
     def row(self, iteration: int, values: dict[str, Any]) -> None:
+        """One row; what is not finite is null, for JSON has no name for it."""
         if not self.leads:
             return
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._warning(), self.path.open("a") as stream:
             stream.write(json.dumps({"iteration": iteration, "time": time.time(), **values}) + "\n")
         with self._warning():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -224,7 +223,7 @@ class Trainer:
         now = time.perf_counter()
         images_per_s = (self.done - self.told) * self.schedule.images / (now - self.told_time)
         values: dict[str, Any] = self.window.means() | {
-            "gradient_norm": step.gradient_norm if math.isfinite(step.gradient_norm) else None,
+            "gradient_norm": step.gradient_norm,
             "learning_rate": self.schedule.learning_rate(iteration),
             "weight_decay": self.schedule.weight_decay(iteration),
             "epoch": self.done / self.schedule.per_epoch,
