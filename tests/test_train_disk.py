@@ -78,3 +78,16 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
     reporter(tmp_path).tell(1, {"loss": float("nan"), "gradient_norm": float("inf"), "epoch": 0.5}, 1.0)
     row = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
     assert (row["loss"], row["gradient_norm"], row["epoch"]) == (None, None, 0.5)
+
+
+def test_a_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
+    first = reporter(tmp_path)
+    for iteration in range(1, 6):
+        first.row(iteration, {"loss": 1.0})
+    log = tmp_path / "log.jsonl"
+    with log.open("a") as stream:
+        stream.write('{"iteration": 2, "lo')  # where kill −9 came
+    again = reporter(tmp_path, done=3)
+    again.row(4, {"loss": 2.0})
+    assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mvar.files import replacing
 from mvar.model import Model
 from mvar.train.distributed import World
 from mvar.train.objective import TokenLosses
@@ -105,6 +106,8 @@ class Reporter:
                 if tensorboard:
                     raise ImportError("--tb=1 needs TensorBoard: pip install 'mvar[train]'") from error
         self.bar = tqdm(initial=done, total=total, desc=name, file=sys.stdout, disable=None, unit="it")
+        with self._warning():
+            self._keep(done)
 
     def advance(self) -> None:
         if self.leads:
@@ -145,6 +148,16 @@ class Reporter:
                 with self._warning():
                     self.writer.close()
 
+    def _keep(self, done: int) -> None:
+        """Of an older log, the whole rows up to iteration `done`: those after it are about to come again."""
+        if not self.path.is_file():
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _iteration(line) <= done]
+        if kept != lines:
+            with replacing(self.path) as aside:
+                aside.write_bytes(b"".join(kept))
+
     @contextmanager
     def _warning(self) -> Iterator[None]:
         """Say once, rather than raise, that the log cannot be written."""
@@ -154,6 +167,14 @@ class Reporter:
             if not self.warned:
                 self.warned = True
                 self.say(f"warning: cannot write the log in {self.path.parent}: {error}; training goes on without")
+
+
+def _iteration(line: bytes) -> float:
+    """Of a row; infinity for a line that is none, or not whole."""
+    try:
+        return int(json.loads(line)["iteration"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 SHOWN = ("accuracy", "loss_last", "gradient_norm", "learning_rate", "images_per_s", "mfu", "skipped", "loss")
