@@ -91,3 +91,14 @@ def test_a_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
     again.row(4, {"loss": 2.0})
     assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
     assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"iteration": 16}'])
+def test_a_state_without_its_keys_is_passed_over(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path, 8, 16)
+    (tmp_path / "checkpoints" / "00000016" / "state.json").write_text(content)
+    run = training.trainer(training.flags(tmp_path))
+    assert run.resume() and run.done == 8
+    assert "is missing or no" in capsys.readouterr().out

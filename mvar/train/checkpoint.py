@@ -31,6 +31,18 @@ from mvar.train.distributed import World
 
 KEPT = 2
 FACTS = "state.json"
+KINDS: Mapping[str, type] = {
+    "iteration": int,
+    "seed": int,
+    "items": int,
+    "images": int,
+    "tokenizer": str,
+    "data": str,
+    "stepper": dict,
+    "flags": dict,
+    "model": dict,
+}
+"""What it holds; see the trainer."""
 FAILURES = (OSError, ValueError, KeyError, SafetensorError, CheckpointException)
 
 
@@ -95,6 +107,9 @@ class Checkpoints:
         """What was saved beside the tensors. OSError where it is damaged."""
         try:
             loaded: dict[str, Any] = json.loads((path / FACTS).read_text())
+            for name, kind in KINDS.items():
+                if not isinstance(loaded, dict) or not isinstance(loaded.get(name), kind):
+                    raise ValueError(f"{name!r} is missing or no {kind.__name__}")
         except ValueError as error:
             raise OSError(f"{path / FACTS}: cannot be used: {error}") from error
         return loaded
