@@ -1,6 +1,7 @@
 """What a run leaves on disk, and what it finds there: its log and its checkpoints, whatever happened to them."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,3 +103,22 @@ def test_a_state_without_its_keys_is_passed_over(
     run = training.trainer(training.flags(tmp_path))
     assert run.resume() and run.done == 8
     assert "is missing or no" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def record(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def after_all(aside: Path, target: Path) -> Path:
+        assert {*aside.iterdir(), aside, aside.parent} <= set(synced)
+        synced.clear()
+        return rename(aside, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "rename", after_all)
+    saved(tmp_path, 8)
+    assert synced == [tmp_path / "checkpoints"]  # and the name itself

@@ -71,12 +71,12 @@ class Checkpoints:
             save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
 
         def publish() -> None:
-            with (aside / FACTS).open("w") as stream:
-                json.dump(dict(facts), stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
+            (aside / FACTS).write_text(json.dumps(dict(facts), indent=1))
+            for path in (*aside.iterdir(), aside, self.folder):
+                _sync(path)
             shutil.rmtree(target, ignore_errors=True)  # there only where it could not be read
             aside.rename(target)
+            _sync(self.folder)
             for old in self.paths()[KEPT:]:
                 shutil.rmtree(old)
 
@@ -140,6 +140,15 @@ def read_model(path: Path) -> Model:
     kind = "average" if facts["flags"]["average"] else "model"
     checkpoints.read(path, {f"{kind}.{name}": value.detach() for name, value in model.named_parameters()})
     return model.eval()
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's names, on the disk itself: a name that a power cut leaves has its content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _last_line(error: BaseException) -> str:
