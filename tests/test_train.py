@@ -274,9 +274,8 @@ def test_from_a_folder_of_pictures_and_from_their_tokens(tmp_path: Path, capsys:
         write_pictures(tmp_path / "data" / part, {"cat": count, "dog": count}, size=(24, 20))
     sizes = mvar.TokenizerConfig((1, 2, 4), num_codes=16, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attention=False)
     mvar.save(tmp_path / "codes.safetensors", mvar.build(1, tokenizer=sizes)[1])
-    main(
-        ["tokenize", f"--data_path={tmp_path}/data", f"--tokenizer={tmp_path}/codes.safetensors", f"--out={tmp_path}/t"]
-    )
+    files = [f"--data_path={tmp_path}/data", f"--tokenizer={tmp_path}/codes.safetensors"]
+    main(["tokenize", *files, f"--out={tmp_path}/t", "--hflip"])
     shared = [
         f"--tokenizer={tmp_path}/codes.safetensors",
         "--pn=1_2_4",
@@ -292,3 +291,7 @@ def test_from_a_folder_of_pictures_and_from_their_tokens(tmp_path: Path, capsys:
         assert Image.open(out / "pictures.png").size == (8 * 18 + 2, 2 * 18 + 2)
         assert mvar.load_model(out / "model.safetensors").config.num_classes == 2
     assert "12 items of 2 classes" in capsys.readouterr().out
+    for odd, said in (("--hflip=0", "made with 1, not 0"), ("--mid_reso=1.5", "resized to 18 pixels, not 24")):
+        with pytest.raises(SystemExit):
+            main(["train", *shared, f"--tokens={tmp_path}/t", f"--out={tmp_path}/o", "--device=cpu", "--hflip", odd])
+        assert said in capsys.readouterr().err

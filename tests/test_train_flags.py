@@ -64,6 +64,8 @@ def test_presets_stand_behind_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--out=runs"], "give one of --data_path, --tokens and --preset=digits"),
         (["--data_path=x", "--tokenizer=none.pth"], "none.pth: no such file"),
         (["--preset=digits", "--tokenizer={tokenizer}", "--pn=256"], "--pn: the tokenizer's token maps are (1, 2"),
+        (["--preset=digits", "--data_path=x"], "--data_path: --preset=digits has its own data"),
+        (["--preset=digits", "--tokens=x"], "--tokens: --preset=digits has its own data"),
         (["--device=cuda:77", "--preset=digits"], "--device: 'cuda:77' cannot be used"),
     ],
 )  # fmt: skip

@@ -80,6 +80,7 @@ def read_data(flags: Flags, world: World) -> Data:
         stores = [TokenStore(train_path), *([TokenStore(val_path)] if val_path.is_dir() else [])]
         for store in stores:
             store.check(tokenizer)
+        check_crops(flags, stores[0], tokenizer.resolution)
         return Data(tokenizer, stores[0], stores[1] if len(stores) > 1 else None)
     assert flags.data_path is not None
     train_path, val_path = _parts(flags.data_path)
@@ -90,12 +91,26 @@ def read_data(flags: Flags, world: World) -> Data:
     return Data(tokenizer, train, ImageFolder(val_path, side, mid_resolution=larger, classes=train.classes))
 
 
+def check_crops(flags: Flags, store: TokenStore, resolution: int) -> None:
+    """Raise ValueError where flags ask for other crops than the tokens are of: those were chosen by `mvar tokenize`."""
+    made, side = store.manifest, round(flags.mid_reso * resolution)
+    if made.flip != flags.hflip:
+        raise ValueError(f"--hflip: the tokens in {store.path} were made with {made.flip:d}, not {flags.hflip:d}")
+    if made.mid_side != side:
+        raise ValueError(
+            f"--mid_reso: the tokens in {store.path} are of pictures resized to {made.mid_side} pixels, not {side}"
+        )
+
+
 def _parts(root: str) -> tuple[Path, Path]:
     return Path(root) / "train", Path(root) / "val"
 
 
 def digits_data(flags: Flags, world: World) -> Data:
     """scikit-learn's digits as tokens, of the tokenizer given or of one trained for them."""
+    for name in ("data_path", "tokens"):
+        if getattr(flags, name) is not None:
+            raise ValueError(f"--{name}: --preset=digits has its own data; leave one of them out")
     file = Path(flags.out) / "tokenizer.safetensors"
     if flags.tokenizer is not None:
         file = Path(flags.tokenizer)
