@@ -278,7 +278,6 @@ def test_from_a_folder_of_pictures_and_from_their_tokens(tmp_path: Path, capsys:
     main(["tokenize", *files, f"--out={tmp_path}/t", "--hflip"])
     shared = [
         f"--tokenizer={tmp_path}/codes.safetensors",
-        "--pn=1_2_4",
         "--depth=1",
         "--bs=4",
         "--ep=2",

@@ -14,7 +14,7 @@ VARS = {
     "tfast": 0, "vfast": 0, "depth": 16, "ini": -1, "hd": 0.02, "aln": 0.5, "alng": 1e-5, "fp16": 0, "tblr": 1e-4,
     "twd": 0.05, "twde": 0, "tclip": 2.0, "ls": 0.0, "bs": 768, "ac": 1, "ep": 250, "wp": 0, "wp0": 0.005,
     "wpe": 0.01, "sche": "lin0", "opt": "adamw", "afuse": True, "saln": False, "anorm": True,
-    "pn": SCHEDULES[256], "mid_reso": 1.125, "hflip": False, "workers": 0, "pg": 0.0, "pg0": 4, "pgwp": 0,
+    "mid_reso": 1.125, "hflip": False, "workers": 0, "pg": 0.0, "pg0": 4, "pgwp": 0,
     "tf32": True, "seed": None, "exp_name": "text",
 }  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_presets_stand_behind_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--opt=lion"], "invalid choice: 'lion'"),
         (["--bs=0"], "--bs: expected a whole number of at least 1, got 0"),
         (["--ls=1"], "--ls: expected a number from 0 to below 1"),
-        (["--pg=0.5", "--pg0=10"], "--pg0: expected a scale from 0 to 9"),
+        (["--preset=digits", "--tokenizer={tokenizer}", "--pg=0.5", "--pg0=4"], "--pg0: expected a scale from 0 to 3"),
         (["--out=runs"], "give one of --data_path, --tokens and --preset=digits"),
         (["--data_path=x", "--tokenizer=none.pth"], "none.pth: no such file"),
         (["--preset=digits", "--tokenizer={tokenizer}", "--pn=256"], "--pn: the tokenizer's token maps are (1, 2"),

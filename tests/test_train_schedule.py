@@ -30,19 +30,19 @@ LONGER = {"sche": "exp", "ep": 20, "wp": 1.5, "wpe": 0.1, "twde": 0.08, "ac": 2}
     ],
 )
 def test_rate_and_decay_are_vars(flags: dict, iteration: int, rate: float, decay: float) -> None:
-    schedule = Schedule(Flags(**flags), PER_EPOCH, IMAGES)
+    schedule = Schedule(Flags(**flags), PER_EPOCH, IMAGES, 10)
     assert schedule.learning_rate(iteration) == pytest.approx(rate, rel=1e-12)
     assert schedule.weight_decay(iteration) == pytest.approx(decay, rel=1e-12)
 
 
 def test_peak_grows_with_the_batch_of_a_step() -> None:
-    assert Schedule(Flags(bs=768), 100, 768).peak == pytest.approx(3e-4)
-    assert Schedule(Flags(bs=768, ac=4), 400, 192).peak == pytest.approx(3e-4)
+    assert Schedule(Flags(bs=768), 100, 768, 10).peak == pytest.approx(3e-4)
+    assert Schedule(Flags(bs=768, ac=4), 400, 192, 10).peak == pytest.approx(3e-4)
 
 
 def test_progressive_training_adds_scales_one_by_one() -> None:
     """10 scales, 100 iterations an epoch: the first 5 until the warm-up ends (20), then evenly up to all at 500."""
-    schedule = Schedule(Flags(ep=10, pg=0.5, pg0=4, pgwp=0.1), 100, IMAGES)
+    schedule = Schedule(Flags(ep=10, pg=0.5, pg0=4, pgwp=0.1), 100, IMAGES, 10)
     stages = [schedule.stage(i) for i in range(1000)]
     assert stages[0] == stages[20] == Stage(5, 1.0)  # the first stage's loss is whole from the start
     counts = [stage.scales for stage in stages]
@@ -51,9 +51,9 @@ def test_progressive_training_adds_scales_one_by_one() -> None:
     first = counts.index(7)
     assert [stages[first + k].newest_weight for k in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert all(stage.newest_weight == 1 for stage in stages if stage.scales == 10)
-    assert Schedule(Flags(), 100, IMAGES).stage(0) == Stage(10, 1.0)
+    assert Schedule(Flags(), 100, IMAGES, 10).stage(0) == Stage(10, 1.0)
 
 
 def test_accumulated_steps_and_the_last_one() -> None:
-    schedule = Schedule(Flags(ac=3, ep=1), 8, IMAGES)
+    schedule = Schedule(Flags(ac=3, ep=1), 8, IMAGES, 10)
     assert [i for i in range(8) if schedule.steps(i)] == [2, 5, 7]

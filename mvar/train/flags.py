@@ -62,7 +62,12 @@ class Flags:
     tokenizer: str | None = _flag(
         "vae_ch160v4096z32.pth", "tokenizer's file, or hf://owner/repository/file", str, free=True
     )
-    pn: tuple[int, ...] = _flag(SCHEDULES[256], "token maps: 256, 512, 1024 or side lengths such as 1_2_3", token_maps)
+    pn: tuple[int, ...] | None = _flag(
+        None,
+        "token maps: 256, 512, 1024 or side lengths such as 1_2_3 (default: the tokenizer file's; 256 where it has none)",
+        token_maps,
+        free=True,  # the model's are compared
+    )
     mid_reso: float = _flag(1.125, "pictures are first resized to so many times the resolution, then cropped")
     hflip: bool = _flag(False, "flip pictures at random")
     workers: int = _flag(0, "processes that read pictures", free=True)
@@ -121,21 +126,19 @@ class Flags:
 
     def __post_init__(self) -> None:
         for name in ("depth", "bs", "ac", "ep", "save_every", "log_every", "skips"):
-            _require(getattr(self, name) >= 1, name, "a whole number of at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "a whole number of at least 1", getattr(self, name))
         for name in ("twd", "twde", "wp", "wp0", "wpe", "pgwp", "pg0", "workers", "pictures", "hd", "aln", "alng"):
-            _require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
+            require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
         for name in ("ls", "average"):
-            _require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1", getattr(self, name))
-        _require(self.seed is None or self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
-        _require(0 < self.tblr < math.inf, "tblr", "a number above 0", self.tblr)
-        _require(0 <= self.pg < 1, "pg", "a number from 0 to below 1", self.pg)
-        _require(1 <= self.mid_reso < math.inf, "mid_reso", "a number of at least 1", self.mid_reso)
-        _require(0 < self.shorten <= 1, "shorten", "a number above 0 and up to 1", self.shorten)
-        if self.pg:
-            _require(self.pg0 < len(self.pn), "pg0", f"a scale from 0 to {len(self.pn) - 1}", self.pg0)
+            require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1", getattr(self, name))
+        require(self.seed is None or self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
+        require(0 < self.tblr < math.inf, "tblr", "a number above 0", self.tblr)
+        require(0 <= self.pg < 1, "pg", "a number from 0 to below 1", self.pg)
+        require(1 <= self.mid_reso < math.inf, "mid_reso", "a number of at least 1", self.mid_reso)
+        require(0 < self.shorten <= 1, "shorten", "a number above 0 and up to 1", self.shorten)
 
 
-def _require(holds: bool, name: str, expected: str, got: object) -> None:
+def require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
         raise ValueError(f"--{name}: expected {expected}, got {got}")
 
@@ -148,7 +151,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "digits": {
         "exp_name": "model",
         "tokenizer": None,
-        "pn": (1, 2, 3, 4),
         "seed": 0,
         "depth": 3,
         "width": 128,

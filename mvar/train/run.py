@@ -118,7 +118,7 @@ def digits_data(flags: Flags, world: World) -> Data:
         train_digits_tokenizer(file, seed=flags.seed or 0, shorten=flags.shorten)
     world.barrier()
     tokenizer = load_tokenizer(file, device=world.device)
-    if tokenizer.patch_nums != flags.pn:
+    if flags.pn not in (None, tokenizer.patch_nums):
         raise ValueError(f"--pn: the tokenizer's token maps are {tokenizer.patch_nums}, not {flags.pn}")
 
     def source(part: digits.Digits) -> Source:

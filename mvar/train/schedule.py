@@ -9,7 +9,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mvar.train.flags import Flags
+from mvar.train.flags import Flags, require
 
 
 class Stage(NamedTuple):
@@ -21,11 +21,19 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The course of a run of `flags` with so many iterations an epoch and so many images a batch of one iteration."""
+    """The course of a run of `flags`: iterations an epoch, images a batch of one iteration, the model's scales.
+
+    Raises ValueError where --pg0 is none of the scales.
+    """
 
     flags: Flags
     per_epoch: int
     images: int
+    scales: int
+
+    def __post_init__(self) -> None:
+        if self.flags.pg:
+            require(self.flags.pg0 < self.scales, "pg0", f"a scale from 0 to {self.scales - 1}", self.flags.pg0)
 
     @property
     def epochs(self) -> int:
@@ -69,7 +77,7 @@ class Schedule:
         """Progressive training: the first scales only, one more at a time, whose loss comes in over `pgwp` epochs."""
         scales = self._scales(iteration)
         first = bisect_left(range(iteration + 1), scales, key=self._scales)  # the iteration that brought the last one
-        if scales == len(self.flags.pn) or first == 0:
+        if scales == self.scales or first == 0:
             return Stage(scales, 1.0)
         coming_in = (self.flags.pgwp or self.flags.ep / 300) * self.per_epoch * self.flags.shorten
         return Stage(scales, max(min((iteration - first + 1) / coming_in, 1.0), 0.01))
@@ -77,11 +85,11 @@ class Schedule:
     def _scales(self, iteration: int) -> int:
         flags, end = self.flags, self.iterations * self.flags.pg
         if not flags.pg:
-            return len(flags.pn)
+            return self.scales
         if iteration <= self.warm_up:
             return flags.pg0 + 1
         past = min((iteration - self.warm_up) / (end - self.warm_up), 1.0) if iteration < end else 1.0
-        return flags.pg0 + 1 + round(past * (len(flags.pn) - 1 - flags.pg0))
+        return flags.pg0 + 1 + round(past * (self.scales - 1 - flags.pg0))
 
 
 def _share(kind: str, past: float, end: float) -> float:

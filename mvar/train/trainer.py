@@ -62,7 +62,8 @@ class Trainer:
         self.source, self.validation = source, validation
         self.fingerprint, self.digest = fingerprint(tokenizer), source.digest()
         self.rows = max(round(flags.bs / flags.ac / world.size), 1)
-        self.schedule = Schedule(flags, num_batches(len(source), self.rows, world.size), self.rows * world.size)
+        per_epoch = num_batches(len(source), self.rows, world.size)
+        self.schedule = Schedule(flags, per_epoch, self.rows * world.size, len(model.config.patch_nums))
         if flags.recompute:
             recompute_blocks(model)
         if flags.tfast:
@@ -293,6 +294,7 @@ class Trainer:
         if self.flags.seed is None:
             decided.remove("seed")  # the saved one is taken
         pairs = [(f"--{name}", facts["flags"].get(name), ours[name]) for name in decided]
+        pairs.append(("the token maps", facts["model"].get("patch_nums"), list(self.model.config.patch_nums)))
         pairs.append(("the number of training items", facts["items"], len(self.source)))
         pairs.append(("the images of an iteration", facts["images"], self.schedule.images))
         pairs.append(("the digest of the tokenizer's weights", facts["tokenizer"], self.fingerprint))
