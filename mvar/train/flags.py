@@ -64,7 +64,7 @@ class Flags:
     )
     pn: tuple[int, ...] | None = _flag(
         None,
-        "token maps: 256, 512, 1024 or side lengths such as 1_2_3 (default: the tokenizer file's; 256 where it has none)",
+        "token maps: 256, 512, 1024 or side lengths such as 1_2_3 (default: the tokenizer's; 256 if it has none)",
         token_maps,
         free=True,  # the model's are compared
     )
