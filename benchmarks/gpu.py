@@ -1,9 +1,10 @@
 """All that needs a GPU, within nine minutes and without network: `python -m benchmarks.gpu` (`make gpu`).
 
 Builds; holds every kernel against float64 in every dtype, a process for each op, while others compile what will be
-timed; times op after op, and generation, alone on the GPU; makes tables. Every step is a process of its own with a
-limit, after which it is killed with all that it started: what fails, hangs or breaks the device takes no other step
-with it, and what was measured before stays, as results are written row by row. Exits with 1 if any step was not done.
+timed; times generation, op after op and a training step alone on the GPU; makes tables. Every step is a process of its
+own with a limit, after which it is killed with all that it started: what fails, hangs or breaks the device takes no
+other step with it, and what was measured before stays, as results are written row by row. Exits with 1 if any step was
+not done.
 
 Estimated, not measured, on 16 cores: the contract compiles about 640 kernels, half a second to a second each (the
 ahead-of-time test takes 0.46 s a kernel on one core), in 5 processes, the largest with a third of them: 110 to 210 s.
@@ -98,7 +99,8 @@ def stages() -> Iterator[list[Step]]:
     ]  # fmt: skip
     timed = [[Step(f"time {op}", [python, "-m", "benchmarks.ops", op, "--seconds", "0.3"], 60)] for op in OPS]
     generation = [python, "-m", "benchmarks.generation", "--seconds", str(GENERATION_SECONDS)]
-    yield from ([Step("generation", generation, GENERATION_SECONDS + 30)], *timed)
+    training = [Step("training step", [python, "-m", "benchmarks.train"], 90)]
+    yield from ([Step("generation", generation, GENERATION_SECONDS + 30)], *timed, training)
 
 
 def run(plan: Iterator[list[Step]], last: Step, summary: Path, seconds: float = ALL_SECONDS) -> bool:
