@@ -118,7 +118,9 @@ def needs(arch: str, compiled: Any) -> Needs:
     )
     sizes = compiled.src.constants.items()
     names = compiled.src.fn.arg_names
-    tile = " ".join(f"{names[path[0]]}={value}" for path, value in sizes if names[path[0]].isupper())
+    bound = {"maxnreg": meta.maxnreg} if meta.maxnreg else {}
+    constants = {names[path[0]]: value for path, value in sizes if names[path[0]].isupper()} | bound
+    tile = " ".join(f"{name}={value}" for name, value in constants.items())
     return Needs(
         kernel=meta.name,
         tile=tile,
