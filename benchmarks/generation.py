@@ -55,6 +55,7 @@ PLAN = (
     Size(16, 256, 8, ALL),
     *(Size(depth, 256, 25, ALL) for depth in (24, 30)),
     Size(16, 512, 8, ALL),
+    Size(16, 1024, 1, ALL),  # what the growing caches hold
     Size(16, 256, 25, (OURS, *TO_COMPILE)),
     *(Size(24, 256, batch, (OURS, VAR)) for batch in (1, 8, 64)),
     *(Size(30, 256, batch, (OURS, VAR)) for batch in (1, 8, 64)),

@@ -106,6 +106,7 @@ def test_targets_are_said_beside_what_was_found() -> None:
 
 
 def test_the_plan_has_every_size() -> None:
-    """Depth 16, 24 and 30, 256 and 512, batch 1, 8, 25 and 64, in groups of one model."""
+    """Depth 16, 24 and 30, 256 and 512, batch 1, 8, 25 and 64, in groups of one model; and one image at 1024."""
     sizes = {size[:3] for size in generation.PLAN if OURS in size.sides}
-    assert sizes == {(d, r, b) for d in (16, 24, 30) for r in (256, 512) for b in (1, 8, 25, 64)}
+    everything = {(d, r, b) for d in (16, 24, 30) for r in (256, 512) for b in (1, 8, 25, 64)}
+    assert sizes == everything | {(16, 1024, 1)}
