@@ -101,12 +101,6 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
   const int lane = cuda_on_cpu::lane;
   return cuda_on_cpu::exchange("__shfl_up_sync", value)[lane < (int)delta ? lane : lane - (int)delta];
 }
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
-  cuda_on_cpu::check_full(mask);
-  const int lane = cuda_on_cpu::lane, from = lane + (int)delta;
-  return cuda_on_cpu::exchange("__shfl_down_sync", value)[from > 31 ? lane : from];
-}
 
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   cuda_on_cpu::check_full(mask);
@@ -115,11 +109,8 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   for (int lane = 0; lane < cuda_on_cpu::kWarp; ++lane) ballot |= (unsigned)votes[lane] << lane;
   return ballot;
 }
-inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
-inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == ~0u; }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 inline unsigned __float_as_uint(float x) {
@@ -137,7 +128,6 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
@@ -146,24 +136,6 @@ template <typename T>
 T atomicAdd(T* at, T value) {
   const T before = *at;
   *at = before + value;
-  return before;
-}
-template <typename T>
-T atomicMax(T* at, T value) {
-  const T before = *at;
-  *at = before < value ? value : before;
-  return before;
-}
-template <typename T>
-T atomicMin(T* at, T value) {
-  const T before = *at;
-  *at = value < before ? value : before;
-  return before;
-}
-template <typename T>
-T atomicOr(T* at, T value) {
-  const T before = *at;
-  *at = before | value;
   return before;
 }
 
