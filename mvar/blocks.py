@@ -38,7 +38,7 @@ class AfterBranch(NamedTuple):
 
 
 class Block(nn.Module):
-    """What M-VAR's and VAR's blocks share: the modulation of their branches.
+    """What M-VAR's and VAR's blocks share: the chain of branches, and their modulation.
 
     ada_lin: a layer of its own; with `config.shared_adaln` instead ada_gss, what this block adds to the output of
     the model's shared layer.
@@ -65,6 +65,10 @@ class Block(nn.Module):
         """What the block remembers before the first scale."""
         raise NotImplementedError
 
+    def mixers(self) -> Sequence[nn.Module]:
+        """The branches before the feed-forward one: called as mixer(h, scales, state, backend) → (B, L, C), state."""
+        raise NotImplementedError
+
     def forward(
         self,
         x: Tensor,
@@ -75,11 +79,17 @@ class Block(nn.Module):
         backend: str,
     ) -> tuple[Tensor, Tensor, State | None]:
         """All branches over the new tokens of `scales`, whole scales. `state` None: nothing came before."""
-        raise NotImplementedError
+        *after_mixers, after_ffn = after
+        for mixer, follows in zip(self.mixers(), after_mixers, strict=True):
+            mixed, state = mixer(h, scales, state, backend)
+            x, h = _add(x, mixed, follows, backend)
+        x, h = _add(x, self.ffn(h), after_ffn, backend)
+        return x, h, state
 
 
 class MVARBlock(Block):
     branches = 3
+    attn: IntraScaleAttention
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -91,20 +101,8 @@ class MVARBlock(Block):
     def empty_state(self, batch: int) -> mk.Mamba2State:
         return self.mamba.empty_state(batch)
 
-    def forward(
-        self,
-        x: Tensor,
-        h: Tensor,
-        after: Sequence[AfterBranch],
-        scales: tuple[int, ...],
-        state: State | None,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, State | None]:
-        x, h = _add(x, self.attn(h, scales, backend), after[0], backend)
-        mixed, state = self.mamba(h, scales, state, backend)
-        x, h = _add(x, mixed, after[1], backend)
-        x, h = _add(x, self.ffn(h), after[2], backend)
-        return x, h, state
+    def mixers(self) -> tuple[IntraScaleAttention, Mamba2]:
+        return self.attn, self.mamba
 
 
 class VARBlock(Block):
@@ -120,19 +118,8 @@ class VARBlock(Block):
     def empty_state(self, batch: int) -> KeyValues:
         return self.attn.empty_state(batch)
 
-    def forward(
-        self,
-        x: Tensor,
-        h: Tensor,
-        after: Sequence[AfterBranch],
-        scales: tuple[int, ...],
-        state: State | None,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, State | None]:
-        attended, state = self.attn(h, scales, state, backend)
-        x, h = _add(x, attended, after[0], backend)
-        x, h = _add(x, self.ffn(h), after[1], backend)
-        return x, h, state
+    def mixers(self) -> tuple[CausalAttention]:
+        return (self.attn,)
 
 
 def _add(x: Tensor, branch: Tensor, after: AfterBranch, backend: str) -> tuple[Tensor, Tensor]:

@@ -71,10 +71,13 @@ class IntraScaleAttention(Attention):
         super().__init__(config)
         self.register_buffer("patch_nums", torch.tensor(config.scales, dtype=torch.int32))  # the published name
 
-    def forward(self, x: Tensor, scales: tuple[int, ...], backend: str) -> Tensor:
+    def forward(
+        self, x: Tensor, scales: tuple[int, ...], state: State | None, backend: str
+    ) -> tuple[Tensor, State | None]:
+        """The state is handed on: it is the mixer's."""
         q, k, v = self.qkv(x).unbind(2)
         out = mk.scale_attention(q, k, v, scales, log_temperature=self.log_temperature(), backend=backend)
-        return self.proj(out.flatten(2))
+        return self.proj(out.flatten(2)), state
 
 
 class CausalAttention(Attention):
