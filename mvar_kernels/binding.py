@@ -45,6 +45,11 @@ def with_aligned_rows(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def pointers(*tensors: Tensor | None) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """How a call names tensors: of each its address and strides, zeros of one that is not there."""
+    return tuple([(0, (0, 0)) if t is None else (t.data_ptr(), t.stride()) for t in tensors])
+
+
 def empty(like: Tensor) -> Tensor:
     """Contiguous, as every output is. A microsecond cheaper than torch.empty with a shape and a dtype."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import mvar_kernels as mk
 from mvar_kernels.backends import BackendError
+from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.native import scale_attention_cuda
 from mvar_kernels.ops.scale_attention.reference import scale_attention
 from tests import cuda_on_cpu
@@ -30,10 +31,10 @@ def test_log_sums_are_the_references(dtype: torch.dtype, queries: int, log_tempe
     """lse is float32 whatever the dtype: a backward of another backend takes it. Rows of zeros have norms of 1e-12."""
     q, k, v = qkv(dtype=dtype)
     q[:, 40], k[:, 41] = 0.0, 0.0
-    inputs = (q[:, -queries:], k, v, log_temperature, SCALES, False, 0.25)
+    call = Attention(q[:, -queries:], k, v, log_temperature, SCALES, False, 0.25)
     with cuda_on_cpu.installed():
-        out, lse = scale_attention_cuda.forward(*inputs)
-    exact, exact_lse = scale_attention(*(t.double() if isinstance(t, Tensor) else t for t in inputs))
+        out, lse = scale_attention_cuda.forward(call)
+    exact, exact_lse = scale_attention(Attention(*(t.double() if isinstance(t, Tensor) else t for t in call)))
     # A score sums 64 products, each rounded at most at the size of c‖q‖‖k‖.
     lengths = [t.float().norm(dim=-1).max() for t in (q, k)]
     largest = 0.25 * (lengths[0] * lengths[1] if log_temperature is None else 100)
@@ -63,7 +64,7 @@ def test_packed_views_are_read_in_place() -> None:
     spy = SimpleNamespace(scale_attention_forward=forward)
     with cuda_on_cpu.playing(spy), cuda_on_cpu.installed():  # type: ignore[arg-type]
         mk.scale_attention(q, k, v, SCALES, backend="cuda")
-    assert calls[0][3:9] == tuple(x for t in (q, k, v) for x in (t.data_ptr(), t.stride()))
+    assert calls[0][3][:3] == tuple((t.data_ptr(), t.stride()) for t in (q, k, v))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.backends import native as import_native
+from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.native import scale_attention_cpu
 from mvar_kernels.ops.scale_attention.reference import scale_attention_reference
 
@@ -42,9 +43,9 @@ class Problem(NamedTuple):
 
     def results(self, kernel: object, t: dict[str, Tensor], acc: torch.dtype = torch.float32) -> list[Tensor]:
         """out, lse and every gradient."""
-        inputs = (t["q"], t["k"], t["v"], self.temperature(acc), self.scales, self.causal, self.scale)
-        out, lse = kernel.forward(*inputs)  # type: ignore[attr-defined]
-        return [out, lse, *kernel.backward(t["grad_out"], out, lse, *inputs)]  # type: ignore[attr-defined]
+        call = Attention(t["q"], t["k"], t["v"], self.temperature(acc), self.scales, self.causal, self.scale)
+        out, lse = kernel.forward(call)  # type: ignore[attr-defined]
+        return [out, lse, *kernel.backward(t["grad_out"], out, lse, call)]  # type: ignore[attr-defined]
 
 
 PROBLEMS = {
@@ -161,4 +162,7 @@ def test_empty_batch() -> None:
 
 def test_other_dtypes_are_refused() -> None:
     q = torch.zeros(1, 1, 1, 8, dtype=torch.float16)
-    assert scale_attention_cpu.why_not(q, q, q, None, (1,), False, 1.0) == "dtype float16 is not float32 or bfloat16"
+    assert (
+        scale_attention_cpu.why_not(Attention(q, q, q, None, (1,), False, 1.0))
+        == "dtype float16 is not float32 or bfloat16"
+    )

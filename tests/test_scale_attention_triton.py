@@ -10,6 +10,7 @@ from torch import Tensor
 import mvar_kernels as mk
 from mvar_kernels import tiling
 from mvar_kernels.ops.scale_attention import flash_attn, plan, reference
+from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.tiling import Tile
 
 VAR_256 = tuple(n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
@@ -67,21 +68,19 @@ def test_flash_attn_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPa
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, return_attn_probs):  # type: ignore[no-untyped-def]
         assert return_attn_probs and torch.equal(cu_q, cu_k) and max_q == max_k == int(cu_q.diff().max())
         lengths = tuple(cu_q.diff().tolist())
-        out, lse = reference.scale_attention(q[None], k[None], v[None], None, lengths, False, softmax_scale)
+        out, lse = reference.scale_attention(Attention(q[None], k[None], v[None], None, lengths, False, softmax_scale))
         return out[0], lse[0], None
 
     stand_in = ModuleType("flash_attn")
     stand_in.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
     q, k, v = torch.randn(2, 30, 3, 2, 16, generator=torch.Generator().manual_seed(0)).unbind(2)
-    inputs = (q[:, 5:], k, v, torch.tensor([1.0, 5.0]), (1, 4, 9, 16), False, 1.0)
+    call = Attention(q[:, 5:], k, v, torch.tensor([1.0, 5.0]), (1, 4, 9, 16), False, 1.0)
     peer, own = flash_attn.scale_attention_flash_attn, reference.scale_attention_reference
-    out, lse = peer.forward(*inputs)
-    want = own.forward(*inputs)
+    out, lse = peer.forward(call)
+    want = own.forward(call)
     torch.testing.assert_close((out, lse), want)
     assert peer.backward is not None and own.backward is not None
-    grads = peer.backward(torch.ones_like(out).cumsum(1), out, lse, *inputs)
-    torch.testing.assert_close(
-        grads, own.backward(torch.ones_like(out).cumsum(1), *want, *inputs), rtol=1e-4, atol=1e-3
-    )
-    assert peer.why_not(*inputs) == "inputs are on cpu"
+    grads = peer.backward(torch.ones_like(out).cumsum(1), out, lse, call)
+    torch.testing.assert_close(grads, own.backward(torch.ones_like(out).cumsum(1), *want, call), rtol=1e-4, atol=1e-3)
+    assert peer.why_not(call) == "inputs are on cpu"

@@ -5,14 +5,6 @@
 namespace mvar {
 namespace {
 
-Tokens tokens(Pointer data, const py::tuple& strides) {
-  return {(void*)data, entry(strides, 0), entry(strides, 1)};
-}
-Tokens tokens(Pointer data, const AdalnSizes& n) { return contiguous((void*)data, n.L, n.C); }
-
-PerSample per_sample(Pointer data, const py::tuple& strides) { return {(void*)data, entry(strides, 0)}; }
-PerSample per_sample(Pointer data, const AdalnSizes& n) { return contiguous((void*)data, n.C); }
-
 // where: the dtype's index and, on a GPU, the stream
 AdalnSizes sizes(const py::tuple& where, const py::tuple& shape, float eps) {
   return {entry(shape, 0), entry(shape, 1), entry(shape, 2), eps, (void*)entry(where, 1)};
@@ -37,70 +29,65 @@ int64_t backward_workspace(const py::tuple& shape) {
   return adaln_tables[current]->backward_workspace({entry(shape, 0), entry(shape, 1), entry(shape, 2), 0.0f, nullptr});
 }
 
-void adaln_forward(const py::tuple& where, const py::tuple& shape, float eps, Pointer x, const py::tuple& x_strides,
-                   Pointer scale, const py::tuple& scale_strides, Pointer shift,
-                   const py::tuple& shift_strides, Pointer out) {
-  const AdalnSizes n = sizes(where, shape, eps);
+// inputs: x, scale, shift; outputs: out
+void adaln_forward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
+                   const py::tuple& outputs) {
+  const Tensors in(inputs), out(outputs);
   AdalnForward a{};
-  a.x = tokens(x, x_strides);
-  a.scale = per_sample(scale, scale_strides);
-  a.shift = per_sample(shift, shift_strides);
-  a.out = tokens(out, n);
-  run(plain(where), a, n);
+  a.x = in.tokens(0);
+  a.scale = in.per_sample(1);
+  a.shift = in.per_sample(2);
+  a.out = out.tokens(0);
+  run(plain(where), a, sizes(where, shape, eps));
 }
 
-void adaln_backward(const py::tuple& where, const py::tuple& shape, float eps, Pointer grad_out,
-                    const py::tuple& grad_out_strides, Pointer x, const py::tuple& x_strides, Pointer scale,
-                    const py::tuple& scale_strides, Pointer dx, Pointer dscale, Pointer dshift,
-                    Pointer workspace) {
-  const AdalnSizes n = sizes(where, shape, eps);
+// inputs: the gradient of out, x, scale; outputs: the gradients of x, scale, shift
+void adaln_backward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
+                    const py::tuple& outputs, Pointer workspace) {
+  const Tensors in(inputs), out(outputs);
   AdalnBackward a{};
-  a.grad_out = tokens(grad_out, grad_out_strides);
-  a.x = tokens(x, x_strides);
-  a.scale = per_sample(scale, scale_strides);
-  a.dx = tokens(dx, n);
-  a.dscale = per_sample(dscale, n);
-  a.dshift = per_sample(dshift, n);
-  run(plain(where), a, n, workspace);
+  a.grad_out = in.tokens(0);
+  a.x = in.tokens(1);
+  a.scale = in.per_sample(2);
+  a.dx = out.tokens(0);
+  a.dscale = out.per_sample(1);
+  a.dshift = out.per_sample(2);
+  run(plain(where), a, sizes(where, shape, eps), workspace);
 }
 
-void gated_adaln_forward(const py::tuple& where, const py::tuple& shape, float eps, Pointer x, const py::tuple& x_strides,
-                         Pointer branch, const py::tuple& branch_strides, Pointer gate,
-                         const py::tuple& gate_strides, Pointer scale, const py::tuple& scale_strides,
-                         Pointer shift, const py::tuple& shift_strides, Pointer x_new, Pointer out) {
-  const AdalnSizes n = sizes(where, shape, eps);
+// inputs: x, branch, gate, scale, shift; outputs: the new x, out
+void gated_adaln_forward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
+                         const py::tuple& outputs) {
+  const Tensors in(inputs), out(outputs);
   AdalnForward a{};
-  a.x = tokens(x, x_strides);
-  a.branch = tokens(branch, branch_strides);
-  a.gate = per_sample(gate, gate_strides);
-  a.scale = per_sample(scale, scale_strides);
-  a.shift = per_sample(shift, shift_strides);
-  a.x_new = tokens(x_new, n);
-  a.out = tokens(out, n);
-  run(gated(where), a, n);
+  a.x = in.tokens(0);
+  a.branch = in.tokens(1);
+  a.gate = in.per_sample(2);
+  a.scale = in.per_sample(3);
+  a.shift = in.per_sample(4);
+  a.x_new = out.tokens(0);
+  a.out = out.tokens(1);
+  run(gated(where), a, sizes(where, shape, eps));
 }
 
-void gated_adaln_backward(const py::tuple& where, const py::tuple& shape, float eps, Pointer grad_x_new,
-                          const py::tuple& grad_x_new_strides, Pointer grad_out,
-                          const py::tuple& grad_out_strides, Pointer x_new, const py::tuple& x_new_strides,
-                          Pointer branch, const py::tuple& branch_strides, Pointer gate,
-                          const py::tuple& gate_strides, Pointer scale, const py::tuple& scale_strides,
-                          Pointer dx, Pointer dbranch, Pointer dgate, Pointer dscale, Pointer dshift,
-                          Pointer workspace) {
-  const AdalnSizes n = sizes(where, shape, eps);
+// inputs: the gradients of the new x and of out, the new x, branch, gate, scale;
+// outputs: the gradients of x, branch, gate, scale, shift
+void gated_adaln_backward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
+                          const py::tuple& outputs, Pointer workspace) {
+  const Tensors in(inputs), out(outputs);
   AdalnBackward a{};
-  a.grad_x_new = tokens(grad_x_new, grad_x_new_strides);
-  a.grad_out = tokens(grad_out, grad_out_strides);
-  a.x = tokens(x_new, x_new_strides);
-  a.branch = tokens(branch, branch_strides);
-  a.gate = per_sample(gate, gate_strides);
-  a.scale = per_sample(scale, scale_strides);
-  a.dx = tokens(dx, n);
-  a.dbranch = tokens(dbranch, n);
-  a.dgate = per_sample(dgate, n);
-  a.dscale = per_sample(dscale, n);
-  a.dshift = per_sample(dshift, n);
-  run(gated(where), a, n, workspace);
+  a.grad_x_new = in.tokens(0);
+  a.grad_out = in.tokens(1);
+  a.x = in.tokens(2);
+  a.branch = in.tokens(3);
+  a.gate = in.per_sample(4);
+  a.scale = in.per_sample(5);
+  a.dx = out.tokens(0);
+  a.dbranch = out.tokens(1);
+  a.dgate = out.per_sample(2);
+  a.dscale = out.per_sample(3);
+  a.dshift = out.per_sample(4);
+  run(gated(where), a, sizes(where, shape, eps), workspace);
 }
 
 }  // namespace

@@ -18,7 +18,10 @@ struct PerSample {
   int64_t batch_stride;
 };
 
-inline Tokens contiguous(void* data, int64_t L, int64_t C) { return {data, L * C, C}; }
-inline PerSample contiguous(void* data, int64_t C) { return {data, C}; }
+// (B, L, H, D)
+struct Heads {
+  void* data;
+  int64_t batch_stride, row_stride, head_stride;
+};
 
 }  // namespace mvar

@@ -33,12 +33,6 @@ struct Plan {
   int64_t chunk_count() const { return segments[segment_count]; }
 };
 
-// (B, L, H, P), last dimension contiguous
-struct HeadTokens {
-  void* data;
-  int64_t batch_stride, row_stride, head_stride;
-};
-
 // Δ or what becomes it: (B, L, H), or (B, L, 2, H)
 struct StepTokens {
   void* data;
@@ -53,13 +47,13 @@ struct States {
 
 // Parameters are contiguous float32; A and dt_bias are (directions, H), A < 0.
 struct ScanForward {
-  HeadTokens x;
+  Heads x;
   StepTokens dt;
   const float* A;
   Tokens B, C;
   const float* D;
   States initial;
-  HeadTokens y;
+  Heads y;
   States last;
 };
 
@@ -76,9 +70,9 @@ struct MixerForward {
 // Gradients are float32 and contiguous.
 struct ScanBackward {
   ScanForward forward;  // but for y and last
-  HeadTokens grad_y;
+  Heads grad_y;
   States grad_last;
-  HeadTokens dx;
+  Heads dx;
   StepTokens ddt;
   Tokens dB, dC;
   float *dA, *dD;

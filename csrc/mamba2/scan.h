@@ -7,11 +7,10 @@ namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
 namespace {
 
-using mamba2::HeadTokens;
 using mamba2::ScanForward;
 
 template <typename T>
-MVAR_INLINE T* row(const HeadTokens& t, int64_t b, int64_t l, int64_t h) {
+MVAR_INLINE T* row(const Heads& t, int64_t b, int64_t l, int64_t h) {
   return (T*)t.data + b * t.batch_stride + l * t.row_stride + h * t.head_stride;
 }
 

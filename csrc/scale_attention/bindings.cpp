@@ -8,38 +8,27 @@
 namespace mvar {
 namespace {
 
-Heads heads(Pointer data, const py::tuple& strides) {
-  return {(void*)data, entry(strides, 0), entry(strides, 1), entry(strides, 2)};
-}
-Heads heads(Pointer data, int64_t L, const ScaleAttentionSizes& n) {
-  return {(void*)data, L * n.H * n.D, n.H * n.D, n.D};
-}
-
 const ScaleAttentionKernels* const tables[] = MVAR_TABLES(scale_attention);
 
 #if defined(MVAR_CUDA_MODULE)
 
-// where: the dtype's index and the stream; shape: (B, Lq, H, D)
-void forward(const py::tuple& where, const py::tuple& shape, float scale, Pointer q, const py::tuple& q_strides,
-             Pointer k, const py::tuple& k_strides, Pointer v, const py::tuple& v_strides, Pointer log_temperature,
-             Pointer tiles, int64_t tile_count, Pointer spans, Pointer out, Pointer lse) {
+// where: the dtype's index and the stream; shape: (B, Lq, H, D); inputs: q, k, v, log_temperature, tiles, spans;
+// outputs: out, lse
+void forward(const py::tuple& where, const py::tuple& shape, float scale, const py::tuple& inputs, int64_t tile_count,
+             const py::tuple& outputs) {
+  const Tensors in(inputs), out(outputs);
   ScaleAttentionSizes n{};
   n.B = entry(shape, 0);
   n.Lq = entry(shape, 1);
   n.H = entry(shape, 2);
   n.D = entry(shape, 3);
   n.scale = scale;
-  n.log_temperature = (const float*)log_temperature;
-  n.tiles = (const int32_t*)tiles;
-  n.spans = (const int32_t*)spans;
+  n.log_temperature = in.floats(3);
+  n.tiles = in.data<const int32_t>(4);
+  n.spans = in.data<const int32_t>(5);
   n.tile_count = tile_count;
   n.stream = (void*)entry(where, 1);
-  ScaleAttentionForward a{};
-  a.q = heads(q, q_strides);
-  a.k = heads(k, k_strides);
-  a.v = heads(v, v_strides);
-  a.out = heads(out, n.Lq, n);
-  a.lse = (float*)lse;
+  const ScaleAttentionForward a{in.heads(0), in.heads(1), in.heads(2), out.heads(0), out.floats(1)};
   const auto kernel = tables[current]->forward[entry(where, 0)];
   py::gil_scoped_release release;
   kernel(a, n);
@@ -49,7 +38,7 @@ void forward(const py::tuple& where, const py::tuple& shape, float scale, Pointe
 
 // (B, Lq, L, H, D), and the scales as C++ numbers, which the sizes point into
 ScaleAttentionSizes sizes(const py::tuple& shape, const py::tuple& scales, std::vector<int64_t>& lengths, bool causal,
-                          float scale, Pointer log_temperature) {
+                          float scale, const float* log_temperature) {
   for (size_t i = 0; i < scales.size(); ++i) lengths.push_back(entry(scales, i));
   ScaleAttentionSizes n{};
   n.B = entry(shape, 0);
@@ -61,7 +50,7 @@ ScaleAttentionSizes sizes(const py::tuple& shape, const py::tuple& scales, std::
   n.scale_count = (int64_t)lengths.size();
   n.causal = causal;
   n.scale = scale;
-  n.log_temperature = (const float*)log_temperature;
+  n.log_temperature = log_temperature;
   return n;
 }
 
@@ -69,37 +58,26 @@ const ScaleAttentionPair& kernels(bool bf16) { return bf16 ? tables[current]->bf
 
 std::unique_ptr<float[]> floats(int64_t n) { return std::unique_ptr<float[]>(new float[n]); }
 
-void forward(bool bf16, const py::tuple& shape, const py::tuple& scales, bool causal, float scale, Pointer q,
-             const py::tuple& q_strides, Pointer k, const py::tuple& k_strides, Pointer v,
-             const py::tuple& v_strides, Pointer log_temperature, Pointer out, Pointer lse) {
+// inputs: q, k, v, log_temperature; outputs: out, lse
+void forward(bool bf16, const py::tuple& shape, const py::tuple& scales, bool causal, float scale,
+             const py::tuple& inputs, const py::tuple& outputs) {
+  const Tensors in(inputs), out(outputs);
   std::vector<int64_t> lengths;
-  const ScaleAttentionSizes n = sizes(shape, scales, lengths, causal, scale, log_temperature);
-  ScaleAttentionForward a{};
-  a.q = heads(q, q_strides);
-  a.k = heads(k, k_strides);
-  a.v = heads(v, v_strides);
-  a.out = heads(out, n.Lq, n);
-  a.lse = (float*)lse;
+  const ScaleAttentionSizes n = sizes(shape, scales, lengths, causal, scale, in.floats(3));
+  const ScaleAttentionForward a{in.heads(0), in.heads(1), in.heads(2), out.heads(0), out.floats(1)};
   py::gil_scoped_release release;
   const std::unique_ptr<float[]> workspace = floats(kernels(bf16).forward_workspace(n));
   kernels(bf16).forward(a, n, workspace.get());
 }
 
-void backward(bool bf16, const py::tuple& shape, const py::tuple& scales, bool causal, float scale, Pointer grad_out,
-              const py::tuple& grad_out_strides, Pointer q, const py::tuple& q_strides, Pointer k,
-              const py::tuple& k_strides, Pointer v, const py::tuple& v_strides, Pointer log_temperature, Pointer dq,
-              Pointer dk, Pointer dv, Pointer dlog_temperature) {
+// grads: of out; inputs: q, k, v, log_temperature; outputs: their gradients
+void backward(bool bf16, const py::tuple& shape, const py::tuple& scales, bool causal, float scale,
+              const py::tuple& grads, const py::tuple& inputs, const py::tuple& outputs) {
+  const Tensors given(grads), in(inputs), out(outputs);
   std::vector<int64_t> lengths;
-  const ScaleAttentionSizes n = sizes(shape, scales, lengths, causal, scale, log_temperature);
-  ScaleAttentionBackward a{};
-  a.grad_out = heads(grad_out, grad_out_strides);
-  a.q = heads(q, q_strides);
-  a.k = heads(k, k_strides);
-  a.v = heads(v, v_strides);
-  a.dq = heads(dq, n.Lq, n);
-  a.dk = heads(dk, n.L, n);
-  a.dv = heads(dv, n.L, n);
-  a.dlog_temperature = (float*)dlog_temperature;
+  const ScaleAttentionSizes n = sizes(shape, scales, lengths, causal, scale, in.floats(3));
+  const ScaleAttentionBackward a{given.heads(0), in.heads(0),  in.heads(1),  in.heads(2),
+                                 out.heads(0),   out.heads(1), out.heads(2), out.floats(3)};
   py::gil_scoped_release release;
   const std::unique_ptr<float[]> workspace = floats(kernels(bf16).backward_workspace(n));
   kernels(bf16).backward(a, n, workspace.get());

@@ -8,14 +8,9 @@
 
 #include "common/dtype.h"
 #include "common/instruction_set.h"
+#include "common/views.h"
 
 namespace mvar {
-
-// (B, L, H, D), the last dimension contiguous; strides in elements
-struct Heads {
-  void* data;
-  int64_t batch_stride, row_stride, head_stride;
-};
 
 struct ScaleAttentionForward {
   Heads q, k, v, out;

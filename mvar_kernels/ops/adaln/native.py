@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel, extension
-from mvar_kernels.binding import dtype_objection, empty, view, where, with_aligned_rows
+from mvar_kernels.binding import dtype_objection, empty, pointers, view, where, with_aligned_rows
 
 CUDA_MAX_CHANNELS = 4096  # of a row in the registers of a block
 CUDA_MAX_BATCH = 65535  # of a grid's second dimension
@@ -27,17 +27,8 @@ def _why_not_cuda(first: Tensor, *others: Tensor | float) -> str | None:
 
 
 def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    x, scale, shift = view(x), view(scale), view(shift)
-    out = empty(x)
-    extension(x).adaln_forward(
-        where(x),
-        x.shape,
-        eps,
-        *(x.data_ptr(), x.stride()),
-        *(scale.data_ptr(), scale.stride()),
-        *(shift.data_ptr(), shift.stride()),
-        out.data_ptr(),
-    )
+    x, scale, shift, out = view(x), view(scale), view(shift), empty(x)
+    extension(x).adaln_forward(where(x), x.shape, eps, pointers(x, scale, shift), pointers(out))
     return out
 
 
@@ -46,18 +37,8 @@ def _gated_adaln(
 ) -> tuple[Tensor, Tensor]:
     x, branch, gate, scale, shift = view(x), view(branch), view(gate), view(scale), view(shift)
     x_new, out = empty(x), empty(x)
-    extension(x).gated_adaln_forward(
-        where(x),
-        x.shape,
-        eps,
-        *(x.data_ptr(), x.stride()),
-        *(branch.data_ptr(), branch.stride()),
-        *(gate.data_ptr(), gate.stride()),
-        *(scale.data_ptr(), scale.stride()),
-        *(shift.data_ptr(), shift.stride()),
-        x_new.data_ptr(),
-        out.data_ptr(),
-    )
+    inputs = pointers(x, branch, gate, scale, shift)
+    extension(x).gated_adaln_forward(where(x), x.shape, eps, inputs, pointers(x_new, out))
     return x_new, out
 
 
@@ -68,19 +49,8 @@ def _workspace(x: Tensor) -> Tensor:
 def _adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, x, scale = view(grad_out), view(x), view(scale)
     dx, dscale, dshift = empty(x), empty(scale), empty(scale)
-    workspace = _workspace(x)
-    extension(x).adaln_backward(
-        where(x),
-        x.shape,
-        eps,
-        *(grad_out.data_ptr(), grad_out.stride()),
-        *(x.data_ptr(), x.stride()),
-        *(scale.data_ptr(), scale.stride()),
-        dx.data_ptr(),
-        dscale.data_ptr(),
-        dshift.data_ptr(),
-        workspace.data_ptr(),
-    )
+    inputs, outputs, workspace = pointers(grad_out, x, scale), pointers(dx, dscale, dshift), _workspace(x)
+    extension(x).adaln_backward(where(x), x.shape, eps, inputs, outputs, workspace.data_ptr())
     return dx, dscale, dshift
 
 
@@ -90,25 +60,10 @@ def _gated_adaln_backward(
     grad_x_new, grad_out, x_new, branch = view(grad_x_new), view(grad_out), view(x_new), view(branch)
     gate, scale = view(gate), view(scale)
     dx, dbranch = empty(x_new), empty(x_new)
-    workspace = _workspace(x_new)
     dgate, dscale, dshift = empty(scale), empty(scale), empty(scale)
-    extension(x_new).gated_adaln_backward(
-        where(x_new),
-        x_new.shape,
-        eps,
-        *(grad_x_new.data_ptr(), grad_x_new.stride()),
-        *(grad_out.data_ptr(), grad_out.stride()),
-        *(x_new.data_ptr(), x_new.stride()),
-        *(branch.data_ptr(), branch.stride()),
-        *(gate.data_ptr(), gate.stride()),
-        *(scale.data_ptr(), scale.stride()),
-        dx.data_ptr(),
-        dbranch.data_ptr(),
-        dgate.data_ptr(),
-        dscale.data_ptr(),
-        dshift.data_ptr(),
-        workspace.data_ptr(),
-    )
+    inputs = pointers(grad_x_new, grad_out, x_new, branch, gate, scale)
+    outputs, workspace = pointers(dx, dbranch, dgate, dscale, dshift), _workspace(x_new)
+    extension(x_new).gated_adaln_backward(where(x_new), x_new.shape, eps, inputs, outputs, workspace.data_ptr())
     return dx, dbranch, dgate, dscale, dshift
 
 

@@ -10,7 +10,7 @@ The state between two calls is the last width−1 rows of xBC before the convolu
 constant in size, so that generation passes every token through the layer once (arXiv 2405.21060).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,9 +118,7 @@ def _mamba2_mixer(
 
 
 @_mamba2_mixer.register_fake
-def _(
-    zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: list[int], eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     y = zxbcdt.new_empty(*zxbcdt.shape[:2], params[-1].shape[0])
     return y, state[0].new_empty(state[0].shape), state[1].new_empty(state[1].shape)
 
@@ -142,15 +140,7 @@ def _mamba2_mixer_backward(
 
 
 @_mamba2_mixer_backward.register_fake
-def _(
-    grads: list[Tensor],
-    zxbcdt: Tensor,
-    params: list[Tensor],
-    state: list[Tensor],
-    scales: list[int],
-    eps: float,
-    backend: str,
-) -> list[Tensor]:
+def _(grads: list[Tensor], zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], *options: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in (zxbcdt, *params, *state)]
 
 

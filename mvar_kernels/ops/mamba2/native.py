@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel, extension
-from mvar_kernels.binding import aligned, dtype_objection, empty, view, where
+from mvar_kernels.binding import aligned, dtype_objection, empty, pointers, view, where
 
 CUDA_HEAD_SIZES = (64, 64)  # P, N
 CUDA_TAPS = 4
@@ -37,10 +37,6 @@ def _parameter(t: Tensor) -> Tensor:
     return t.float().contiguous()
 
 
-def _pointers(tensors: Sequence[Tensor]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    return tuple((t.data_ptr(), t.stride()) for t in tensors)
-
-
 def _scan_inputs(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
     """The tensors as the kernel takes them, and their sizes."""
     x, dt, A, B, C, D, state = tensors
@@ -54,7 +50,7 @@ def _ssd_scan(
     inputs, sizes = _scan_inputs((x, dt, A, B, C, D, state))
     y, last = empty(x), empty(state)
     bf16 = x.dtype is torch.bfloat16
-    extension(x).ssd_scan_forward(bf16, sizes, scales, _pointers(inputs), y.data_ptr(), last.data_ptr())
+    extension(x).ssd_scan_forward(bf16, sizes, scales, pointers(*inputs), pointers(y, last))
     return y, last
 
 
@@ -63,7 +59,7 @@ def _ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple
     inputs, sizes = _scan_inputs([t.float() for t in tensors])
     given = [view(g.float()) for g in grads]
     outputs = [empty(t) for t in inputs]
-    extension(tensors[0]).ssd_scan_backward(sizes, scales, _pointers(given), _pointers(inputs), _pointers(outputs))
+    extension(tensors[0]).ssd_scan_backward(sizes, scales, pointers(*given), pointers(*inputs), pointers(*outputs))
     return [out.to(t.dtype) for out, t in zip(outputs, tensors, strict=True)]
 
 
@@ -83,9 +79,8 @@ def _mamba2_mixer(
     inputs, sizes = _mixer_inputs(zxbcdt, params, state)
     y = zxbcdt.new_empty(*zxbcdt.shape[:2], params[-1].shape[0])
     conv, ssm = empty(state[0]), empty(state[1])
-    outputs = (y.data_ptr(), conv.data_ptr(), ssm.data_ptr())
     bf16 = zxbcdt.dtype is torch.bfloat16
-    extension(zxbcdt).mamba2_mixer_forward(bf16, sizes, scales, eps, _pointers(inputs), *outputs)
+    extension(zxbcdt).mamba2_mixer_forward(bf16, sizes, scales, eps, pointers(*inputs), pointers(y, conv, ssm))
     return y, conv, ssm
 
 
@@ -100,8 +95,8 @@ def _mamba2_mixer_on_cuda(
     y = zxbcdt.new_empty(*zxbcdt.shape[:2], params[-1].shape[0])
     last_conv, last_ssm = empty(conv_state), empty(ssm)
     workspace = y.new_empty(kernels.mamba2_mixer_workspace(at, sizes), dtype=torch.uint8)
-    outputs = (y.data_ptr(), last_conv.data_ptr(), last_ssm.data_ptr())
-    kernels.mamba2_mixer_forward(at, sizes, eps, _pointers(inputs), workspace.data_ptr(), *outputs)
+    outputs = pointers(y, last_conv, last_ssm)
+    kernels.mamba2_mixer_forward(at, sizes, eps, pointers(*inputs), outputs, workspace.data_ptr())
     return y, last_conv, last_ssm
 
 
@@ -112,7 +107,7 @@ def _mamba2_mixer_backward(
     inputs, sizes = _mixer_inputs(zxbcdt.float(), params, [t.float() for t in state])
     given = [view(g.float()) for g in grads]
     outputs = [empty(t) for t in inputs]
-    extension(zxbcdt).mamba2_mixer_backward(sizes, scales, eps, _pointers(given), _pointers(inputs), _pointers(outputs))
+    extension(zxbcdt).mamba2_mixer_backward(sizes, scales, eps, pointers(*given), pointers(*inputs), pointers(*outputs))
     dzxbcdt, dconv, dssm, *dparams = outputs
     return [d.to(t.dtype) for d, t in zip([dzxbcdt, *dparams, dconv, dssm], [zxbcdt, *params, *state], strict=True)]
 

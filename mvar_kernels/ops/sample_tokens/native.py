@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel, extension
-from mvar_kernels.binding import DTYPES, dtype_objection, view, where
+from mvar_kernels.binding import DTYPES, dtype_objection, pointers, view, where
 
 MAX_CODES = 2**30
 CUDA_MAX_CODES = 2**14  # of a row in the shared memory of a block
@@ -51,9 +51,7 @@ def _sample_tokens(
     extension(cond).sample_tokens(
         where(cond),
         cond.shape,
-        *(cond.data_ptr(), cond.stride()),
-        *((0, (0, 0)) if uncond is None else (uncond.data_ptr(), uncond.stride())),
-        *(image_index.data_ptr(), image_index.stride(0)),
+        pointers(cond, uncond, image_index),
         (guidance, min(top_k, cond.shape[-1]), top_p, seed.data_ptr(), scale_index),
         tokens.data_ptr(),
     )
@@ -78,13 +76,10 @@ def _soft_embedding(
     extension(cond).soft_embedding(
         where(cond),
         cond.shape,
-        *(cond.data_ptr(), cond.stride()),
-        *((0, (0, 0)) if uncond is None else (uncond.data_ptr(), uncond.stride())),
-        *(image_index.data_ptr(), image_index.stride(0)),
+        pointers(cond, uncond, image_index, codebook),
         (guidance, min(top_k, cond.shape[-1]), top_p, seed.data_ptr(), scale_index),
         DTYPES[codebook.dtype],
-        *(codebook.data_ptr(), codebook.stride(0), codebook.shape[1]),
-        *(sharpness, temperature),
+        *(codebook.shape[1], sharpness, temperature),
         mean.data_ptr(),
     )
     return mean

@@ -12,6 +12,8 @@ of 2⁻³⁰ of the largest, so that the cut is the same on every backend; noise
     soft     = softmax((logits·sharpness + noise) / temperature) · codebook  VAR's `more_smooth`
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -175,17 +177,7 @@ def _sample_tokens(
 
 
 @_sample_tokens.register_fake
-def _(
-    cond: Tensor,
-    uncond: Tensor | None,
-    image_index: Tensor,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    scale_index: int,
-    backend: str,
-) -> Tensor:
+def _(cond: Tensor, *others: Any) -> Tensor:
     return cond.new_empty(cond.shape[:2], dtype=torch.int64)
 
 
@@ -212,18 +204,5 @@ def _soft_embedding(
 
 
 @_soft_embedding.register_fake
-def _(
-    cond: Tensor,
-    uncond: Tensor | None,
-    codebook: Tensor,
-    image_index: Tensor,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    sharpness: float,
-    temperature: float,
-    seed: Tensor,
-    scale_index: int,
-    backend: str,
-) -> Tensor:
+def _(cond: Tensor, uncond: Tensor | None, codebook: Tensor, *others: Any) -> Tensor:
     return codebook.new_empty(*cond.shape[:2], codebook.shape[1])

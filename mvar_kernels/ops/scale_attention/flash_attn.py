@@ -5,7 +5,6 @@ Backward: autograd through that same function, computed anew. So a backward here
 package's own backward, call it on leaves.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 
@@ -13,17 +12,17 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel
+from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, NORM_EPS
 
 
-def _why_not(
-    q: Tensor, k: Tensor, v: Tensor, log_temperature: Tensor | None, scales: Sequence[int], causal: bool, scale: float
-) -> str | None:
+def _why_not(call: Attention) -> str | None:
+    q = call.q
     if q.device.type != "cuda":
         return f"inputs are on {q.device.type}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {str(q.dtype).removeprefix('torch.')} is not float16 or bfloat16"
-    if causal:
+    if call.causal:
         return "the causal pattern is not among its masks"
     return f"head dimension D={q.shape[-1]} is more than 256" if q.shape[-1] > 256 else None
 
@@ -34,11 +33,10 @@ def boundaries(scales: tuple[int, ...], batch: int, device: torch.device) -> Ten
     return torch.tensor([0, *accumulate(scales * batch)], dtype=torch.int32, device=device)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, log_temperature: Tensor | None, scales: tuple[int, ...], scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward(call: Attention) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_varlen_func
 
+    q, k, v, log_temperature, scales, _, scale = call
     B, Lq, H, _ = q.shape
     own = next(scales[i:] for i in range(len(scales)) if sum(scales[i:]) == Lq)
     k, v = k[:, -Lq:], v[:, -Lq:]
@@ -56,18 +54,11 @@ def _attend(
     return out.view(B, Lq, H, -1), lse.view(H, B, Lq).transpose(0, 1).contiguous()
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, log_temperature: Tensor | None, scales: tuple[int, ...], causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _attend(q, k, v, log_temperature, scales, scale)
-
-
-def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *inputs: object) -> list[Tensor]:
-    *tensors, scales, _, scale = inputs
-    leaves = [t.detach().requires_grad_() for t in tensors if isinstance(t, Tensor)]
+def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, call: Attention) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in call[:4] if t is not None]
     with torch.enable_grad():
         q, k, v, log_temperature = (*leaves, None)[:4]
-        again, _ = _attend(q, k, v, log_temperature, scales, scale)  # type: ignore[arg-type]
+        again, _ = _forward(Attention(q, k, v, log_temperature, *call[4:]))  # type: ignore[arg-type]
     return list(torch.autograd.grad(again, leaves, grad_out))
 
 

@@ -14,11 +14,14 @@ With `log_temperature` τ, one per head, queries and keys are unit vectors (VAR'
 At 256×256 the diagonal holds 110k score pairs a head, against 462k of the full 680×680 square.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
+from mvar_kernels.ops.scale_attention.inputs import Attention
 
 _OP = Op(
     "scale_attention",
@@ -94,22 +97,13 @@ def _scale_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    inputs = (q, k, v, log_temperature, tuple(scales), causal, scale)
-    out, lse = _OP.choose(backend, q.device, *inputs).forward(*inputs)
+    call = Attention(q, k, v, log_temperature, tuple(scales), causal, scale)
+    out, lse = _OP.choose(backend, q.device, call).forward(call)
     return out, lse
 
 
 @_scale_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_temperature: Tensor | None,
-    scales: list[int],
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     B, Lq, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, Lq), dtype=checks.accumulator(q.dtype))
 
@@ -124,23 +118,15 @@ def _scale_attention_backward(
     scale: float,
     backend: str,
 ) -> list[Tensor]:
-    q, k, v, log_temperature = (*qkvt, None)[:4]
-    inputs = (q, k, v, log_temperature, tuple(scales), causal, scale)
-    kernel = _OP.choose(backend, grad_out.device, *inputs, backward=True)
+    q, k, v, *log_temperature = qkvt
+    call = Attention(q, k, v, log_temperature[0] if log_temperature else None, tuple(scales), causal, scale)
+    kernel = _OP.choose(backend, grad_out.device, call, backward=True)
     assert kernel.backward is not None
-    return list(kernel.backward(grad_out, *out_lse, *inputs))
+    return list(kernel.backward(grad_out, *out_lse, call))
 
 
 @_scale_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    out_lse: list[Tensor],
-    qkvt: list[Tensor],
-    scales: list[int],
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> list[Tensor]:
+def _(grad_out: Tensor, out_lse: list[Tensor], qkvt: list[Tensor], *options: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in qkvt]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mvar_kernels.backends import Kernel
 from mvar_kernels.checks import accumulator
+from mvar_kernels.ops.scale_attention.inputs import Attention
 
 MAX_LOG_TEMPERATURE = math.log(100)  # VAR's bound on the learned temperature
 NORM_EPS = 1e-12
@@ -26,16 +27,9 @@ def spans(scales: tuple[int, ...], queries: int, causal: bool) -> Iterator[tuple
         start += length
 
 
-def scale_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_temperature: Tensor | None,
-    scales: tuple[int, ...],
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def scale_attention(call: Attention) -> tuple[Tensor, Tensor]:
     """The output (B, Lq, H, D) and the log of each row's sum of exponentials (B, H, Lq)."""
+    q, k, v, log_temperature, scales, causal, scale = call
     acc = accumulator(q.dtype)
     q, k, v_acc = q.to(acc), k.to(acc), v.to(acc)
     if log_temperature is not None:
@@ -50,23 +44,12 @@ def scale_attention(
     return torch.cat(outs, 1).to(v.dtype), torch.cat(lses, -1)
 
 
-def scale_attention_backward(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_temperature: Tensor | None,
-    scales: tuple[int, ...],
-    causal: bool,
-    scale: float,
-) -> list[Tensor]:
+def scale_attention_backward(grad_out: Tensor, out: Tensor, lse: Tensor, call: Attention) -> list[Tensor]:
     """Gradients of q, k, v and, where given, log_temperature: the forward's own derivative."""
-    tensors = [q, k, v] if log_temperature is None else [q, k, v, log_temperature]
+    tensors = [t for t in call[:4] if t is not None]
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None = None) -> Tensor:
-        return scale_attention(q, k, v, temperature, scales, causal, scale)[0]
+    def forward(q: Tensor, k: Tensor, v: Tensor, log_temperature: Tensor | None = None) -> Tensor:
+        return scale_attention(Attention(q, k, v, log_temperature, *call[4:]))[0]
 
     return list(torch.func.vjp(forward, *tensors)[1](grad_out))
 

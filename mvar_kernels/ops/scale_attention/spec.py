@@ -3,6 +3,7 @@
 import torch
 
 from mvar_kernels.ops.scale_attention import reference
+from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.op import scale_attention
 from mvar_kernels.specs import PER_HEAD_SUM, Case, Inputs, Spec
 
@@ -64,15 +65,8 @@ def score_scale(case: Case) -> float:
 
 
 def _reference(t: Inputs, case: Case) -> tuple[torch.Tensor, ...]:
-    out, _ = reference.scale_attention(
-        t["q"],
-        t["k"],
-        t["v"],
-        t.get("log_temperature"),
-        case.options["scales"],
-        case.options["pattern"] == "causal",
-        score_scale(case),
-    )
+    options = case.options["scales"], case.options["pattern"] == "causal", score_scale(case)
+    out, _ = reference.scale_attention(Attention(t["q"], t["k"], t["v"], t.get("log_temperature"), *options))
     return (out,)
 
 

@@ -33,23 +33,21 @@ output Σ dS is not zero, and a common offset of the scores, 100 or more, would 
 the difference of two equal sums.
 """
 
-from torch import Tensor
-
 from mvar_kernels import tiling
 from mvar_kernels.backends import Kernel
+from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.triton_backward import backward
 from mvar_kernels.ops.scale_attention.triton_forward import forward
 
 
-def _why_not(q: Tensor, *others: object) -> str | None:
+def _why_not(call: Attention) -> str | None:
     # k and v share its dtype, and no other size is limited: the public function has checked.
-    if (objection := tiling.objection(q)) is not None:
+    B, _, H, D = call.q.shape
+    if (objection := tiling.objection(call.q)) is not None:
         return objection
-    if q.shape[-1] > 256:
-        return f"head dimension D={q.shape[-1]} is more than 256"
-    if max(q.shape[0], q.shape[2]) > 65535:
-        return f"batch B={q.shape[0]} or heads H={q.shape[2]} is more than the 65535 that a launch may have"
-    return None
+    if D > 256:
+        return f"head dimension D={D} is more than 256"
+    return f"batch B={B} or heads H={H} is more than the 65535 that a launch may have" if max(B, H) > 65535 else None
 
 
 scale_attention_triton = Kernel(_why_not, forward, backward)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.binding import view
+from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.plan import plan
 from mvar_kernels.ops.scale_attention.triton_parts import (
     LN_2,
@@ -332,21 +332,10 @@ def _scale_attention_dtemperature_kernel(partials_ptr, log_temperature_ptr, grad
     tl.store(grad_ptr + h, grad.to(grad_ptr.dtype.element_ty))
 
 
-def backward(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_temperature: Tensor | None,
-    scales: tuple[int, ...],
-    causal: bool,
-    scale: float,
-) -> list[Tensor]:
+def backward(grad_out: Tensor, out: Tensor, lse: Tensor, call: Attention) -> list[Tensor]:
     """Gradients of q, k, v and, where given, log_temperature."""
-    q, k, v, grad_out = view(q), view(k), view(v), grad_out.contiguous()
-    temperature = None if log_temperature is None else view(log_temperature)
+    q, k, v, temperature, scales, causal, scale = call.readable()
+    grad_out = grad_out.contiguous()
     B, Lq, H, D = q.shape
     L, device, shapes = k.shape[1], q.device, shape_class(q)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))

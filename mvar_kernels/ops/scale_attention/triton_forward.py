@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.binding import view
+from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.plan import plan
 from mvar_kernels.ops.scale_attention.triton_parts import (
     LN_2,
@@ -140,17 +140,9 @@ def _scale_attention_fwd_kernel(
     tl.store(lse_ptr + (b * H + h) * Lq + offs_m, (peak + tl.log2(total)) * LN_2, mask=mask_m)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_temperature: Tensor | None,
-    scales: tuple[int, ...],
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Attention) -> tuple[Tensor, Tensor]:
     """The output and the log of each row's sum of exponentials, as the reference's."""
-    q, k, v, temperature = view(q), view(k), view(v), None if log_temperature is None else view(log_temperature)
+    q, k, v, temperature, scales, causal, scale = call.readable()
     B, Lq, H, D = q.shape
     out = torch.empty((B, Lq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)

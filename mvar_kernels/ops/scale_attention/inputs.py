@@ -1,0 +1,26 @@
+"""What every kernel of scale_attention takes, checked by the public function."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mvar_kernels.binding import view
+
+
+class Attention(NamedTuple):
+    """One call: q (B, Lq, H, D), the last of the sequence's queries; k and v (B, L, H, D); all else as in
+    :func:`mvar_kernels.scale_attention`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_temperature: Tensor | None
+    scales: tuple[int, ...]
+    causal: bool
+    scale: float
+
+    def readable(self) -> "Attention":
+        """The same with the last dimension of every tensor contiguous: in place, or a copy where it must be."""
+        temperature = None if self.log_temperature is None else view(self.log_temperature)
+        return self._replace(q=view(self.q), k=view(self.k), v=view(self.v), log_temperature=temperature)
