@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import mvar
+import mvar_kernels as mk
 from mvar.engine import prepared_model
 from mvar.tokenizer import Tokenizer
 from tests import upstream
@@ -179,12 +181,28 @@ def test_pictures_of_every_scale() -> None:
     torch.testing.assert_close(out.images, (tokenizer.decode(out.tokens) + 1) / 2)
 
 
+def test_more_smooth_sharpens_and_cools_as_var_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """logits·(1+k/(K−1)) at temperature 0.27·(1−0.95·k/(K−1)), for four scales."""
+    soft_embedding, seen = mk.soft_embedding, []
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        seen.extend((options["sharpness"], options["temperature"]))
+        return soft_embedding(*args, **options)
+
+    monkeypatch.setattr(mk, "soft_embedding", spy)
+    model, tokenizer = small()
+    mvar.generate(model, tokenizer, LABELS, more_smooth=True, dtype=torch.float32)
+    assert seen == pytest.approx([1, 0.27, 4 / 3, 0.1845, 5 / 3, 0.099, 2, 0.0135])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_copy_follows_the_weights(dtype: torch.dtype) -> None:
     """Made once, made anew when a weight changes, and near float32: the logits within a few roundings."""
     model, tokenizer = small()
     copy = prepared_model(model, dtype)
-    assert prepared_model(model, dtype) is copy and copy.blocks[0].mamba.A_log.dtype == torch.float32
+    assert prepared_model(model, dtype) is copy
+    mixer = copy.blocks[0].mamba
+    assert {t.dtype for t in (mixer.dt_bias, mixer.A_log, mixer.D)} == {torch.float32}  # the recurrence's
     inputs = torch.randn(3, 38, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact, rough = model(LABELS, inputs), copy(LABELS, inputs)
