@@ -1,10 +1,12 @@
 """What all tests share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from mvar_kernels.backends import native
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: its kernels then run on the CPU
@@ -16,6 +18,23 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def use_instruction_set() -> Iterator[Callable[[str], None]]:
+    """Make the C++ kernels use an instruction set by name; skips where the processor lacks it."""
+    extension = native()
+    assert extension is not None
+    before = extension.instruction_set()
+
+    def use(name: str) -> None:
+        try:
+            extension.use_instruction_set(name)
+        except ValueError as error:
+            pytest.skip(str(error))
+
+    yield use
+    extension.use_instruction_set(before)
 
 
 @pytest.fixture(autouse=True)

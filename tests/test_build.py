@@ -1,7 +1,7 @@
 """The C++ extension: its instruction sets, its threads, and an install that has to do without it."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,21 +20,6 @@ EPS = 1e-6
 native = import_native()
 needs_native = pytest.mark.skipif(native is None, reason="the C++ extension was not built")
 INSTRUCTION_SETS = native.build_info()["instruction_sets"] if native else ()
-
-
-@pytest.fixture
-def use_instruction_set() -> Iterator[Callable[[str], None]]:
-    assert native is not None
-    before = native.instruction_set()
-
-    def use(name: str) -> None:
-        try:
-            native.use_instruction_set(name)
-        except ValueError as error:
-            pytest.skip(str(error))
-
-    yield use
-    native.use_instruction_set(before)
 
 
 def _inputs(B: int, L: int, C: int, dtype: torch.dtype) -> dict[str, Tensor]:

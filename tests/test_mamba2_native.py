@@ -1,6 +1,6 @@
 """Mamba-2's C++ kernels: every instruction set, any number of threads, sizes that fill no vector."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,21 +31,6 @@ CASES = (
     _case(1, 131, 3, 33, 16, scales=(1, 17, 113)),
     _case(66, 2, 1, 4, 3),
 )
-
-
-@pytest.fixture
-def use_instruction_set() -> Iterator[Callable[[str], None]]:
-    assert native is not None
-    before = native.instruction_set()
-
-    def use(name: str) -> None:
-        try:
-            native.use_instruction_set(name)
-        except ValueError as error:
-            pytest.skip(str(error))
-
-    yield use
-    native.use_instruction_set(before)
 
 
 def _tensors(spec: Spec, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The C++ kernels of scale_attention: instruction sets, threads, strides, key blocks and small scales."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -60,21 +60,6 @@ PROBLEMS = {
     "large_scores": Problem((2, 19), 21, causal=False, normed=True, scale=5.0),
     "tiny_scale": Problem((2, 19), 21, causal=True, normed=False, scale=1e-50),
 }
-
-
-@pytest.fixture
-def use_instruction_set() -> Iterator[Callable[[str], None]]:
-    assert native is not None
-    before = native.instruction_set()
-
-    def use(name: str) -> None:
-        try:
-            native.use_instruction_set(name)
-        except ValueError as error:
-            pytest.skip(str(error))
-
-    yield use
-    native.use_instruction_set(before)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
