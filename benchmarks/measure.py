@@ -133,6 +133,13 @@ def folder() -> str:
     return machine()["device"].lower().replace(" ", "_")
 
 
+def kept(name: str) -> Any:
+    """The rows of results/<device>/<name>.json if this machine made them at this commit, else None."""
+    path = RESULTS / folder() / f"{name}.json"
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    return content["rows"] if content.get("machine") == machine() else None
+
+
 def write(name: str, rows: Any) -> Path:
     """Write results/<device>/<name>.json with the machine beside the rows."""
     path = RESULTS / folder() / f"{name}.json"

@@ -119,16 +119,22 @@ def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
     return attn.proj(attend(q, k, v, 0.25 * q.shape[-1] ** -0.5).flatten(2))
 
 
-def mamba(mamba: Mamba2, x: Tensor) -> Tensor:
+def convolve(xbc: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, L, channels), causal, depth-wise: weight (channels, 1, taps)."""
+    channels, _, taps = weight.shape
+    out = F.conv1d(xbc.transpose(1, 2).contiguous(), weight, bias, padding=taps - 1, groups=channels)
+    return out[..., : xbc.shape[1]].transpose(1, 2)
+
+
+def mamba(mamba: Mamba2, x: Tensor, convolve: Callable[[Tensor, Tensor, Tensor], Tensor] = convolve) -> Tensor:
     E, H = mamba.norm.weight.shape[0], mamba.D.shape[0]
     N = (mamba.conv1d.weight.shape[0] - E) // 2
     z, xbc, dt = mamba.in_proj(x).split([E, E + 2 * N, H], -1)
-    weight, bias = mamba.conv1d.weight, mamba.conv1d.bias
-    convolved = F.conv1d(xbc.transpose(1, 2).contiguous(), weight, bias, padding=weight.shape[-1] - 1, groups=E + 2 * N)
-    inner, B, C = F.silu(convolved[..., : x.shape[1]].transpose(1, 2)).float().split([E, N, N], -1)
+    assert mamba.conv1d.bias is not None
+    convolved = F.silu(convolve(xbc, mamba.conv1d.weight, mamba.conv1d.bias))
+    inner, B, C = convolved.float().split([E, N, N], -1)
     heads = inner.unflatten(-1, (H, E // H))
-    state = heads.new_zeros(x.shape[0], H, E // H, N)
     with torch.autocast(x.device.type, enabled=False):
-        y, _ = scan(heads, F.softplus(dt.float() + mamba.dt_bias), -mamba.A_log.exp(), B, C, state)
+        y, _ = scan(heads, F.softplus(dt.float() + mamba.dt_bias), -mamba.A_log.exp(), B, C, None)
     gated = (y + mamba.D[:, None] * heads).flatten(2) * F.silu(z.float())
     return mamba.out_proj(F.rms_norm(gated, (E,), mamba.norm.weight, eps=1e-5))
