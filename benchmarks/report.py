@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, report_gpu, report_kernels, report_quality
+from benchmarks import plots, report_gpu, report_kernels, report_quality, report_training
 from benchmarks.measure import RESULTS
 from benchmarks.page import page
 from mvar.files import replacing
@@ -59,10 +59,12 @@ def device(folder: Path) -> str:
         against_batch = Path("docs") / f"speed_{model}_{folder.name}.png"
         plots.speed(content["rows"], ROOT / against_batch)
         parts.append(f"![images a second against the batch]({against_batch})\n")
-    parts += [training_data(name.removeprefix("data_"), row) for name, r in data.items() for row in r["rows"]]
+    parts += [report_training.data(name.removeprefix("data_"), row) for name, r in data.items() for row in r["rows"]]
     if plugged_in:
         parts.append(accelerated([content["rows"] for content in plugged_in.values()]))
-    parts += [training(name.removeprefix("train_"), content["rows"]) for name, content in steps.items()]
+    parts += [report_training.step(name.removeprefix("train_"), content["rows"]) for name, content in steps.items()]
+    if "digits" in results:
+        parts.append(report_training.digits(results["digits"]["rows"]))
     parts += [report_quality.parity(content["rows"]) for content in parities.values()]
     if "growth" in results:
         picture = Path("docs") / f"growth_{folder.name}.png"
@@ -136,35 +138,6 @@ def accelerated(models: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def training(model: str, rows: dict[str, Any]) -> str:
-    others = [side for side in rows["runs"][0]["median_ms"] if side != "mvar"]
-    lines = [
-        f"A training step of {model} at 256×256, from forward to fused AdamW, images a second; in brackets how many "
-        "times as fast mvar is:\n",
-        f"| batch | dtype | mvar | {' | '.join(others)} | products alone "
-        f"| peak memory, GiB: mvar, {', '.join(others)} |",
-        "|---" * (5 + len(others)) + "|",
-    ]
-    for run in rows["runs"]:
-        ms, speed = run["median_ms"], {side: 1e3 * run["batch"] / t for side, t in run["median_ms"].items()}
-        slower = (f"{speed[side]:.3g} ({ms[side] / ms['mvar']:.2f}×)" for side in others)
-        held = ", ".join(f"{run['peak_gib'][side]:.2f}" for side in ("mvar", *others))
-        lines.append(
-            f"| {run['batch']} | {run['dtype']} | {speed['mvar']:.3g} | {' | '.join(slower)} "
-            f"| {1e3 * run['batch'] / run['floor_ms']:.3g} | {held} |"
-        )
-    batch, encoder = rows["runs"][0]["batch"], rows["encode"]["encoder"]
-    step = rows["runs"][0]["median_ms"]["mvar"]
-    largest = max(rows["gradient_differences"].values())
-    lines += [
-        "",
-        f"Gradients differ from eager PyTorch's by at most {largest:.1g} of their norm. From pictures instead of "
-        f"tokens, the published tokenizer's encoder adds {encoder / 1e3:.2f} s to a float32 step of {batch} images, "
-        f"which itself takes {step / 1e3:.2f} s.\n",
-    ]
-    return "\n".join(lines)
-
-
 def _seconds(ms: dict[str, float], side: str) -> str:
     return f"{ms[side] / 1e3:.2f} ({ms[side] / ms['mvar']:.1f}×)" if side in ms else "–"
 
@@ -190,17 +163,6 @@ def _breakdowns(runs: list[dict[str, Any]]) -> str:
 
 def _floor(ms: float | None) -> str:
     return f"{ms:.0f}" if ms and ms >= 0.5 else ("< 1" if ms else "–")
-
-
-def training_data(model: str, row: dict[str, Any]) -> str:
-    ms = row["median_ms"]
-    pictures, tokens = ms["step from pictures"], ms["step from tokens"]
-    return (
-        f"A training step of {model} at 256×256, batch {row['batch']}, {row['dtype']}: {pictures / 1e3:.2f} s from "
-        f"pictures, with {ms['encoding'] / 1e3:.2f} s of encoding and {ms['reading pictures']:.0f} ms of reading; "
-        f"{tokens / 1e3:.2f} s from tokens ({pictures / tokens:.2f} times as fast), with {ms['reading tokens']:.2f} ms "
-        "of reading.\n"
-    )
 
 
 def table_of_ops(ops: dict[str, Any]) -> str:

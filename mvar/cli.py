@@ -14,7 +14,7 @@ from mvar.train.flags import add_flags, parsed, token_maps
 # torch takes a second to import: `mvar --help` and bad use are answered before it.
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
-SUITES = ("parity", "growth", "ops", "generate", "generation", "data", "train", "plug_in", "memory")
+SUITES = ("parity", "growth", "ops", "generate", "generation", "data", "train", "digits", "plug_in", "memory")
 BACKEND_HELP = "backend of every op, see `mvar info` (default: auto)"
 
 
