@@ -114,9 +114,8 @@ def main() -> None:
     if len(options.dtypes) == 1:
         measure(options, sizes)
         return
-    for (
-        dtype
-    ) in options.dtypes:  # each in a process of its own: a step of d16 needs 10 GB, which would not be given back
+    # Each in a process of its own: what one step of d16 takes, 10 GB, this one would keep.
+    for dtype in options.dtypes:
         command = [sys.executable, "-m", "benchmarks.train", *sizes, "--rounds", str(options.rounds), "--dtypes", dtype]
         subprocess.run(command, check=True)
 

@@ -1,15 +1,17 @@
 """The training benchmarks: their sides compute the same, and a wrong one is not timed."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import mvar
-from benchmarks import digits, measure, plain, report_training, training_run
+from benchmarks import digits, measure, plain, report_training, train, training_run
 from benchmarks.digits import EAGER, OURS, Run
-from benchmarks.train import Steps
 from benchmarks.training_run import EXACT, EagerObjective
 from mvar.data import tensor_source
 from mvar.train import run
@@ -139,17 +141,50 @@ def test_parts_inside_another_count_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert spent == {"inner": 4.0, "outer": 3.0}
 
 
-@pytest.mark.usefixtures("compiled")
-def test_gradients_of_a_wrong_side_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, compiled: None) -> None:
     sizes = mvar.TokenizerConfig((1, 2, 3), num_codes=32, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False)
     build = mvar.build
     monkeypatch.setattr(mvar, "build", lambda depth, **options: build(depth, tokenizer=sizes, width=64, **options))
-    steps = Steps(2, 3)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_gradients_of_a_wrong_side_are_noticed() -> None:
+    steps = train.Steps(2, 3)
     assert max(steps.gradient_differences().values()) < 1e-4
     ours = steps.sides[OURS]
     steps.sides[OURS] = lambda *data: 1.01 * ours(*data)
     with pytest.raises(SystemExit, match="gradients differ .*mvar"):
         steps.gradient_differences()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_dtype_is_added_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a process of its own, for which this one stands in."""
+    files: dict[str, Any] = {}
+    monkeypatch.setattr(train, "kept", files.get)
+    monkeypatch.setattr(train, "write", lambda name, rows: files.update({name: rows}))
+    monkeypatch.setattr(train, "require_allocator", lambda: None)
+    monkeypatch.setattr(train, "peak_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(train, "in_a_process_of_its_own", lambda *arguments: 1.0)
+
+    def again(command: list[str], *, check: bool) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[2:])
+            train.main()
+
+    monkeypatch.setattr(subprocess, "run", again)
+    monkeypatch.setattr(sys, "argv", ["train", "--depth=1", "--batch=2", "--rounds=1"])
+    train.main()
+    assert [run["dtype"] for run in files["train_d1"]["runs"]] == ["float32", "bfloat16"]
+    before = files["train_d1"]["runs"][1]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--dtypes=float32"])
+    train.main()
+    assert files["train_d1"]["runs"][1] is before
+    assert "| 2 | bfloat16 |" in report_training.step("d1", files["train_d1"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--batch=3"])
+    train.main()
+    assert [(run["batch"], run["dtype"]) for run in files["train_d1"]["runs"]] == [(3, "float32")]
 
 
 def test_results_are_added_to_those_of_the_same_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
