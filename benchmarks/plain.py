@@ -83,7 +83,7 @@ def attention_by_scale(attn: Attention, x: Tensor, scales: tuple[int, ...]) -> T
 
 def convolve_by_taps(xbc: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As :func:`convolve`. On a CPU, forward and backward are faster than conv1d's: a mixer of 64 digits in 0.8 of the
-    time, one of 680 tokens in 0.93 to 0.99."""
+    time, one of 680 tokens in 0.92 to 0.99."""
     L, taps = xbc.shape[1], weight.shape[-1]
     padded, out = F.pad(xbc, (0, 0, taps - 1, 0)), bias.to(xbc.dtype)
     for tap in range(taps):
