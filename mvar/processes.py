@@ -38,12 +38,15 @@ class Processes:
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
-    """Join the other processes; without torchrun's variables there is none."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+def joined(backend: str = "gloo") -> Iterator[Processes]:
+    """Join the other processes, of torch.distributed's `backend`; without torchrun's variables there is none.
+
+    The default suits those that exchange a file's name and their presence: nothing for a GPU.
+    """
+    if "WORLD_SIZE" not in os.environ:
         yield Processes()
         return
-    dist.init_process_group("gloo")  # they exchange a file's name and their presence: nothing for a GPU
+    dist.init_process_group(backend)
     # torchrun ends all processes with the first that fails: as an exception, so that they tidy up.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

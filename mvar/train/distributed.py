@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,25 +15,17 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from mvar import processes
 from mvar.model import Model
+from mvar.processes import Processes
 from mvar.train.objective import Objective
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among all of a run; alone where torchrun has not started it."""
+class World(Processes):
+    """The processes of a run, each with its device, which add up tensors."""
 
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    device: torch.device = torch.device("cpu")
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
@@ -47,32 +39,25 @@ class World:
         dist.all_reduce(values)
         return values
 
-    def agreed(self, value: int) -> int:
-        """The first process's value."""
-        if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values)
-        return values[0]
+    def union(self, names: Iterable[str]) -> set[str]:
+        """What any process has."""
+        found: list[set[str]] = [set(names)] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, set(names))
+        return set().union(*found)
 
 
 @contextmanager
 def joined(device: str | None) -> Iterator[World]:
     """Join the processes that torchrun started (gloo on the CPU, NCCL on GPUs), or be alone; leave at the end."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if "WORLD_SIZE" not in os.environ:
-        yield World(0, 1, _usable(kind))
-        return
-    if kind == "cuda":
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        kind = f"cuda:{os.environ['LOCAL_RANK']}"
     where = _usable(kind)
-    if where.type == "cuda":
+    if where.index is not None and where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), where)
-    finally:
-        dist.destroy_process_group()
+    with processes.joined("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo") as found:
+        yield World(found.rank, found.size, where)
 
 
 def _usable(name: str) -> torch.device:
@@ -99,10 +84,6 @@ def parallel(objective: Objective, world: World, *, fsdp: bool) -> nn.Module:
     must not be rounded, need no exception.
     """
     if fsdp:
-        if not dist.is_initialized():
-            raise ValueError("--fsdp: start the run with torchrun, also for a single process")
-        if objective.model.config.shared_adaln:
-            raise ValueError("--fsdp: blocks with a shared modulation layer (--saln) cannot be sharded")
         mesh = dist.init_device_mesh(world.device.type, (world.size,))
         for block in objective.model.typed_blocks():
             fully_shard(block.ada_lin, mesh=mesh)  # called for all blocks before the first one runs

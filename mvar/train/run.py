@@ -58,7 +58,7 @@ def run(flags: Flags) -> None:
                 written.append(out / "pictures.png")
                 draw(finished.to(world.device), data.tokenizer, flags, written[-1])
             print(f"written: {', '.join(map(str, written))}", flush=True)
-        world.barrier()
+        world.meet()
 
 
 def set_products(device: torch.device, tf32: bool) -> None:
@@ -116,7 +116,7 @@ def digits_data(flags: Flags, world: World) -> Data:
         file = Path(flags.tokenizer)
     elif world.leads and not (Path(flags.out) / "checkpoints").is_dir():
         train_digits_tokenizer(file, seed=flags.seed or 0, shorten=flags.shorten)
-    world.barrier()
+    world.meet()
     tokenizer = load_tokenizer(file, device=world.device)
     if flags.pn not in (None, tokenizer.patch_nums):
         raise ValueError(f"--pn: the tokenizer's token maps are {tokenizer.patch_nums}, not {flags.pn}")
