@@ -82,7 +82,7 @@ class ImageFolder:
         self._names = np.array([os.fsencode(name) for c in self.classes for name in found.get(c, ())])
         self._labels = np.repeat(np.arange(len(self.classes)), self.counts)
         self.unreadable: dict[str, str] = {}
-        """name → reason, of all pictures that were met and could not be read"""
+        """name → reason, of all pictures that this process has met and could not read"""
 
     @property
     def num_classes(self) -> int:

@@ -1,7 +1,7 @@
 """The interface between data and training, and tensors behind it."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +27,10 @@ class Source(Protocol):
 
     @property
     def num_classes(self) -> int: ...
+
+    @property
+    def unreadable(self) -> Collection[str]:
+        """Names of the items that this process has met and could not read."""
 
     def __len__(self) -> int:
         """Items: those of one epoch."""
@@ -79,6 +83,8 @@ def _as_it_is(batch: Any) -> Any:
 
 class TensorSource:
     """Images or tokens that are in memory."""
+
+    unreadable: Collection[str] = ()
 
     def __init__(self, data: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
         self._data, self._labels = data, labels

@@ -12,7 +12,7 @@ finished, what is missing and what is damaged shows from the folder alone.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -158,6 +158,9 @@ class TokenStore:
     Raises:
         TokenStoreError: no manifest, unfinished, or a file truncated. `verify` reads them all.
     """
+
+    unreadable: Collection[str] = ()
+    """what could not be read has stand-ins since `mvar tokenize`, which tells"""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

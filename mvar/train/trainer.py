@@ -29,6 +29,12 @@ AUTOCAST = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16}  # by --fp16
 VALIDATED_EVERY = 10  # epochs, as in VAR
 
 
+def autocast(flags: Flags, device: torch.device) -> torch.autocast:
+    """What --fp16 says."""
+    dtype = AUTOCAST[flags.fp16]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 class Interrupted(Exception):
     """The run was told to end by `signal`, and has saved itself."""
 
@@ -82,7 +88,7 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(Path(flags.out), world)
         self.window = Window(model.config.scales, model.config.num_codes, world)
-        self.flops = flops_per_image(model)
+        self.flops = [flops_per_image(model, k + 1) for k in range(len(model.config.scales))]  # by scales in training
         self.peak = 1e12 * flags.peak_tflops if flags.peak_tflops else peak_flops(world.device)
         self.done = self.saved = 0
         self.told_to_stop: int | None = None
@@ -92,9 +98,16 @@ class Trainer:
         total = self.schedule.iterations
         out, flags = Path(self.flags.out), self.flags
         self.reporter = Reporter(
-            out, self.world.leads, tensorboard=flags.tb, name=flags.exp_name, done=self.done, total=total
+            out,
+            self.world.leads,
+            tensorboard=flags.tb,
+            name=flags.exp_name,
+            done=self.done,
+            total=total,
+            sides=tuple(n * self.tokenizer.downsampling for n in self.model.config.patch_nums),
         )
         self.told = self.tried = self.began_at = self.done
+        self.flops_since_told = 0
         self.began = self.told_time = time.perf_counter()
         with closing(self.reporter), self._listening():
             for batch in self._batches():
@@ -108,7 +121,10 @@ class Trainer:
                 epoch = self.done // self.schedule.per_epoch
                 if self.done % self.schedule.per_epoch == 0 and self.validation is not None:
                     if epoch % VALIDATED_EVERY == 0 or self.done == total:
-                        self.reporter.row(self.done, {f"val_{k}": v for k, v in self._validate().items()})
+                        self.reporter.tell_validation(self.done, self._validate())
+            for of, source in (("training", self.source), ("validation", self.validation)):
+                if source is not None and (unreadable := len(self.world.union(source.unreadable))):
+                    self.reporter.say(f"warning: {unreadable} of {len(source)} {of} pictures could not be read")
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint that can be read, if there is one.
@@ -124,7 +140,9 @@ class Trainer:
                 self.checkpoints.read(path, tensors)
             except OSError as error:
                 if path == paths[-1]:
-                    raise
+                    raise OSError(
+                        f"{error}; no checkpoint is left: delete {path.parent}, or choose another --out"
+                    ) from error
                 if self.world.leads:
                     print(f"warning: {error}; the one before it is tried", flush=True)
                 continue
@@ -162,7 +180,7 @@ class Trainer:
     def _train_on(self, batch: Batch, iteration: int, stage: Stage) -> None:
         labels, inputs, tokens = self._on_device(batch, stage.scales)
         with synchronised(self.module, self.schedule.steps(iteration)):
-            with self._autocast():
+            with autocast(self.flags, self.world.device):
                 out = self.module(
                     labels,
                     inputs,
@@ -173,6 +191,7 @@ class Trainer:
                 )
             self.stepper.backward(out.loss)
         self.window.add(out, tokens)
+        self.flops_since_told += self.schedule.images * self.flops[stage.scales - 1]
 
     def _on_device(self, batch: Batch, scales: int) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, inputs and tokens of the first scales."""
@@ -192,10 +211,6 @@ class Trainer:
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
         draws = torch.rand(self.rows * self.world.size, self.model.draws_per_image, generator=generator)
         return draws[self.world.rank * self.rows :][: self.rows].to(self.world.device, non_blocking=True)
-
-    def _autocast(self) -> torch.autocast:
-        dtype = AUTOCAST[self.flags.fp16]
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
     def _after(self, step: Step, iteration: int, stage: Stage) -> None:
         """What comes after a step: an end, a line, a checkpoint."""
@@ -222,22 +237,23 @@ class Trainer:
 
     def _tell(self, step: Step, iteration: int, stage: Stage) -> None:
         now = time.perf_counter()
-        images_per_s = (self.done - self.told) * self.schedule.images / (now - self.told_time)
+        seconds = now - self.told_time
         values: dict[str, Any] = self.window.means() | {
             "gradient_norm": step.gradient_norm,
             "learning_rate": self.schedule.learning_rate(iteration),
             "weight_decay": self.schedule.weight_decay(iteration),
             "epoch": self.done / self.schedule.per_epoch,
             "scales": stage.scales,
-            "images_per_s": images_per_s,
-            "mfu": images_per_s * self.flops / (self.peak * self.world.size) if self.peak else None,
+            "images_per_s": (self.done - self.told) * self.schedule.images / seconds,
+            "mfu": self.flops_since_told / (seconds * self.peak * self.world.size) if self.peak else None,
             "skipped": self.stepper.skipped,
+            "unreadable": len(self.world.union(self.source.unreadable)),
             "loss_scale": self.stepper.scaler.get_scale() if self.flags.fp16 == 1 else None,
         }
         left = (self.schedule.iterations - self.done) * (now - self.began) / (self.done - self.began_at)
         self.reporter.tell(self.done, values, left)
         self.window.clear()
-        self.told, self.told_time = self.done, now
+        self.told, self.told_time, self.flops_since_told = self.done, now, 0
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -255,7 +271,7 @@ class Trainer:
                     torch.zeros(1, dtype=torch.int64), tokens=torch.zeros(1, self.tokenizer.num_tokens).long()
                 )
             labels, inputs, tokens = self._on_device(batch, everything)
-            with self._autocast():
+            with autocast(self.flags, self.world.device):
                 out = self.module(labels, inputs, tokens)
             window.add(out._replace(nll=out.nll[:rows], predictions=out.predictions[:rows]), tokens[:rows])
         self.objective.train()

@@ -1,0 +1,119 @@
+"""What is told about a run: means without what is not finite, FLOPs of what is done, lines on the screen."""
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mvar
+from mvar.cli import main
+from mvar.model import from_config
+from mvar.train.distributed import World
+from mvar.train.metrics import Reporter, Window, flops_per_image
+from mvar.train.objective import TokenLosses
+from tests import training
+from tests.pictures import write_pictures
+
+
+def test_means_leave_out_what_is_not_finite_and_count_it() -> None:
+    tokens = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    nll = torch.tensor([[1.0, 2.0, 3.0], [1.0, torch.nan, 5.0]])
+    window = Window((1, 2), 4, World())
+    window.add(TokenLosses(torch.tensor(torch.nan), nll, tokens), tokens)
+    window.add(TokenLosses(torch.tensor(2.0), nll[:1] + 2, tokens[:1] + 1), tokens[:1])
+    means = window.means()
+    assert (means["loss"], means["loss_last"], means["accuracy"]) == (3.0, 3.5, 0.5)
+    assert means["not_finite"] == 1
+    window.clear()
+    window.add(TokenLosses(torch.tensor(2.0), nll[:1], tokens[:1]), tokens[:1])
+    assert window.means()["not_finite"] == 0
+
+
+@pytest.mark.parametrize("changed", [{}, {"bidirectional": True}, {"architecture": "var", "shared_adaln": True}])
+@pytest.mark.parametrize("scales", [1, 2, None])
+def test_flops_are_those_of_what_is_done(changed: dict, scales: int | None) -> None:
+    """Every product of every layer as it is called, every pair of tokens that see one another."""
+    model = from_config(mvar.ModelConfig(depth=2, patch_nums=(1, 2, 3), code_dim=8, num_codes=16, **changed)).eval()
+    config, products = model.config, 0
+
+    def count(layer: nn.Linear, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        nonlocal products
+        products += inputs[0].numel() * layer.out_features
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(count)
+    length = sum(config.scales[:scales])
+    model(torch.zeros(1, dtype=torch.int64), torch.zeros(1, length - 1, 8), backend="reference")
+    level = model.lvl_1L[0, :length].tolist()
+    causal = config.architecture == "var"
+    pairs = sum(b <= a if causal else a == b for a, b in product(level, level))
+    attention = 2 * config.channels * pairs  # q·k, and p·v
+    # What comes into the state, what is left of it and what is read of it, for every token.
+    scan = 0 if causal else 3 * config.inner_width * config.state_dim * length * (1 + config.bidirectional)
+    assert flops_per_image(model, scales) == 3 * 2 * (products + config.depth * (attention + scan))
+
+
+def test_utilisation_is_of_the_scales_in_training(tmp_path: Path) -> None:
+    run = training.trainer(training.flags(tmp_path, pg=0.8, pg0=0, wp=0.1, pgwp=0.2, peak_tflops=2.0))
+    run.run()
+    rows = training.rows(tmp_path)
+    assert {row["scales"] for row in rows} == {1, 2, 3, 4}
+    for row in rows:
+        assert row["mfu"] == pytest.approx(row["images_per_s"] * flops_per_image(run.model, row["scales"]) / 2e12)
+
+
+def test_validation_is_told_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    training.trainer(training.flags(tmp_path), items=128).run()
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    line = f"validation after iteration 2: loss {row['val_loss']:.4g} loss_last {row['val_loss_last']:.4g} accuracy "
+    assert line in capsys.readouterr().out
+
+
+def test_unreadable_pictures_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pictures(tmp_path / "data" / "train", {"cat": 60, "dog": 60}, size=(8, 8))
+    (tmp_path / "data" / "train" / "cat" / "007.png").write_bytes(b"no picture")
+    sizes = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False)
+    mvar.save(tmp_path / "codes.safetensors", mvar.build(1, tokenizer=sizes)[1])
+    words = "--depth=1 --bs=60 --ep=2 --log_every=1 --tb=0 --device=cpu --pictures=0"
+    main(
+        ["train", f"--data_path={tmp_path}/data", f"--tokenizer={tmp_path}/codes.safetensors"]
+        + [*words.split(), f"--out={tmp_path}/run"]
+    )
+    out = capsys.readouterr().out
+    assert "warning: 1 of 120 training pictures could not be read" in out
+    rows = training.rows(tmp_path / "run")
+    assert rows[0]["unreadable"] in (0, 1) and [row["unreadable"] for row in rows[1:]] == [1, 1, 1]
+    assert "unreadable 1 loss" in out
+
+
+def test_tensorboard_has_the_names_and_units_of_vars_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, float] = {}
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None: ...
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            shown[name] = value
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    reporter = Reporter(tmp_path, True, tensorboard=True, name="run", done=0, total=2, sides=(16, 32))
+    reporter.row(1, {"loss": 2.0, "accuracy_last": 0.25, "loss_scale1": 3.0, "accuracy_scale0": 0.5, "loss_scale": 4.0})
+    reporter.tell_validation(2, {"loss": 2.5, "accuracy": 0.125})
+    reporter.close()
+    assert shown == {
+        "AR_ep_loss/L_mean": 2.0,
+        "AR_ep_loss/acc_tail": 25.0,
+        "AR_iter_loss/L_32": 3.0,
+        "AR_iter_loss/acc_16": 50.0,
+        "AR_opt_grad/fp16/scale_log2": 2.0,
+        "AR_ep_loss/vL_mean": 2.5,
+        "AR_ep_loss/vacc_mean": 12.5,
+    }
