@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import (
     CheckpointException,
@@ -117,11 +117,20 @@ class Checkpoints:
     def read(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Fill `tensors` from a checkpoint. OSError where it is damaged or of another model."""
 
+        def look() -> None:  # torch itself would tell of a damaged file in tracebacks, and not which it is
+            for file in sorted(path.glob("*.safetensors")):
+                try:
+                    with safe_open(file, "pt"):
+                        pass
+                except SafetensorError as error:
+                    raise OSError(f"{file.name}: truncated or damaged: {error}") from error
+
         def read() -> None:
             reader = HuggingFaceStorageReader(str(path))
             load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
 
         try:
+            self._all(look)
             self._all(read)
         except OSError as error:
             raise OSError(f"{path}: cannot be used: {error}") from error
