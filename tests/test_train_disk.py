@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mvar.cli import main
 from mvar.data import tensor_source
+from mvar.processes import Processes
+from mvar.train.lock import locked
 from mvar.train.metrics import Reporter
 from tests import training
 
@@ -40,6 +44,20 @@ def test_a_full_disk_costs_the_log_not_the_run(
     full.row(2, {"loss": 1.0})
     full.close()
     assert capsys.readouterr().out.count("No space left on device; training goes on") == 1
+
+
+def test_tensorboard_that_cannot_begin_costs_itself_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=cannot))
+    told = reporter(tmp_path, tensorboard=True)
+    told.tell(1, {"loss": 1.0}, 1.0)
+    told.close()
+    assert capsys.readouterr().out.count("No space left on device; training goes on") == 1
+    assert (tmp_path / "log.jsonl").read_text().count("loss") == 1
 
 
 def saved(out: Path, *iterations: int) -> None:
@@ -92,6 +110,49 @@ def test_a_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
     again.row(4, {"loss": 2.0})
     assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
     assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_damage_is_told_in_a_line_that_names_the_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, 8, 16)
+    files = sorted((tmp_path / "checkpoints").glob("*/*.safetensors"))
+    files[1].write_bytes(files[1].read_bytes()[:-1000])
+    run = training.trainer(training.flags(tmp_path))
+    assert run.resume() and run.done == 8
+    said = "".join(capfd.readouterr())
+    assert said.count("\n") == 1 and f"{files[1].parent}: cannot be used: {files[1].name}: truncated or damaged" in said
+    assert "the one before it is tried" in said
+    files[0].write_bytes(b"\xff" * 1000)
+    with pytest.raises(OSError, match=f"{files[0].name}: truncated .* no checkpoint is left: delete .* another --out"):
+        training.trainer(training.flags(tmp_path)).resume()
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mvar.processes import Processes
+from mvar.train.lock import locked
+with locked(Path(sys.argv[1]), Processes()):
+    print(flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_run_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == b"\n"
+    try:
+        with pytest.raises(SystemExit):
+            main(["train", *training.arguments(tmp_path)])
+        held = f"--out: {tmp_path} is in use by process {other.pid} on {os.uname().nodename}; wait for its end, or"
+        assert held in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    with locked(tmp_path, Processes()):  # nothing is left of a process that was killed
+        pass
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"iteration": 16}'])

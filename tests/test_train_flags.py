@@ -1,6 +1,8 @@
 """The flags: VAR's meaning and defaults, everything else an error in one line."""
 
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,17 @@ VARS = {
     "wpe": 0.01, "sche": "lin0", "opt": "adamw", "afuse": True, "saln": False, "anorm": True,
     "mid_reso": 1.125, "hflip": False, "workers": 0, "pg": 0.0, "pg0": 4, "pgwp": 0,
     "tf32": True, "seed": None, "exp_name": "text",
+}  # fmt: skip
+
+
+# And what else their parsers know, with a value that changes nothing here; "" where every value would say something.
+OTHERS = {
+    "data_path": "x", "pn": "256", "fuse": "1", "patch_size": "16", "same_seed_for_all_ranks": "0",
+    "local_debug": "False", "dbg_nan": "False", "local_out_dir_path": "x", "device": "cpu",
+    "local-rank": "0", "local_rank": "0",
+    "world_size": "1", "dist_url": "env://", "tlr": "", "batch_size": "", "glb_batch_size": "", "patch_nums": "",
+    "resos": "", "data_load_reso": "", "tb_log_dir_path": "", "log_txt_path": "", "last_ckpt_path": "", "ngpus": "",
+    "nodes": "", "timeout": "", "job_dir": "", "partition": "", "comment": "",
 }  # fmt: skip
 
 
@@ -40,6 +53,26 @@ def test_the_public_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(monkeypatch, "--pn=1_2_4").pn == asked(monkeypatch, "--pn=1-2-4").pn == (1, 2, 4)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_flag_of_theirs_is_known(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if OTHERS[name]:
+        asked(monkeypatch, f"--{name}={OTHERS[name]}")
+    else:
+        with pytest.raises(SystemExit):
+            asked(monkeypatch, f"--{name}=7")
+        assert f"--{name}=7: not here: " in capsys.readouterr().err
+
+
+def test_their_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "--opt=AdamW --saln True --anorm=F --tf32=fals --hflip=1 --workers=-1 --ini -1 --tclip=-1 --pn=1_2-3"
+    flags = asked(monkeypatch, *words.split(), "--local_out_dir_path=runs", "--local-rank=3")
+    assert (flags.opt, flags.saln, flags.anorm, flags.tf32, flags.hflip) == ("adamw", True, False, False, True)
+    assert (flags.workers, flags.ini, flags.tclip, flags.pn, flags.out) == (0, -1, -1, (1, 2, 3), "runs")
+    assert asked(monkeypatch, "--fuse=0").backend == "reference" and asked(monkeypatch, "--fuse=1").backend == "auto"
+
+
 def test_presets_stand_behind_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = asked(monkeypatch, "--preset=d16", "--bs=32")
     assert (flags.depth, flags.ep, flags.fp16, flags.bs, flags.anorm) == (16, 200, 1, 32, False)
@@ -58,6 +91,9 @@ def test_presets_stand_behind_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--pn=1_b"], "expected 256, 512, 1024"),
         (["--tf32=maybe"], "expected 1 or 0"),
         (["--opt=lion"], "invalid choice: 'lion'"),
+        (["--same_seed_for_all_ranks=1"], "--same_seed_for_all_ranks=1: not here: the order follows from --seed"),
+        (["--local_debug=True"], "--local_debug=True: not here: --preset=digits"),
+        (["--fuse=0", "--backend=cpu"], "--backend: expected reference, with --fuse=0, got cpu"),
         (["--bs=0"], "--bs: expected a whole number of at least 1, got 0"),
         (["--ls=1"], "--ls: expected a number from 0 to below 1"),
         (["--preset=digits", "--tokenizer={tokenizer}", "--pg=0.5", "--pg0=4"], "--pg0: expected a scale from 0 to 3"),
@@ -82,3 +118,47 @@ def test_bad_use(
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed=9223372036854775808"], "--seed: expected a whole number from 0 to 2⁶³−1, got 9223372036854775808"),
+        (["--seed=-1"], "--seed: expected a whole number from 0 to 2⁶³−1, got -1"),
+        (["--backend=foo"], "--backend: expected one of auto, reference, cpu, triton, cuda"),
+        (["--backend=cuda"], "--backend: "),
+        (["--device=mps:9"], "--device: 'mps:9' cannot be used"),
+        (["--tokenizer=none.pth"], "--tokenizer: expected a tokenizer's file, got none.pth: no such file"),
+        (["--width=100"], "--width: expected a multiple of 64, got 100"),
+        (["--state_dim=0"], "--state_dim: expected a positive whole number, got 0"),
+        (["--arch=var", "--bidirectional"], "--bidirectional: VAR has no mixer"),
+        (["--pn=1_2"], "--pn: expected (1, 2, 3, 4), the token maps of the digits' tokenizer, got (1, 2)"),
+        (["--pg=0.5", "--pg0=4"], "--pg0: expected a scale from 0 to 3, got 4"),
+        (["--fsdp"], "--fsdp: start the run with torchrun"),
+        (["--tb"], "--tb=1 needs TensorBoard: pip install 'mvar[train]'"),
+        (["--peak_tflops=0"], "--peak_tflops: expected a number above 0, got 0.0"),
+        (["--ini=nan"], "--ini: expected a number, got nan"),
+        (["--out=file/run"], "--out: cannot write into file/run: Not a directory"),
+        (["--preset=d16"], "give one of --data_path, --tokens and --preset=digits"),
+        (["--preset=d16", "--data_path=x", "--tokenizer=file"], "--data_path: expected a folder with train/class/pic"),
+        (["--preset=d16", "--tokens=x", "--tokenizer=file"], "--tokens: expected a folder of `mvar tokenize`, got x/"),
+        (["--preset=d16", "--tokens=x", "--tokenizer=file", "--pn=2_1"], "--tokens: "),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_is_made(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("mvar.train.run._run", lambda *_: pytest.fail("the work has begun"))
+    Path("file").touch()
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--preset=digits", *arguments])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

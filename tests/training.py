@@ -13,7 +13,7 @@ from mvar.data import Source, tensor_source
 from mvar.model import from_config
 from mvar.train.distributed import World
 from mvar.train.flags import PRESETS, Flags
-from mvar.train.run import Data, digits_data, new_model
+from mvar.train.run import Data, digits_data, new_model, set_products
 from mvar.train.trainer import Trainer
 
 TOKENIZER = Path(mvar.__file__).parent / "assets" / "digits_tokenizer.safetensors"
@@ -68,6 +68,7 @@ def trainer(
         assert first.tokens is not None
         train = val = tensor_source(first.tokens, first.labels, train.num_classes)
     world = world or World(0, 1, torch.device("cpu"))
+    set_products(world.device, run.tf32)  # as the command does: other products are other bits
     return Trainer(run, model.to(dtype), tokenizer, train, world, seed=0, validation=val)
 
 

@@ -16,10 +16,11 @@ COMPILED = "torch.compile: 0 not, 1 reduce-overhead, 2 max-autotune, 3 its defau
 
 
 def boolean(text: str) -> bool:
-    known = {"1": True, "true": True, "0": False, "false": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"expected 1 or 0, true or false, got {text!r}")
-    return known[text.lower()]
+    """As VAR's parser: 1 or 0, or the beginning of true or false."""
+    for word, value in (("1", True), ("true", True), ("0", False), ("false", False)):
+        if text and word.startswith(text.lower()):
+            return value
+    raise argparse.ArgumentTypeError(f"expected 1 or 0, true or false, got {text!r}")
 
 
 def token_maps(text: str) -> tuple[int, ...]:
@@ -37,6 +38,10 @@ def schedule_name(text: str) -> str:
     return text
 
 
+def lowered(text: str) -> str:
+    return text.strip().lower()
+
+
 def _flag(
     default: Any,
     help: str,
@@ -44,9 +49,11 @@ def _flag(
     choices: tuple[Any, ...] | None = None,
     *,
     free: bool = False,
+    also: tuple[str, ...] = (),
 ) -> Any:
-    """free: may change between a run and its resumption, since it does not decide what is computed."""
-    return field(default=default, metadata={"help": help, "type": type, "choices": choices, "free": free})
+    """free: may change between a run and its resumption, since it does not decide what is computed. also: its names
+    elsewhere."""
+    return field(default=default, metadata={"help": help, "type": type, "choices": choices, "free": free, "also": also})
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Flags:
     )
     mid_reso: float = _flag(1.125, "pictures are first resized to so many times the resolution, then cropped")
     hflip: bool = _flag(False, "flip pictures at random")
-    workers: int = _flag(0, "processes that read pictures", free=True)
+    workers: int = _flag(0, "processes that read pictures; 0 or below: none, the training one does", free=True)
     # Model
     arch: str = _flag("mvar", "M-VAR or VAR", choices=ARCHITECTURES)
     depth: int = _flag(16, "blocks; the width is 64 times as much")
@@ -87,7 +94,7 @@ class Flags:
     bs: int = _flag(768, "global batch, all processes and accumulated steps together")
     ac: int = _flag(1, "steps whose gradients are accumulated")
     ep: int = _flag(250, "epochs")
-    opt: str = _flag("adamw", "optimizer; both are AdamW", choices=("adam", "adamw"))
+    opt: str = _flag("adamw", "optimizer; both are AdamW", lowered, choices=("adam", "adamw"))
     afuse: bool = _flag(True, "fused AdamW", free=True)
     tblr: float = _flag(1e-4, "learning rate for a batch of 256; the peak is this times bs/256")
     twd: float = _flag(0.05, "weight decay at the start")
@@ -107,6 +114,7 @@ class Flags:
     # Machine
     device: str | None = _flag(None, "such as cpu or cuda (default: cuda where there is one)", str, free=True)
     backend: str = _flag("auto", "backend of every op, see `mvar info`", free=True)
+    fuse: bool = _flag(True, "fused kernels; 0 for plain PyTorch, as --backend=reference", free=True)
     tf32: bool = _flag(True, "float32 products in TF32 on a GPU, through oneDNN on a CPU", free=True)
     tfast: int = _flag(0, f"compile the blocks, every one on its own. {COMPILED}", choices=(0, 1, 2, 3), free=True)
     vfast: int = _flag(0, f"compile the tokenizer's encoder. {COMPILED}", choices=(0, 1, 2, 3), free=True)
@@ -114,7 +122,9 @@ class Flags:
     recompute: bool = _flag(False, "keep only the blocks' inputs and compute them again in the backward", free=True)
     seed: int | None = _flag(None, "of weights, order, crops and drops (default: a new one)", int)
     # Run
-    out: str = _flag("local_output", "folder of the run; one that is found there goes on", free=True)
+    out: str = _flag(
+        "local_output", "folder of the run; one that is found there goes on", free=True, also=("local_out_dir_path",)
+    )
     exp_name: str = _flag("text", "name of the run in its log", free=True)
     save_every: int = _flag(1000, "iterations between checkpoints", free=True)
     log_every: int = _flag(50, "iterations between lines of the log", free=True)
@@ -127,15 +137,22 @@ class Flags:
     def __post_init__(self) -> None:
         for name in ("depth", "bs", "ac", "ep", "save_every", "log_every", "skips"):
             require(getattr(self, name) >= 1, name, "a whole number of at least 1", getattr(self, name))
-        for name in ("twd", "twde", "wp", "wp0", "wpe", "pgwp", "pg0", "workers", "pictures", "hd", "aln", "alng"):
+        for name in ("twd", "twde", "wp", "wp0", "wpe", "pgwp", "pg0", "pictures", "hd", "aln", "alng"):
             require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
         for name in ("ls", "average"):
             require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1", getattr(self, name))
-        require(self.seed is None or self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
+        require(math.isfinite(self.ini), "ini", "a number", self.ini)
+        require(not math.isnan(self.tclip), "tclip", "a number", self.tclip)
+        if self.peak_tflops is not None:
+            require(0 < self.peak_tflops < math.inf, "peak_tflops", "a number above 0", self.peak_tflops)
         require(0 < self.tblr < math.inf, "tblr", "a number above 0", self.tblr)
         require(0 <= self.pg < 1, "pg", "a number from 0 to below 1", self.pg)
         require(1 <= self.mid_reso < math.inf, "mid_reso", "a number of at least 1", self.mid_reso)
         require(0 < self.shorten <= 1, "shorten", "a number above 0 and up to 1", self.shorten)
+        object.__setattr__(self, "workers", max(self.workers, 0))
+        if not self.fuse:
+            require(self.backend in ("auto", "reference"), "backend", "reference, with --fuse=0", self.backend)
+            object.__setattr__(self, "backend", "reference")
 
 
 def require(holds: bool, name: str, expected: str, got: object) -> None:
@@ -178,6 +195,29 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 for ImageNet at 256×256 (M-VAR's for d12 to d30; its d32 has none, and is given d30's)."""
 
 
+_LAUNCHED = "torchrun starts the processes"
+_FOLLOWS = "it is worked out, in VAR's trainer, too"
+ELSEWHERE: Mapping[str, tuple[str, str]] = {
+    "patch_size": ("16", "it is the tokenizer's"),
+    "same_seed_for_all_ranks": ("0", "the order follows from --seed, in all processes alike"),
+    "local_debug": ("0 false", "--preset=digits is a run that needs no files"),
+    "dbg_nan": ("0 false", "steps without a finite gradient are skipped and counted, see --skips"),
+    **dict.fromkeys(("tlr", "batch_size", "glb_batch_size", "patch_nums", "resos", "data_load_reso"), ("", _FOLLOWS)),
+    **dict.fromkeys(("tb_log_dir_path", "log_txt_path", "last_ckpt_path"), ("", "all files are in --out")),
+    **dict.fromkeys(("ngpus", "nodes", "partition", "comment", "job_dir", "timeout"), ("", _LAUNCHED)),
+    "world_size": ("1", _LAUNCHED),
+    "dist_url": ("env://", _LAUNCHED),
+}
+"""Flags of VAR's or M-VAR's parser without a counterpart here: values that change nothing, and why not others."""
+
+
+class _Elsewhere(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, given: Any, flag: str | None = None) -> None:
+        harmless, why = ELSEWHERE[self.dest]
+        if given.lower() not in harmless.split():
+            parser.error(f"{flag}={given}: not here: {why}; leave it out")
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All flags, as `--name=value` or `--name value`; a flag not given is not in the result (see `parsed`)."""
     for item in fields(Flags):
@@ -189,8 +229,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             details["choices"] = choices
         else:
             details["metavar"] = item.name.upper()
+        names = [f"--{name}" for name in (item.name, *item.metadata["also"])]
         text = item.metadata["help"] + default
-        parser.add_argument(f"--{item.name}", type=kind, default=argparse.SUPPRESS, help=text, **details)
+        parser.add_argument(*names, dest=item.name, type=kind, default=argparse.SUPPRESS, help=text, **details)
+    unseen = argparse.SUPPRESS
+    for name in ELSEWHERE:
+        parser.add_argument(f"--{name}", action=_Elsewhere, default=unseen, help=unseen)
+    # torch.distributed.launch gives it to every process, and in an environment variable besides.
+    parser.add_argument("--local-rank", "--local_rank", type=int, default=unseen, help=unseen)
 
 
 def parsed(options: argparse.Namespace) -> Flags:

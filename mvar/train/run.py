@@ -9,7 +9,6 @@ import torch
 
 from mvar import digits
 from mvar.checkpoint import load_tokenizer, save
-from mvar.config import ModelConfig
 from mvar.data import ImageFolder, Source, TokenStore, tensor_source
 from mvar.files import check_writable
 from mvar.generate import generate
@@ -17,8 +16,11 @@ from mvar.initialise import initialise
 from mvar.model import Model, from_config
 from mvar.pictures import grid, save_png
 from mvar.tokenizer import Tokenizer
+from mvar.train.checks import check, model_config
 from mvar.train.distributed import World, joined
 from mvar.train.flags import Flags
+from mvar.train.lock import locked
+from mvar.train.schedule import check_stages
 from mvar.train.tokenizer import train_digits_tokenizer
 from mvar.train.trainer import Trainer
 
@@ -34,31 +36,37 @@ class Data(NamedTuple):
 
 def run(flags: Flags) -> None:
     """Train, or go on training, what `flags` say; write model.safetensors and pictures.png into --out."""
-    out = Path(flags.out)
     with joined(flags.device) as world:
-        if world.leads:
-            check_writable(out / "model.safetensors")
-        set_products(world.device, flags.tf32)
-        data = digits_data(flags, world) if flags.preset == "digits" else read_data(flags, world)
-        # Everything random follows from one number; a new one is as good as any.
-        seed = world.agreed(int.from_bytes(os.urandom(4), "little") if flags.seed is None else flags.seed)
-        model = new_model(flags, data, seed).to(world.device)
-        trainer = Trainer(flags, model, data.tokenizer, data.train, world, seed=seed, validation=data.val)
-        gone_on = trainer.resume()
-        if world.leads:
-            print(_summary(trainer, gone_on), flush=True)
-        trainer.run()
-        weights = trainer.weights()
-        if world.leads:
-            finished = from_config(model.config)
-            finished.load_state_dict(weights)
-            save(out / "model.safetensors", finished.eval())
-            written = [out / "model.safetensors"]
-            if flags.pictures:
-                written.append(out / "pictures.png")
-                draw(finished.to(world.device), data.tokenizer, flags, written[-1])
-            print(f"written: {', '.join(map(str, written))}", flush=True)
-        world.meet()
+        check(flags, world)
+        with locked(Path(flags.out), world):
+            _run(flags, world)
+            world.meet()
+
+
+def _run(flags: Flags, world: World) -> None:
+    out = Path(flags.out)
+    if world.leads:
+        check_writable(out / "model.safetensors")
+    set_products(world.device, flags.tf32)
+    data = digits_data(flags, world) if flags.preset == "digits" else read_data(flags, world)
+    # Everything random follows from one number; a new one is as good as any.
+    seed = world.agreed(int.from_bytes(os.urandom(4), "little") if flags.seed is None else flags.seed)
+    model = new_model(flags, data, seed).to(world.device)
+    trainer = Trainer(flags, model, data.tokenizer, data.train, world, seed=seed, validation=data.val)
+    gone_on = trainer.resume()
+    if world.leads:
+        print(_summary(trainer, gone_on), flush=True)
+    trainer.run()
+    weights = trainer.weights()
+    if world.leads:
+        finished = from_config(model.config)
+        finished.load_state_dict(weights)
+        save(out / "model.safetensors", finished.eval())
+        written = [out / "model.safetensors"]
+        if flags.pictures:
+            written.append(out / "pictures.png")
+            draw(finished.to(world.device), data.tokenizer, flags, written[-1])
+        print(f"written: {', '.join(map(str, written))}", flush=True)
 
 
 def set_products(device: torch.device, tf32: bool) -> None:
@@ -70,11 +78,9 @@ def set_products(device: torch.device, tf32: bool) -> None:
 
 def read_data(flags: Flags, world: World) -> Data:
     """A folder of pictures or tokens, and the tokenizer that belongs to them."""
-    if (flags.data_path is None) == (flags.tokens is None):
-        raise ValueError("give one of --data_path, --tokens and --preset=digits")
-    if flags.tokenizer is None:
-        raise ValueError("--tokenizer: expected a file")
+    assert flags.tokenizer is not None
     tokenizer = load_tokenizer(flags.tokenizer, patch_nums=flags.pn, device=world.device)
+    check_stages(flags, len(tokenizer.patch_nums))
     if flags.tokens is not None:
         train_path, val_path = _parts(flags.tokens)
         stores = [TokenStore(train_path), *([TokenStore(val_path)] if val_path.is_dir() else [])]
@@ -108,9 +114,6 @@ def _parts(root: str) -> tuple[Path, Path]:
 
 def digits_data(flags: Flags, world: World) -> Data:
     """scikit-learn's digits as tokens, of the tokenizer given or of one trained for them."""
-    for name in ("data_path", "tokens"):
-        if getattr(flags, name) is not None:
-            raise ValueError(f"--{name}: --preset=digits has its own data; leave one of them out")
     file = Path(flags.out) / "tokenizer.safetensors"
     if flags.tokenizer is not None:
         file = Path(flags.tokenizer)
@@ -120,6 +123,7 @@ def digits_data(flags: Flags, world: World) -> Data:
     tokenizer = load_tokenizer(file, device=world.device)
     if flags.pn not in (None, tokenizer.patch_nums):
         raise ValueError(f"--pn: the tokenizer's token maps are {tokenizer.patch_nums}, not {flags.pn}")
+    check_stages(flags, len(tokenizer.patch_nums))
 
     def source(part: digits.Digits) -> Source:
         tokens = [tokenizer.encode(images.to(world.device)).cpu() for images in part.images.split(ENCODE_BATCH)]
@@ -131,18 +135,12 @@ def digits_data(flags: Flags, world: World) -> Data:
 
 def new_model(flags: Flags, data: Data, seed: int) -> Model:
     """A model for these data, initialised."""
-    config = ModelConfig(
-        depth=flags.depth,
-        width=flags.width,
-        patch_nums=data.tokenizer.patch_nums,
+    config = model_config(
+        flags,
+        data.tokenizer.patch_nums,
         num_classes=data.train.num_classes,
         num_codes=data.tokenizer.num_codes,
         code_dim=data.tokenizer.code_dim,
-        qk_norm=flags.anorm,
-        bidirectional=flags.bidirectional,
-        state_dim=flags.state_dim,
-        architecture=flags.arch,
-        shared_adaln=flags.saln,
     )
     return initialise(from_config(config), ini=flags.ini, hd=flags.hd, aln=flags.aln, alng=flags.alng, seed=seed)
 

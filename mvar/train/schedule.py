@@ -19,6 +19,12 @@ class Stage(NamedTuple):
     newest_weight: float
 
 
+def check_stages(flags: Flags, scales: int) -> None:
+    """Raise ValueError where progressive training cannot begin with --pg0."""
+    if flags.pg:
+        require(flags.pg0 < scales, "pg0", f"a scale from 0 to {scales - 1}", flags.pg0)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The course of a run of `flags`: iterations an epoch, images a batch of one iteration, the model's scales.
@@ -32,8 +38,7 @@ class Schedule:
     scales: int
 
     def __post_init__(self) -> None:
-        if self.flags.pg:
-            require(self.flags.pg0 < self.scales, "pg0", f"a scale from 0 to {self.scales - 1}", self.flags.pg0)
+        check_stages(self.flags, self.scales)
 
     @property
     def epochs(self) -> int:

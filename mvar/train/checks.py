@@ -1,0 +1,103 @@
+"""What is refused before anything is read, built or written."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mvar.checkpoint import HUB
+from mvar.config import ModelConfig
+from mvar.data.order import MAX_WORD
+from mvar.data.tokens import MANIFEST
+from mvar.model import from_config
+from mvar.train.distributed import World
+from mvar.train.flags import Flags, require
+from mvar.train.objective import Objective
+from mvar.train.schedule import check_stages
+from mvar.train.tensorboard import summary_writer
+from mvar.train.tokenizer import CONFIG as DIGITS_TOKENIZER
+from mvar.train.trainer import autocast
+from mvar_kernels.backends import BackendError, check_name
+
+FLAG_OF = {"architecture": "arch", "shared_adaln": "saln", "qk_norm": "anorm", "patch_nums": "pn"}
+
+
+def check(flags: Flags, world: World) -> None:
+    """Raise ValueError, or ImportError for what is not installed, naming the flag, what was expected and what came."""
+    if flags.seed is not None:
+        require(0 <= flags.seed <= MAX_WORD, "seed", "a whole number from 0 to 2⁶³−1", flags.seed)
+    if flags.tb:
+        summary_writer()
+    if flags.fsdp and not dist.is_initialized():
+        raise ValueError("--fsdp: start the run with torchrun, also for a single process")
+    if flags.fsdp and flags.saln:
+        raise ValueError("--fsdp: blocks with a shared modulation layer (--saln) cannot be sharded")
+    _check_files(flags)
+    maps = flags.pn
+    if flags.preset == "digits" and flags.tokenizer is None:
+        maps = DIGITS_TOKENIZER.patch_nums
+        require(flags.pn in (None, maps), "pn", f"{maps}, the token maps of the digits' tokenizer", flags.pn)
+    try:
+        config = model_config(flags, maps or (1, 2), num_classes=1, num_codes=1, code_dim=1)
+    except ValueError as error:
+        field, _, expected = str(error).partition(": ")
+        raise ValueError(f"--{FLAG_OF.get(field, field)}: {expected}") from error
+    if maps is not None:
+        check_stages(flags, len(maps))
+    if flags.backend != "auto":
+        _check_backend(flags, config, world.device)
+
+
+def model_config(
+    flags: Flags, patch_nums: tuple[int, ...], *, num_classes: int, num_codes: int, code_dim: int
+) -> ModelConfig:
+    """The model of a run, whose tokenizer and data say the rest."""
+    return ModelConfig(
+        depth=flags.depth,
+        width=flags.width,
+        patch_nums=patch_nums,
+        num_classes=num_classes,
+        num_codes=num_codes,
+        code_dim=code_dim,
+        qk_norm=flags.anorm,
+        bidirectional=flags.bidirectional,
+        state_dim=flags.state_dim,
+        architecture=flags.arch,
+        shared_adaln=flags.saln,
+    )
+
+
+def _check_files(flags: Flags) -> None:
+    """That the data and the tokenizer asked for are there, and are no more than one."""
+    given = [name for name in ("data_path", "tokens") if getattr(flags, name) is not None]
+    if flags.preset == "digits":
+        if given:
+            raise ValueError(f"--{given[0]}: --preset=digits has its own data; leave one of them out")
+    elif len(given) != 1:
+        raise ValueError("give one of --data_path, --tokens and --preset=digits")
+    elif flags.tokenizer is None:
+        raise ValueError("--tokenizer: expected a file")
+    if flags.tokenizer is not None and not flags.tokenizer.startswith(HUB):
+        file = Path(flags.tokenizer)
+        require(file.is_file(), "tokenizer", "a tokenizer's file", f"{file}: no such file")
+    if flags.data_path is not None:
+        folder = Path(flags.data_path) / "train"
+        require(folder.is_dir(), "data_path", "a folder with train/class/picture", f"{folder}: no such folder")
+    if flags.tokens is not None:
+        file = Path(flags.tokens) / "train" / MANIFEST
+        require(file.is_file(), "tokens", "a folder of `mvar tokenize`", f"{file}: no such file")
+
+
+def _check_backend(flags: Flags, config: ModelConfig, device: torch.device) -> None:
+    """That it has all that a step needs: by one, of a block of the model and one image of two small token maps."""
+    try:
+        check_name(flags.backend)
+        model = from_config(replace(config, depth=1, patch_nums=(1, 2))).eval().to(device)
+        tokens = torch.zeros(1, 5, dtype=torch.int64, device=device)
+        inputs = torch.zeros(1, 4, config.code_dim, device=device)
+        with autocast(flags, device):
+            out = Objective(model, backend=flags.backend)(tokens[:, 0], inputs, tokens)
+        out.loss.backward()
+    except (ValueError, BackendError) as error:
+        raise ValueError(f"--backend: {str(error).removeprefix('backend: ')}") from error
