@@ -229,7 +229,7 @@ class Trainer:
                 self._save()
             except OSError as error:
                 if last or stopping:
-                    raise
+                    raise OSError(f"{error}; the same command goes on after iteration {self.saved}") from error
                 self.reporter.say(f"warning: {error}; training goes on, the last checkpoint is of {self.saved}")
         if stopping and not last:
             message = f"stopped after iteration {self.done} of {self.schedule.iterations}, and saved"
