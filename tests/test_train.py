@@ -151,7 +151,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path: Path, capfd: pytes
                 save()
 
     run_._save = save_on_a_full_disk  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="cannot write .*00000022.*goes on after iteration 8"):  # the last one must be there
+    with pytest.raises(OSError, match="cannot write .*00000022.*goes on after iteration 8"):  # the last must be there
         run_.run()
     assert places == [8, 16, 22]
     assert "training goes on, the last checkpoint is of 8" in capfd.readouterr().out
