@@ -43,7 +43,8 @@ def joined(backend: str = "gloo") -> Iterator[Processes]:
 
     The default suits those that exchange a file's name and their presence: nothing for a GPU.
     """
-    if "WORLD_SIZE" not in os.environ:
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone and "MASTER_ADDR" not in os.environ:  # torchrun's group of one is joined: FSDP2 asks for a group
         yield Processes()
         return
     dist.init_process_group(backend)
