@@ -32,8 +32,7 @@ demo: setup
 	$(BIN)/mvar demo
 
 bench: setup
-	$(BIN)/mvar bench --suite ops generate data plug_in train digits parity growth
-	$(BIN)/python -m benchmarks.memory
+	$(BIN)/mvar bench --suite ops throughput data plug_in train digits parity
 	-$(BIN)/python tests/compile_ahead.py --write benchmarks/results/kernels.json > /dev/null
 	-$(BIN)/python tests/cuda_resources.py --write benchmarks/results/cuda_kernels.json > /dev/null
 	$(BIN)/python -m benchmarks.report

@@ -95,10 +95,10 @@ def stages() -> Iterator[list[Step]]:
           for ops in CONTRACT),
         *(Step(f"tests {path.stem}", [*pytest, str(path)], 220) for path in rooms),
         *(Step(f"compile {op}", [python, "-m", "benchmarks.ops", op, "--untimed"], 220) for op in OPS),
-        Step("compile generation", [python, "-m", "benchmarks.generation", "--untimed"], 220),
+        Step("compile generation", [python, "-m", "benchmarks.throughput", "--untimed"], 220),
     ]  # fmt: skip
     timed = [[Step(f"time {op}", [python, "-m", "benchmarks.ops", op, "--seconds", "0.3"], 60)] for op in OPS]
-    generation = [python, "-m", "benchmarks.generation", "--seconds", str(GENERATION_SECONDS)]
+    generation = [python, "-m", "benchmarks.throughput", "--seconds", str(GENERATION_SECONDS)]
     training = [Step("training step", [python, "-m", "benchmarks.train"], 90)]
     yield from ([Step("generation", generation, GENERATION_SECONDS + 30)], *timed, training)
 

@@ -35,10 +35,19 @@ def require_allocator() -> None:
 def interleaved(
     sides: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float, warm_up: bool = True
 ) -> dict[str, float]:
-    """Median milliseconds of each side; the sides take turns, so that a slow moment of the machine meets all.
+    """Median milliseconds of each side, measured as :func:`latencies`."""
+    found = latencies(sides, rounds=rounds, seconds=seconds, warm_up=warm_up)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def latencies(
+    sides: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Milliseconds of each side in every round; the sides take turns, so that a slow moment of the machine meets all.
 
     At least `rounds` rounds after one to warm up, and more of them until `seconds` have passed. A turn is as many
-    calls as fill `TURN_MS`, so that every side finds the caches as it leaves them, and not as another has.
+    calls as fill `TURN_MS`, so that every side finds the caches as it leaves them, and not as another has; without a
+    warm-up it is one call.
     """
     calls = dict.fromkeys(sides, 1)
     for name, run in sides.items() if warm_up else ():
@@ -49,7 +58,7 @@ def interleaved(
     while len(next(iter(times.values()))) < rounds or time.perf_counter() < end:
         for name, run in sides.items():
             times[name].append(_ms(run, calls[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def _ms(run: Callable[[], Any], calls: int) -> float:

@@ -1,23 +1,19 @@
-"""Peak memory of a generation, ours and the public algorithm's: `python -m benchmarks.memory`. Linux."""
+"""Peak memory: of this process or its GPU, or of a process of its own. Linux."""
 
-import argparse
+import ctypes
 import gc
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.generate import ours, random_model, theirs
-from benchmarks.measure import DEVICE, write
+from benchmarks.measure import DEVICE
 from mvar.bench import ALLOCATOR
-
-SIDES = {"mvar": ours, "public algorithm": theirs}
 
 
 def peak_gib(run: Callable[[], Any]) -> float:
@@ -33,41 +29,29 @@ def peak_gib(run: Callable[[], Any]) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-@torch.no_grad()
-def of_a_generation(side: str, depth: int, batch: int, dtype: torch.dtype) -> float:
-    """While one batch is drawn: model and tokenizer in float32, and all that the side adds to them."""
-    model, tokenizer = random_model(depth)
-    torch.set_float32_matmul_precision("medium")
-    return peak_gib(lambda: SIDES[side](model, tokenizer, torch.arange(batch), dtype))
-
-
 def in_a_process_of_its_own(module: str, *arguments: str) -> float:
-    """What `python -m module` prints."""
+    """What `python -m module` prints in its last line.
+
+    Raises RuntimeError with the last line of its complaint where it fails.
+    """
     command = [sys.executable, "-m", module, *arguments]
     # Without the settings for timing, under which what is freed is kept.
     environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return float(json.loads(done.stdout))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]  # none where it was killed
+        raise RuntimeError(f"{module}: {said[-1]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--depth", type=int, default=16)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--of", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.of:
-        print(of_a_generation(options.of, options.depth, options.batches[0], getattr(torch, options.dtype)))
-        return
-    rows: list[dict[str, Any]] = []
-    for batch, dtype in product(options.batches, (torch.float32, torch.bfloat16)):
-        sizes = ("--dtype", str(dtype)[6:], "--depth", str(options.depth), "--batches", str(batch))
-        peaks = {side: in_a_process_of_its_own("benchmarks.memory", "--of", side, *sizes) for side in SIDES}
-        rows.append({"batch": batch, "dtype": str(dtype)[6:], "peak_gib": peaks})
-        print(rows[-1])
-    print(write(f"memory_d{options.depth}", rows))
+def touch(gib: int) -> None:
+    """Take so much memory and free it: under the settings for timing it stays here, and no side has to wait for it."""
+    blocks = [torch.ones(2**28) for _ in range(gib)]  # of 1 GiB, below the size that goes back to the system
+    del blocks
 
 
-if __name__ == "__main__":
-    main()
+def give_back() -> None:
+    """Return what is free here to the system, whatever the settings for timing say: other processes need it."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)

@@ -149,11 +149,12 @@ def breakdown(generate: Callable[[], Any], tokenizer: Tokenizer, batch: int, dty
     }
 
 
-def decoder_flops(tokenizer: Tokenizer, batch: int) -> float:
-    """Of the decoder's convolutions and products, as the engine prepares it."""
+def decoder_flops(tokenizer: Tokenizer, batch: int, prepared: bool = True) -> float:
+    """Of the decoder's convolutions and products, as the engine prepares it or as it is published."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        prepared = prepared_tokenizer(Tokenizer(tokenizer.config), torch.float32)
-        prepared.decode_features(torch.empty(batch, tokenizer.code_dim, *2 * tokenizer.patch_nums[-1:]))
+        decoder = Tokenizer(tokenizer.config)
+        decoder = prepared_tokenizer(decoder, torch.float32) if prepared else decoder.eval()
+        decoder.decode_features(torch.empty(batch, tokenizer.code_dim, *2 * tokenizer.patch_nums[-1:]))
     return float(counter.get_total_flops())
 
 

@@ -1,5 +1,6 @@
 """Plots of the result files, for the README."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,41 +9,47 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
 
+from benchmarks.growth import OURS, PUBLIC, VAR  # noqa: E402
 from mvar.files import replacing  # noqa: E402
 
-BASELINES = ("public algorithm", "public algorithm, torch's default products")
+Row = dict[str, Any]
+COLOURS = {OURS: "tab:blue", VAR: "tab:orange", PUBLIC: "0.5"}
 GREY = "0.75"
 
 
-def generation(rows: dict[str, Any], path: Path) -> None:
-    """One image: a bar for each side and dtype, ours by part, and the sum of floors as a line across it."""
-    runs = [run for run in rows["runs"] if run["breakdown"]]
-    names: list[str] = []
-    figure = plt.figure(figsize=(8, 0.55 * sum(len(run["median_ms"]) for run in runs) + 1.3))
+def by_part(found: Sequence[Row], rows: Sequence[Row], path: Path) -> None:
+    """The engine's time by part, the sum of floors (where there are any) as a line across it, and the others' bars."""
+    others = [[row for row in rows if row["side"] != OURS and _size(row) == _size(each)] for each in found]
+    figure = plt.figure(figsize=(8, 0.4 * (len(found) + sum(map(len, others))) + 1.4))
     axes = figure.add_subplot()
-    parts = list(runs[0]["breakdown"]["parts_ms"])
+    parts = list(found[0]["parts_ms"])
     colours = dict(zip(parts, plt.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
-    for run in runs:
-        for side in reversed(BASELINES):
-            if side in run["median_ms"]:
-                axes.barh(len(names), run["median_ms"][side] / 1e3, color=GREY)
-                names.append(f"{side}, {run['dtype']}")
-        found = run["breakdown"]
-        share = run["median_ms"]["mvar"] / found["total_ms"]  # the timed parts cost a little themselves
+    names: list[str] = []
+    for each, beside in zip(found, others, strict=True):
+        size = _size(each)
+        where = f"d{size['depth']} at {size['resolution']}, batch {size['batch']}, {size['dtype']}"
         left = 0.0
-        for part, ms in found["parts_ms"].items():
-            width = ms * share / 1e3
-            axes.barh(len(names), width, left=left, color=colours[part], label=part)
-            left += width
-        axes.plot([sum(found["floor_ms"].values()) / 1e3] * 2, [len(names) - 0.4, len(names) + 0.4], color="black")
-        names.append(f"mvar, {run['dtype']}")
-    axes.set_yticks(range(len(names)), names)
+        for part, ms in each["parts_ms"].items():
+            axes.barh(len(names), ms / 1e3, left=left, color=colours[part], label=part)
+            left += ms / 1e3
+        if "floor_ms" in each:
+            floor = sum(each["floor_ms"].values()) / 1e3
+            axes.plot([floor] * 2, [len(names) - 0.4, len(names) + 0.4], color="black", label="sum of floors")
+        names.append(f"{OURS}: {where}")
+        for row in beside:
+            axes.barh(len(names), row["p50_ms"] / 1e3, color=GREY)
+            names.append(row["side"])
+    axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("seconds an image; black: sum of floors")
+    axes.set_xlabel("seconds a batch")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), fontsize=8, ncols=2)
+    axes.legend(unique.values(), unique.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
+
+
+def _size(row: Row) -> Row:
+    return {name: row[name] for name in ("depth", "resolution", "batch", "dtype")}
 
 
 def ops(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -71,48 +78,54 @@ def ops(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     _save(figure, path)
 
 
-def speed(rows: dict[str, Any], path: Path) -> None:
-    """Images a second against the batch, each side and dtype."""
+def speed(rows: Sequence[Row], path: Path) -> bool:
+    """Images a second against the batch, of the model with most batches; False, and no plot, if it has but one."""
+    batches: dict[tuple[int, int], set[int]] = {}
+    for row in rows:
+        batches.setdefault((row["depth"], row["resolution"]), set()).add(row["batch"])
+    model = max(batches, key=lambda model: len(batches[model]), default=None)
+    if model is None or len(batches[model]) < 2:
+        return False
     figure = plt.figure(figsize=(8, 3.6))
     axes = figure.add_subplot()
-    for dtype, style in (("float32", "--"), ("bfloat16", "-")):
-        runs = [run for run in rows["runs"] if run["dtype"] == dtype]
-        for side, colour in (("mvar", "tab:blue"), (BASELINES[0], "0.5")):
-            points = [(run["batch"], 1e3 * run["batch"] / run["median_ms"][side]) for run in runs]
-            axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=f"{side}, {dtype}")
+    for side, colour in COLOURS.items():
+        for dtype, style in (("float32", "--"), ("bfloat16", "-"), ("float16", ":")):
+            chosen = dict(zip(("depth", "resolution", "dtype", "side"), (*model, dtype, side), strict=True))
+            points = {row["batch"]: row["images_per_second"] for row in rows if row.items() >= chosen.items()}
+            if points:
+                line = sorted(points.items())
+                axes.plot(*zip(*line, strict=True), style, marker="o", color=colour, label=f"{side}, {dtype}")
+    axes.set_title(f"d{model[0]} at {model[1]}×{model[1]}", fontsize=10)
     axes.set_xlabel("batch")
     axes.set_ylabel("images a second")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
+    return True
 
 
-def growth(rows: dict[str, Any], path: Path) -> None:
-    """FLOPs and what is remembered, counted, and time, measured, against the number of tokens."""
-    count = 3 if rows["measured"] else 2
-    figure = plt.figure(figsize=(3.7 * count, 3.8))
-    panels = figure.subplots(1, count)
-    colours = {"mvar": "tab:blue", "VAR": "tab:orange", "public algorithm": "0.5"}
-    for axes, name, unit in zip(panels, ("flops", "state_bytes"), (1e12, 1e6), strict=False):
-        for side, colour in colours.items():
-            points = [(row["tokens"], row[name] / unit) for row in rows["counted"] if row["side"] == side]
-            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=side)
-    for side, colour in colours.items() if rows["measured"] else ():
-        points = [(row["tokens"], row["median_ms"][side] / 1e3) for row in rows["measured"]]
-        panels[2].plot(*zip(*points, strict=True), marker="o", color=colour, label=side)
-    depths = {row["depth"] for row in rows["measured"]}
-    small = " and ".join(f"d{depth}" for depth in sorted(depths))
-    titles = ("TFLOP, d16, counted", "MB remembered, d16, counted", f"seconds, {small}, float32, measured")
-    for axes, title in zip(panels, titles, strict=False):
+def growth(counted: Sequence[Row], measured: Sequence[Row], path: Path) -> None:
+    """FLOPs and what is remembered, counted; where they are there, time and peak memory, measured; against tokens."""
+    depth = counted[0]["depth"]
+    panels = [(counted, "flops", 1e12, f"TFLOP, d{depth}, counted")]
+    panels += [(counted, "state_bytes", 1e6, f"MB remembered, d{depth}, counted")]
+    if measured:
+        where = f"d{depth}, {measured[0]['dtype']}, measured"
+        panels += [(measured, "p50_ms", 1e3, f"seconds, {where}"), (measured, "peak_gib", 1, f"peak GiB, {where}")]
+    figure = plt.figure(figsize=(8, 3.6 * len(panels) / 2))
+    for axes, (rows, name, unit, title) in zip(figure.subplots(len(panels) // 2, 2).flat, panels, strict=True):
+        for side, colour in COLOURS.items():
+            points = [(r["tokens"], r[name] / unit) for r in rows if r["side"] == side and r[name] is not None]
+            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", color=colour, label=side)
         axes.set_title(title, fontsize=10)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("tokens")
-        axes.set_xticks([row["tokens"] for row in rows["counted"][::3]])
+        axes.set_xticks(sorted({row["tokens"] for row in counted}))
         axes.get_xaxis().set_major_formatter("{x:,.0f}")
         axes.minorticks_off()
         axes.grid(color="0.9")
-    panels[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8)
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""The public algorithm in plain PyTorch, the baseline of the generation benchmark.
+"""The public algorithm in plain PyTorch, the baseline of the throughput suite.
 
 At every scale each Mamba layer runs again over all coarser tokens and the modulation is computed again; LN,
 modulation, gate and residual are separate passes; guidance comes after the head; codes are drawn by topk, sort

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, report_gpu, report_kernels, report_quality, report_training
+from benchmarks import plots, report_kernels, report_quality, report_throughput, report_training
 from benchmarks.measure import RESULTS
 from benchmarks.page import page
 from mvar.files import replacing
@@ -39,26 +39,14 @@ def main() -> None:
 def device(folder: Path) -> str:
     """Markdown of all results of one device; its plots are drawn on the way."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    generations = {name: r for name, r in results.items() if name.startswith("generate_")}
-    memory = {name: r for name, r in results.items() if name.startswith("memory_")}
     data = {name: r for name, r in results.items() if name.startswith("data_")}
     plugged_in = {name: r for name, r in results.items() if name.startswith("plug_in_")}
     steps = {name: r for name, r in results.items() if name.startswith("train_")}
-    on_gpu = {name: results[name]["rows"] for name in ("generation", "timeline") if name in results}
     parities = {name: r for name, r in results.items() if name.startswith("parity_")}
     ops = {name: r for name, r in results.items() if name in SPECS}
     parts = [machines(results.values())]
-    if on_gpu:
-        parts.append(report_gpu.generation(on_gpu["generation"], on_gpu.get("timeline", [])))
-    for name, content in generations.items():
-        picture = Path("docs") / f"{name}_{folder.name}.png"
-        plots.generation(content["rows"], ROOT / picture)
-        model = name.removeprefix("generate_")
-        peaks = memory.get(f"memory_{model}", {"rows": []})["rows"]
-        parts += [generation(model, content["rows"], peaks), f"![where the time goes]({picture})\n"]
-        against_batch = Path("docs") / f"speed_{model}_{folder.name}.png"
-        plots.speed(content["rows"], ROOT / against_batch)
-        parts.append(f"![images a second against the batch]({against_batch})\n")
+    throughput = results.get("throughput", {"rows": None})["rows"]
+    parts += report_throughput.sections(throughput, folder.name, ROOT)
     parts += [report_training.data(name.removeprefix("data_"), row) for name, r in data.items() for row in r["rows"]]
     if plugged_in:
         parts.append(accelerated([content["rows"] for content in plugged_in.values()]))
@@ -66,13 +54,6 @@ def device(folder: Path) -> str:
     if "digits" in results:
         parts.append(report_training.digits(results["digits"]["rows"]))
     parts += [report_quality.parity(content["rows"]) for content in parities.values()]
-    if "growth" in results:
-        picture = Path("docs") / f"growth_{folder.name}.png"
-        plots.growth(results["growth"]["rows"], ROOT / picture)
-        parts += [
-            report_quality.growth(results["growth"]["rows"]),
-            f"![cost against tokens: mvar, the public algorithm, VAR]({picture})\n",
-        ]
     if ops:
         picture = Path("docs") / f"ops_{folder.name}.png"
         plots.ops({name: content["rows"] for name, content in ops.items()}, ROOT / picture)
@@ -92,33 +73,6 @@ def machines(results: Iterable[Any]) -> str:
     )
 
 
-def generation(model: str, rows: dict[str, Any], peaks: list[dict[str, Any]]) -> str:
-    held = {(row["batch"], row["dtype"]): row["peak_gib"] for row in peaks}
-    lines = [
-        f"Generation, {model} at 256×256 with guidance, seconds; in brackets how many times mvar's. The public "
-        "algorithm has oneDNN's float32 products (`set_float32_matmul_precision`), unless it says otherwise:\n",
-        "| batch | dtype | mvar | public algorithm in plain PyTorch | the same, torch's default products "
-        "| peak memory, GiB: mvar, public |",
-        "|---|---|---|---|---|---|",
-    ]
-    for run in rows["runs"]:
-        ms, gib = run["median_ms"], held.get((run["batch"], run["dtype"]))
-        others = " | ".join(_seconds(ms, side) for side in plots.BASELINES)
-        lines.append(
-            f"| {run['batch']} | {run['dtype']} | {ms['mvar'] / 1e3:.2f} | {others} "
-            + (f"| {gib['mvar']:.1f}, {gib['public algorithm']:.1f} |" if gib else "| – |")
-        )
-    timed = [run for run in rows["runs"] if run["breakdown"]]
-    lines += ["", _breakdowns(timed)]
-    agreement = rows["agreement"]
-    lines += [
-        f"Greedy tokens: {agreement['greedy_tokens_equal_to_public']:.2%} as the public algorithm's in float32; "
-        f"{agreement['greedy_tokens_bf16_equal_to_fp32']:.1%} of bfloat16's as float32's (one that differs changes all "
-        f"that come after it). The bfloat16 decoder: {agreement['decoder_bf16_psnr_db']:.1f} dB PSNR.\n",
-    ]
-    return "\n".join(lines)
-
-
 def accelerated(models: list[dict[str, Any]]) -> str:
     """Models of VAR's shape before and after `accelerate`."""
     sides = ("before", "accelerated", "torch.compile", "mvar")
@@ -136,33 +90,6 @@ def accelerated(models: list[dict[str, Any]]) -> str:
             cells = (f"{rows['model']}, d{rows['depth']}", part, str(rows[part]["batch"]), *times)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _seconds(ms: dict[str, float], side: str) -> str:
-    return f"{ms[side] / 1e3:.2f} ({ms[side] / ms['mvar']:.1f}×)" if side in ms else "–"
-
-
-def _breakdowns(runs: list[dict[str, Any]]) -> str:
-    """Where one image's time goes; beside every part its floor."""
-    found = [run["breakdown"] for run in runs]
-    head = "".join(f" {run['dtype']}, ms | floor |" for run in runs)
-    lines = [f"| one image: where the time goes |{head}", "|---" * (1 + 2 * len(runs)) + "|"]
-    for part in found[0]["parts_ms"]:
-        cells = (f" {b['parts_ms'][part]:.0f} | {_floor(b['floor_ms'].get(part))} |" for b in found)
-        lines.append(f"| {part} |" + "".join(cells))
-    sums = (f" {b['total_ms']:.0f} | {sum(b['floor_ms'].values()):.0f} |" for b in found)
-    peaks = " and ".join(f"{run['breakdown']['peak_gflops']:.0f} GFLOP/s in {run['dtype']}" for run in runs)
-    lines += [
-        "| all |" + "".join(sums),
-        "",
-        f"Floors: the larger of FLOPs at the best rate measured here ({peaks}) and bytes at that of a copy "
-        f"({found[0]['copy_gbps']:.0f} GB/s); the quantizer's are not counted.\n",
-    ]
-    return "\n".join(lines)
-
-
-def _floor(ms: float | None) -> str:
-    return f"{ms:.0f}" if ms and ms >= 0.5 else ("< 1" if ms else "–")
 
 
 def table_of_ops(ops: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""README tables of what benchmarks/parity.py and benchmarks/growth.py found."""
+"""README tables of what benchmarks/parity.py found."""
 
 from typing import Any
 
@@ -30,25 +30,4 @@ def parity(rows: dict[str, Any]) -> str:
         low, high = row["costs_interval"]
         cells += [f"{abs(row['frechet_to_reference']):.3f}", f"{row['costs']:+.3f} ({low:+.3f} … {high:+.3f})"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def growth(rows: dict[str, Any]) -> str:
-    """Cost against tokens: counted of d16, and measured of a small model."""
-    timed = {row["resolution"]: row for row in rows["measured"]}
-    depth = next((row["depth"] for row in timed.values()), None)
-    lines = [
-        "How cost grows with tokens, an image with guidance, without decoder: FLOPs and what is remembered between "
-        f"scales are counted, of d16 in bfloat16 (the public algorithm keeps its inputs in float32); "
-        f"{f'seconds are measured, of d{depth} in float32' if timed else 'times have not been measured yet'}.\n",
-        "| resolution | tokens | side | TFLOP | remembered, MB | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows["counted"]:
-        ms = timed[row["resolution"]]["median_ms"][row["side"]] if row["resolution"] in timed else None
-        cells = (f"{row['resolution']}×{row['resolution']}", row["tokens"], row["side"], f"{row['flops'] / 1e12:.2f}")
-        lines.append(
-            f"| {' | '.join(map(str, cells))} | {row['state_bytes'] / 1e6:.0f} "
-            f"| {'not measured' if ms is None else f'{ms / 1e3:.2f}'} |"
-        )
     return "\n".join(lines) + "\n"

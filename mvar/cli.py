@@ -14,7 +14,7 @@ from mvar.train.flags import add_flags, parsed, token_maps
 # torch takes a second to import: `mvar --help` and bad use are answered before it.
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
-SUITES = ("parity", "growth", "ops", "generate", "generation", "data", "train", "digits", "plug_in", "memory")
+SUITES = ("parity", "throughput", "ops", "data", "train", "digits", "plug_in")
 BACKEND_HELP = "backend of every op, see `mvar info` (default: auto)"
 
 
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         _bench,
         "measure speed and quality on this machine, from a checkout of the repository",
-        "mvar bench --suite parity --report\nmvar bench --suite ops generate\nmvar bench --suite parity -- --count 20",
+        "mvar bench --suite parity --report\nmvar bench --suite throughput\nmvar bench --suite parity -- --count 20",
     )
     bench.add_argument("--suite", nargs="+", choices=SUITES, metavar="NAME", help=f"any of {', '.join(SUITES)}")
     bench.add_argument("--report", action="store_true", help="then make tables, plots and page from the result files")

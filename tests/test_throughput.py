@@ -1,0 +1,356 @@
+"""The throughput suite in small on the CPU: every line of it but CUDA's own, because a GPU's time is short."""
+
+import argparse
+import copy
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import mvar
+import mvar.engine
+from benchmarks import agreement, growth, limits, parts, plan, public, report_throughput, sides, throughput
+from benchmarks.plan import ALL, PLANS, Size
+from benchmarks.sides import CHUNKS, SIDES, Pair, Side, flops_per_image, generate
+from benchmarks.timeline import timeline
+from mvar_kernels.backends import BackendError
+from mvar_kernels.catalogue import SPECS
+from mvar_kernels.specs import Case
+
+TINY = mvar.TokenizerConfig((1, 2, 3), num_codes=1024, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False)
+OURS, PUBLIC = SIDES["mvar"], SIDES["public"]
+FLOAT32 = torch.float32
+
+
+def tiny_pair(depth: int, resolution: int, architecture: str) -> Pair:
+    return mvar.build(depth, tokenizer=TINY, architecture=architecture)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the suite last wrote; the machine's own rates and other processes are left out."""
+    files: dict[str, Any] = {}
+    monkeypatch.setattr(throughput, "write", lambda name, rows: files.update(copy.deepcopy(rows)))
+    monkeypatch.setattr(throughput, "TIMING_SECONDS", {"cpu": 0.0})
+    monkeypatch.setattr(throughput, "TOUCHED_GIB", 0)
+    monkeypatch.setattr(throughput, "in_a_process_of_its_own", lambda *command: 1.5)
+    for module in (parts, throughput):
+        monkeypatch.setattr(module, "peak_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(parts, "copy_gbps", lambda: 10.0)
+    throughput.best_tflops.cache_clear()
+    return files
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "compiled_block", lambda: torch.compile(public.block, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
+
+
+def run(sizes: list[Size], seconds: float = 100, before: dict[str, Any] | None = None) -> None:
+    throughput.Suite(tiny_pair, seconds, before).run(sizes)
+
+
+def test_every_side_has_a_row_with_all_that_its_figures_depend_on(
+    written: dict[str, Any], uncompiled: None, tmp_path: Path
+) -> None:
+    every = (*SIDES.values(), OURS.on("reference"))
+    run([Size(2, 256, 2, "bfloat16", every, by_part=True), Size(2, 256, 1, "bfloat16", ALL, rounds=3, warm_up=False)])
+    first, second = written["sizes"]
+    assert first["left_out"] == {} and [row["side"] for row in first["rows"]] == [side.name for side in every]
+    assert [row["rounds"] for row in second["rows"]] == [3, 3, 3]
+    pairs = {name: tiny_pair(2, 256, name) for name in ("mvar", "var")}
+    for side, row in zip(every, first["rows"], strict=True):
+        pair = pairs[side.architecture]
+        assert row["tokens"] == 14 and row["parameters"] == sum(p.numel() for p in pair[0].parameters())
+        assert row["flops"] == flops_per_image(side, pair) and row["peak_gib"] == 1.5
+        assert (row["depth"], row["resolution"], row["batch"], row["dtype"]) == (2, 256, 2, "bfloat16")
+        assert row["images_per_second"] == pytest.approx(2e3 / row["p50_ms"]) and row["p90_ms"] >= row["p50_ms"] > 0
+        assert row["share_of_peak"] == pytest.approx(2 * row["flops"] / (row["p50_ms"] / 1e3) / 1e11)
+        assert row["backend"] == {True: None, False: side.backend}[side.algorithm == "public algorithm"]
+        assert (row["scan_chunk"] in CHUNKS) == (side.algorithm == "public algorithm")
+    (spent,) = written["by_part"]
+    assert sum(spent["parts_ms"].values()) == pytest.approx(spent["total_ms"]) and spent["batch"] == 2
+    (tmp_path / "docs").mkdir()
+    text = "\n".join(report_throughput.sections(json.loads(json.dumps(written)), "cpu", tmp_path))
+    assert text.count("| d2 at 256×256 | 2 | bfloat16 |") == len(every) and "| linear layers |" in text
+    assert "docs/speed_cpu.png" in text and "times have not been measured yet" in text  # of d16
+    pictures = {path.name for path in (tmp_path / "docs").iterdir()}
+    assert pictures == {"time_by_part_cpu.png", "speed_cpu.png", "growth_cpu.png"}
+
+
+def test_a_side_that_fails_is_left_out_and_named(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = public.generate
+
+    def fails(*args: Any, **options: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):  # and not while the engine is checked
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more of that")
+        return theirs(*args, **options)
+
+    monkeypatch.setattr(public, "generate", fails)
+    run([Size(1, 256, 1, "bfloat16", ALL), Size(1, 256, 2, "bfloat16", (OURS,))])
+    first, second = written["sizes"]
+    assert first["left_out"] == {PUBLIC.name: "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"}
+    assert [row["side"] for row in first["rows"]] == ["mvar", "VAR"] and len(second["rows"]) == 1
+    (said,) = report_throughput.left_out(written["sizes"])
+    assert said.endswith("Tried to allocate 20 GiB: public algorithm (d1, 256, batch 1, bfloat16).\n")
+
+
+def test_a_peak_that_fails_leaves_the_time(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*command: str) -> float:
+        raise RuntimeError("exit code -9")
+
+    monkeypatch.setattr(throughput, "in_a_process_of_its_own", killed)
+    run([Size(1, 256, 1, "float32", (OURS,))])
+    ((row,),) = (size["rows"] for size in written["sizes"])
+    assert row["peak_gib"] is None and row["p50_ms"] > 0
+    assert "| 1.00 | – |" in report_throughput.table(written["sizes"])
+
+
+def test_what_there_is_no_time_for_is_left_out_and_named(
+    written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (limits, throughput):
+        monkeypatch.setattr(module, "MIN_SECONDS", 0.01)
+    monkeypatch.setattr(throughput, "check", lambda *_: {"mvar": {"wrong": None}})
+    monkeypatch.setattr(public, "generate", lambda *args, **options: time.sleep(60))
+    run([Size(1, 256, 1, "float32", (OURS, PUBLIC)), Size(2, 256, 1, "float32", (OURS,))], seconds=4)
+    first, second = written["sizes"]
+    assert first["left_out"][PUBLIC.name].startswith("TimeoutError: not done within")
+    assert second["left_out"] == {"mvar": "TimeoutError: no time left"} and second["rows"] == []
+
+
+def test_a_wrong_side_is_not_timed(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine on one backend draws nonsense: its other sides and the public algorithm are timed."""
+    true = mvar.generate
+
+    def draws_nonsense(*args: Any, backend: str, **options: Any) -> mvar.Generated:
+        out = true(*args, backend=backend, **options)
+        return mvar.Generated(out.images, out.tokens + (backend == "reference"))
+
+    monkeypatch.setattr(mvar, "generate", draws_nonsense)
+    run([Size(1, 256, 1, "float32", (OURS, OURS.on("reference"), PUBLIC))])
+    (size,) = written["sizes"]
+    assert [row["side"] for row in size["rows"]] == ["mvar", PUBLIC.name]
+    assert size["left_out"] == {"mvar, reference": "wrong: 0.0% of its greedy tokens are those of: public algorithm"}
+    numbers = itertools.count()
+    monkeypatch.setattr(agreement, "generate", lambda *_, **options: torch.full((1, 14), next(numbers)))
+    run([Size(1, 256, 1, "float32", (OURS, SIDES["compiled-decoder"], SIDES["no-graph"], PUBLIC), by_part=True)])
+    (size,) = written["sizes"]
+    assert [row["side"] for row in size["rows"]] == [PUBLIC.name] and written["by_part"] == []
+
+
+def test_a_side_without_float32_is_checked_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the reference; "cuda" stands for the CPU's kernels here."""
+    true = mvar.generate
+
+    def without_float32(*args: Any, backend: str, dtype: torch.dtype, **options: Any) -> mvar.Generated:
+        if (backend, dtype) == ("cuda", FLOAT32):
+            raise BackendError("dtype float32 is not bfloat16 or float16")
+        return true(*args, backend="cpu" if backend == "cuda" else backend, dtype=dtype, **options)
+
+    monkeypatch.setattr(mvar, "generate", without_float32)
+    (found,) = agreement.check([OURS.on("cuda")], {}, lambda name: tiny_pair(1, 256, name)).values()
+    assert (found["dtype"], found["as"], found["wrong"]) == ("bfloat16", "mvar, reference", None)
+
+
+def test_a_share_counts_up_to_the_first_scale_that_differs() -> None:
+    tokens, others = torch.zeros(1, 14), torch.zeros(1, 14)
+    assert agreement.share(tokens, others, (1, 4, 9)) == 1
+    others[:, 2], others[:, 5:] = 1, 1
+    assert agreement.share(tokens, others, (1, 4, 9)) == pytest.approx(0.8)
+
+
+def test_a_second_run_measures_what_is_missing(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [Size(1, 256, batch, "float32", (OURS, PUBLIC)) for batch in (1, 2)]
+    run(sizes[:1])
+    before = copy.deepcopy(written)
+    monkeypatch.setattr(throughput, "check", lambda *_: {})  # what was checked is known
+    run(sizes, before=copy.deepcopy(before))
+    first, second = written["sizes"]
+    assert first == before["sizes"][0] and second["batch"] == 2 and len(second["rows"]) == 2
+    partly = copy.deepcopy(written)
+    partly["sizes"][1] |= {"rows": second["rows"][:1], "left_out": {PUBLIC.name: limits.NO_TIME}}
+    partly["sizes"][0]["rows"][0]["peak_gib"] = None
+    run(sizes, before=partly)
+    assert [size["left_out"] for size in written["sizes"]] == [{}, {}] and len(written["sizes"][1]["rows"]) == 2
+    assert written["sizes"][0] == first  # with its peak
+    known = copy.deepcopy(written)
+    known["sizes"][1] |= {"rows": second["rows"][:1], "left_out": {PUBLIC.name: "OutOfMemoryError: 20 GiB"}}
+    written.clear()
+    run(sizes, before=known)
+    assert not written  # what failed before would fail again
+
+
+def test_what_is_stored_is_of_this_commit_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"device": "cpu", "processor": "one", "commit": "1234567"}
+    monkeypatch.setattr(throughput, "RESULTS", tmp_path)
+    monkeypatch.setattr(throughput, "folder", lambda: "cpu")
+    monkeypatch.setattr(throughput, "machine", lambda: here)
+    assert throughput.stored() is None
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "throughput.json").write_text(json.dumps({"machine": here, "rows": {"sizes": []}}))
+    assert throughput.stored() == {"sizes": []}
+    for other in ({"processor": "two"}, {"commit": "7654321"}):
+        monkeypatch.setattr(throughput, "machine", lambda other=other: here | other)
+        assert throughput.stored() is None
+    changed = here | {"commit": "1234567 with changes"}
+    (tmp_path / "cpu" / "throughput.json").write_text(json.dumps({"machine": changed, "rows": {"sizes": []}}))
+    monkeypatch.setattr(throughput, "machine", lambda: changed)
+    assert throughput.stored() is None
+
+
+def parsed(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    plan.add_flags(parser)
+    return parser.parse_args(flags)
+
+
+def test_the_plan_is_the_product_of_what_is_asked_for() -> None:
+    assert plan.asked_for(parsed(), "cpu") == list(PLANS["cpu"])
+    assert {size.rounds for size in plan.asked_for(parsed("--rounds", "9"), "cuda")} == {9}
+    flags = ("--depths", "2", "4", "--batches", "1", "3", "--dtypes", "fp32", "bf16", "--backends", "auto", "reference")
+    sizes = plan.asked_for(parsed(*flags, "--sides", "var", "mvar", "--rounds", "2"), "cpu")
+    expected = [(d, 256, b, t) for d in (2, 4) for b in (1, 3) for t in ("float32", "bfloat16")]
+    assert [size[:4] for size in sizes] == expected
+    assert {size.sides for size in sizes} == {(SIDES["var"], OURS, OURS.on("reference"))}
+    assert all(size.rounds == 2 and size.warm_up for size in sizes)
+    assert plan.asked_for(parsed("--resolutions", "512"), "cpu") == [Size(16, 512, 1, "bfloat16", plan.ALL[:3])]
+
+
+def test_the_plans_have_every_size() -> None:
+    """GPU: depth 16, 24 and 30, 256 and 512, batch 1, 8, 25 and 64, by model; CPU: both dtypes; both: one at 1024."""
+    on_gpu = {size[:3] for size in PLANS["cuda"] if OURS in size.sides}
+    assert on_gpu == {(d, r, b) for d in (16, 24, 30) for r in (256, 512) for b in (1, 8, 25, 64)} | {(16, 1024, 1)}
+    on_cpu = {size[:3] for size in PLANS["cpu"]}
+    assert on_cpu == {(16, 256, 1), (16, 256, 8), (12, 256, 1), (16, 512, 1), (16, 1024, 1)}
+    grown = {size.resolution for size in PLANS["cpu"] if size[:1] + size[2:4] == (16, 1, "float32")}
+    assert grown == {256, 512, 1024}
+
+
+def test_one_side_of_a_size_is_asked_for_by_flags() -> None:
+    for size in (*PLANS["cpu"], *PLANS["cuda"]):
+        for side in size.sides:
+            (found,) = plan.asked_for(parsed(*plan.flags(size, side)), "cpu")
+            assert found[:4] == size[:4] and found.sides == (side,)
+
+
+def test_a_process_of_its_own_says_its_peak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(throughput, "random_pair", tiny_pair)
+    for side in (OURS, PUBLIC):
+        flags = plan.flags(Size(1, 256, 2, "bfloat16", (side,)), side)
+        monkeypatch.setattr(sys, "argv", ["throughput", "--peak", "--chunk", "32", *flags])
+        throughput.main()
+        assert 0.1 < float(capsys.readouterr().out) < 64
+
+
+def test_what_is_compiled_ahead(uncompiled: None, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [Size(1, 256, 1, "bfloat16", (OURS,)), Size(1, 256, 2, "bfloat16", (OURS, *plan.TO_COMPILE))]
+    throughput.compile_ahead(sizes, tiny_pair, seconds=100)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 6 and said[1] == f"{SIDES['public-compiled'].name}, scan in chunks of 256"
+
+
+def linear_flops(side: Side, pair: Pair) -> tuple[int, int]:
+    """Of the linear layers and of batched products in a generation of one image, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        generate(side, pair, torch.tensor([3]), FLOAT32, chunk=CHUNKS[0])
+    found = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    return found.get("aten.addmm", 0) + found.get("aten.mm", 0), found.get("aten.bmm", 0)
+
+
+@pytest.mark.parametrize("name", ["mvar", "var", "public"])
+def test_flops_of_linear_layers_are_those_that_torch_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a model of two narrow blocks, whose embeddings and head modulation, not counted, are added by hand."""
+    monkeypatch.setattr(mvar.engine, "packs", lambda device, dtype: False)  # torch does not count packed layers
+    side = SIDES[name]
+    pair = tiny_pair(2, 256, side.architecture)
+    config = pair[0].config
+    C, H, scales = config.channels, config.heads, config.scales
+    ours, public_side = side.algorithm == "mvar", side.algorithm == "public algorithm"
+    ops = 0
+    for k, new in enumerate(scales, 1):
+        seen = sum(scales[:k])
+        pattern = {"scales": scales[:k], "pattern": "causal", "query_scales": 1}
+        if side.algorithm != "VAR":
+            pattern = {"scales": (new,), "pattern": "diagonal"}
+            sizes = {"B": 2, "L": new if ours else seen, "C": C, "H": 2 * H, "P": 64, "N": 64}
+            ops += config.depth * SPECS["mamba2_mixer"].work(Case("", sizes, {"scales": None}), 2)[1]
+        ops += config.depth * SPECS["scale_attention"].work(Case("", {"B": 2, "H": H, "D": 64}, pattern), 2)[1]
+    uncounted = 2 * (sum(scales) - scales[0]) * config.code_dim * C
+    uncounted += (len(scales) if public_side else 1) * 2 * 2 * C * 2 * C
+    # torch makes the engine's word embedding a batched product; its ops, as one operator each, are not counted.
+    found = linear_flops(side, pair)[0] if public_side else sum(linear_flops(side, pair))
+    assert found == growth.flops(side.algorithm, config) - ops + uncounted
+
+
+def test_flops_of_attention_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return ((q @ k.mT * scale).softmax(-1) @ v).transpose(1, 2)
+
+    monkeypatch.setattr(sides, "public_attention", lambda dtype: ("products", attend))
+    monkeypatch.setattr(public, "mamba", lambda layer, x: x)
+    pair = tiny_pair(2, 256, "mvar")
+    scales = pair[0].config.scales
+    case = Case("", {"B": 2, "H": 2, "D": 64}, {"scales": scales, "pattern": "diagonal"})
+    assert linear_flops(PUBLIC, pair)[1] == 2 * SPECS["scale_attention"].work(case, 2)[1] > 0
+
+
+def test_flops_of_a_side_have_its_decoder() -> None:
+    """The engine doubles maps by transposed convolutions, with fewer products; the public algorithm does not."""
+    deeper = mvar.TokenizerConfig((1, 2, 3), num_codes=64, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False)
+    model, tokenizer = mvar.build(1, tokenizer=deeper)
+    with FlopCounterMode(display=False) as counter:
+        tokenizer.decode_features(torch.randn(1, 32, 3, 3))
+    decoders = {s: flops_per_image(s, (model, tokenizer)) - growth.flops(s.algorithm, model.config) for s in ALL}
+    assert decoders[PUBLIC] == counter.get_total_flops() > decoders[OURS] > 0
+
+
+def test_a_timeline_has_every_part() -> None:
+    found = timeline(*tiny_pair(1, 256, "mvar"), torch.arange(2), torch.bfloat16)
+    spent = found["parts_ms"]
+    assert sum(spent.values()) == pytest.approx(found["total_ms"])
+    assert all(spent[name] > 0 for name in ("linear layers", "attention", "mixer", "adaLN", "drawing", "decoder"))
+    described = Size(1, 256, 2, "bfloat16", ALL).described()
+    text = report_throughput.parts([described | found])
+    assert "| gaps |" in text and "floor" not in text and "of 8192×8192 matrices" in text
+
+
+def test_aims_are_said_beside_what_was_found() -> None:
+    def row(batch: int, side: Side, ms: float) -> dict[str, Any]:
+        return Size(16, 256, batch, "bfloat16", ()).described() | {"side": side.name, "p50_ms": ms}
+
+    rows = [row(25, OURS, 200.0), row(25, PUBLIC, 1000.0), row(1, OURS, 20.0)]
+    timelines = [{"batch": 64, "linear_tflops": 400.0, "product_tflops": 800.0}]
+    (said,) = report_throughput.aims(rows, timelines, "nvidia_h200")
+    assert [line.rsplit(": ")[-1] for line in said.splitlines()[2:]] == ["5.0 times", "0.200 s", "20.0 ms", "50%"]
+    (said,) = report_throughput.aims([], [], "nvidia_h200")
+    assert said.count(": not measured") == 4 and report_throughput.aims(rows, timelines, "cpu") == []
+
+
+def test_growth_shows_what_was_measured(tmp_path: Path) -> None:
+    def row(resolution: int, dtype: str, side: str, ms: float) -> dict[str, Any]:
+        size = Size(16, resolution, 1, dtype, ()).described()
+        tokens = {256: 680, 512: 2240}[resolution]
+        return size | {"side": side, "p50_ms": ms, "peak_gib": None, "tokens": tokens}
+
+    rows = [row(256, "bfloat16", "mvar", 1e3), row(256, "float32", "mvar", 2e3), row(512, "float32", "VAR", 4e3)]
+    measured = report_throughput.grown([*rows, rows[0] | {"batch": 8}, rows[0] | {"depth": 12}])
+    assert measured == rows[1:]
+    text = report_throughput.growth(measured)
+    assert "| 680 | mvar | 0.86 | 17 | 2 | not measured |" in text
+    assert "| 2240 | VAR | 2.25 | 294 | 4 | not measured |" in text
+    assert text.count("| not measured | not measured |") == 7
+    (tmp_path / "docs").mkdir()
+    found = report_throughput.sections(None, "cpu", tmp_path)
+    assert found[0] == report_throughput.NO_MEASUREMENT and "not been measured yet" in found[1] and len(found) == 3
