@@ -1,4 +1,4 @@
-"""Whether a side draws what it should: greedy tokens, before anything is timed."""
+"""Whether a side computes what it should, before it is timed: greedy tokens; of the compiled rival, a block."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.growth import OURS, PUBLIC
+from benchmarks import public
+from benchmarks.growth import OURS, PUBLIC, ROWS
 from benchmarks.measure import DEVICE
-from benchmarks.sides import SIDES, Pair, Side, generate
+from benchmarks.sides import SIDES, Pair, Side, compiled_block, generate, public_arithmetic, public_attention
+from mvar.blocks import MVARBlock
 from mvar.engine import release
 from mvar_kernels.backends import BackendError
 
@@ -74,6 +76,26 @@ def _same_draws(side: Side, pair: Pair) -> Found:
     draws = [generate(each, pair, labels, torch.bfloat16) for each in (side, SIDES["mvar"])]
     same = torch.equal(*draws)
     return {"dtype": "bfloat16", "as": OURS, "same_tokens": same, "wrong": None if same else "wrong: other tokens"}
+
+
+@torch.no_grad()
+def fault_of_compiled(pair: Pair, batch: int, dtype: torch.dtype, chunk: int) -> str | None:
+    """What is wrong with the public algorithm's compiled block, held against the same one run eagerly, or None.
+
+    At the last scale of such a batch, for which a generation has compiled it.
+    """
+    model, _ = pair
+    layers, (*coarser, length) = model.typed_blocks()[0], model.config.scales
+    assert isinstance(layers, MVARBlock)
+    lengths, (_, attend) = (length, sum(coarser)), public_attention(dtype)
+    x, cache = (torch.randn(ROWS * batch, n, model.config.channels, device=DEVICE) for n in lengths)
+    cond = model.class_emb.weight[: ROWS * batch]
+    with public_arithmetic(dtype, chunk):
+        got, expected = (run(layers, x, cond, cache, attend) for run in (compiled_block(), public.block))
+    error = float((got[0] - expected[0]).norm() / expected[0].norm())
+    # float32: sums of up to 4,096 products in another order. In 16 bits what a factor's rounding adds is more.
+    allowed = torch.finfo(dtype).eps * (32 if dtype == torch.float32 else 2)
+    return None if error <= allowed else f"wrong: a block is off by {error:.1e} of its norm"
 
 
 def share(tokens: Tensor, others: Tensor, scales: Sequence[int]) -> float:

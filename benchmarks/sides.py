@@ -62,19 +62,25 @@ SIDES: Mapping[str, Side] = {
 
 
 @torch.no_grad()
-def random_pair(depth: int, resolution: int, architecture: str) -> Pair:
-    """A model and its tokenizer in float32, made on the device: `mvar.build` draws on the host, minutes for d30."""
+def random_pair(depth: int, resolution: int, architecture: str, tokenizer: mvar.TokenizerConfig | None = None) -> Pair:
+    """A model and its tokenizer in float32, made on the device: `mvar.build` draws on the host, minutes for d30.
+
+    tokenizer: its sizes; None for the published one's of this resolution.
+    """
     torch.manual_seed(0)
-    maps = mvar.SCHEDULES[resolution]
+    images = tokenizer or mvar.TokenizerConfig(mvar.SCHEDULES[resolution])
     with DEVICE:
-        tokenizer = Tokenizer(mvar.TokenizerConfig(maps))
-        model = mvar.from_config(mvar.ModelConfig(depth=depth, patch_nums=maps, architecture=architecture))
+        decoder = Tokenizer(images)
+        config = mvar.ModelConfig(
+            depth, images.patch_nums, num_codes=images.num_codes, code_dim=images.code_dim, architecture=architecture
+        )
+        model = mvar.from_config(config)
     for parameter in (model.pos_start, model.pos_1LC):
         parameter.normal_(std=0.02)
     for mixer in (module for module in model.modules() if isinstance(module, Mamba2)):
         mixer.A_log.uniform_(0, 2.7)  # decays of 1 to 16, as Mamba-2's
         mixer.dt_bias.uniform_(-7, -2)
-    return model.eval(), tokenizer.eval()
+    return model.eval(), decoder.eval()
 
 
 @torch.no_grad()
@@ -87,8 +93,7 @@ def generate(
         return run(*pair, labels, dtype=dtype, **options).tokens
     run_block = compiled_block() if side.compiled else None
     _, attend = public_attention(dtype)
-    autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
-    with autocast, in_chunks(chunk), products(side.products):
+    with public_arithmetic(dtype, chunk), products(side.products):
         return public.generate(*pair, labels, attend=attend, run_block=run_block, **options)[1]
 
 
@@ -112,9 +117,10 @@ def compiled_block() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def in_chunks(chunk: int) -> Iterator[None]:
-    """The public side's scan in chunks of so many tokens."""
-    with mock.patch.object(reference, "CHUNK", chunk):
+def public_arithmetic(dtype: torch.dtype, chunk: int) -> Iterator[None]:
+    """The public side's: autocast to `dtype`, and its scan in chunks of so many tokens."""
+    autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
+    with autocast, mock.patch.object(reference, "CHUNK", chunk):
         yield
 
 
@@ -137,7 +143,7 @@ def fastest_chunk(pair: Pair, batch: int, dtype: torch.dtype) -> int:
     x = torch.randn(growth.ROWS * batch, model.config.num_tokens, model.config.channels, device=DEVICE)
 
     def layer(chunk: int) -> None:
-        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32), in_chunks(chunk):
+        with public_arithmetic(dtype, chunk):
             for seen in accumulate(model.config.scales):
                 public.mamba(mixer, x[:, :seen])
 

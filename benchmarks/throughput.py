@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.agreement import check, reason_against
+from benchmarks.agreement import check, fault_of_compiled, reason_against
 from benchmarks.growth import PUBLIC
 from benchmarks.limits import MIN_SECONDS, NO_TIME, Failures, limited
 from benchmarks.measure import DEVICE, RESULTS, folder, latencies, machine, require_allocator, write
@@ -125,6 +125,10 @@ class Suite:
             start = time.monotonic()
             failures.attempt([side.name], self.limit(side), runs[side])
             seconds += time.monotonic() - start
+        for side in (side for side in theirs if side.compiled and side in still()):
+            look = partial(fault_of_compiled, pairs[side], size.batch, dtype, chunk)
+            if fault := failures.attempt([side.name], self.limit(side), look):
+                failures.reasons[side.name] = fault
         rounds = size.rounds or min(max(int(TIMING_SECONDS[DEVICE.type] / max(seconds, 1e-3)), 2), 7)
         ready = {side.name: runs[side] for side in still()}
         turns = partial(latencies, ready, rounds=rounds, seconds=0, warm_up=False)
@@ -154,6 +158,7 @@ class Suite:
                 peak = partial(in_a_process_of_its_own, f"benchmarks.{NAME}", "--peak", *chosen)
                 what = f"peak memory, {known['side']}"
                 known["peak_gib"] = Failures(size.name, {}).attempt([what], self.left, peak)
+                print(f"{size.name}: {what}: {known['peak_gib']} GiB", flush=True)
                 self.save()
 
     def is_there(self, size: Size) -> bool:

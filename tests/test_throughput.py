@@ -30,7 +30,7 @@ FLOAT32 = torch.float32
 
 
 def tiny_pair(depth: int, resolution: int, architecture: str) -> Pair:
-    return mvar.build(depth, tokenizer=TINY, architecture=architecture)
+    return sides.random_pair(depth, resolution, architecture, TINY)
 
 
 @pytest.fixture
@@ -50,11 +50,13 @@ def written(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sides, "compiled_block", lambda: torch.compile(public.block, backend="eager"))
+    block = torch.compile(public.block, backend="eager")
+    for module in (sides, agreement):
+        monkeypatch.setattr(module, "compiled_block", lambda: block)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
 
 
-def run(sizes: list[Size], seconds: float = 100, before: dict[str, Any] | None = None) -> None:
+def run(sizes: list[Size], seconds: float = 1000, before: dict[str, Any] | None = None) -> None:
     throughput.Suite(tiny_pair, seconds, before).run(sizes)
 
 
@@ -119,7 +121,9 @@ def test_what_there_is_no_time_for_is_left_out_and_named(
 ) -> None:
     for module in (limits, throughput):
         monkeypatch.setattr(module, "MIN_SECONDS", 0.01)
+    run([Size(1, 256, 1, "float32", (OURS,))])  # what is slow the first time
     monkeypatch.setattr(throughput, "check", lambda *_: {"mvar": {"wrong": None}})
+    monkeypatch.setattr(throughput, "fastest_chunk", lambda *_: 32)
     monkeypatch.setattr(public, "generate", lambda *args, **options: time.sleep(60))
     run([Size(1, 256, 1, "float32", (OURS, PUBLIC)), Size(2, 256, 1, "float32", (OURS,))], seconds=4)
     first, second = written["sizes"]
@@ -145,6 +149,22 @@ def test_a_wrong_side_is_not_timed(written: dict[str, Any], monkeypatch: pytest.
     run([Size(1, 256, 1, "float32", (OURS, SIDES["compiled-decoder"], SIDES["no-graph"], PUBLIC), by_part=True)])
     (size,) = written["sizes"]
     assert [row["side"] for row in size["rows"]] == [PUBLIC.name] and written["by_part"] == []
+
+
+def test_a_compiled_rival_that_is_wrong_is_not_timed(
+    written: dict[str, Any], uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, compiled = public.block, SIDES["public-compiled"]
+
+    def forgets_the_past(layers: Any, x: Tensor, cond: Tensor, cache: Tensor, attend: Any) -> tuple[Tensor, Tensor]:
+        return true(layers, x, cond, None, attend)
+
+    for module in (sides, agreement):
+        monkeypatch.setattr(module, "compiled_block", lambda: forgets_the_past)
+    run([Size(1, 256, 1, "bfloat16", (PUBLIC, compiled))])
+    (size,) = written["sizes"]
+    assert [row["side"] for row in size["rows"]] == [PUBLIC.name]
+    assert size["left_out"][compiled.name].startswith("wrong: a block is off by")
 
 
 def test_a_side_without_float32_is_checked_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
