@@ -114,9 +114,10 @@ def growth(counted: Sequence[Row], measured: Sequence[Row], path: Path) -> None:
         panels += [(measured, "p50_ms", 1e3, f"seconds, {where}"), (measured, "peak_gib", 1, f"peak GiB, {where}")]
     figure = plt.figure(figsize=(8, 3.6 * len(panels) / 2))
     for axes, (rows, name, unit, title) in zip(figure.subplots(len(panels) // 2, 2).flat, panels, strict=True):
-        for side, colour in COLOURS.items():
+        for side, width in ((PUBLIC, 4), (VAR, 1.5), (OURS, 1.5)):  # the widest below: VAR's cache is as large
             points = [(r["tokens"], r[name] / unit) for r in rows if r["side"] == side and r[name] is not None]
-            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", color=colour, label=side)
+            line = [x for x, _ in points], [y for _, y in points]
+            axes.plot(*line, marker="o", linewidth=width, markersize=3 + 1.5 * width, color=COLOURS[side], label=side)
         axes.set_title(title, fontsize=10)
         axes.set_xscale("log")
         axes.set_yscale("log")
