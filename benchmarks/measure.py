@@ -129,7 +129,7 @@ def _processor() -> str:
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True)
+        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent.parent, capture_output=True, text=True)
         return done.stdout.strip()
 
     # Results and README are what a run changes: they do not make a commit's code another one.

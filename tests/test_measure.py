@@ -1,0 +1,40 @@
+"""What a benchmark's figures are and what stands beside them."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import measure
+
+
+def test_latencies_are_of_every_round_and_medians_of_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock) ** 2 / 1e3)
+    turns: list[str] = []
+    sides = {name: lambda name=name: turns.append(name) for name in ("one", "other")}
+    times = measure.latencies(sides, rounds=3, seconds=0, warm_up=False)
+    assert turns == ["one", "other"] * 3 and [len(times[name]) for name in sides] == [3, 3]
+    assert times["one"] != times["other"] and times["one"] == sorted(times["one"])
+    monkeypatch.setattr(measure, "latencies", lambda *_, **options: {"one": [3.0, 1.0, 2.0]})
+    assert measure.interleaved(sides, rounds=3, seconds=0) == {"one": 2.0}
+
+
+def test_a_commit_with_changed_code_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("mvar/model.py", "benchmarks/ops.py", "benchmarks/results/cpu/ops.json", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "benchmarks" / "results")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    for name, changed in (("README.md", False), ("benchmarks/results/cpu/ops.json", False), ("mvar/model.py", True)):
+        (tmp_path / name).write_text("another")
+        assert measure._commit().endswith(" with changes") == changed
+    git("checkout", "--quiet", "mvar")
+    (tmp_path / "benchmarks" / "ops.py").write_text("another")
+    assert measure._commit().endswith(" with changes")
