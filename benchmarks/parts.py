@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ from benchmarks.measure import interleaved
 from mvar.engine import prepared_tokenizer
 from mvar.layers import Linear
 from mvar.packed import PackedLinear
-from mvar.tokenizer import Tokenizer
+from mvar.tokenizer import Tokenizer, TokenizerConfig
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Case
 
@@ -135,7 +136,7 @@ def breakdown(generate: Callable[[], Any], tokenizer: Tokenizer, batch: int, dty
             generate()
             runs.append((time.perf_counter() - start, parts))
     total, parts = sorted(runs, key=lambda run: run[0])[1]
-    parts["decoder"].flops = decoder_flops(tokenizer, batch)
+    parts["decoder"].flops = decoder_flops(tokenizer.config, batch)
     peak, copy = peak_gflops(dtype), copy_gbps()
     spent = {name: 1e3 * part.seconds for name, part in parts.items()}
     return {
@@ -149,12 +150,13 @@ def breakdown(generate: Callable[[], Any], tokenizer: Tokenizer, batch: int, dty
     }
 
 
-def decoder_flops(tokenizer: Tokenizer, batch: int, prepared: bool = True) -> float:
+@cache
+def decoder_flops(config: TokenizerConfig, batch: int, prepared: bool = True) -> float:
     """Of the decoder's convolutions and products, as the engine prepares it or as it is published."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        decoder = Tokenizer(tokenizer.config)
+        decoder = Tokenizer(config)
         decoder = prepared_tokenizer(decoder, torch.float32) if prepared else decoder.eval()
-        decoder.decode_features(torch.empty(batch, tokenizer.code_dim, *2 * tokenizer.patch_nums[-1:]))
+        decoder.decode_features(torch.empty(batch, config.code_dim, *2 * config.patch_nums[-1:]))
     return float(counter.get_total_flops())
 
 

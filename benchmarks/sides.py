@@ -158,7 +158,7 @@ def flops_per_image(side: Side, pair: Pair) -> float:
     Not counted: embeddings, norms, draws, the quantizer.
     """
     model, tokenizer = pair
-    decoder = decoder_flops(tokenizer, 1, prepared=side.algorithm != PUBLIC)
+    decoder = decoder_flops(tokenizer.config, 1, prepared=side.algorithm != PUBLIC)
     return growth.flops(side.algorithm, model.config) + decoder
 
 
