@@ -14,13 +14,14 @@ import torch._functorch.config
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import products
 from benchmarks.measure import CALLS, DEVICE, graphed, interleaved, require_allocator, use_own_stream, write
+from benchmarks.products import DTYPES
 from benchmarks.rivals import RIVALS
 from mvar_kernels.backends import PEERS, BackendError, backends
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Case, Inputs, Spec
 
-DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 WRONG = 16  # roundings of the input's dtype that a side may be off by, besides twice what the reference is off by
 Results = tuple[Tensor, ...]
 Forward = Callable[[Inputs], Results]
@@ -197,6 +198,8 @@ def main() -> None:
             times = ", ".join(f"{name} {ms:.4g}" for name, ms in r["median_ms"].items())
             print(f"  {r['case']} {r['dtype']} {r['pass']}, ms: {times}")
         failed += [f"{op}, {r['case']}: {name}" for r in rows for name in r["wrong"] if name.startswith("mvar")]
+    if not options.untimed:
+        products.main()
     if failed:
         raise SystemExit(f"wrong or failed, and not timed: {'; '.join(failed)}")
 

@@ -1,6 +1,6 @@
 """Plots of the result files, for the README."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,18 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
+from matplotlib.lines import Line2D  # noqa: E402
 
+from benchmarks import report_ops  # noqa: E402
 from benchmarks.growth import OURS, PUBLIC, VAR  # noqa: E402
+from benchmarks.report_ops import Ops  # noqa: E402
 from mvar.files import replacing  # noqa: E402
 
 Row = dict[str, Any]
 COLOURS = {OURS: "tab:blue", VAR: "tab:orange", PUBLIC: "0.5"}
 GREY = "0.75"
+MARKS = {"forward": "o", "backward": "^"}
+ROOF: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "0.35"}
 
 
 def by_part(found: Sequence[Row], rows: Sequence[Row], path: Path) -> None:
@@ -76,6 +81,51 @@ def ops(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     unique = dict(zip(names, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), fontsize=8)
     _save(figure, path)
+
+
+def roofline(ops: Ops, products: Mapping[str, float], path: Path) -> None:
+    """Every op, dtype and pass by FLOP a byte and FLOP/s, below the rates of a product and of the fastest copy.
+
+    A thin line leads from each point to its own roof: the copy of as many bytes may be slower than the fastest.
+    """
+    points, copy_gbps = report_ops.points(ops, products), report_ops.copy_gbps(ops)
+    figure = plt.figure(figsize=(8, 4.8))
+    axes = figure.add_subplot()
+    colours = dict(zip(dict.fromkeys(p.op for p in points), plt.colormaps["Dark2"].colors, strict=False))  # type: ignore[attr-defined]
+    left, right = 0.6 * min(p.intensity for p in points), 1.7 * max(p.intensity for p in points)
+    for dtype, gflops in products.items():
+        ridge = max(gflops / copy_gbps, left)
+        axes.plot([left, ridge, right], [left * copy_gbps, gflops, gflops], color="0.35", linewidth=1.2, zorder=1)
+        axes.annotate(f"{dtype} product\n{_rate(gflops)}", (right, gflops), (4, 0), **ROOF, va="center")
+    turned: dict[str, Any] = {"rotation": 45, "rotation_mode": "anchor", "transform_rotates_text": True}
+    start = 1.15 * left
+    axes.annotate(f"copy: {copy_gbps:.0f} GB/s", (start, start * copy_gbps), (-4, 4), **ROOF, **turned)
+    for p in points:
+        colour = colours[p.op]
+        axes.plot([p.intensity] * 2, [p.gflops, p.roof_gflops], color=colour, linewidth=0.8, alpha=0.5, zorder=2)
+        axes.plot(p.intensity, p.roof_gflops, "_", color=colour, markersize=7, alpha=0.7, zorder=2)
+        face = colour if p.dtype == "float32" else "white"
+        axes.plot(p.intensity, p.gflops, MARKS[p.direction], color=colour, markerfacecolor=face, markersize=7, zorder=3)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(left, right)
+    axes.set_ylim(top=1.6 * max(products.values(), default=max(p.roof_gflops for p in points)))
+    axes.grid(color="0.92")
+    axes.get_xaxis().set_major_formatter("{x:g}")
+    axes.get_yaxis().set_major_formatter(lambda gflops, _: _rate(gflops))
+    axes.set_xlabel("FLOP a byte")
+    axes.set_ylabel("reached")
+    marks = [Line2D([], [], marker="o", linestyle="", color=colour, label=op) for op, colour in colours.items()]
+    grey: dict[str, Any] = {"linestyle": "", "color": "0.35"}
+    marks += [Line2D([], [], marker=mark, label=name, **grey) for name, mark in MARKS.items()]
+    marks.append(Line2D([], [], marker="o", markerfacecolor="white", label="16 bits (filled: float32)", **grey))
+    marks.append(Line2D([], [], marker="_", label="its own roof", **grey))
+    axes.legend(handles=marks, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, ncols=4)
+    _save(figure, path)
+
+
+def _rate(gflops: float) -> str:
+    return f"{gflops / 1e3:g} TFLOP/s" if gflops >= 1e3 else f"{gflops:.3g} GFLOP/s"
 
 
 def speed(rows: Sequence[Row], path: Path) -> bool:

@@ -1,11 +1,12 @@
 """README tables, plots and one page of both from the result files alone: `mvar bench --report`."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks import plots, report_kernels, report_quality, report_throughput, report_training
+from benchmarks import plots, report_kernels, report_ops, report_quality, report_throughput, report_training
 from benchmarks.measure import RESULTS
 from benchmarks.page import page
 from mvar.files import replacing
@@ -18,59 +19,94 @@ KERNELS = ROOT / "docs" / "kernels.md"
 PAGE = ROOT / "build" / "report.html"
 
 
+class Part(NamedTuple):
+    """Markdown of one subject. folded: readers of the README open it themselves."""
+
+    heading: str
+    text: str
+    folded: bool = False
+
+    def markdown(self) -> str:
+        if not self.folded:
+            return f"#### {self.heading}\n\n{self.text}"
+        return f"<details><summary>{self.heading}</summary>\n\n{self.text}\n</details>\n"
+
+
 def main() -> None:
     before, rest = README.read_text().split(BEGIN)
     _, after = rest.split(END)
-    folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
-    sections = {folder.name: device(folder) for folder in folders if any(folder.glob("*.json"))}
-    text = "\n".join(sections.values())
+    folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and any(path.glob("*.json"))]
+    sections = {}
+    for folder in folders:
+        results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        sections[machine(results.values())] = device(folder.name, results)
+    text = "\n".join(
+        f"### {name}\n\n" + "\n".join(part.markdown() for part in parts) for name, parts in sections.items()
+    )
     if all(folder.name == "cpu" for folder in folders):
         text += "\nOn a GPU: not yet measured (`make gpu` does it).\n"
     with replacing(README) as aside:
         aside.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
     with replacing(PAGE) as aside:
-        aside.write_text(page("mvar: benchmarks", sections, ROOT))
+        found = {name: {part.heading: part.text for part in parts} for name, parts in sections.items()}
+        aside.write_text(page("mvar: benchmarks", found, ROOT))
     print(PAGE)
     with replacing(KERNELS) as aside:
         stored = (json.loads((RESULTS / name).read_text()) for name in ("kernels.json", "cuda_kernels.json"))
         aside.write_text(report_kernels.page(*stored))
 
 
-def device(folder: Path) -> str:
-    """Markdown of all results of one device; its plots are drawn on the way."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    data = {name: r for name, r in results.items() if name.startswith("data_")}
-    plugged_in = {name: r for name, r in results.items() if name.startswith("plug_in_")}
-    steps = {name: r for name, r in results.items() if name.startswith("train_")}
-    parities = {name: r for name, r in results.items() if name.startswith("parity_")}
-    ops = {name: r for name, r in results.items() if name in SPECS}
-    parts = [machines(results.values())]
+def device(name: str, results: dict[str, Any]) -> list[Part]:
+    """All results of one device; its plots are drawn on the way."""
+
+    def named(prefix: str) -> dict[str, Any]:
+        return {stem.removeprefix(prefix): r["rows"] for stem, r in results.items() if stem.startswith(prefix)}
+
+    def picture(stem: str, caption: str, draw: Callable[[Path], None]) -> str:
+        path = Path("docs") / f"{stem}_{name}.png"
+        draw(ROOT / path)
+        return f"![{caption}]({path})\n"
+
     throughput = results.get("throughput", {"rows": None})["rows"]
-    parts += report_throughput.sections(throughput, folder.name, ROOT)
-    parts += [report_training.data(name.removeprefix("data_"), row) for name, r in data.items() for row in r["rows"]]
-    if plugged_in:
-        parts.append(accelerated([content["rows"] for content in plugged_in.values()]))
-    parts += [report_training.step(name.removeprefix("train_"), content["rows"]) for name, content in steps.items()]
+    parts = [Part(heading, text) for heading, text in report_throughput.sections(throughput, name, ROOT).items()]
+    steps = [report_training.step(model, rows) for model, rows in named("train_").items()]
+    steps += [report_training.data(model, row) for model, rows in named("data_").items() for row in rows]
     if "digits" in results:
-        parts.append(report_training.digits(results["digits"]["rows"]))
-    parts += [report_quality.parity(content["rows"]) for content in parities.values()]
-    if ops:
-        picture = Path("docs") / f"ops_{folder.name}.png"
-        plots.ops({name: content["rows"] for name, content in ops.items()}, ROOT / picture)
-        parts += [table_of_ops(ops), f"![every op beside the others, as a share of the copy's speed]({picture})\n"]
-    return "\n".join(parts)
+        steps.append(report_training.digits(results["digits"]["rows"]))
+    if steps:
+        parts.append(Part("Training", "\n".join(steps)))
+    if plugged_in := named("plug_in_"):
+        parts.append(Part("In a VAR repository", accelerated(list(plugged_in.values()))))
+    parts += [Part(f"Quality, {model}", report_quality.parity(rows)) for model, rows in named("parity_").items()]
+    if ops := {op: results[op]["rows"] for op in SPECS if op in results}:
+        products = {row["dtype"]: row["gflops"] for row in results["products"]["rows"]} if "products" in results else {}
+        roofline = picture("roofline", report_ops.CAPTION, partial(plots.roofline, ops, products))
+        beside = picture("ops", "every op beside the others, as a share of the copy's speed", partial(plots.ops, ops))
+        parts.append(Part("Ops below their roofs", report_ops.reached(ops, products) + "\n" + roofline))
+        table = report_ops.table(ops, products)
+        parts.append(Part("Every op beside the others", "\n".join([table, beside]), folded=True))
+    parts.append(Part("Commits that were measured", commits(results), folded=True))
+    return parts
 
 
-def machines(results: Iterable[Any]) -> str:
-    described = {
-        f"{m['processor']}, {m['threads']} threads" + f", {m['device']}" * (m["device"] != "cpu"): m
-        for m in (content["machine"] for content in results)
-    }
-    commits = sorted({content["machine"]["commit"] for content in results})
-    return "\n".join(
-        f"{name}, torch {m['torch']}, commit {', '.join(commits)}. Medians of interleaved runs.\n"
-        for name, m in described.items()
+def commits(results: Mapping[str, Any]) -> str:
+    measured: dict[str, list[str]] = {}
+    for stem, content in results.items():
+        measured.setdefault(content["machine"]["commit"], []).append(f"`{stem}`")
+    lines = ["| commit | result files |", "|---|---|"]
+    return "\n".join(lines + [f"| {commit} | {', '.join(stems)} |" for commit, stems in measured.items()]) + "\n"
+
+
+def machine(results: Iterable[Any]) -> str:
+    """The machine or machines of one device's results."""
+    found = (content["machine"] for content in results)
+    described = (
+        f"{m['processor']}, {m['threads']} threads"
+        + f", {m['device']}" * (m["device"] != "cpu")
+        + f", torch {m['torch']}"
+        for m in found
     )
+    return " and ".join(dict.fromkeys(described))
 
 
 def accelerated(models: list[dict[str, Any]]) -> str:
@@ -92,23 +128,31 @@ def accelerated(models: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table_of_ops(ops: dict[str, Any]) -> str:
-    lines = [
-        "Ops, ms; in brackets how many times mvar's. The copy moves as many bytes as the op must at least:\n",
-        "| op | case | dtype | pass | mvar | others | copy |",
-        "|---|---|---|---|---|---|---|",
+def _seconds(ms: dict[str, float], side: str) -> str:
+    return f"{ms[side] / 1e3:.2f} ({ms[side] / ms['mvar']:.1f}×)" if side in ms else "–"
+
+
+def _breakdowns(runs: list[dict[str, Any]]) -> str:
+    """Where one image's time goes; beside every part its floor."""
+    found = [run["breakdown"] for run in runs]
+    head = "".join(f" {run['dtype']}, ms | floor |" for run in runs)
+    lines = [f"| one image: where the time goes |{head}", "|---" * (1 + 2 * len(runs)) + "|"]
+    for part in found[0]["parts_ms"]:
+        cells = (f" {b['parts_ms'][part]:.0f} | {_floor(b['floor_ms'].get(part))} |" for b in found)
+        lines.append(f"| {part} |" + "".join(cells))
+    sums = (f" {b['total_ms']:.0f} | {sum(b['floor_ms'].values()):.0f} |" for b in found)
+    peaks = " and ".join(f"{run['breakdown']['peak_gflops']:.0f} GFLOP/s in {run['dtype']}" for run in runs)
+    lines += [
+        "| all |" + "".join(sums),
+        "",
+        f"Floors: the larger of FLOPs at the best rate measured here ({peaks}) and bytes at that of a copy "
+        f"({found[0]['copy_gbps']:.0f} GB/s); the quantizer's are not counted.\n",
     ]
-    for name, content in ops.items():
-        for row in content["rows"]:
-            times = dict(row["median_ms"])
-            copy = times.pop("copy")
-            ours = {side: times.pop(side) for side in list(times) if side.startswith("mvar")}
-            best = min(ours.values(), default=float("nan"))
-            mine = ", ".join(f"{ms:.3g}" for ms in ours.values()) or "wrong, not timed"
-            others = ", ".join(f"{side} {ms:.3g} ({ms / best:.1f}×)" for side, ms in times.items())
-            cells = (f"`{name}`", row["case"], row["dtype"], row["pass"], mine, others, f"{copy:.3g}")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+def _floor(ms: float | None) -> str:
+    return f"{ms:.0f}" if ms and ms >= 0.5 else ("< 1" if ms else "–")
 
 
 if __name__ == "__main__":

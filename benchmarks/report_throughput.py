@@ -11,8 +11,8 @@ Row = dict[str, Any]
 NO_MEASUREMENT = "Throughput: not yet measured (`mvar bench --suite throughput`).\n"
 
 
-def sections(content: Row | None, device: str, root: Path) -> list[str]:
-    """Markdown of one device's results, None where there are none; its plots are drawn into root/docs on the way."""
+def sections(content: Row | None, device: str, root: Path) -> dict[str, str]:
+    """Markdown by heading of one device's results, None where there are none; plots are drawn into root/docs."""
     rows = [row for size in content["sizes"] for row in size["rows"]] if content else []
     by_part = content["by_part"] if content else []
 
@@ -29,7 +29,8 @@ def sections(content: Row | None, device: str, root: Path) -> list[str]:
         found.append(picture("speed", "images a second against the batch"))
     measured = grown(rows)
     plots.growth(list(counted()), measured, root / "docs" / f"growth_{device}.png")
-    return [*found, growth(measured), picture("growth", "cost against tokens: mvar, the public algorithm, VAR")]
+    grows = [growth(measured), picture("growth", "cost against tokens: mvar, the public algorithm, VAR")]
+    return {"Generation": "\n".join(found), "Cost as resolution grows": "\n".join(grows)}
 
 
 def table(sizes: Sequence[Row]) -> str:

@@ -1,6 +1,8 @@
 """`mvar bench` from a checkout and from an installed package, and what the suites compute."""
 
 import base64
+import math
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import growth, page, parity
+import mvar
+from benchmarks import growth, page, parity, report, report_ops
 from mvar import bench, digits
 from mvar.cli import SUITES, main
-from mvar.evaluate import moments
+from mvar.engine import prepared_model
+from mvar.evaluate import frechet, moments
+from mvar.pictures import to_bytes
 from tests.test_cli import fails
 
 
@@ -54,6 +59,10 @@ def test_parity_tells_a_worse_set_from_an_equal_one() -> None:
     noisy = (pixels.int() + torch.randint(-90, 90, pixels.shape)).clamp(0, 255).to(torch.uint8)
     worse = parity.compare_features(judge, judge.features(noisy), reference)
     assert worse["costs_interval"][0] > 0 and worse["frechet_to_reference"] > 0.1
+    real = judge.real(None)
+    to_real = [frechet(moments(judge.features(made)), real) for made in (noisy, pixels)]
+    assert worse["frechet_to_real"] == pytest.approx(to_real[0])
+    assert worse["costs"] == pytest.approx(to_real[0] - to_real[1]) and worse["costs"] > 0
     equal = parity.compare_features(judge, judge.features(pixels[:300]), judge.features(pixels[300:]))
     low, high = equal["costs_interval"]
     assert low < 0 < high
@@ -71,6 +80,36 @@ def test_parity_of_a_wrong_backend_shows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 0.5 < rough["equal_tokens"] < 1 and 1e-3 < rough["logit_error_rms"] < 0.1
     assert len(rough["equal_tokens_by_scale"]) == len(model.config.scales)
     assert rough["psnr_of_same_tokens_db"] > 40 and another["seed"] == 1
+    assert exact["frechet_to_reference"] < 1e-9 < 0.01 < another["frechet_to_reference"]
+    assert (rough["backend"], rough["dtype"], another["dtype"]) == ("cpu", "bfloat16", "float32")
+
+    first, second = (
+        mvar.generate(model, tokenizer, labels, **digits.DRAWING, seed=0, backend=backend, dtype=dtype)
+        for backend, dtype in (("reference", torch.float32), ("cpu", torch.bfloat16))
+    )
+    equal = (first.tokens == second.tokens).double()
+    start = 0
+    for tokens, share in zip(model.config.scales, rough["equal_tokens_by_scale"], strict=True):
+        assert share == pytest.approx(float(equal[:, start : start + tokens].mean()))
+        start += tokens
+    error = (to_bytes(first.images).double() - to_bytes(second.images)).square().mean()
+    assert rough["psnr_db"] == pytest.approx(10 * math.log10(255**2 / float(error)))
+    inputs = tokenizer.teacher_forcing_inputs(first.tokens)
+    with torch.no_grad():
+        logits = model(labels, inputs)
+        wrong = prepared_model(model, torch.bfloat16)(labels, inputs) - logits
+    spread = (logits - logits.mean(-1, keepdim=True)).square().mean().sqrt()
+    assert rough["logit_error_rms"] == pytest.approx(float(wrong.square().mean().sqrt() / spread), rel=0.05)
+
+
+def test_parity_takes_every_backend_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"cpu": None, "triton": "no GPU", "reference": None}
+    monkeypatch.setattr(parity, "backends", lambda: there)
+    monkeypatch.setattr(parity, "DEVICE", torch.device("cuda"))
+    wanted = [
+        (name, dtype) for name in ("reference", "cpu") for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+    assert list(parity.sides()) == wanted
     assert parity.psnr_db(torch.zeros(4), torch.full((4,), 0.02), 2) == pytest.approx(40)
 
 
@@ -89,8 +128,43 @@ def test_growth_counts_what_grows() -> None:
 def test_page_holds_all_that_it_shows(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"picture")
     text = "A `code` & [link](docs/x.md).\n\n| a | b |\n|---|---|\n| 1 < 2 | – |\n\n![what it shows](a.png)\n"
-    made = page.page("Title", {"cpu": text}, tmp_path)
+    text += "\n- one\n- two\n"
+    made = page.page("Title", {"cpu, 2 threads": {"First": text, "Then & now": "End."}}, tmp_path)
     assert "<code>code</code> &amp; link." in made and "<th>a</th><th>b</th>" in made
-    assert "<tr><td>1 &lt; 2</td><td>–</td></tr>" in made
+    assert "<tr><td>1 &lt; 2</td><td>–</td></tr>" in made and "<li>one</li>\n<li>two</li>" in made
     assert f"data:image/png;base64,{base64.b64encode(b'picture').decode()}" in made and 'alt="what it shows"' in made
     assert "|" not in made and 'src="docs' not in made and "http" not in made
+    assert (
+        re.findall('href="#(.+?)"', made)
+        == re.findall(' id="(.+?)"', made)
+        == [
+            "cpu-2-threads-first",
+            "cpu-2-threads-then-now",
+        ]
+    )
+
+
+# 1 GFLOP on 0.1 GB: 10 FLOP a byte.
+ROW = {"case": "c", "dtype": "float32", "pass": "forward", "flops": 1e9, "moved_bytes": 1e8}
+
+
+def test_roofline_of_a_row() -> None:
+    """2 ms where a copy takes 1 ms: 500 of 1,000 GFLOP/s; of 800, where products reach no more."""
+    row = ROW | {"median_ms": {"mvar cpu": 2.0, "mvar other": 3.0, "eager": 1.5, "copy": 1.0}}
+    free = report_ops.point("op", row, {"bfloat16": 100.0})
+    assert free and (free.intensity, free.gflops, free.roof_gflops) == pytest.approx((10, 500, 1000))
+    bound = report_ops.point("op", row, {"float32": 800.0})
+    assert bound and (bound.gflops, bound.roof_gflops) == pytest.approx((500, 800))
+    assert report_ops.copy_gbps({"op": [row]}) == pytest.approx(100)
+    wrong = ROW | {"median_ms": {"eager": 1.5, "copy": 1.0}}
+    assert report_ops.points({"op": [wrong, row]}, {}) == [free]
+    table = report_ops.table({"op": [row, wrong]}, {"float32": 800.0})
+    assert "| `op` c | float32 forward | 2, 3 | 62 % | 1 | eager 1.5 (0.8×) |" in table
+    assert "| wrong, not timed | – | 1 | eager 1.5 |" in table
+
+
+def test_readme_shows_pictures_that_are_there() -> None:
+    """And those of the report are what it draws: none is left of a plot that is gone."""
+    shown = re.findall(r"!\[.*\]\((.+)\)", report.README.read_text())
+    assert "docs/roofline_cpu.png" in shown and all((report.ROOT / path).is_file() for path in shown)
+    assert {path.name for path in (report.ROOT / "docs").glob("*.png")} == {Path(path).name for path in shown}

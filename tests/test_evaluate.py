@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,16 +17,28 @@ import torch
 from PIL import Image
 
 import mvar
+from mvar import digits
 from mvar.cli import main
-from mvar.evaluate import command, frechet_distance, precision_recall
+from mvar.evaluate import command, frechet_distance, images, precision_recall
+from mvar.evaluate.images import Recipe
 from mvar.evaluate.inception import FEATURES, LOGITS, WEIGHTS
-from mvar.pictures import read_npz, save_npz
+from mvar.pictures import read_npz, save_npz, to_bytes
+from mvar.processes import Processes
 from tests.test_cli import fails
 
 # 40 images in 14 batches, the last one short; in float32, where a batch's size does not matter to a picture.
 ARGUMENTS = ["evaluate", "--count", "4", "--batch", "3", "--dtype", "fp32", "--device", "cpu", "--seed", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
 BATCHES = set(range(0, 40, 3))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes of `ENVIRONMENT` have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +56,41 @@ def pixels(folder: Path) -> np.ndarray[Any, Any]:
         images: np.ndarray[Any, Any] = content["arr_0"]
     assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8
     return images
+
+
+def test_draws_the_images_that_generate_draws(whole: Path) -> None:
+    """The published recipe, a batch at a time, and its record."""
+    model, tokenizer = digits.pretrained()
+    drawn = []
+    for start in sorted(BATCHES):
+        labels = [i % 10 for i in range(start, min(start + 3, 40))]
+        recipe: dict[str, Any] = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 2, "dtype": torch.float32}
+        out = mvar.generate(model, tokenizer, labels, first_index=start, **recipe)
+        drawn.append(to_bytes(out.images).numpy())
+    assert np.array_equal(pixels(whole), np.concatenate(drawn))
+    recorded = json.loads((whole / "evaluation.json").read_text())["recipe"]
+    stated = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 2, "dtype": "float32", "batch": 3, "per_class": 4}
+    assert recorded.items() >= (stated | {"classes": 10, "backend": "auto", "device": "cpu", "threads": 1}).items()
+    assert json.loads((whole / "recipe.json").read_text()).items() <= recorded.items()
+
+
+def test_every_process_draws_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two: every other batch that is missing, and no npz, which is the first one's."""
+    recipe = Recipe("", "", 10, 4, 32, 1.5, 900, 0.96, 2, 3, "float32", "auto", None, False, "cpu", 1)
+    monkeypatch.setattr(Processes, "meet", lambda self: None)
+    monkeypatch.setattr(Processes, "agreed", lambda self, value: value)
+    drawn: list[int] = []
+
+    def batches(begin: Any, starts: Any) -> Iterator[tuple[int, torch.Tensor]]:
+        for start in starts:
+            drawn.append(start)
+            yield start, torch.zeros(min(3, 40 - start), 32, 32, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(images, "drawn_batches", batches)
+    (tmp_path / "parts").mkdir()
+    np.save(tmp_path / "parts" / "000003.npy", np.zeros(0))
+    images.draw_images(tmp_path, recipe, lambda start: pytest.fail("begun"), Processes(1, 2))
+    assert drawn == sorted(BATCHES - {3})[1::2] and not (tmp_path / "images.npz").exists()
 
 
 def test_goes_on_after_a_kill_and_draws_nothing_twice(
@@ -64,7 +112,6 @@ def test_goes_on_after_a_kill_and_draws_nothing_twice(
         return mvar.generate.__globals__["launch"](*arguments, first_index=first_index, **options)
 
     monkeypatch.setattr(command, "launch", launch)
-    torch.set_num_threads(1)
     main([*ARGUMENTS, "--out", str(tmp_path), "--png"])
     assert sorted(drawn) == sorted(BATCHES - there)
     assert np.array_equal(pixels(tmp_path), pixels(whole))
@@ -96,6 +143,8 @@ def test_other_images_in_the_folder_are_left_alone(
     before = (whole / "images.npz").read_bytes()
     error = fails(capsys, *ARGUMENTS, "--out", str(whole), "--cfg", "2")
     assert "images of another recipe: cfg 1.5 there, 2.0 asked for" in error
+    torch.set_num_threads(2)  # the last bit of a float32 pixel would be another's
+    assert "threads 1 there, 2 asked for" in fails(capsys, *ARGUMENTS, "--out", str(whole))
     assert (whole / "images.npz").read_bytes() == before
 
     (tmp_path / "parts").mkdir()
@@ -104,8 +153,12 @@ def test_other_images_in_the_folder_are_left_alone(
         np.save(tmp_path / "parts" / f"{start:06d}.npy", np.zeros((min(3, 40 - start), 32, 32, 3), np.uint8))
     spoilt = tmp_path / "parts" / "000006.npy"
     spoilt.write_bytes(spoilt.read_bytes()[:-100])
+    torch.set_num_threads(1)
     error = fails(capsys, *ARGUMENTS, "--out", str(tmp_path))
     assert f"{spoilt}: damaged" in error and "delete it" in error
+    np.save(spoilt, np.zeros((2, 32, 32, 3), np.uint8))
+    error = fails(capsys, *ARGUMENTS, "--out", str(tmp_path))
+    assert f"{spoilt}: damaged: (2, 32, 32, 3) uint8 instead of (3, 32, 32, 3)" in error
     assert not list(tmp_path.glob("*images.npz*"))
 
 
@@ -123,6 +176,15 @@ def test_a_file_of_images_is_read_in_batches(tmp_path: Path) -> None:
     np.savez(tmp_path / "grey.npz", arr_0=images[..., 0])
     with pytest.raises(ValueError, match="arr_0: expected"):
         next(read_npz(tmp_path / "grey.npz", 3))
+
+
+def test_weights_are_told_apart_by_every_bit() -> None:
+    layer = torch.nn.Linear(3, 2).requires_grad_(False)
+    before = command.fingerprint(layer)
+    layer.bias[1] = torch.nextafter(layer.bias[1], torch.tensor(9.0))
+    assert command.fingerprint(layer) != before
+    layer.bias[1] = torch.nextafter(layer.bias[1], torch.tensor(-9.0))
+    assert command.fingerprint(layer) == before
 
 
 # What it measures, and what it says where it cannot
@@ -205,7 +267,7 @@ def test_measures_against_a_reference(
     rng = np.random.default_rng(0)
     weight = torch.from_numpy(rng.normal(size=(48, 8))).float()
     torch.save({"weight": weight}, tmp_path / WEIGHTS)
-    real = rng.integers(0, 256, (30, 32, 32, 3), np.uint8)
+    real = np.concatenate([pixels(whole)[::2], rng.integers(0, 256, (10, 32, 32, 3), np.uint8)])
     mu, sigma = rng.normal(size=8), np.diag(rng.uniform(1, 2, 8))
     np.savez(tmp_path / "images.npz", arr_0=real)
     np.savez(tmp_path / "moments.npz", mu=mu, sigma=sigma)
@@ -213,6 +275,7 @@ def test_measures_against_a_reference(
 
     made_rows, real_rows = (features(torch.from_numpy(p).permute(0, 3, 1, 2), weight) for p in (pixels(whole), real))
     shares = precision_recall(made_rows, real_rows)
+    assert shares.precision != shares.recall and min(shares) > 0
     of_moments = mvar.evaluate.frechet(
         mvar.evaluate.moments(made_rows), mvar.evaluate.Moments(torch.from_numpy(mu), torch.from_numpy(sigma))
     )
@@ -233,7 +296,7 @@ def test_measures_against_a_reference(
         assert ("precision" in figures) == has_images
         if has_images:
             assert (figures["precision"], figures["recall"]) == pytest.approx(shares)
-        assert f"fid: {fid:.3g}"[:8] in capsys.readouterr().out
+        assert f"fid: {figures['fid']:.4g}\n" in capsys.readouterr().out
         assert len(figures["inception_sha256"]) == len(figures["reference_sha256"]) == 64
 
     main([*ARGUMENTS, "--out", str(whole), "--inception", str(tmp_path / WEIGHTS)])

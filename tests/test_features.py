@@ -47,6 +47,8 @@ def test_precision_and_recall_on_a_line() -> None:
     found = precision_recall(made, real, neighbours=1)
     assert found.precision == 0.5  # 12 is 3 away from the nearest real one
     assert found.recall == pytest.approx(0.6)  # 4 … 9 are within 8 of 12: rims included; none within 0.1 of the others
+    far = made.double() + 2**28, real.double() + 2**28  # squares of which are not exact
+    assert precision_recall(*far, neighbours=1) == found
     assert precision_recall(real, real, neighbours=1) == (1.0, 1.0)
     assert precision_recall(real + 100, real, neighbours=1) == (0.0, 0.0)
 

@@ -54,6 +54,7 @@ def evaluate(options: argparse.Namespace) -> None:
         graph=options.graph,
         compiled_decoder=options.compile_decoder,
         device=device.type,
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
     )
     labels = recipe.labels()
 

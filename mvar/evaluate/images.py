@@ -32,7 +32,8 @@ from mvar.sample import drawn_batches
 class Recipe:
     """What decides the pixels: two runs with equal recipes draw the same images, in any number of processes.
 
-    model, tokenizer: SHA-256 of the weights. graph: None where the device decides.
+    model, tokenizer: SHA-256 of the weights. graph: None where the device decides. threads: of each process, on a CPU,
+    where the last bit of a float32 convolution follows from them.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Recipe:
     graph: bool | None
     compiled_decoder: bool
     device: str
+    threads: int | None
     more_smooth: bool = False
     format: int = 1
 
