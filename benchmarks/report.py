@@ -128,32 +128,5 @@ def accelerated(models: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _seconds(ms: dict[str, float], side: str) -> str:
-    return f"{ms[side] / 1e3:.2f} ({ms[side] / ms['mvar']:.1f}×)" if side in ms else "–"
-
-
-def _breakdowns(runs: list[dict[str, Any]]) -> str:
-    """Where one image's time goes; beside every part its floor."""
-    found = [run["breakdown"] for run in runs]
-    head = "".join(f" {run['dtype']}, ms | floor |" for run in runs)
-    lines = [f"| one image: where the time goes |{head}", "|---" * (1 + 2 * len(runs)) + "|"]
-    for part in found[0]["parts_ms"]:
-        cells = (f" {b['parts_ms'][part]:.0f} | {_floor(b['floor_ms'].get(part))} |" for b in found)
-        lines.append(f"| {part} |" + "".join(cells))
-    sums = (f" {b['total_ms']:.0f} | {sum(b['floor_ms'].values()):.0f} |" for b in found)
-    peaks = " and ".join(f"{run['breakdown']['peak_gflops']:.0f} GFLOP/s in {run['dtype']}" for run in runs)
-    lines += [
-        "| all |" + "".join(sums),
-        "",
-        f"Floors: the larger of FLOPs at the best rate measured here ({peaks}) and bytes at that of a copy "
-        f"({found[0]['copy_gbps']:.0f} GB/s); the quantizer's are not counted.\n",
-    ]
-    return "\n".join(lines)
-
-
-def _floor(ms: float | None) -> str:
-    return f"{ms:.0f}" if ms and ms >= 0.5 else ("< 1" if ms else "–")
-
-
 if __name__ == "__main__":
     main()
