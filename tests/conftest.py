@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from mvar_kernels.backends import native
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: its kernels then run on the CPU
 
@@ -23,6 +21,8 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture
 def use_instruction_set() -> Iterator[Callable[[str], None]]:
     """Make the C++ kernels use an instruction set by name; skips where the processor lacks it."""
+    from mvar_kernels.backends import native  # after the choice above: what it imports may import Triton
+
     extension = native()
     assert extension is not None
     before = extension.instruction_set()

@@ -114,7 +114,7 @@ def test_sample_from_given_weights(tmp_path: Path) -> None:
         (("sample", "--classes", "1", "--out", "/proc/mvar"), "cannot write /proc/mvar"),
         (("train", "--preset", "imagenet", "--out", "x"), "invalid choice: 'imagenet'"),
         (("train", "--preset", "digits", "--out", "x", "--shorten", "2"), "--shorten"),
-        (("train", "--preset", "digits", "--out", "/proc/mvar"), "cannot write /proc/mvar/model.safetensors"),
+        (("train", "--preset", "digits", "--out", "/proc/mvar"), "--out: cannot write into /proc/mvar"),
         (("train", "--preset", "digits", "--out", "x", "--seed", "-5"), "--seed"),
         (("demo", "--out", "/proc/mvar"), "cannot write /proc/mvar/samples.png"),
         (("sample", "--classes", "1", "--grid", "."), "cannot write .: a folder is in its place"),
