@@ -11,6 +11,7 @@ is no FID. With weights, Inception's and ADM's reference npz: FID.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -83,33 +84,46 @@ def psnr_db(a: Tensor, b: Tensor, span: float) -> float | None:
     return 10 * float(np.log10(span**2 / error)) if error else None
 
 
-def interval(values: list[float]) -> list[float]:
-    """The middle 95 %."""
-    return [float(v) for v in np.quantile(values, (0.025, 0.975))]
+def interval(estimate: float, resamples: Tensor, least: float = -math.inf) -> list[float]:
+    """The middle 95 % of resamples, moved so that their mean is the estimate.
+
+    A resampled set has fewer different images, which moves it away from all others: as they are, the resamples of a
+    distance seldom hold its expected value (8 % of the time for a Gaussian of 16 dimensions and 1,000 images; 100 %
+    and, between paired sets, 92 % when moved).
+    """
+    low, high = (resamples.quantile(resamples.new_tensor((0.025, 0.975))) - resamples.mean() + estimate).tolist()
+    return [max(low, least), high]
 
 
 def compare_features(judge: Judge, made: Tensor, reference: Tensor) -> dict[str, Any]:
-    """Fréchet distances, and how the two sets' distances to the real images differ.
+    """Fréchet distances, and how the two sets' distances to the real images differ, with their intervals.
 
     Image i of both sets has the same class and noise, so resampling takes the same i of both: what is left is what the
-    side costs. Resampled sets have fewer different images, which moves them away from the real ones, both sets alike:
-    the interval is one of the difference.
+    side costs.
     """
     generator = torch.Generator().manual_seed(0)
     # A distance of Inception's 2,048 features takes seconds.
     resamples = RESAMPLES if made.shape[1] <= 256 else RESAMPLES // 10
-    differences = []
-    for _ in range(resamples):
-        rows = torch.randint(len(made), (len(made),), generator=generator)
-        real = judge.real(generator)
-        differences.append(frechet(moments(made[rows]), real) - frechet(moments(reference[rows]), real))
-    to_real, of_reference = (frechet(moments(rows), judge.real(None)) for rows in (made, reference))
+    taken = [torch.randint(len(made), (len(made),), generator=generator) for _ in range(resamples)]
+    found = torch.tensor(
+        [distances(made[rows], reference[rows], judge.real(generator)) for rows in taken], dtype=torch.float64
+    )
+    to_reference, to_real, costs = distances(made, reference, judge.real(None))
     return {
-        "frechet_to_reference": frechet(moments(made), moments(reference)),
+        "frechet_to_reference": to_reference,
+        "frechet_to_reference_interval": interval(to_reference, found[:, 0], least=0),
         "frechet_to_real": to_real,
-        "costs": to_real - of_reference,
-        "costs_interval": interval(differences),
+        "frechet_to_real_interval": interval(to_real, found[:, 1], least=0),
+        "costs": costs,
+        "costs_interval": interval(costs, found[:, 2]),
     }
+
+
+def distances(made: Tensor, reference: Tensor, real: Moments) -> tuple[float, float, float]:
+    """From made to reference and to real, and how much farther it is to real than from reference."""
+    ours, theirs = moments(made), moments(reference)
+    to_real = frechet(ours, real)
+    return frechet(ours, theirs), to_real, to_real - frechet(theirs, real)
 
 
 def digit_judge() -> Judge:

@@ -9,13 +9,13 @@ def parity(rows: dict[str, Any]) -> str:
         f"Quality, {rows['model']}, {rows['images']} images of the same seeds as the reference's in float32. Features: "
         f"{rows['judge']}. In brackets the middle 95 % of a bootstrap over images:\n",
         "| side | equal tokens: all, last scale | logit error, rms of their spread | PSNR, dB: images, decoder alone "
-        "| Fréchet distance to the reference's, to real images | farther from these than the reference's |",
-        "|---|---|---|---|---|---|",
+        "| Fréchet distance to the reference's | to real images | farther from these than the reference's |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows["sides"]:
         name = f"`{row['backend']}`, {row['dtype']}"
         if "objection" in row:
-            lines.append(f"| {name} | {row['objection']} | | | | |")
+            lines.append(f"| {name} | {row['objection']} | | | | | |")
             continue
         cells = ["–"] * 3
         if "equal_tokens" in row:
@@ -27,10 +27,15 @@ def parity(rows: dict[str, Any]) -> str:
             ]
         else:
             name += ", another seed"
-        low, high = row["costs_interval"]
         cells += [
-            f"{abs(row['frechet_to_reference']):.3f}, {row['frechet_to_real']:.3f}",
-            f"{row['costs']:+.3f} ({low:+.3f} … {high:+.3f})",
+            _with_interval(row, "frechet_to_reference", ".3f"),
+            _with_interval(row, "frechet_to_real", ".3f"),
+            _with_interval(row, "costs", "+.3f"),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _with_interval(row: dict[str, Any], name: str, form: str) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:{form}} ({low:{form}} … {high:{form}})"

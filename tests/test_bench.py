@@ -48,8 +48,9 @@ def test_without_the_repository(
     assert "in mvar's repository, not in the installed package" in fails(capsys, "bench", "--suite", "parity")
 
 
-def test_parity_tells_a_worse_set_from_an_equal_one() -> None:
+def test_parity_tells_a_worse_set_from_an_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real digits in two halves as two sets; then one with noise on it."""
+    monkeypatch.setattr(parity, "RESAMPLES", 50)
     train, _ = digits.load()
     judge = parity.digit_judge()
     pixels = ((train.images[:600].permute(0, 2, 3, 1) + 1) * 127.5).to(torch.uint8)
@@ -66,7 +67,30 @@ def test_parity_tells_a_worse_set_from_an_equal_one() -> None:
     equal = parity.compare_features(judge, judge.features(pixels[:300]), judge.features(pixels[300:]))
     low, high = equal["costs_interval"]
     assert low < 0 < high
+    for found in (same, worse, equal):
+        for name in ("frechet_to_reference", "frechet_to_real", "costs"):
+            low, high = found[f"{name}_interval"]
+            assert low <= found[name] <= high
+    assert worse["frechet_to_reference_interval"][0] > same["frechet_to_reference_interval"][1]
     assert moments(reference).mean.dtype == torch.float64
+
+
+def test_intervals_hold_what_other_images_would_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 intervals of 95 %, at least 33 hold the mean figure: a binomial has fewer once in a thousand times."""
+    monkeypatch.setattr(parity, "RESAMPLES", 50)
+    generator = torch.Generator().manual_seed(0)
+    width, images = 8, 100
+
+    def draw() -> torch.Tensor:
+        return torch.randn(images, width, generator=generator, dtype=torch.float64)
+
+    fixed = moments(draw())
+    judge = parity.Judge("", lambda pixels: pixels, lambda generator: fixed)
+    found = [parity.compare_features(judge, made, made + 0.1 * draw()) for made in (draw() for _ in range(40))]
+    for name in ("frechet_to_real", "costs"):
+        mean = sum(each[name] for each in found) / len(found)
+        intervals = [each[f"{name}_interval"] for each in found]
+        assert sum(low <= mean <= high for low, high in intervals) >= 33
 
 
 def test_parity_of_a_wrong_backend_shows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,8 @@ def frechet(a: Moments, b: Moments) -> float:
     # has not full rank; roots of the eigenvalues of a product would lose half of them.
     cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
     traces = a.covariance.trace() + b.covariance.trace()
-    return float((a.mean - b.mean).square().sum() + traces - 2 * cross)
+    distance = (a.mean - b.mean).square().sum() + traces - 2 * cross
+    return float(distance.clamp_min(0))  # of two equal ones, rounding leaves some 1e-15 on either side
 
 
 def _root(covariance: Tensor) -> Tensor:
