@@ -71,15 +71,15 @@ class _HeadCrossEntropy(torch.autograd.Function):
             for i, (x, target, share) in enumerate(chunks):
                 x = x.to(dtype)
                 logits = F.linear(x, w, b).to(exact)  # (rows, V)
-                log_sum = logits.logsumexp(-1)
-                nll = log_sum - logits.gather(-1, target[:, None])[:, 0]
-                loss = (1 - smoothing) * nll + smoothing * (log_sum - logits.mean(-1)) if smoothing else nll
+                log_p = logits.log_softmax(-1)
+                nll = -log_p.gather(-1, target[:, None])[:, 0]
+                loss = (1 - smoothing) * nll - smoothing * log_p.mean(-1) if smoothing else nll
                 losses.append((loss * share).sum())
                 nlls.append(nll)
                 predictions.append(logits.argmax(-1))
                 if grad_hidden is None:
                     continue
-                grad = logits.sub_(log_sum[:, None]).exp_()  # the loss's gradient by the logits, in their place
+                grad = log_p.exp_()  # the loss's gradient by the logits, in their place
                 if smoothing:
                     grad -= smoothing / grad.shape[-1]
                 grad.scatter_add_(-1, target[:, None], grad.new_full((len(x), 1), smoothing - 1))
