@@ -95,16 +95,25 @@ def interval(estimate: float, resamples: Tensor, least: float = -math.inf) -> li
     return [max(low, least), high]
 
 
-def compare_features(judge: Judge, made: Tensor, reference: Tensor) -> dict[str, Any]:
+def resampled(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows drawn with replacement inside each class: how many there are of each is no chance."""
+    rows = torch.empty_like(labels)
+    for label in labels.unique():
+        (at,) = torch.nonzero(labels == label, as_tuple=True)
+        rows[at] = at[torch.randint(len(at), (len(at),), generator=generator)]
+    return rows
+
+
+def compare_features(judge: Judge, made: Tensor, reference: Tensor, labels: Tensor) -> dict[str, Any]:
     """Fréchet distances, and how the two sets' distances to the real images differ, with their intervals.
 
-    Image i of both sets has the same class and noise, so resampling takes the same i of both: what is left is what the
-    side costs.
+    Image i of both sets has the same class, labels[i], and noise, so resampling takes the same i of both: what is left
+    is what the side costs.
     """
     generator = torch.Generator().manual_seed(0)
     # A distance of Inception's 2,048 features takes seconds.
     resamples = RESAMPLES if made.shape[1] <= 256 else RESAMPLES // 10
-    taken = [torch.randint(len(made), (len(made),), generator=generator) for _ in range(resamples)]
+    taken = [resampled(labels, generator) for _ in range(resamples)]
     found = torch.tensor(
         [distances(made[rows], reference[rows], judge.real(generator)) for rows in taken], dtype=torch.float64
     )
@@ -146,8 +155,7 @@ def digit_judge() -> Judge:
     held = hidden(digits.features(held_out.images))
 
     def real(generator: torch.Generator | None) -> Moments:
-        rows = held if generator is None else held[torch.randint(len(held), (len(held),), generator=generator)]
-        return moments(rows)
+        return moments(held if generator is None else held[resampled(held_out.labels, generator)])
 
     def features(pixels: Tensor) -> Tensor:
         found: Tensor = hidden(digits.features(pixels.permute(0, 3, 1, 2) / 127.5 - 1))
@@ -213,12 +221,12 @@ def measure(
                 "psnr_db": psnr_db(made.pixels, first.pixels, 255),
                 "psnr_of_same_tokens_db": psnr_db(decoded(tokenizer, forced[1], dtype), pictures, 2),
             }
-            | compare_features(judge, judge.features(made.pixels), features)
+            | compare_features(judge, judge.features(made.pixels), features, labels)
         )
         print(rows[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
     other = draw("reference", torch.float32, seed + 1)
     another = {"backend": "reference", "dtype": "float32", "seed": seed + 1}
-    rows.append(another | compare_features(judge, judge.features(other.pixels), features))
+    rows.append(another | compare_features(judge, judge.features(other.pixels), features, labels))
     return rows
 
 

@@ -170,7 +170,10 @@ def growth(counted: Sequence[Row], measured: Sequence[Row], path: Path) -> None:
             axes.plot(*line, marker="o", linewidth=width, markersize=3 + 1.5 * width, color=COLOURS[side], label=side)
         axes.set_title(title, fontsize=10)
         axes.set_xscale("log")
-        axes.set_yscale("log")
+        if name == "peak_gib":
+            axes.set_ylim(bottom=0)  # less than a decade
+        else:
+            axes.set_yscale("log")
         axes.set_xlabel("tokens")
         axes.set_xticks(sorted({row["tokens"] for row in counted}))
         axes.get_xaxis().set_major_formatter("{x:,.0f}")

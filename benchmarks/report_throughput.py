@@ -48,12 +48,12 @@ def table(sizes: Sequence[Row]) -> str:
     lines = [
         "Generation with guidance, random weights, every side from the same float32 ones; sides of one size took "
         "turns. FLOPs are counted: products and scans of blocks and head, and the decoder. Share: of the best rate of "
-        f"products, {peaks}. Peak memory: with the float32 weights.{theirs}\n",
-        "| model | batch | dtype | side | images/s | p50; p90, ms | rounds | time, of mvar's | peak, GiB "
-        "| parameters, M | TFLOP an image | share of peak |",
-        "|---" * 12 + "|",
+        f"products, {peaks}. Peak memory: with the float32 weights, and what the engine prepares of them.{theirs}\n",
+        "| model | batch | dtype | side | images/s | p50; p90, ms (rounds) | of mvar's time | peak, GiB "
+        "| weights, M | TFLOP an image | share of peak |",
+        "|---" * 11 + "|",
     ]
-    for size in sizes:
+    for size in sorted(sizes, key=lambda size: [size[name] for name in ("depth", "resolution", "batch", "dtype")]):
         ours = next((row["p50_ms"] for row in size["rows"] if row["side"] == OURS), None)
         for row in size["rows"]:
             cells = (
@@ -62,8 +62,7 @@ def table(sizes: Sequence[Row]) -> str:
                 row["dtype"],
                 row["side"],
                 f"{row['images_per_second']:.3g}",
-                f"{_short(row['p50_ms'])}; {_short(row['p90_ms']) if row['rounds'] > 1 else '–'}",
-                row["rounds"],
+                f"{_short(row['p50_ms'])}; {_short(row['p90_ms']) if row['rounds'] > 1 else '–'} ({row['rounds']})",
                 f"{row['p50_ms'] / ours:.2f}" if ours else "–",
                 "–" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}",
                 f"{row['parameters'] / 1e6:.0f}",

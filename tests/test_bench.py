@@ -52,19 +52,19 @@ def test_parity_tells_a_worse_set_from_an_equal_one(monkeypatch: pytest.MonkeyPa
     """Real digits in two halves as two sets; then one with noise on it."""
     monkeypatch.setattr(parity, "RESAMPLES", 50)
     train, _ = digits.load()
-    judge = parity.digit_judge()
+    judge, labels = parity.digit_judge(), train.labels[:600]
     pixels = ((train.images[:600].permute(0, 2, 3, 1) + 1) * 127.5).to(torch.uint8)
     reference = judge.features(pixels)
-    same = parity.compare_features(judge, reference, reference)
+    same = parity.compare_features(judge, reference, reference, labels)
     assert same["costs"] == 0 and same["costs_interval"] == [0, 0] and same["frechet_to_reference"] < 1e-9
     noisy = (pixels.int() + torch.randint(-90, 90, pixels.shape)).clamp(0, 255).to(torch.uint8)
-    worse = parity.compare_features(judge, judge.features(noisy), reference)
+    worse = parity.compare_features(judge, judge.features(noisy), reference, labels)
     assert worse["costs_interval"][0] > 0 and worse["frechet_to_reference"] > 0.1
     real = judge.real(None)
     to_real = [frechet(moments(judge.features(made)), real) for made in (noisy, pixels)]
     assert worse["frechet_to_real"] == pytest.approx(to_real[0])
     assert worse["costs"] == pytest.approx(to_real[0] - to_real[1]) and worse["costs"] > 0
-    equal = parity.compare_features(judge, judge.features(pixels[:300]), judge.features(pixels[300:]))
+    equal = parity.compare_features(judge, *map(judge.features, pixels.split(300)), labels[:300])
     low, high = equal["costs_interval"]
     assert low < 0 < high
     for found in (same, worse, equal):
@@ -79,18 +79,21 @@ def test_intervals_hold_what_other_images_would_give(monkeypatch: pytest.MonkeyP
     """Of 40 intervals of 95 %, at least 33 hold the mean figure: a binomial has fewer once in a thousand times."""
     monkeypatch.setattr(parity, "RESAMPLES", 50)
     generator = torch.Generator().manual_seed(0)
-    width, images = 8, 100
+    width, labels = 8, torch.arange(100) % 2
 
     def draw() -> torch.Tensor:
-        return torch.randn(images, width, generator=generator, dtype=torch.float64)
+        return torch.randn(len(labels), width, generator=generator, dtype=torch.float64)
 
-    fixed = moments(draw())
+    centres = 20.0 * labels[:, None]  # classes far apart, of which every set has the same number
+    fixed = moments(draw() + centres)
     judge = parity.Judge("", lambda pixels: pixels, lambda generator: fixed)
-    found = [parity.compare_features(judge, made, made + 0.1 * draw()) for made in (draw() for _ in range(40))]
+    sets = [draw() + centres for _ in range(40)]
+    found = [parity.compare_features(judge, made, made + 0.1 * draw(), labels) for made in sets]
     for name in ("frechet_to_real", "costs"):
-        mean = sum(each[name] for each in found) / len(found)
-        intervals = [each[f"{name}_interval"] for each in found]
-        assert sum(low <= mean <= high for low, high in intervals) >= 33
+        figures = torch.tensor([each[name] for each in found])
+        low, high = torch.tensor([each[f"{name}_interval"] for each in found]).unbind(1)
+        assert int(((low <= figures.mean()) & (figures.mean() <= high)).sum()) >= 33
+        assert float((high - low).mean()) < 2 * 3.92 * float(figures.std())  # 3.92 σ hold 95 % of a normal distribution
 
 
 def test_parity_of_a_wrong_backend_shows(monkeypatch: pytest.MonkeyPatch) -> None:
