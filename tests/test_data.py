@@ -1,6 +1,9 @@
 """Sources of batches: the same items and pixels for any number of ranks and workers and from any start."""
 
 import logging
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -264,6 +267,18 @@ def test_a_corrupt_picture_is_named_counted_and_replaced(
     again = ImageFolder(folder.path, 8)  # counts come back from worker processes
     assert_same(after, list(again.batches(workers=2, **run)))
     assert again.unreadable == folder.unreadable
+
+
+def test_readers_outlive_the_end_of_their_process_group(small: ImageFolder) -> None:
+    """SIGTERM for all is for the run, which saves before it leaves."""
+    run = {"batch": 1, "seed": 0, "epoch": 0}
+    whole = list(small.batches(**run))
+    batches = small.batches(workers=1, **run)
+    read = [next(batches)]
+    (reader,) = multiprocessing.active_children()
+    assert reader.pid is not None
+    os.kill(reader.pid, signal.SIGTERM)
+    assert_same(whole, read + list(batches))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -95,6 +95,20 @@ def test_sigterm_saves_and_leaves(finished: Path, tmp_path: Path, monkeypatch: p
     assert same(again.weights(), finished)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_twice_is_one(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun hands on what all processes had from a terminal or a cluster's queue; only the impatient end."""
+    send(number, 2, monkeypatch)
+    send(number, 2, monkeypatch)
+    with pytest.raises(Interrupted, match="after iteration 3 of 22"):
+        training.trainer(training.flags(tmp_path / "saved", save_every=100)).run()
+    monkeypatch.setattr("mvar.train.trainer.PATIENCE_S", -1.0)
+    again = training.trainer(training.flags(tmp_path / "ended", save_every=100))
+    with pytest.raises(Interrupted if number == signal.SIGTERM else KeyboardInterrupt):
+        again.run()
+    assert again.saved == (3 if number == signal.SIGTERM else 0)
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """The interface between data and training, and tensors behind it."""
 
 import hashlib
+import signal
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -70,6 +71,7 @@ def load(reader: Dataset[Any], batches: Iterable[Any], workers: int) -> Iterator
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_it_is,
+        worker_init_fn=_left_to_the_run,
         pin_memory=torch.cuda.is_available(),
         # Its own, for a seed that nothing here uses: torch's global one is the training's, and part of its checkpoints.
         generator=torch.Generator(),
@@ -79,6 +81,14 @@ def load(reader: Dataset[Any], batches: Iterable[Any], workers: int) -> Iterator
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _left_to_the_run(_: int) -> None:
+    """What ends a whole process group, as a cluster's queue does, leaves the readers to a run that saves itself first.
+
+    They end with it: by its word, or within seconds of its death.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class TensorSource:

@@ -27,6 +27,7 @@ from mvar.train.schedule import Schedule, Stage
 
 AUTOCAST = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16}  # by --fp16
 VALIDATED_EVERY = 10  # epochs, as in VAR
+PATIENCE_S = 2.0  # a launcher hands on, within moments, the signal that its whole process group got already
 
 
 def autocast(flags: Flags, device: torch.device) -> torch.autocast:
@@ -323,11 +324,15 @@ class Trainer:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """On SIGTERM or SIGINT finish the step, save and leave; a second one ends the process as ever."""
+        """On SIGTERM or SIGINT finish the step, save and leave; a later Ctrl-C, of who cannot wait, ends it at once."""
+        told_at = 0.0
 
         def handle(number: int, _: object) -> None:
-            self.told_to_stop = number
-            signal.signal(number, before[number])
+            nonlocal told_at
+            if self.told_to_stop is None:
+                self.told_to_stop, told_at = number, time.monotonic()
+            elif number == signal.SIGINT and time.monotonic() - told_at > PATIENCE_S:
+                raise KeyboardInterrupt
 
         before: dict[int, Any] = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
