@@ -155,6 +155,8 @@ def test_what_is_no_folder_of_classes(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no pictures of class empty"):
         ImageFolder(tmp_path, 8)
+    with pytest.raises(ValueError, match="no pictures in any class"):  # not after the last epoch
+        ImageFolder(tmp_path, 8, classes=["empty"])
     with pytest.raises(ValueError, match="mid_resolution: expected from 1"):
         ImageFolder(tmp_path, 8, mid_resolution=0.5)
 

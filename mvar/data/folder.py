@@ -78,6 +78,8 @@ class ImageFolder:
         self.counts = tuple(len(found.get(name, ())) for name in self.classes)
         if classes is None and 0 in self.counts:
             raise ValueError(f"{self.path}: no pictures of class {self.classes[self.counts.index(0)]}")
+        if not any(self.counts):
+            raise ValueError(f"{self.path}: no pictures in any class")
         # One block of bytes: worker processes count references to Python strings, and so copy each page of them.
         self._names = np.array([os.fsencode(name) for c in self.classes for name in found.get(c, ())])
         self._labels = np.repeat(np.arange(len(self.classes)), self.counts)

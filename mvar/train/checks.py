@@ -27,6 +27,8 @@ def check(flags: Flags, world: World) -> None:
     """Raise ValueError, or ImportError for what is not installed, naming the flag, what was expected and what came."""
     if flags.seed is not None:
         require(0 <= flags.seed <= MAX_WORD, "seed", "a whole number from 0 to 2⁶³−1", flags.seed)
+    least = flags.ac * world.size
+    require(round(flags.bs / least) > 0, "bs", f"an image for each of {least} (--ac times processes)", flags.bs)
     if flags.tb:
         summary_writer()
     if flags.fsdp and not dist.is_initialized():

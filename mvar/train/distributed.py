@@ -63,7 +63,7 @@ def joined(device: str | None) -> Iterator[World]:
 def _usable(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

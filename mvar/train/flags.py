@@ -147,7 +147,9 @@ class Flags:
             require(0 < self.peak_tflops < math.inf, "peak_tflops", "a number above 0", self.peak_tflops)
         require(0 < self.tblr < math.inf, "tblr", "a number above 0", self.tblr)
         require(0 <= self.pg < 1, "pg", "a number from 0 to below 1", self.pg)
-        require(1 <= self.mid_reso < math.inf, "mid_reso", "a number of at least 1", self.mid_reso)
+        require(1 <= self.mid_reso <= 16, "mid_reso", "a number from 1 to 16", self.mid_reso)
+        if self.sche == "exp" and not self.pg:
+            require(self.wpe > 0, "wpe", "a number above 0, with --sche=exp", self.wpe)
         require(0 < self.shorten <= 1, "shorten", "a number above 0 and up to 1", self.shorten)
         object.__setattr__(self, "workers", max(self.workers, 0))
         if not self.fuse:

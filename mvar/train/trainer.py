@@ -68,7 +68,7 @@ class Trainer:
         self.flags, self.model, self.tokenizer, self.world, self.seed = flags, model, tokenizer, world, seed
         self.source, self.validation = source, validation
         self.fingerprint, self.digest = fingerprint(tokenizer), source.digest()
-        self.rows = max(round(flags.bs / flags.ac / world.size), 1)
+        self.rows = round(flags.bs / flags.ac / world.size)
         per_epoch = num_batches(len(source), self.rows, world.size)
         self.schedule = Schedule(flags, per_epoch, self.rows * world.size, len(model.config.patch_nums))
         if flags.recompute:
