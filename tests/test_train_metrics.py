@@ -14,7 +14,7 @@ import mvar
 from mvar.cli import main
 from mvar.model import from_config
 from mvar.train.distributed import World
-from mvar.train.metrics import Reporter, Window, flops_per_image
+from mvar.train.metrics import Reporter, Window, flops_per_image, peak_flops
 from mvar.train.objective import TokenLosses
 from tests import training
 from tests.pictures import write_pictures
@@ -59,6 +59,19 @@ def test_flops_are_those_of_what_is_done(changed: dict, scales: int | None) -> N
     assert flops_per_image(model, scales) == 3 * 2 * (products + config.depth * (attention + scan))
 
 
+def test_a_peak_is_of_the_very_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(name: str) -> float | None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        return peak_flops(torch.device("cuda"))
+
+    assert peak("NVIDIA H100 80GB HBM3") == peak("NVIDIA H200") == 989e12 and peak("NVIDIA H100 PCIe") == 756e12
+    assert peak("NVIDIA A100-SXM4-80GB") == peak("A100-PCIE-40GB") == peak("NVIDIA A100 80GB PCIe") == 312e12
+    assert peak("NVIDIA L4") == 121e12 and peak("NVIDIA GeForce RTX 4090") == 165e12
+    for other in ("NVIDIA L40", "NVIDIA H100 NVL", "NVIDIA H200 MIG 1g.18gb", "NVIDIA RTX A1000 Laptop GPU"):
+        assert peak(other) is None
+    assert peak_flops(torch.device("cpu")) is None
+
+
 def test_utilisation_is_of_the_scales_in_training(tmp_path: Path) -> None:
     run = training.trainer(training.flags(tmp_path, pg=0.8, pg0=0, wp=0.1, pgwp=0.2, peak_tflops=2.0))
     run.run()
@@ -96,7 +109,8 @@ def test_tensorboard_has_the_names_and_units_of_vars_trainer(tmp_path: Path, mon
     shown: dict[str, float] = {}
 
     class Writer:
-        def __init__(self, folder: str, purge_step: int) -> None: ...
+        def __init__(self, folder: str, purge_step: int) -> None:
+            shown["hidden from"] = purge_step
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             shown[name] = value
@@ -104,11 +118,12 @@ def test_tensorboard_has_the_names_and_units_of_vars_trainer(tmp_path: Path, mon
         def close(self) -> None: ...
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    reporter = Reporter(tmp_path, True, tensorboard=True, name="run", done=0, total=2, sides=(16, 32))
+    reporter = Reporter(tmp_path, True, tensorboard=True, name="run", done=3, total=5, sides=(16, 32))
     reporter.row(1, {"loss": 2.0, "accuracy_last": 0.25, "loss_scale1": 3.0, "accuracy_scale0": 0.5, "loss_scale": 4.0})
     reporter.tell_validation(2, {"loss": 2.5, "accuracy": 0.125})
     reporter.close()
     assert shown == {
+        "hidden from": 4,  # it begins again after iteration 3, which stays
         "AR_ep_loss/L_mean": 2.0,
         "AR_ep_loss/acc_tail": 25.0,
         "AR_iter_loss/L_32": 3.0,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,14 +22,24 @@ from mvar.train.distributed import World
 from mvar.train.objective import TokenLosses
 from mvar.train.tensorboard import Board
 
-# Dense 16-bit products with float32 sums, TFLOP/s, from the makers' data sheets; by the name that CUDA gives.
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
+# Dense 16-bit products with float32 sums, TFLOP/s, from the makers' data sheets; by CUDA's name without the maker's.
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 80GB HBM3": 989,
+    "H100 PCIe": 756,
+    r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": 312,
+    "L40S": 362,
+    "L4": 121,
+    "GeForce RTX 4090": 165,
+}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of a known GPU in 16 bits; None for any other device."""
+    """FLOP/s of a known GPU in 16 bits; None for any other device, also for a part of a known one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * tflops for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+    return next(
+        (1e12 * peak for known, peak in PEAK_TFLOPS.items() if re.fullmatch(f"(NVIDIA )?({known})", name)), None
+    )
 
 
 def flops_per_image(model: Model, scales: int | None = None) -> int:

@@ -63,7 +63,7 @@ class Board:
                 f"loss_scale{k}": (f"AR_iter_loss/L_{side}", _same),
                 f"accuracy_scale{k}": (f"AR_iter_loss/acc_{side}", _percent),
             }
-        self.writer = writer(str(folder), purge_step=done)
+        self.writer = writer(str(folder), purge_step=done + 1)
 
     def show(self, iteration: int, values: Mapping[str, Any]) -> None:
         """OSError where events could not be written, now or since the last time."""
