@@ -11,7 +11,8 @@ from mvar import digits
 from mvar.files import check_writable
 from mvar.generate import generate
 from mvar.pictures import grid, save_png
-from mvar.sample import device_of, drawing
+from mvar.processes import own_device
+from mvar.sample import drawing
 from mvar_kernels.backends import backends, fastest_dtype
 
 COLUMNS = 10
@@ -23,7 +24,7 @@ def demo(options: argparse.Namespace) -> None:
     if options.checked < 2 * digits.NUM_CLASSES:
         raise ValueError(f"--checked: expected at least {2 * digits.NUM_CLASSES}, got {options.checked}")
     check_writable(options.out / "samples.png")
-    device = device_of(options)
+    device = own_device(options.device)
     for name, value in digits.DRAWING.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -1,4 +1,4 @@
-"""The processes of a run that torchrun started, which share is whose, and where they wait for one another."""
+"""The processes of a run that torchrun started: which device and share is whose, and where they wait for each other."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 Value = TypeVar("Value")
@@ -35,6 +36,20 @@ class Processes:
         if self.size > 1:
             dist.broadcast_object_list(values)
         return values[0]
+
+
+def own_device(name: str | None) -> torch.device:
+    """The device asked for, or cuda where there is one: of several, this process's under torchrun.
+
+    Raises ValueError where it cannot be used.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 @contextmanager

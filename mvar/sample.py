@@ -1,7 +1,6 @@
 """`mvar sample`: images from any weights, into PNG files, a grid or an npz; alone, or in every process of torchrun."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ from mvar.files import beside, check_writable
 from mvar.generate import Launched, launch
 from mvar.model import Model
 from mvar.pictures import grid, save_npz, save_pixels, save_png, to_bytes
-from mvar.processes import Processes, joined
+from mvar.processes import Processes, joined, own_device
 from mvar.tokenizer import Tokenizer
 from mvar.transfer import to_host
 
@@ -43,7 +42,7 @@ def sample(options: argparse.Namespace) -> None:
     for path in (options.grid, options.npz, options.out and options.out / "000000.png"):
         if path is not None:
             check_writable(path)
-    model, tokenizer = load(options.weights, options.tokenizer, device_of(options))
+    model, tokenizer = load(options.weights, options.tokenizer, own_device(options.device))
     labels = torch.tensor(options.classes).repeat_interleave(options.count)
     shared = drawing(options)
     how = Drawing(
@@ -128,17 +127,6 @@ def _opened(path: Path | None) -> Iterator[Any]:
     yield pixels
     if pixels is not None:
         pixels.flush()
-
-
-def device_of(options: argparse.Namespace) -> torch.device:
-    """The device asked for, or cuda where there is one: of several, this process's under torchrun."""
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def drawing(options: argparse.Namespace) -> dict[str, Any]:

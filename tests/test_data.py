@@ -272,14 +272,15 @@ def test_a_corrupt_picture_is_named_counted_and_replaced(
 
 
 def test_readers_outlive_the_end_of_their_process_group(small: ImageFolder) -> None:
-    """SIGTERM for all is for the run, which saves before it leaves."""
+    """Ctrl-C, or SIGTERM for all, is for the run, which saves before it leaves."""
     run = {"batch": 1, "seed": 0, "epoch": 0}
     whole = list(small.batches(**run))
     batches = small.batches(workers=1, **run)
     read = [next(batches)]
     (reader,) = multiprocessing.active_children()
     assert reader.pid is not None
-    os.kill(reader.pid, signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(reader.pid, number)
     assert_same(whole, read + list(batches))
 
 

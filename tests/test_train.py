@@ -134,7 +134,14 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
         training.trainer(training.flags(tmp_path, ep=3)).resume()
     with pytest.raises(ValueError, match="--depth"):
         training.trainer(training.flags(tmp_path, depth=2)).resume()
-    assert training.trainer(training.flags(tmp_path, log_every=7)).resume()
+    with pytest.raises(ValueError, match="--seed: the run in .* has 0, not 4"):
+        training.trainer(training.flags(tmp_path, seed=4)).resume()
+    for changed in ({"log_every": 7}, {"seed": None}, {"seed": 0}):
+        assert training.trainer(training.flags(tmp_path, **changed)).resume()
+    facts = tmp_path / "checkpoints" / "00000022" / "state.json"
+    facts.write_text(facts.read_text().replace('"seed": 0,\n  "out"', '"seed": null,\n  "out"'))
+    assert '"seed": null' in facts.read_text()  # of a run that drew its own
+    assert training.trainer(training.flags(tmp_path, seed=0)).resume()
 
 
 def test_a_folder_of_its_own_is_begun_anew(tmp_path: Path) -> None:

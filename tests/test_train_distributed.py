@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 from torch.distributed.tensor import DTensor
 
+from mvar.processes import own_device
 from mvar.train.distributed import joined
 from mvar.train.flags import Flags
 from tests import training
@@ -38,6 +39,16 @@ def _process(rank: int, port: int, out: Path) -> None:
             weights, read = run.weights(), again.weights()
             assert all(torch.equal(value, read[key]) for key, value in weights.items())
             assert bool(weights) == (rank == 0)
+
+
+def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(()))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_device(None) == own_device("cuda") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device(None) == own_device("cuda") == torch.device("cuda:3")
+    assert own_device("cuda:1") == torch.device("cuda:1") and own_device("cpu") == torch.device("cpu")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from mvar.data.folder import Crops, ImageFolder, Read
 from mvar.data.order import check_word
 from mvar.data.tokens import MANIFEST, MAX_CODES, Manifest, TokenStoreError, damage, fingerprint, shard_files, shard_sum
 from mvar.files import replacing
-from mvar.sample import DTYPES, device_of
+from mvar.processes import own_device
+from mvar.sample import DTYPES
 from mvar.tokenizer import Tokenizer
 
 SHARD = 1024
@@ -37,7 +38,10 @@ def tokenize(options: argparse.Namespace) -> None:
     # torchrun's variables; without it one process does all.
     rank, world = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
     tokenizer = load_tokenizer(
-        options.tokenizer, resolution=options.resolution, patch_nums=options.patch_nums, device=device_of(options)
+        options.tokenizer,
+        resolution=options.resolution,
+        patch_nums=options.patch_nums,
+        device=own_device(options.device),
     )
     train = ImageFolder(
         options.data_path / "train", tokenizer.resolution, mid_resolution=options.mid_reso, flip=options.hflip

@@ -84,11 +84,12 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _left_to_the_run(_: int) -> None:
-    """What ends a whole process group, as a cluster's queue does, leaves the readers to a run that saves itself first.
+    """What ends a whole process group, as Ctrl-C or a cluster's queue, leaves the readers to a run that saves itself.
 
     They end with it: by its word, or within seconds of its death.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TensorSource:

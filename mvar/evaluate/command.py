@@ -17,8 +17,8 @@ from mvar.evaluate.images import Recipe, draw_images, write_pngs
 from mvar.evaluate.inception import Sources, figures, sources
 from mvar.files import replacing
 from mvar.generate import Launched, launch
-from mvar.processes import joined
-from mvar.sample import device_of, drawing, load
+from mvar.processes import joined, own_device
+from mvar.sample import drawing, load
 from mvar_kernels.backends import backends, fastest_dtype
 
 PACKAGES = ("numpy", "triton", "torchvision", "torch-fidelity")
@@ -30,7 +30,7 @@ def evaluate(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     found = sources(options.inception, options.reference)
-    device = device_of(options)
+    device = own_device(options.device)
     model, tokenizer = load(options.weights, options.tokenizer, device)
     shared = drawing(options)
     how = Drawing(

@@ -1,6 +1,5 @@
 """The processes of a run: torch.distributed as torchrun sets it up, DDP, FSDP2, activation checkpointing."""
 
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mvar import processes
 from mvar.model import Model
-from mvar.processes import Processes
+from mvar.processes import Processes, own_device
 from mvar.train.objective import Objective
 
 
@@ -50,23 +49,11 @@ class World(Processes):
 @contextmanager
 def joined(device: str | None) -> Iterator[World]:
     """Join the processes that torchrun started (gloo on the CPU, NCCL on GPUs), or be alone; leave at the end."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:
-        kind = f"cuda:{os.environ['LOCAL_RANK']}"
-    where = _usable(kind)
-    if where.index is not None and where.type == "cuda":
+    where = own_device(device)
+    if where.type == "cuda":
         torch.cuda.set_device(where)
     with processes.joined("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo") as found:
         yield World(found.rank, found.size, where)
-
-
-def _usable(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def recompute_blocks(model: Model) -> None:

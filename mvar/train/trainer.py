@@ -307,10 +307,10 @@ class Trainer:
     def _require_same(self, facts: dict[str, Any]) -> None:
         """ValueError unless the run that was saved is this one."""
         ours = json.loads(json.dumps(asdict(self.flags)))
-        decided = [item.name for item in fields(Flags) if not item.metadata["free"]]
-        if self.flags.seed is None:
-            decided.remove("seed")  # the saved one is taken
+        decided = [item.name for item in fields(Flags) if not item.metadata["free"] and item.name != "seed"]
         pairs = [(f"--{name}", facts["flags"].get(name), ours[name]) for name in decided]
+        if self.flags.seed is not None:  # otherwise the saved one is taken
+            pairs.append(("--seed", facts["seed"], self.flags.seed))
         pairs.append(("the token maps", facts["model"].get("patch_nums"), list(self.model.config.patch_nums)))
         pairs.append(("the number of training items", facts["items"], len(self.source)))
         pairs.append(("the images of an iteration", facts["images"], self.schedule.images))
