@@ -139,6 +139,8 @@ with locked(Path(sys.argv[1]), Processes()):
 
 
 def test_one_run_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path, Processes()):  # which lets go of it at its end
+        pass
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
     assert other.stdout is not None and other.stdout.readline() == b"\n"
     try:

@@ -32,6 +32,11 @@ def test_means_leave_out_what_is_not_finite_and_count_it() -> None:
     window.clear()
     window.add(TokenLosses(torch.tensor(2.0), nll[:1], tokens[:1]), tokens[:1])
     assert window.means()["not_finite"] == 0
+    rare = torch.tensor([0] * 98 + [1]).view(
+        33, 3
+    )  # more often than a thousandth of all alike: used
+    window.add(TokenLosses(torch.tensor(2.0), torch.ones(33, 3), rare), rare)
+    assert window.means()["code_usage"] == 0.5
 
 
 @pytest.mark.parametrize("changed", [{}, {"bidirectional": True}, {"architecture": "var", "shared_adaln": True}])

@@ -54,6 +54,16 @@ def test_progressive_training_adds_scales_one_by_one() -> None:
     assert Schedule(Flags(), 100, IMAGES, 10).stage(0) == Stage(10, 1.0)
 
 
+def test_a_shortened_run_is_one_of_fewer_epochs() -> None:
+    """Warm-ups included, those asked for and those that follow: of all scales VAR's, a 300th of the epochs each."""
+    for changed, fewer in (({"wp": 6.0, "pgwp": 0.4}, {"wp": 3.0, "pgwp": 0.2}), ({}, {"pgwp": 0.1})):
+        shortened = Schedule(Flags(ep=60, shorten=0.5, pg=0.5, **changed), 100, IMAGES, 10)
+        short = Schedule(Flags(ep=30, pg=0.5, **fewer), 100, IMAGES, 10)
+        assert shortened.iterations == short.iterations == 3000
+        for i in range(0, 3000, 3):
+            assert shortened.stage(i) == short.stage(i) and shortened.learning_rate(i) == short.learning_rate(i)
+
+
 def test_accumulated_steps_and_the_last_one() -> None:
     schedule = Schedule(Flags(ac=3, ep=1), 8, IMAGES, 10)
     assert [i for i in range(8) if schedule.steps(i)] == [2, 5, 7]
