@@ -12,7 +12,7 @@ from torch import multiprocessing
 from torch.distributed.tensor import DTensor
 
 from mvar.processes import own_device
-from mvar.train.distributed import joined
+from mvar.train.distributed import joined, synchronised
 from mvar.train.flags import Flags
 from tests import training
 
@@ -30,6 +30,9 @@ def _process(rank: int, port: int, out: Path) -> None:
         for name, changed in RUNS.items():
             run = training.trainer(training.flags(out / name, **changed), world)
             run.run()
+            if name == "ddp":
+                with synchronised(run.module, now=False):  # accumulated gradients are exchanged once
+                    assert not run.module.require_backward_grad_sync
             if name == "fsdp":
                 held = [p for p in run.stepper.parameters if isinstance(p, DTensor)]
                 assert len(held) == len(run.stepper.parameters)

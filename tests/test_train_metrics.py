@@ -32,9 +32,10 @@ def test_means_leave_out_what_is_not_finite_and_count_it() -> None:
     window.clear()
     window.add(TokenLosses(torch.tensor(2.0), nll[:1], tokens[:1]), tokens[:1])
     assert window.means()["not_finite"] == 0
-    rare = torch.tensor([0] * 98 + [1]).view(
-        33, 3
-    )  # more often than a thousandth of all alike: used
+    window.add(TokenLosses(torch.tensor(2.0), nll[:, :1], tokens[:, :1]), tokens[:, :1])  # the first scale alone
+    means = window.means()
+    assert (means["accuracy_scale0"], means["accuracy_scale1"], means["loss_last"]) == (1.0, 1.0, 2.5)
+    rare = torch.tensor([0] * 98 + [1]).view(33, 3)  # more often than a thousandth of all alike: used
     window.add(TokenLosses(torch.tensor(2.0), torch.ones(33, 3), rare), rare)
     assert window.means()["code_usage"] == 0.5
 
@@ -84,6 +85,26 @@ def test_utilisation_is_of_the_scales_in_training(tmp_path: Path) -> None:
     assert {row["scales"] for row in rows} == {1, 2, 3, 4}
     for row in rows:
         assert row["mfu"] == pytest.approx(row["images_per_s"] * flops_per_image(run.model, row["scales"]) / 2e12)
+
+
+def test_time_left_and_speed_are_of_this_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = training.trainer(training.flags(tmp_path))
+    first.done = 12
+    first._save()
+    run = training.trainer(training.flags(tmp_path, log_every=2))
+    assert run.resume()
+    left: dict[int, float] = {}
+    tell = Reporter.tell
+
+    def and_remember(self: Reporter, iteration: int, values: dict, remaining: float) -> None:
+        left[iteration] = remaining
+        tell(self, iteration, values, remaining)
+
+    monkeypatch.setattr(Reporter, "tell", and_remember)
+    monkeypatch.setattr("mvar.train.trainer.time", SimpleNamespace(perf_counter=lambda: 4.0 * run.done))
+    run.run()
+    assert left == {n: 4.0 * (22 - n) for n in range(14, 23, 2)}
+    assert {row["images_per_s"] for row in training.rows(tmp_path)} == {64 / 4}
 
 
 def test_validation_is_told_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
