@@ -20,6 +20,7 @@ from mvar.train.tokenizer import CONFIG as DIGITS_TOKENIZER
 from mvar.train.trainer import autocast
 from mvar_kernels.backends import BackendError, check_name
 
+VARS = f"{HUB}FoundationVision/var/vae_ch160v4096z32.pth"
 FLAG_OF = {"architecture": "arch", "shared_adaln": "saln", "qk_norm": "anorm", "patch_nums": "pn"}
 
 
@@ -82,7 +83,7 @@ def _check_files(flags: Flags) -> None:
         raise ValueError("--tokenizer: expected a file")
     if flags.tokenizer is not None and not flags.tokenizer.startswith(HUB):
         file = Path(flags.tokenizer)
-        require(file.is_file(), "tokenizer", "a tokenizer's file", f"{file}: no such file")
+        require(file.is_file(), "tokenizer", "a tokenizer's file", f"{file}: no such file; VAR's is {VARS}")
     if flags.data_path is not None:
         folder = Path(flags.data_path) / "train"
         require(folder.is_dir(), "data_path", "a folder with train/class/picture", f"{folder}: no such folder")
