@@ -1,5 +1,6 @@
 """What is told about a run: means without what is not finite, FLOPs of what is done, lines on the screen."""
 
+import io
 import json
 import sys
 from itertools import product
@@ -158,3 +159,29 @@ def test_tensorboard_has_the_names_and_units_of_vars_trainer(tmp_path: Path, mon
         "AR_ep_loss/vL_mean": 2.5,
         "AR_ep_loss/vacc_mean": 12.5,
     }
+
+
+def test_a_bar_on_a_terminal_lines_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def __init__(self, terminal: bool) -> None:
+            super().__init__()
+            self.terminal = terminal
+
+        def isatty(self) -> bool:
+            return self.terminal
+
+    for terminal in (True, False):
+        monkeypatch.setattr(sys, "stdout", screen := Screen(terminal))
+        reporter = Reporter(tmp_path, True, tensorboard=False, name="run", done=2, total=4)
+        reporter.advance()
+        reporter.tell(3, {"loss": 1.5}, 7.0)
+        reporter.close()
+        said = screen.getvalue()
+        assert said == "run: iteration 3 of 4, 0:00:07 left, loss 1.5\n" if not terminal else "iteration" not in said
+        assert ("\r" in said and "3/4" in said and "loss=1.5" in said) == terminal
+
+
+def test_validation_is_every_ten_epochs_and_at_the_end(tmp_path: Path) -> None:
+    training.trainer(training.flags(tmp_path, ep=12, log_every=100), items=64).run()
+    rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert [row["iteration"] for row in rows if "val_loss" in row] == [10, 12]
