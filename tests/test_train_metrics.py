@@ -129,7 +129,7 @@ def test_unreadable_pictures_are_counted(tmp_path: Path, capsys: pytest.CaptureF
     assert "warning: 1 of 120 training pictures could not be read" in out
     rows = training.rows(tmp_path / "run")
     assert rows[0]["unreadable"] in (0, 1) and [row["unreadable"] for row in rows[1:]] == [1, 1, 1]
-    assert "unreadable 1 loss" in out
+    assert "unreadable 1\n" in out
 
 
 def test_tensorboard_has_the_names_and_units_of_vars_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,11 +174,12 @@ def test_a_bar_on_a_terminal_lines_elsewhere(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(sys, "stdout", screen := Screen(terminal))
         reporter = Reporter(tmp_path, True, tensorboard=False, name="run", done=2, total=4)
         reporter.advance()
-        reporter.tell(3, {"loss": 1.5}, 7.0)
+        reporter.tell(3, {"accuracy": 0.5, "loss": 1.5}, 7.0)
         reporter.close()
         said = screen.getvalue()
-        assert said == "run: iteration 3 of 4, 0:00:07 left, loss 1.5\n" if not terminal else "iteration" not in said
-        assert ("\r" in said and "3/4" in said and "loss=1.5" in said) == terminal
+        line = "run: iteration 3 of 4, 0:00:07 left, loss 1.5 accuracy 0.5\n"
+        assert "iteration" not in said if terminal else said == line
+        assert ("\r" in said and "3/4" in said and "loss=1.5, accuracy=0.5" in said) == terminal
 
 
 def test_validation_is_every_ten_epochs_and_at_the_end(tmp_path: Path) -> None:

@@ -230,9 +230,10 @@ def _line(shown: Mapping[str, str]) -> str:
     return " ".join(f"{name} {value}" for name, value in shown.items())
 
 
-SHOWN = (
-    "accuracy",
+SHOWN = (  # the first ones are left where a terminal is narrow
+    "loss",
     "loss_last",
+    "accuracy",
     "gradient_norm",
     "learning_rate",
     "images_per_s",
@@ -240,6 +241,5 @@ SHOWN = (
     "skipped",
     "not_finite",
     "unreadable",
-    "loss",
 )
 SHOWN_OF_VALIDATION = ("loss", "loss_last", "accuracy", "accuracy_last")
