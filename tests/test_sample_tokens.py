@@ -1,14 +1,16 @@
 """The noise's bits, the filters' rules and the draw's distribution."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvar_kernels as mk
 from mvar_kernels.ops.sample_tokens import noise
-from mvar_kernels.ops.sample_tokens.reference import filtered_logits, guided_logits
+from mvar_kernels.ops.sample_tokens.reference import filtered_logits, guided_logits, sample_tokens
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,26 @@ def test_log_and_exp_to_the_last_bits() -> None:
     below = torch.linspace(-87, 0, 200_001)
     assert (noise.exp_negative(below) / below.double().exp() - 1).abs().max() <= 2 * torch.finfo(torch.float32).eps
     assert noise.exp_negative(torch.tensor([-1e30, -torch.inf])).tolist() == [0.0, 0.0]
+
+
+class Divisors(TorchDispatchMode):
+    """Notes the divisors of all divisions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[object] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.div:
+            self.found.append(args[1])
+        return func(*args, **kwargs or {})
+
+
+def test_nothing_is_divided_by_a_number() -> None:
+    """For which torch multiplies by the inverse on a GPU, and a reference there would draw by other weights."""
+    with Divisors() as divisors:
+        sample_tokens(torch.zeros(2, 3, 5), None, torch.arange(2), 0.0, 2, 0.5, 7, 0)
+    assert divisors.found and all(isinstance(divisor, Tensor) for divisor in divisors.found)
 
 
 def test_gumbel_has_its_moments_and_no_infinities() -> None:

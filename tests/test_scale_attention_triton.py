@@ -45,7 +45,8 @@ def test_most_of_the_tile_work_is_useful() -> None:
 def results(backend: str, scales: tuple[int, ...], queries: int, inputs: list[Tensor], pattern: str) -> list[Tensor]:
     q, k, v, t = (x.clone().to(DEVICE).requires_grad_() for x in inputs)
     out = mk.scale_attention(q[:, -queries:], k, v, scales, pattern=pattern, log_temperature=t, backend=backend)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v, t), torch.ones_like(out).cumsum(1))]
+    cotangent = torch.ones(out.shape).cumsum(1).to(out)  # on a GPU torch has no deterministic cumsum
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v, t), cotangent)]
 
 
 @needs_triton

@@ -81,6 +81,6 @@ def exp_negative(x: Tensor) -> Tensor:
     r = clamped - n * LN2_HIGH - n * LN2_LOW  # |r| ≤ ln 2 / 2
     p = torch.ones_like(r)
     for k in range(7, 0, -1):
-        p = p * (r / k) + 1
+        p = p * (r / r.new_full((), k)) + 1  # a number instead of a tensor, and a GPU multiplies by 1/k
     power = ((n.to(torch.int32) + 127) << 23).view(torch.float32)
     return torch.where(x >= -87.0, p * power, 0.0)
