@@ -85,6 +85,7 @@ def together(steps: Sequence[Step], end: float) -> Iterator[Outcome]:
 def stages() -> Iterator[list[Step]]:
     """What runs together, in order."""
     python = sys.executable
+    training = [python, "-m", "benchmarks.train", "--dtypes", "bfloat16"]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     yield [Step("build", [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."], 120)]
     built = "from mvar_kernels.backends import unavailable; raise SystemExit(unavailable('cuda'))"
@@ -96,11 +97,15 @@ def stages() -> Iterator[list[Step]]:
         *(Step(f"tests {path.stem}", [*pytest, str(path)], 220) for path in rooms),
         *(Step(f"compile {op}", [python, "-m", "benchmarks.ops", op, "--untimed"], 220) for op in OPS),
         Step("compile generation", [python, "-m", "benchmarks.throughput", "--untimed"], 220),
+        Step("compile training", [*training, "--untimed"], 220),
     ]  # fmt: skip
     timed = [[Step(f"time {op}", [python, "-m", "benchmarks.ops", op, "--seconds", "0.3"], 60)] for op in OPS]
     generation = [python, "-m", "benchmarks.throughput", "--seconds", str(GENERATION_SECONDS)]
-    training = [Step("training step", [python, "-m", "benchmarks.train"], 90)]
-    yield from ([Step("generation", generation, GENERATION_SECONDS + 30)], *timed, training)
+    yield from (
+        [Step("generation", generation, GENERATION_SECONDS + 30)],
+        *timed,
+        [Step("training step", training, 90)],
+    )
 
 
 def run(plan: Iterator[list[Step]], last: Step, summary: Path, seconds: float = ALL_SECONDS) -> bool:

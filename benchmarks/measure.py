@@ -128,13 +128,19 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    """Also where there is no git, or a copy of the files alone."""
+
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent.parent, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=RESULTS.parent.parent, capture_output=True, text=True)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip()
 
     # Results and README are what a run changes: they do not make a commit's code another one.
     changed = git("status", "--porcelain", "--", "csrc", "mvar", "mvar_kernels", "benchmarks/*.py")
-    return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+    commit = git("rev-parse", "--short", "HEAD")
+    return commit + (" with changes" if changed else "") if commit else "unknown, maybe with changes"
 
 
 def folder() -> str:

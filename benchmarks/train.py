@@ -9,7 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -19,8 +19,9 @@ import mvar
 from benchmarks import plain
 from benchmarks.measure import DEVICE, interleaved, kept, require_allocator, write
 from benchmarks.memory import in_a_process_of_its_own, peak_gib
-from benchmarks.parts import peak_gflops
-from mvar.train.metrics import flops_per_image, peak_flops
+from benchmarks.throughput import best_tflops
+from mvar.config import HEAD_DIM
+from mvar.train.metrics import flops_per_image
 from mvar.train.objective import Objective
 from mvar.train.optimizer import Stepper, adamw
 from mvar.train.run import set_products
@@ -50,11 +51,13 @@ def sides(model: mvar.MVAR) -> dict[str, Loss]:
 
 
 class Steps:
-    """A model, a batch, an optimizer, and a step of each side."""
+    """A model, a batch, an optimizer, and a step of each side. blocks: fewer than the depth, which sets the width."""
 
-    def __init__(self, depth: int, batch: int) -> None:
+    def __init__(self, depth: int, batch: int, blocks: int | None = None) -> None:
         set_products(DEVICE, tf32=True)
-        model, self.tokenizer = mvar.build(depth, label_drop=0.0, drop_path=0.0, qk_norm=False)
+        model, self.tokenizer = mvar.build(
+            blocks or depth, width=HEAD_DIM * depth, label_drop=0.0, drop_path=0.0, qk_norm=False
+        )
         mvar.initialise(model, alng=1e-2, hd=1.0)  # so that every branch and every logit counts
         assert isinstance(model, mvar.MVAR)
         self.model, self.batch = model.to(DEVICE).train(), batch
@@ -72,8 +75,17 @@ class Steps:
         self.stepper.backward(loss)
         self.stepper.step(learning_rate=1e-6, weight_decay=0.05)
 
+    def peak(self, side: str, dtype: torch.dtype) -> float:
+        """GiB of a step after the first, which compiles and makes the optimizer's state."""
+        self.step(side, dtype)
+        return peak_gib(lambda: self.step(side, dtype))
+
     def gradient_differences(self) -> dict[str, float]:
-        """The largest, over the weights, of the difference to the eager side's gradient, relative to its norm."""
+        """The largest, over the weights, of the difference to the eager side's gradient, relative to its norm.
+
+        In true float32: TF32 products, which steps on a GPU have, would be what differs.
+        """
+        set_products(DEVICE, tf32=DEVICE.type == "cpu")
         names, parameters = zip(*self.model.named_parameters(), strict=True)
 
         def gradients(side: str) -> tuple[Tensor, ...]:
@@ -88,6 +100,7 @@ class Steps:
             for side in self.sides
             if side != EAGER
         }
+        set_products(DEVICE, tf32=True)
         if wrong := {side: at for side, at in worst.items() if at[0] > AGREE}:
             raise SystemExit(f"gradients differ from eager PyTorch's by more than {AGREE}: {wrong}")
         return {side: difference for side, (difference, _) in worst.items()}
@@ -97,18 +110,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_cpu = DEVICE.type == "cpu"
     parser.add_argument("--depth", type=int, default=4 if on_cpu else 16)
-    parser.add_argument("--batch", type=int, default=2 if on_cpu else 48)
+    parser.add_argument("--batch", type=int, default=2 if on_cpu else 24)  # eager, 64 of 78 GiB
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="added to those that this machine and commit have"
     )
+    parser.add_argument("--untimed", action="store_true", help="only fill the caches of compiled code on disk")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = ["--depth", str(options.depth), "--batch", str(options.batch)]
     if options.memory_of:
-        steps, dtype = Steps(options.depth, options.batch), getattr(torch, options.dtypes[0])
-        steps.step(options.memory_of, dtype)  # compiles, and makes the optimizer's state
-        print(peak_gib(lambda: steps.step(options.memory_of, dtype)))
+        print(Steps(options.depth, options.batch).peak(options.memory_of, getattr(torch, options.dtypes[0])))
+        return
+    if options.untimed:
+        compile_ahead(Steps(options.depth, options.batch, blocks=1), options.dtypes)
         return
     require_allocator()
     if len(options.dtypes) == 1:
@@ -124,15 +139,17 @@ def measure(options: argparse.Namespace, sizes: list[str]) -> None:
     """Memory and time of every side in one dtype; beside them the least time of the matrix products alone."""
     (name,) = options.dtypes
     dtype, result = getattr(torch, name), f"train_d{options.depth}"
-    # Memory first, in processes of their own, while this one holds next to nothing.
-    arguments = (*sizes, "--dtypes", name)
-    peaks = {side: in_a_process_of_its_own("benchmarks.train", "--memory-of", side, *arguments) for side in SIDES}
+    peaks: dict[str, float] = {}
+    if DEVICE.type == "cpu":  # first, in processes of their own, while this one holds next to nothing
+        own = partial(in_a_process_of_its_own, "benchmarks.train", *sizes, "--dtypes", name, "--memory-of")
+        peaks = {side: own(side) for side in SIDES}
     steps = Steps(options.depth, options.batch)
     differences = steps.gradient_differences()
     print(f"gradients agree: {differences}", flush=True)
+    peaks = peaks or {side: steps.peak(side, dtype) for side in SIDES}
     timed = interleaved({s: partial(steps.step, s, dtype) for s in SIDES}, rounds=options.rounds, seconds=0)
     gflop = steps.batch * flops_per_image(steps.model) / 1e9
-    rate = peak_gflops(dtype) if DEVICE.type == "cpu" else (peak_flops(DEVICE) or float("nan")) / 1e9
+    rate = 1e3 * best_tflops(dtype)[0]
     run = {
         "batch": steps.batch,
         "dtype": name,
@@ -150,6 +167,14 @@ def measure(options: argparse.Namespace, sizes: list[str]) -> None:
         "runs": [runs[name] for name in DTYPES if name in runs],
     }
     print(json.dumps(run), write(result, rows))
+
+
+def compile_ahead(steps: Steps, dtypes: Sequence[str]) -> None:
+    """What the sides have compiled, which is the same for every block, beside other work."""
+    steps.gradient_differences()
+    for side in SIDES:
+        for name in dtypes:
+            steps.step(side, getattr(torch, name))
 
 
 def encode(steps: Steps) -> dict[str, float]:

@@ -38,3 +38,12 @@ def test_a_commit_with_changed_code_says_so(tmp_path: Path, monkeypatch: pytest.
     git("checkout", "--quiet", "mvar")
     (tmp_path / "benchmarks" / "ops.py").write_text("another")
     assert measure._commit().endswith(" with changes")
+
+
+def test_without_git_a_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the files, as it travels to a GPU, on a machine with git and on one without."""
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "benchmarks" / "results")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert measure._commit() == "unknown, maybe with changes"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measure._commit() == "unknown, maybe with changes"

@@ -145,7 +145,9 @@ def test_parts_inside_another_count_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def tiny(monkeypatch: pytest.MonkeyPatch, compiled: None) -> None:
     sizes = mvar.TokenizerConfig((1, 2, 3), num_codes=32, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False)
     build = mvar.build
-    monkeypatch.setattr(mvar, "build", lambda depth, **options: build(depth, tokenizer=sizes, width=64, **options))
+    monkeypatch.setattr(
+        mvar, "build", lambda depth, **options: build(depth, tokenizer=sizes, **options | {"width": 64})
+    )
 
 
 @pytest.mark.usefixtures("tiny")
@@ -165,7 +167,7 @@ def test_a_dtype_is_added_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "kept", files.get)
     monkeypatch.setattr(train, "write", lambda name, rows: files.update({name: rows}))
     monkeypatch.setattr(train, "require_allocator", lambda: None)
-    monkeypatch.setattr(train, "peak_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(train, "best_tflops", lambda dtype: (0.1, "measured"))
     monkeypatch.setattr(train, "in_a_process_of_its_own", lambda *arguments: 1.0)
 
     def again(command: list[str], *, check: bool) -> None:
@@ -185,6 +187,18 @@ def test_a_dtype_is_added_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--batch=3"])
     train.main()
     assert [(run["batch"], run["dtype"]) for run in files["train_d1"]["runs"]] == [(3, "float32")]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_compiled_ahead_is_one_block_of_every_side_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, str, torch.dtype]] = []
+    monkeypatch.setattr(
+        train.Steps, "step", lambda steps, side, dtype: taken.append((len(steps.model.blocks), side, dtype))
+    )
+    monkeypatch.setattr(train, "write", lambda name, rows: pytest.fail("timed"))
+    monkeypatch.setattr(sys, "argv", ["train", "--depth=3", "--batch=2", "--untimed"])
+    train.main()
+    assert set(taken) == {(1, side, dtype) for side in train.SIDES for dtype in (torch.float32, torch.bfloat16)}
 
 
 def test_results_are_added_to_those_of_the_same_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
