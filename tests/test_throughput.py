@@ -209,6 +209,16 @@ def test_a_second_run_measures_what_is_missing(written: dict[str, Any], monkeypa
     assert not written  # what failed before would fail again
 
 
+@pytest.mark.filterwarnings("ignore:.*autocast")
+def test_on_a_gpu_the_public_scan_multiplies_in_tf32_beside_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "DEVICE", torch.device("cuda"))
+    before, found = torch.get_float32_matmul_precision(), []
+    for dtype in (torch.bfloat16, FLOAT32):
+        with sides.public_arithmetic(dtype, 32):
+            found.append(torch.get_float32_matmul_precision())
+    assert found == ["high", before] and torch.get_float32_matmul_precision() == before
+
+
 def test_what_is_stored_is_of_this_commit_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = {"device": "cpu", "processor": "one", "commit": "1234567"}
     monkeypatch.setattr(throughput, "RESULTS", tmp_path)
