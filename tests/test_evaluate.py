@@ -89,7 +89,7 @@ def test_every_process_draws_its_share(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(images, "drawn_batches", batches)
     (tmp_path / "parts").mkdir()
     np.save(tmp_path / "parts" / "000003.npy", np.zeros(0))
-    images.draw_images(tmp_path, recipe, lambda start: pytest.fail("begun"), Processes(1, 2))
+    images.draw_images(tmp_path, recipe, lambda start: pytest.fail("begun"), Processes(1, 2), {})
     assert drawn == sorted(BATCHES - {3})[1::2] and not (tmp_path / "images.npz").exists()
 
 
@@ -134,7 +134,7 @@ def test_images_do_not_depend_on_the_number_of_processes(whole: Path, tmp_path: 
     assert np.array_equal(pixels(tmp_path), pixels(whole))
     assert len(list((tmp_path / "png").glob("*.png"))) == 40
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    assert record["machine"]["processes"] == 2 and record["recipe"]["images"] == 40
+    assert [by["machine"]["processes"] for by in record["drawn by"]] == [2] and record["recipe"]["images"] == 40
 
 
 def test_other_images_in_the_folder_are_left_alone(
@@ -160,6 +160,36 @@ def test_other_images_in_the_folder_are_left_alone(
     error = fails(capsys, *ARGUMENTS, "--out", str(tmp_path))
     assert f"{spoilt}: damaged: (2, 32, 32, 3) uint8 instead of (3, 32, 32, 3)" in error
     assert not list(tmp_path.glob("*images.npz*"))
+
+
+def test_a_recipe_that_could_not_be_drawn_is_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "seed: expected" in fails(capsys, *ARGUMENTS, "--out", str(tmp_path), "--seed", "-1")
+    main([*ARGUMENTS, "--out", str(tmp_path)])
+
+
+def test_images_of_an_unknown_recipe_are_not_called_ours(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images.npz").write_bytes((whole / "images.npz").read_bytes())
+    assert "has images, but no recipe.json" in fails(capsys, *ARGUMENTS, "--out", str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz"]
+
+
+def test_the_record_tells_who_drew_from_who_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped run goes on with another torch, and a third one measures."""
+    for torch_version, batches in (("1", 3), ("2", None), ("3", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(command, "versions", lambda torch_version=torch_version: {"torch": torch_version})
+            if batches:
+                drawn = images.drawn_batches
+                patch.setattr(images, "drawn_batches", lambda begin, starts: drawn(begin, list(starts)[:batches]))  # noqa: B023
+                with pytest.raises(SystemExit):
+                    main([*ARGUMENTS, "--out", str(tmp_path)])
+            else:
+                main([*ARGUMENTS, "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [by["versions"]["torch"] for by in record["drawn by"]] == ["1", "2"]
+    assert record["measured by"]["versions"]["torch"] == "3"
 
 
 def test_a_file_of_images_is_read_in_batches(tmp_path: Path) -> None:

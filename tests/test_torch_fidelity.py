@@ -47,7 +47,7 @@ def test_figures_of_the_library_itself(weights: Path, tmp_path: Path) -> None:
     options = ["--count", "2", "--seed", "2", "--dtype", "fp32", "--device", "cpu", "--out", str(tmp_path)]
     main(["evaluate", *options, "--inception", str(weights), "--reference", str(tmp_path / "real.npz")])
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    assert record["missing"] == [] and record["versions"]["torch-fidelity"]
+    assert record["missing"] == [] and record["measured by"]["versions"]["torch-fidelity"]
 
     network = Inception(weights, torch.device("cpu"))
     made, others = (network.features(tmp_path / name, batch=20) for name in ("images.npz", "real.npz"))

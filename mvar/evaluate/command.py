@@ -66,7 +66,8 @@ def evaluate(options: argparse.Namespace) -> None:
     with joined() as processes:
         if processes.leads:
             _tell_missing(found, "before the images are drawn, for there will be no such figure without")
-        npz = draw_images(options.out, recipe, begin, processes)
+        here = {"versions": versions(), "machine": machine(device) | {"processes": processes.size}}
+        npz = draw_images(options.out, recipe, begin, processes, here)
         if options.png:
             write_pngs(options.out, recipe, processes)
     if not processes.leads:
@@ -77,12 +78,8 @@ def evaluate(options: argparse.Namespace) -> None:
         "files": {name: value and str(value) for name, value in _given(options).items()} | {"npz": str(npz)},
         "figures": measured,
         "missing": [*found.missing, *([found.unreferenced] if found.unreferenced else [])],
-        "versions": versions(),
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "processes": processes.size,
-            "backends": {name: reason or "available" for name, reason in backends().items()},
-        },
+        "drawn by": json.loads((options.out / "drawn_by.json").read_text()),
+        "measured by": here,
     }
     with replacing(options.out / "evaluation.json") as aside:
         aside.write_text(json.dumps(record, indent=1) + "\n")
@@ -111,6 +108,13 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "backends": {name: reason or "available" for name, reason in backends().items()},
+    }
 
 
 def versions() -> dict[str, str | None]:

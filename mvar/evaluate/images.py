@@ -2,7 +2,8 @@
 
 A folder holds
 
-    recipe.json          all that decides the pixels; written first, never changed
+    recipe.json          all that decides the pixels; written first, and not changed once there are images
+    drawn_by.json        versions and machines that drew them, more than one where a stopped run went on elsewhere
     parts/000000.npy     finished batches by their first image, until all are there; each appears whole
     images.npz           all of them, as ADM's evaluator reads them; appears whole
     png/000000_0207.png  the same by image and class, if asked for
@@ -10,10 +11,10 @@ A folder holds
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from mvar.generate import Launched
 from mvar.pictures import read_npz, save_npz, save_pixels
 from mvar.processes import Processes
 from mvar.sample import drawn_batches
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -72,20 +75,27 @@ class Recipe:
         return torch.arange(self.images) % self.classes
 
 
-def draw_images(folder: Path, recipe: Recipe, begin: Callable[[int], Launched], processes: Processes) -> Path:
+def draw_images(
+    folder: Path,
+    recipe: Recipe,
+    begin: Callable[[int], Launched],
+    processes: Processes,
+    drawn_by: Mapping[str, Any],
+) -> Path:
     """Draw what is missing, and give the npz with all images. For every process of a run; all of them get the path.
 
     begin: launches the batch of `recipe.batch` images (the last one: what is left) from a first one on.
+    drawn_by: versions and machine, for the record.
 
     Raises:
-        ValueError: the folder has images of another recipe.
+        ValueError: the folder has images of another recipe, or of one that is not there.
         FloatingPointError: a batch is not finite.
         OSError: a file cannot be written; the same call goes on from there.
     """
     npz, parts = folder / "images.npz", folder / "parts"
     starts = range(0, recipe.images, recipe.batch)
     if processes.leads:
-        _claim(folder, recipe)
+        _claim(folder, recipe, drawn_by)
     # One process looks, so that all see the same.
     missing = processes.agreed([] if npz.exists() else [s for s in starts if not _part(parts, s).exists()])
     mine = missing[processes.rank :: processes.size]
@@ -113,25 +123,37 @@ def write_pngs(folder: Path, recipe: Recipe, processes: Processes) -> None:
     processes.meet()
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe, or see that the one that is there is the same."""
-    path = folder / "recipe.json"
+def _claim(folder: Path, recipe: Recipe, drawn_by: Mapping[str, Any]) -> None:
+    """Write the recipe, or see that the images there are of the same; and who draws what is missing of them."""
+    path, drawers, npz = folder / "recipe.json", folder / "drawn_by.json", folder / "images.npz"
     check_writable(path)
     for left in folder.glob(".images.npz.*"):
         left.unlink()  # by a run that was killed: 10 GB
-    wanted = asdict(recipe)
-    if not path.exists():
-        with replacing(path) as aside:
-            aside.write_text(json.dumps(wanted, indent=1) + "\n")
-        return
+    wanted, known = asdict(recipe), []
+    if npz.exists() or any((folder / "parts").glob("[0-9]*.npy")):
+        if not path.exists():
+            raise ValueError(f"{folder}: has images, but no {path.name} to tell of what; give another folder")
+        stored, known = _read(path, dict), _read(drawers, list) if drawers.exists() else []
+        names = sorted(name for name in {**wanted, **stored} if wanted.get(name) != stored.get(name))
+        differences = ", ".join(f"{name} {stored.get(name)} there, {wanted.get(name)} asked for" for name in names)
+        if differences:
+            raise ValueError(f"{folder}: has images of another recipe: {differences}; give another folder")
+    else:  # a recipe without images is one that could not be drawn
+        _write(path, wanted)
+    draws = not npz.exists() and drawn_by not in known
+    _write(drawers, [*known, drawn_by] if draws else known)
+
+
+def _read(path: Path, kind: Callable[[Any], Content]) -> Content:
     try:
-        stored = dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a recipe: {error}") from error
-    names = sorted(name for name in {**wanted, **stored} if wanted.get(name) != stored.get(name))
-    differences = ", ".join(f"{name} {stored.get(name)} there, {wanted.get(name)} asked for" for name in names)
-    if differences:
-        raise ValueError(f"{folder}: has images of another recipe: {differences}; give another folder")
+        return kind(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
+
+
+def _write(path: Path, content: Any) -> None:
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _part(parts: Path, start: int) -> Path:

@@ -61,6 +61,8 @@ def sources(weights: Path | None, reference: Path | None) -> Sources:
         weights = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
         if not weights.is_file():
             missing.append(f"the Inception network's weights: fetch {WEIGHTS_URL} and give --inception {WEIGHTS}")
+    if weights.is_file():
+        _check_weights(weights)
     if reference is not None:
         _check_reference(reference)
     absent = None if reference else f"ADM's reference: fetch {REFERENCE_URL} (for 256×256) and give it to --reference"
@@ -105,11 +107,7 @@ class Inception:
     def __init__(self, weights: Path, device: torch.device) -> None:
         from torch_fidelity import FeatureExtractorInceptionV3
 
-        try:
-            # torch-fidelity reads pickles of any kind: not before torch has found that this one is weights alone.
-            torch.load(weights, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"--inception: {weights}: not a file of weights: {str(error).splitlines()[0]}") from error
+        _check_weights(weights)
         self.device = device
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [FEATURES, LOGITS], feature_extractor_weights_path=str(weights)
@@ -137,6 +135,15 @@ def sha256(path: Path) -> str:
 
 def _in_float64(statistics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: np.asarray(value, np.float64) for name, value in statistics.items()}
+
+
+def _check_weights(path: Path) -> None:
+    """torch-fidelity reads pickles of any kind: not before torch has found that this one is weights alone."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--inception: {path}: not a file of weights: {reason}") from error
 
 
 def _check_reference(path: Path) -> None:
