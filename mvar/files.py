@@ -38,11 +38,16 @@ def beside(path: str | Path) -> Iterator[Path]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write to, in the same folder; on success it takes the place of `path`, on an error it is gone.
 
-    Raises OSError naming `path` where its folder cannot be written to.
+    Raises OSError naming `path` where its folder cannot be written to, or the disk is full.
     """
     target = Path(path)
     with beside(target) as aside:
-        yield aside
+        try:
+            yield aside
+        except OSError as error:
+            if error.strerror is None or error.filename not in (None, str(aside)):
+                raise
+            raise OSError(f"cannot write {target}: {error.strerror}") from error
         umask = os.umask(0)
         os.umask(umask)
         aside.chmod(0o666 & ~umask)  # mkstemp's files are for their owner alone

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import mvar
-from mvar import digits
+from mvar import digits, files
 from mvar.cli import main
 from mvar.evaluate import command, frechet_distance, images, precision_recall
 from mvar.evaluate.images import Recipe
@@ -173,6 +173,28 @@ def test_images_of_an_unknown_recipe_are_not_called_ours(
     (tmp_path / "images.npz").write_bytes((whole / "images.npz").read_bytes())
     assert "has images, but no recipe.json" in fails(capsys, *ARGUMENTS, "--out", str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz"]
+
+
+@pytest.mark.parametrize("full", ["000006.npy", "images.npz"])
+def test_a_full_disk_is_told_with_the_file(
+    full: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full takes nothing. The same command goes on once there is room."""
+    aside = files._create_aside
+
+    def created(target: Path) -> Path:
+        path = aside(target)
+        if target.name == full:
+            path.unlink()
+            path.symlink_to("/dev/full")
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_create_aside", created)
+        error = fails(capsys, *ARGUMENTS, "--out", str(tmp_path))
+    assert "cannot write" in error and f"{full}: No space left on device" in error
+    assert not list(tmp_path.rglob(full))
+    main([*ARGUMENTS, "--out", str(tmp_path)])
 
 
 def test_the_record_tells_who_drew_from_who_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

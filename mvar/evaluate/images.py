@@ -9,6 +9,7 @@ A folder holds
     png/000000_0207.png  the same by image and class, if asked for
 """
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -101,8 +102,10 @@ def draw_images(
     mine = missing[processes.rank :: processes.size]
     quiet = None if processes.leads else True  # None: where there is no terminal
     for start, pixels in drawn_batches(begin, tqdm(mine, desc="images", unit="batch", disable=quiet)):
-        with replacing(_part(parts, start)) as aside, aside.open("wb") as stream:
-            np.save(stream, pixels.numpy())
+        content = io.BytesIO()  # what NumPy writes to a file does not tell that the disk is full
+        np.save(content, pixels.numpy())
+        with replacing(_part(parts, start)) as aside:
+            aside.write_bytes(content.getbuffer())
     processes.meet()
     if processes.leads and not npz.exists():
         save_npz(npz, recipe.shape, _read_parts(parts, recipe, starts), recipe.labels())
