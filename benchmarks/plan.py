@@ -1,6 +1,6 @@
 """What the throughput suite measures: sizes and their sides, by device or as the command line asks."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -75,14 +75,20 @@ PLANS: Mapping[str, Sequence[Size]] = {"cuda": GPU, "cpu": CPU}
 
 def add_flags(parser: ArgumentParser) -> None:
     """Of a plan other than the device's."""
-    parser.add_argument("--depths", type=int, nargs="+", help="of the models (16)")
+    parser.add_argument("--depths", type=_positive, nargs="+", help="of the models (16)")
     parser.add_argument("--resolutions", type=int, nargs="+", choices=SCHEDULES, help="of the images (256)")
-    parser.add_argument("--batches", type=int, nargs="+", help="images (1)")
+    parser.add_argument("--batches", type=_positive, nargs="+", help="images (1)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="of the products (bf16)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="who generates (mvar var public)")
     parser.add_argument("--backends", nargs="+", choices=NAMES, help="that mvar runs on (auto)")
-    parser.add_argument("--rounds", type=int, help="in which every side generates once")
+    parser.add_argument("--rounds", type=_positive, help="in which every side generates once")
     parser.add_argument("--by-part", action="store_true", help="also where mvar's time goes")
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)
 
 
 def asked_for(options: Namespace, device: str) -> Sequence[Size]:

@@ -258,7 +258,9 @@ def peak_of(size: Size, chunk: int) -> float:
 
 def compile_ahead(plan: Sequence[Size], build: Build, seconds: float) -> None:
     """What the plan has compiled, beside other work: the timed run then finds it on disk."""
-    size = next(size for size in plan if SIDES["public-compiled"] in size.sides)
+    size = next((size for size in plan if SIDES["public-compiled"] in size.sides), None)
+    if size is None:
+        raise SystemExit("--untimed: no size has the side public-compiled")
     pair, labels = build(size.depth, size.resolution, "mvar"), torch.arange(size.batch, device=DEVICE)
     for chunk in CHUNKS[::-1]:  # the largest first: it is the likeliest, and has the fewest operators
         with limited(seconds):

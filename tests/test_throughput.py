@@ -209,6 +209,18 @@ def test_a_second_run_measures_what_is_missing(written: dict[str, Any], monkeypa
     assert not written  # what failed before would fail again
 
 
+@pytest.mark.parametrize("flag", ["--depths", "--batches", "--rounds"])
+def test_sizes_are_positive(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(flag, "0")
+    assert f"{flag}: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_nothing_to_compile_is_told() -> None:
+    with pytest.raises(SystemExit, match="no size has the side public-compiled"):
+        throughput.compile_ahead([Size(1, 256, 1, "float32", (OURS,))], tiny_pair, 10)
+
+
 @pytest.mark.filterwarnings("ignore:.*autocast")
 def test_on_a_gpu_the_public_scan_multiplies_in_tf32_beside_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sides, "DEVICE", torch.device("cuda"))
