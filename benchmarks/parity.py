@@ -25,11 +25,11 @@ from torch import Tensor, nn
 import mvar
 from benchmarks.measure import DEVICE, write
 from mvar import digits
+from mvar.arguments import load
 from mvar.engine import prepared_model, prepared_tokenizer
 from mvar.evaluate import Moments, frechet, moments
 from mvar.evaluate.inception import FEATURES, Inception, sources
 from mvar.pictures import to_bytes
-from mvar.sample import load
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.backends import BackendError, backends
 

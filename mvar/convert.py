@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mvar.arguments import DTYPES
 from mvar.checkpoint import load_model, load_tokenizer, save
 from mvar.files import check_writable, replacing
 from mvar.model import Model
-from mvar.sample import DTYPES
 from mvar.tokenizer import Tokenizer
 from mvar.train.checkpoint import read_model
 

@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 
 from mvar import digits
+from mvar.arguments import drawing
 from mvar.files import check_writable
 from mvar.generate import generate
 from mvar.pictures import grid, save_png
 from mvar.processes import own_device
-from mvar.sample import drawing
 from mvar_kernels.backends import backends, fastest_dtype
 
 COLUMNS = 10

@@ -2,30 +2,23 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from mvar import digits
-from mvar.checkpoint import load_model, load_tokenizer
+from mvar.arguments import drawing, load
+from mvar.batches import drawn_batches
 from mvar.drawing import Drawing
 from mvar.files import beside, check_writable
 from mvar.generate import Launched, launch
-from mvar.model import Model
-from mvar.pictures import grid, save_npz, save_pixels, save_png, to_bytes
+from mvar.pictures import grid, save_npz, save_pixels, save_png
 from mvar.processes import Processes, joined, own_device
-from mvar.tokenizer import Tokenizer
-from mvar.transfer import to_host
-
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -86,28 +79,6 @@ def sample(options: argparse.Namespace) -> None:
     print(f"{len(labels)} images in {written}")
 
 
-def drawn_batches(begin: Callable[[int], Launched], starts: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-    """Batches as (first image, (B, H, W, 3) uint8 on the host); the device draws one while the host has the one before.
-
-    Raises FloatingPointError where a batch is not finite.
-    """
-    before: Callable[[], tuple[int, Tensor]] | None = None
-    for start in starts:
-        launched = begin(start)
-        arriving = to_host(to_bytes(launched.generated.images), launched.finite)
-        if before is not None:
-            yield before()
-        before = partial(_arrived, start, launched, arriving)
-    if before is not None:
-        yield before()
-
-
-def _arrived(start: int, launched: Launched, arriving: Callable[[], tuple[Tensor, ...]]) -> tuple[int, Tensor]:
-    pixels, finite = arriving()
-    replace(launched, finite=finite).checked()
-    return start, pixels
-
-
 @contextmanager
 def _gathered(target: Path | None, shape: tuple[int, ...], processes: Processes) -> Iterator[Callable[[], Any]]:
     """What opens the one uint8 array of this shape that all processes write to, a file beside `target`, in a context;
@@ -127,23 +98,6 @@ def _opened(path: Path | None) -> Iterator[Any]:
     yield pixels
     if pixels is not None:
         pixels.flush()
-
-
-def drawing(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that `generate` shares with the command line."""
-    names = ("cfg", "top_k", "top_p", "seed", "backend", "graph")
-    return {name: getattr(options, name) for name in names} | {"dtype": DTYPES[options.dtype]}
-
-
-def load(weights: str | None, tokenizer: str | None, device: torch.device) -> tuple[Model, Tokenizer]:
-    """The model and the tokenizer that the command line names."""
-    if (weights is None) != (tokenizer is None):
-        raise ValueError("--weights and --tokenizer: give both, or neither for the digits inside the package")
-    if weights is None or tokenizer is None:
-        model, images = digits.pretrained()
-        return model.to(device), images.to(device)
-    model = load_model(weights, device=device)
-    return model, load_tokenizer(tokenizer, patch_nums=model.config.patch_nums, device=device)
 
 
 if __name__ == "__main__":

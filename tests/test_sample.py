@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import mvar
-from mvar import sample as sampling
+from mvar.batches import drawn_batches
 from mvar.cli import main
 from mvar.generate import Generated, Launched
 
@@ -60,7 +60,7 @@ def test_the_next_batch_is_begun_before_one_is_given() -> None:
         finite = torch.tensor(start != 4)
         return Launched(Generated(images, torch.zeros(2, 1, dtype=torch.int64)), finite, torch.float32)
 
-    batches = sampling.drawn_batches(begin, (0, 2, 4, 6))
+    batches = drawn_batches(begin, (0, 2, 4, 6))
     for expected in (0, 2):
         start, pixels = next(batches)
         assert start == expected and begun[-1] == start + 2

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from mvar.arguments import DTYPES
 from mvar.checkpoint import load_tokenizer
 from mvar.data.folder import Crops, ImageFolder, Read
 from mvar.data.order import check_word
 from mvar.data.tokens import MANIFEST, MAX_CODES, Manifest, TokenStoreError, damage, fingerprint, shard_files, shard_sum
 from mvar.files import replacing
 from mvar.processes import own_device
-from mvar.sample import DTYPES
 from mvar.tokenizer import Tokenizer
 
 SHARD = 1024

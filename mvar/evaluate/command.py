@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import mvar
+from mvar.arguments import drawing, load
 from mvar.drawing import Drawing
 from mvar.evaluate.images import Recipe, draw_images, write_pngs
 from mvar.evaluate.inception import Sources, figures, sources
 from mvar.files import replacing
 from mvar.generate import Launched, launch
 from mvar.processes import joined, own_device
-from mvar.sample import drawing, load
 from mvar_kernels.backends import backends, fastest_dtype
 
 PACKAGES = ("numpy", "triton", "torchvision", "torch-fidelity")

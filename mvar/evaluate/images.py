@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from mvar.batches import drawn_batches
 from mvar.files import check_writable, replacing
 from mvar.generate import Launched
 from mvar.pictures import read_npz, save_npz, save_pixels
 from mvar.processes import Processes
-from mvar.sample import drawn_batches
 
 Content = TypeVar("Content")
 
