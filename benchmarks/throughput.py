@@ -47,7 +47,8 @@ from mvar.train.metrics import peak_flops
 NAME = "throughput"
 ALL_SECONDS = {"cpu": 3600.0, "cuda": 200.0}
 COMPILE_SECONDS = {"cpu": 300.0, "cuda": 45.0}  # for the first call of what torch.compile makes
-TIMING_SECONDS = {"cpu": 60.0, "cuda": 4.0}  # for the rounds of one size, of which there are 2 to 7
+TIMING_SECONDS = {"cpu": 60.0, "cuda": 4.0}  # for the rounds of one size
+ROUNDS = range(2, 51)  # so many of one size where nobody says how many
 TOUCHED_GIB = 8  # of memory beforehand, for sizes that are not warmed up
 Row = dict[str, Any]
 
@@ -129,7 +130,8 @@ class Suite:
             look = partial(fault_of_compiled, pairs[side], size.batch, dtype, chunk)
             if fault := failures.attempt([side.name], self.limit(side), look):
                 failures.reasons[side.name] = fault
-        rounds = size.rounds or min(max(int(TIMING_SECONDS[DEVICE.type] / max(seconds, 1e-3)), 2), 7)
+        fitting = int(TIMING_SECONDS[DEVICE.type] / max(seconds, 1e-3))
+        rounds = size.rounds or min(max(fitting, ROUNDS[0]), ROUNDS[-1])
         ready = {side.name: runs[side] for side in still()}
         turns = partial(latencies, ready, rounds=rounds, seconds=0, warm_up=False)
         times = (failures.attempt(list(ready), self.left, turns) if ready else None) or {}
