@@ -13,6 +13,7 @@ from torch import Tensor
 import mvar_kernels as mk
 from mvar_kernels.backends import unavailable
 from mvar_kernels.ops.sample_tokens import native, noise, reference
+from mvar_kernels.ops.sample_tokens.inputs import Draw
 from tests import cuda_on_cpu
 from tests.test_sample_tokens_native import finite_rows, image_indices, infinite_rows
 
@@ -31,12 +32,12 @@ FILTERS = [
 ]  # of V, and top_p
 
 
-def draw(*inputs: object) -> Tensor:
+def draw(call: Draw) -> Tensor:
     if ON_GPU:
-        inputs = tuple(value.cuda() if isinstance(value, Tensor) else value for value in inputs)
-    assert native.sample_tokens_cuda.why_not(*inputs) is None
+        call = Draw(*(value.cuda() if isinstance(value, Tensor) else value for value in call))
+    assert native.sample_tokens_cuda.why_not(call) is None
     with nullcontext() if ON_GPU else cuda_on_cpu.installed():
-        tokens: Tensor = native.sample_tokens_cuda.forward(*inputs)
+        tokens: Tensor = native.sample_tokens_cuda.forward(call)
     return tokens.cpu()
 
 
@@ -47,8 +48,8 @@ def test_tokens_are_the_reference_s(V: int) -> None:
     index = image_indices(len(cond)) + 2**40  # counted modulo 2³²
     for share, top_p in FILTERS if V < 4096 else FILTERS[3:5]:
         top_k = int(share * V) if isinstance(share, float) else share
-        inputs = (cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
-        assert torch.equal(draw(*inputs), reference.sample_tokens(*inputs)), (top_k, top_p)
+        call = Draw(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
+        assert torch.equal(draw(call), reference.sample_tokens(call)), (top_k, top_p)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -57,8 +58,8 @@ def test_guided_tokens_are_the_reference_s(guidance: float, dtype: torch.dtype) 
     generator = torch.Generator().manual_seed(0)
     cond, uncond = (finite_rows(130, 1, generator).to(dtype) for _ in range(2))
     for top_k, top_p in ((0, 1.0), (30, 0.96)):
-        inputs = (cond, uncond, image_indices(len(cond)), guidance, top_k, top_p, SEED, 1)
-        got, want = draw(*inputs), reference.sample_tokens(*inputs)
+        call = Draw(cond, uncond, image_indices(len(cond)), guidance, top_k, top_p, SEED, 1)
+        got, want = draw(call), reference.sample_tokens(call)
         # Infinite logits guided by infinite ones are NaN, for which any code will do.
         numbers = ~reference.guided_logits(cond, uncond, guidance).isnan().any(-1)
         assert torch.equal(got[numbers], want[numbers]), (top_k, top_p)
@@ -70,14 +71,14 @@ def test_near_winners_are_told_apart() -> None:
     values = noise.gumbel(index, (2, 400, 2), SCALE, SEED)
     cond = torch.stack([torch.zeros(2, 400), values[..., 0] - values[..., 1]], -1)
     uncond = torch.randn(cond.shape, generator=torch.Generator().manual_seed(0))
-    for inputs in (
-        (cond, None, index, 0.0, 0, 1.0, SEED, SCALE),
-        (cond + 2.0**20, None, index, 0.0, 0, 1.0, SEED, SCALE),
-        ((cond + 1.3 * uncond) / 2.3, uncond, index, 1.3, 0, 1.0, SEED, SCALE),
+    for call in (
+        Draw(cond, None, index, 0.0, 0, 1.0, SEED, SCALE),
+        Draw(cond + 2.0**20, None, index, 0.0, 0, 1.0, SEED, SCALE),
+        Draw((cond + 1.3 * uncond) / 2.3, uncond, index, 1.3, 0, 1.0, SEED, SCALE),
     ):
-        want = reference.sample_tokens(*inputs)
+        want = reference.sample_tokens(call)
         assert 0 < want.sum() < want.numel()
-        assert torch.equal(draw(*inputs), want)
+        assert torch.equal(draw(call), want)
 
 
 def test_cut_of_top_p_to_one_unit() -> None:
@@ -89,7 +90,7 @@ def test_cut_of_top_p_to_one_unit() -> None:
         cond = torch.tensor([0.0, x]).expand(1, 100, 2)
         for limit, kept in ((weight + 0.5, False), (weight - 0.5, True)):
             filters = (0, 1 - limit / (2**30 + weight))
-            tokens = draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
+            tokens = draw(Draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0))
             assert bool(tokens.any()) == kept, x
 
 
@@ -97,9 +98,9 @@ def test_equal_logits_are_dropped_in_the_order_of_their_codes() -> None:
     """Of 300 equal codes, whose weights pass 2³² together, the share that top-p leaves is drawn from, to the code."""
     cond = torch.zeros(1, 100, 300)
     for dropped in (1, 149, 290, 299):
-        inputs = (cond, None, torch.zeros(1).long(), 0.0, 0, 1 - (dropped + 0.5) / 300, SEED, 0)
-        tokens = draw(*inputs)
-        assert torch.equal(tokens, reference.sample_tokens(*inputs))
+        call = Draw(cond, None, torch.zeros(1).long(), 0.0, 0, 1 - (dropped + 0.5) / 300, SEED, 0)
+        tokens = draw(call)
+        assert torch.equal(tokens, reference.sample_tokens(call))
         assert tokens.min() >= dropped
 
 
@@ -109,10 +110,10 @@ def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
     cond[0, 3] = -torch.nan
     cond[0, 4, 0] = -torch.inf
     for filters in ((0, 1.0), (5, 1.0), (5, 0.5)):
-        inputs = (cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
-        tokens = draw(*inputs)
+        call = Draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
+        tokens = draw(call)
         assert ((tokens >= 0) & (tokens < 67)).all()
-        assert torch.equal(tokens, draw(*inputs))
+        assert torch.equal(tokens, draw(call))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mvar_kernels.backends import native as import_native
 from mvar_kernels.ops.sample_tokens import native, reference
+from mvar_kernels.ops.sample_tokens.inputs import Draw
 
 extension = import_native()
 pytestmark = pytest.mark.skipif(extension is None, reason="the C++ extension was not built")
@@ -81,10 +82,10 @@ def test_tokens_are_the_reference_s(V: int) -> None:
     few = V >= 4096  # the reference takes its time
     for top_k in (0, V // 5) if few else top_ks(V):
         for top_p in TOP_P[:4] if few else TOP_P:
-            inputs = (cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
-            want = reference.sample_tokens(*inputs)
+            call = Draw(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
+            want = reference.sample_tokens(call)
             for name in instruction_sets():
-                got = native.sample_tokens_cpu.forward(*inputs)
+                got = native.sample_tokens_cpu.forward(call)
                 assert torch.equal(got, want), (name, top_k, top_p, (got != want).nonzero()[:5].tolist())
 
 
@@ -96,10 +97,10 @@ def test_guided_tokens_are_the_reference_s(V: int, dtype: torch.dtype, guidance:
     cond, uncond = (finite_rows(V, 8 if V < 100 else 2, generator).to(dtype) for _ in range(2))
     index = image_indices(len(cond))
     for top_k, top_p in ((0, 1.0), (V // 5, 1.0), (0, 0.9), (V // 4, 0.96)):
-        inputs = (cond, uncond, index, guidance, top_k, top_p, SMALL_SEED, 1)
-        want = reference.sample_tokens(*inputs)
+        call = Draw(cond, uncond, index, guidance, top_k, top_p, SMALL_SEED, 1)
+        want = reference.sample_tokens(call)
         for name in instruction_sets():
-            assert torch.equal(native.sample_tokens_cpu.forward(*inputs), want), (name, top_k, top_p)
+            assert torch.equal(native.sample_tokens_cpu.forward(call), want), (name, top_k, top_p)
 
 
 @pytest.mark.parametrize("V", [2, 5, 64, 131])
@@ -112,8 +113,8 @@ def test_kept_codes_are_the_reference_s(V: int) -> None:
         for top_p in TOP_P:
             want = reference.filtered_logits(cond, top_k, top_p).isfinite()
             for name in instruction_sets():
-                options = (0.0, top_k, top_p, 1e-38, 100.0, SEED, SCALE)
-                mean = native.soft_embedding_cpu.forward(cond, None, torch.eye(V), index, *options)
+                call = Draw(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
+                mean = native.soft_embedding_cpu.forward(call, torch.eye(V), 1e-38, 100.0)
                 some = want.any(-1)  # a row may be −∞ throughout
                 assert torch.equal((mean > 0)[some], want[some]), (name, top_k, top_p)
 
@@ -123,11 +124,11 @@ def test_noise_to_the_last_bit() -> None:
     index = torch.tensor([1, -1])
     noise = reference.noise.gumbel(index, (2, 4000, 2), SCALE, SEED)
     cond = torch.stack([torch.zeros(2, 4000), noise[..., 0] - noise[..., 1]], -1)
-    inputs = (cond, None, index, 0.0, 0, 1.0, SEED, SCALE)
-    want = reference.sample_tokens(*inputs)
+    call = Draw(cond, None, index, 0.0, 0, 1.0, SEED, SCALE)
+    want = reference.sample_tokens(call)
     assert 0.1 < want.double().mean() < 0.9
     for name in instruction_sets():
-        assert torch.equal(native.sample_tokens_cpu.forward(*inputs), want), name
+        assert torch.equal(native.sample_tokens_cpu.forward(call), want), name
 
 
 def test_weights_to_the_last_bit() -> None:
@@ -142,8 +143,8 @@ def test_weights_to_the_last_bit() -> None:
             filters = (0, 1 - limit / (2**30 + weight))
             assert reference.filtered_logits(cond, *filters).isfinite()[0, 0, 1] == kept
             for name in instruction_sets():
-                options = (0.0, *filters, 1e-38, 100.0, SEED, 0)
-                mean = native.soft_embedding_cpu.forward(cond, None, torch.eye(2), torch.zeros(1).long(), *options)
+                call = Draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
+                mean = native.soft_embedding_cpu.forward(call, torch.eye(2), 1e-38, 100.0)
                 assert (mean[0, 0, 1] > 0) == kept, (name, x)
 
 
@@ -155,10 +156,10 @@ def test_soft_embedding(width: int, dtype: torch.dtype, codebook_dtype: torch.dt
     cond, uncond = (torch.randn(3, 4, 301, generator=generator).to(dtype) for _ in range(2))
     codebook = torch.randn(301, width, generator=generator).to(codebook_dtype)
     for top_k, temperature in ((0, 1.0), (40, 0.27), (3, 0.005)):
-        inputs = (cond, uncond, codebook, image_indices(3), 1.5, top_k, 0.9, 1.7, temperature, SMALL_SEED, 2)
-        want = reference.soft_embedding(*inputs)
+        call = Draw(cond, uncond, image_indices(3), 1.5, top_k, 0.9, SMALL_SEED, 2)
+        want = reference.soft_embedding(call, codebook, 1.7, temperature)
         for _ in instruction_sets():
-            got = native.soft_embedding_cpu.forward(*inputs)
+            got = native.soft_embedding_cpu.forward(call, codebook, 1.7, temperature)
             tolerance = 4 * torch.finfo(codebook_dtype).eps
             torch.testing.assert_close(got, want, rtol=tolerance, atol=20 * torch.finfo(torch.float32).eps)
 
@@ -172,8 +173,8 @@ def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
         cond[-1] = payloads[:, None]
         for top_k in top_ks(V):
             for top_p in TOP_P:
-                inputs = (cond, None, image_indices(len(cond)), 0.0, top_k, top_p, SEED, 0)
-                results = [native.sample_tokens_cpu.forward(*inputs) for _ in instruction_sets()]
+                call = Draw(cond, None, image_indices(len(cond)), 0.0, top_k, top_p, SEED, 0)
+                results = [native.sample_tokens_cpu.forward(call) for _ in instruction_sets()]
                 assert ((results[0] >= 0) & (results[0] < V)).all()
                 assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -189,9 +190,9 @@ def test_threads_do_not_change_a_bit(V: int) -> None:
             results = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                tokens = native.sample_tokens_cpu.forward(cond, None, index, 0.0, V // 4, 0.9, SEED, 2)
-                options = (0.0, V // 4, 0.9, 1.5, 0.3, SEED, 2)
-                results.append((tokens, native.soft_embedding_cpu.forward(cond, None, codebook, index, *options)))
+                call = Draw(cond, None, index, 0.0, V // 4, 0.9, SEED, 2)
+                tokens = native.sample_tokens_cpu.forward(call)
+                results.append((tokens, native.soft_embedding_cpu.forward(call, codebook, 1.5, 0.3)))
             for other in results[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     finally:
@@ -205,8 +206,8 @@ def test_strided_inputs_are_read_in_place() -> None:
     strided = (both[::2], both[1::2].transpose(0, 1).contiguous().transpose(0, 1), wide_index[::2])
     same = tuple(t.contiguous() for t in strided)
     options = (1.0, 20, 0.9, SEED, 2)
-    got = native.sample_tokens_cpu.forward(*strided, *options)
-    assert torch.equal(got, native.sample_tokens_cpu.forward(*same, *options))
-    expanded = both[:1, :1].expand(3, 7, 67)
-    got = native.sample_tokens_cpu.forward(expanded, None, same[2], *options)
-    assert torch.equal(got, native.sample_tokens_cpu.forward(expanded.contiguous(), None, same[2], *options))
+    got = native.sample_tokens_cpu.forward(Draw(*strided, *options))
+    assert torch.equal(got, native.sample_tokens_cpu.forward(Draw(*same, *options)))
+    expanded = Draw(both[:1, :1].expand(3, 7, 67), None, same[2], *options)
+    got = native.sample_tokens_cpu.forward(expanded)
+    assert torch.equal(got, native.sample_tokens_cpu.forward(expanded._replace(cond=expanded.cond.contiguous())))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mvar_kernels.backends import interpreted, unavailable
 from mvar_kernels.ops.sample_tokens import noise, reference
+from mvar_kernels.ops.sample_tokens.inputs import Draw
 from tests.test_sample_tokens_native import finite_rows, image_indices, infinite_rows
 
 REASON = unavailable("triton")
@@ -26,9 +27,12 @@ SEED, SCALE = torch.tensor(2**63 - 5), 2**32 - 1
 FILTERS = [(0, 1.0), (1, 1.0), (0.2, 1.0), (0, 0.96), (0.6, 0.5), (0, 1e-20)]  # of V, and top_p
 
 
-def draw(*inputs: object) -> Tensor:
-    moved = (value.to(DEVICE) if isinstance(value, Tensor) else value for value in inputs)
-    tokens: Tensor = sample_tokens_triton.forward(*moved)
+def moved(call: Draw) -> Draw:
+    return Draw(*(value.to(DEVICE) if isinstance(value, Tensor) else value for value in call))
+
+
+def draw(call: Draw) -> Tensor:
+    tokens: Tensor = sample_tokens_triton.forward(moved(call))
     return tokens.cpu()
 
 
@@ -92,8 +96,8 @@ def test_tokens_are_the_reference_s(V: int) -> None:
     index = image_indices(len(cond)) + 2**40  # counted modulo 2³²
     for share, top_p in FILTERS:
         top_k = int(share * V) if isinstance(share, float) else share
-        inputs = (cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
-        assert torch.equal(draw(*inputs), reference.sample_tokens(*inputs)), (top_k, top_p)
+        call = Draw(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
+        assert torch.equal(draw(call), reference.sample_tokens(call)), (top_k, top_p)
 
 
 def test_one_code_above_minus_infinity() -> None:
@@ -101,7 +105,8 @@ def test_one_code_above_minus_infinity() -> None:
     for position, code in enumerate((0, 33, 69)):
         cond[0, position, code] = -5.0
     for filters in ((0, 1.0), (3, 1.0), (3, 0.5)):
-        assert draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 2).tolist() == [[0, 33, 69]]
+        call = Draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 2)
+        assert draw(call).tolist() == [[0, 33, 69]]
 
 
 @pytest.mark.parametrize("guidance", [0.75, 1e6])
@@ -109,8 +114,8 @@ def test_guided_tokens_are_the_reference_s(guidance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     cond, uncond = (finite_rows(130, 1, generator) for _ in range(2))
     for top_k, top_p in ((0, 1.0), (30, 0.96)):
-        inputs = (cond, uncond, image_indices(len(cond)), guidance, top_k, top_p, SEED, 1)
-        assert torch.equal(draw(*inputs), reference.sample_tokens(*inputs)), (top_k, top_p)
+        call = Draw(cond, uncond, image_indices(len(cond)), guidance, top_k, top_p, SEED, 1)
+        assert torch.equal(draw(call), reference.sample_tokens(call)), (top_k, top_p)
 
 
 def test_near_winners_are_told_apart() -> None:
@@ -119,10 +124,10 @@ def test_near_winners_are_told_apart() -> None:
     values = noise.gumbel(index, (2, 40, 2), SCALE, SEED)
     for offset in (0.0, 2.0**20):
         cond = torch.stack([torch.zeros(2, 40), values[..., 0] - values[..., 1]], -1) + offset
-        inputs = (cond, None, index, 0.0, 0, 1.0, SEED, SCALE)
-        want = reference.sample_tokens(*inputs)
+        call = Draw(cond, None, index, 0.0, 0, 1.0, SEED, SCALE)
+        want = reference.sample_tokens(call)
         assert 0 < want.sum() < want.numel()
-        assert torch.equal(draw(*inputs), want)
+        assert torch.equal(draw(call), want)
 
 
 def test_guidance_to_the_last_bit() -> None:
@@ -132,10 +137,10 @@ def test_guidance_to_the_last_bit() -> None:
     uncond = torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(0))
     cond = torch.stack([torch.zeros(2, 40), values[..., 0] - values[..., 1]], -1)
     cond = (cond + 1.3 * uncond) / 2.3
-    inputs = (cond, uncond, index, 1.3, 0, 1.0, SEED, SCALE)
-    want = reference.sample_tokens(*inputs)
+    call = Draw(cond, uncond, index, 1.3, 0, 1.0, SEED, SCALE)
+    want = reference.sample_tokens(call)
     assert 0 < want.sum() < want.numel()
-    assert torch.equal(draw(*inputs), want)
+    assert torch.equal(draw(call), want)
 
 
 def test_cut_of_top_p_to_one_unit() -> None:
@@ -145,9 +150,8 @@ def test_cut_of_top_p_to_one_unit() -> None:
     for x, weight in zip(second.tolist(), weights, strict=True):
         cond = torch.tensor([[[0.0, x]]])
         for limit, kept in ((weight + 0.5, False), (weight - 0.5, True)):
-            options = (0.0, 0, 1 - limit / (2**30 + weight), 1e-38, 100.0, SEED.to(DEVICE), 0)
-            inputs = (cond, None, torch.eye(2), torch.zeros(1).long())
-            mean = soft_embedding_triton.forward(*(t if t is None else t.to(DEVICE) for t in inputs), *options)
+            call = Draw(cond, None, torch.zeros(1).long(), 0.0, 0, 1 - limit / (2**30 + weight), SEED, 0)
+            mean = soft_embedding_triton.forward(moved(call), torch.eye(2, device=DEVICE), 1e-38, 100.0)
             assert (mean[0, 0, 1] > 0) == kept, x
 
 
@@ -157,7 +161,7 @@ def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
     cond[0, 3] = torch.nan
     cond[0, 4, 0] = -torch.inf
     for filters in ((0, 1.0), (5, 1.0), (5, 0.5)):
-        inputs = (cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
-        tokens = draw(*inputs)
+        call = Draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
+        tokens = draw(call)
         assert ((tokens >= 0) & (tokens < 67)).all()
-        assert torch.equal(tokens, draw(*inputs))
+        assert torch.equal(tokens, draw(call))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
+from mvar_kernels.ops.sample_tokens.inputs import Draw
 
 _SAMPLE = Op(
     "sample_tokens",
@@ -66,10 +67,8 @@ def sample_tokens(
         BackendError: the named backend cannot run on these inputs.
     """
     op = "sample_tokens"
-    image_index, seed = _check(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
-    tokens: Tensor = torch.ops.mvar.sample_tokens(
-        cond, uncond, image_index, guidance, min(top_k, cond.shape[-1]), top_p, seed, scale_index, backend
-    )
+    call = _checked(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
+    tokens: Tensor = torch.ops.mvar.sample_tokens(*call, backend)
     return tokens
 
 
@@ -103,17 +102,14 @@ def soft_embedding(
         as :func:`sample_tokens`.
     """
     op = "soft_embedding"
-    image_index, seed = _check(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
+    call = _checked(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
     checks.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
     checks.positive(op, sharpness=sharpness, temperature=temperature)
-    top_k = min(top_k, cond.shape[-1])
-    mean: Tensor = torch.ops.mvar.soft_embedding(
-        cond, uncond, codebook, image_index, guidance, top_k, top_p, sharpness, temperature, seed, scale_index, backend
-    )
+    mean: Tensor = torch.ops.mvar.soft_embedding(codebook, *call, sharpness, temperature, backend)
     return mean
 
 
-def _check(
+def _checked(
     op: str,
     cond: Tensor,
     uncond: Tensor | None,
@@ -124,8 +120,8 @@ def _check(
     image_index: Tensor | None,
     scale_index: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Check everything the two ops share; image indices and seed as tensors, made here if need be."""
+) -> Draw:
+    """Everything the two ops share, checked; image indices and seed as tensors, made here if need be."""
     sizes: dict[str, int] = {}
     checks.tensor(op, "cond", cond, "B l V", sizes)
     if uncond is not None:
@@ -151,7 +147,7 @@ def _check(
         _check_whole(op, "seed", seed, MAX_SEED)
         seed = image_index.new_full((), seed)  # on a GPU a kernel writes it: nothing waits
     check_name(backend)
-    return image_index, seed
+    return Draw(cond, uncond, image_index, guidance, min(top_k, sizes["V"]), top_p, seed, scale_index)
 
 
 def _check_whole(op: str, name: str, value: int, most: int) -> None:
@@ -171,8 +167,8 @@ def _sample_tokens(
     scale_index: int,
     backend: str,
 ) -> Tensor:
-    inputs = (cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index)
-    tokens: Tensor = _SAMPLE.choose(backend, cond.device, *inputs).forward(*inputs)
+    call = Draw(cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index)
+    tokens: Tensor = _SAMPLE.choose(backend, cond.device, call).forward(call)
     return tokens
 
 
@@ -183,26 +179,25 @@ def _(cond: Tensor, *others: Any) -> Tensor:
 
 @torch.library.custom_op("mvar::soft_embedding", mutates_args=())
 def _soft_embedding(
+    codebook: Tensor,
     cond: Tensor,
     uncond: Tensor | None,
-    codebook: Tensor,
     image_index: Tensor,
     guidance: float,
     top_k: int,
     top_p: float,
-    sharpness: float,
-    temperature: float,
     seed: Tensor,
     scale_index: int,
+    sharpness: float,
+    temperature: float,
     backend: str,
 ) -> Tensor:
-    inputs = (
-        cond, uncond, codebook, image_index, guidance, top_k, top_p, sharpness, temperature, seed, scale_index
-    )  # fmt: skip
-    mean: Tensor = _SOFT.choose(backend, cond.device, *inputs).forward(*inputs)
+    call = Draw(cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index)
+    softening = (codebook, sharpness, temperature)
+    mean: Tensor = _SOFT.choose(backend, cond.device, call, *softening).forward(call, *softening)
     return mean
 
 
 @_soft_embedding.register_fake
-def _(cond: Tensor, uncond: Tensor | None, codebook: Tensor, *others: Any) -> Tensor:
+def _(codebook: Tensor, cond: Tensor, *others: Any) -> Tensor:
     return codebook.new_empty(*cond.shape[:2], codebook.shape[1])

@@ -6,6 +6,7 @@ from torch import Tensor
 from mvar_kernels.backends import Kernel
 from mvar_kernels.checks import accumulator
 from mvar_kernels.ops.sample_tokens import noise
+from mvar_kernels.ops.sample_tokens.inputs import Draw
 
 # Softmax weights as whole numbers: their sums are exact in any order, so every backend cuts at the same code.
 WEIGHT_ONE = 2**30
@@ -37,38 +38,23 @@ def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return kept
 
 
-def sample_tokens(
-    cond: Tensor,
-    uncond: Tensor | None,
-    image_index: Tensor,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    seed: int | Tensor,
-    scale_index: int,
-) -> Tensor:
+def _kept(call: Draw) -> Tensor:
+    return filtered_logits(guided_logits(call.cond, call.uncond, call.guidance), call.top_k, call.top_p)
+
+
+def _noise(call: Draw) -> Tensor:
+    return noise.gumbel(call.image_index, call.cond.shape, call.scale_index, call.seed)
+
+
+def sample_tokens(call: Draw) -> Tensor:
     """The Gumbel-max draw from what is left: int64 (B, l)."""
-    kept = filtered_logits(guided_logits(cond, uncond, guidance), top_k, top_p)
-    return (kept + noise.gumbel(image_index, kept.shape, scale_index, seed)).argmax(-1)
+    return (_kept(call) + _noise(call)).argmax(-1)
 
 
-def soft_embedding(
-    cond: Tensor,
-    uncond: Tensor | None,
-    codebook: Tensor,
-    image_index: Tensor,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    sharpness: float,
-    temperature: float,
-    seed: int | Tensor,
-    scale_index: int,
-) -> Tensor:
+def soft_embedding(call: Draw, codebook: Tensor, sharpness: float, temperature: float) -> Tensor:
     """The codebook averaged with Gumbel-softmax weights: (B, l, width) in the codebook's dtype."""
-    kept = filtered_logits(guided_logits(cond, uncond, guidance), top_k, top_p)
-    noisy = kept * sharpness + noise.gumbel(image_index, kept.shape, scale_index, seed)
-    return ((noisy / temperature).softmax(-1) @ codebook.to(kept.dtype)).to(codebook.dtype)
+    noisy = _kept(call) * sharpness + _noise(call)
+    return ((noisy / temperature).softmax(-1) @ codebook.to(noisy.dtype)).to(codebook.dtype)
 
 
 sample_tokens_reference = Kernel(lambda *inputs: None, sample_tokens, None)

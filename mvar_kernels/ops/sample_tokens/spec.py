@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from mvar_kernels.ops.sample_tokens import reference
+from mvar_kernels.ops.sample_tokens.inputs import Draw
 from mvar_kernels.ops.sample_tokens.op import sample_tokens, soft_embedding
 from mvar_kernels.specs import Case, Inputs, Spec
 
@@ -57,6 +58,11 @@ DRAW: dict[str, Any] = {"seed": 2**40 + 3, "scale_index": 5}
 SOFT: dict[str, Any] = {"sharpness": 1.5, "temperature": 0.2}
 
 
+def _draw(t: Inputs, case: Case) -> Draw:
+    options = _filters(case) | DRAW | {"seed": torch.tensor(DRAW["seed"])}
+    return Draw(t["cond"], t.get("uncond"), _image_index(t), **options)
+
+
 def _work(case: Case, itemsize: int) -> tuple[int, int]:
     rows, V = case.sizes["B"] * case.sizes["l"], case.sizes["V"]
     return (1 + case.options["guided"]) * rows * V * itemsize + 8 * rows, 20 * rows * V
@@ -77,9 +83,7 @@ SPECS = (
                 backend=backend,
             ),
         ),
-        reference=lambda t, case: (
-            reference.sample_tokens(t["cond"], t.get("uncond"), _image_index(t), **_filters(case), **DRAW),
-        ),
+        reference=lambda t, case: (reference.sample_tokens(_draw(t, case)),),
         outputs=("tokens",),
         bench=BENCH,
         bench_cuda=BENCH_CUDA,
@@ -101,11 +105,7 @@ SPECS = (
                 backend=backend,
             ),
         ),
-        reference=lambda t, case: (
-            reference.soft_embedding(
-                t["cond"], t.get("uncond"), t["codebook"], _image_index(t), **_filters(case), **SOFT, **DRAW
-            ),
-        ),
+        reference=lambda t, case: (reference.soft_embedding(_draw(t, case), t["codebook"], **SOFT),),
         outputs=("mean",),
         bench=BENCH,
         bench_cuda=BENCH_CUDA,

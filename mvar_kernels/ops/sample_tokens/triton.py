@@ -28,6 +28,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.backends import Kernel
 from mvar_kernels.binding import view
+from mvar_kernels.ops.sample_tokens.inputs import Draw
 from mvar_kernels.ops.sample_tokens.triton_parts import (
     INFINITY,
     draw,
@@ -210,9 +211,9 @@ def _soft_embedding_fwd_kernel(
     tl.store(weights_ptr + offs_v, weights, mask=offs_v < codes)
 
 
-def _why_not(cond: Tensor, *others: Any) -> str | None:
-    codes = cond.shape[-1]
-    return tiling.objection(cond) or (None if codes <= MAX_CODES else f"{codes} codes are not 1 to {MAX_CODES}")
+def _why_not(call: Draw, *softening: Any) -> str | None:
+    codes = call.cond.shape[-1]
+    return tiling.objection(call.cond) or (None if codes <= MAX_CODES else f"{codes} codes are not 1 to {MAX_CODES}")
 
 
 def _signed(word: int) -> int:
@@ -221,85 +222,49 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def _launch(
-    kernel: Any,
-    name: str,
-    out: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    image_index: Tensor,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    scale_index: int,
-    *softening: float,
-) -> None:
-    B, positions, codes = cond.shape
-    cond = view(cond)
-    second = cond if uncond is None else view(uncond)
+def _launch(kernel: Any, name: str, out: Tensor, call: Draw, *softening: float) -> None:
+    B, positions, codes = call.cond.shape
+    cond = view(call.cond)
+    second = cond if call.uncond is None else view(call.uncond)
     block = max(LEAST_BLOCK, triton.next_power_of_2(codes))
     candidates = CANDIDATES if block <= 4096 else WIDE_CANDIDATES
     tile = tiling.chosen(name, f"V{block}", candidates, cond.device)
     # A float argument would be a float32: the share that top-p drops goes as its bits, and never as a small int32.
-    (share_bits,) = struct.unpack("<q", struct.pack("<d", 1 - top_p if top_p < 1 else 1.0))
+    (share_bits,) = struct.unpack("<q", struct.pack("<d", 1 - call.top_p if call.top_p < 1 else 1.0))
     kernel[(B * positions,)](
         cond,
         second,
-        image_index,
-        seed,
+        call.image_index,
+        call.seed,
         out,
         *cond.stride()[:2],
         *second.stride()[:2],
-        image_index.stride(0),
+        call.image_index.stride(0),
         positions,
         codes,
-        guidance,
-        min(top_k, codes),
+        call.guidance,
+        min(call.top_k, codes),
         share_bits,
-        _signed(scale_index),
+        _signed(call.scale_index),
         *softening,
-        HAS_UNCOND=uncond is not None,
-        TOP_K=0 < top_k < codes,
-        TOP_P=top_p < 1,
+        HAS_UNCOND=call.uncond is not None,
+        TOP_K=0 < call.top_k < codes,
+        TOP_P=call.top_p < 1,
         BLOCK_V=block,
         enable_fp_fusion=False,
         **tile.arguments(),
     )
 
 
-def _sample_tokens(
-    cond: Tensor,
-    uncond: Tensor | None,
-    image_index: Tensor,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    scale_index: int,
-) -> Tensor:
-    tokens = torch.empty(cond.shape[:2], dtype=torch.int64, device=cond.device)
-    inputs = (cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index)
-    _launch(_sample_tokens_fwd_kernel, "sample_tokens", tokens, *inputs)
+def _sample_tokens(call: Draw) -> Tensor:
+    tokens = torch.empty(call.cond.shape[:2], dtype=torch.int64, device=call.cond.device)
+    _launch(_sample_tokens_fwd_kernel, "sample_tokens", tokens, call)
     return tokens
 
 
-def _soft_embedding(
-    cond: Tensor,
-    uncond: Tensor | None,
-    codebook: Tensor,
-    image_index: Tensor,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    sharpness: float,
-    temperature: float,
-    seed: Tensor,
-    scale_index: int,
-) -> Tensor:
-    weights = torch.empty(cond.shape, dtype=torch.float32, device=cond.device)
-    inputs = (cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index)
-    _launch(_soft_embedding_fwd_kernel, "soft_embedding", weights, *inputs, sharpness, temperature)
+def _soft_embedding(call: Draw, codebook: Tensor, sharpness: float, temperature: float) -> Tensor:
+    weights = torch.empty(call.cond.shape, dtype=torch.float32, device=call.cond.device)
+    _launch(_soft_embedding_fwd_kernel, "soft_embedding", weights, call, sharpness, temperature)
     return (weights @ codebook.float()).to(codebook.dtype)
 
 
