@@ -34,6 +34,7 @@ def test_published_model_has_these_names_shapes_and_dtypes() -> None:
     squares = torch.tensor([n * n for n in mvar.SCHEDULES[256]], dtype=torch.int32)
     config = mvar.ModelConfig.from_state_dict(state | {"blocks.0.attn.patch_nums": squares})
     assert config == mvar.ModelConfig(depth=16, patch_nums=mvar.SCHEDULES[256])
+    assert config.drop_path == pytest.approx(0.1 * 16 / 24)  # VAR's, by depth
     with torch.device("meta"):
         ours = {n: (tuple(t.shape), str(t.dtype)[6:]) for n, t in mvar.MVAR(config).state_dict().items()}
         normed = mvar.MVAR(mvar.ModelConfig(depth=24, patch_nums=mvar.SCHEDULES[256])).state_dict()
@@ -48,6 +49,14 @@ def test_published_numbers_of_parameters(depth: int, million: int) -> None:
         model = mvar.MVAR(mvar.ModelConfig(depth=depth, patch_nums=mvar.SCHEDULES[256]))
     count = sum(p.numel() for p in model.parameters()) / 1e6
     assert abs(count / million - 1) < 0.08
+
+
+def test_every_size_is_read_off_the_weights() -> None:
+    """None of them the published one."""
+    sizes = {"depth": 1, "patch_nums": (1, 3), "width": 128, "num_classes": 7, "num_codes": 48, "code_dim": 16}
+    mixer = {"bidirectional": True, "state_dim": 32, "expand": 1, "conv_width": 3, "mixer_head_dim": 32}
+    config = mvar.ModelConfig(**sizes, **mixer, qk_norm=True, mlp_ratio=2.0)
+    assert mvar.ModelConfig.from_state_dict(mvar.MVAR(config).state_dict()) == config
 
 
 def test_official_state_dict_loads_strictly(files: Path) -> None:
@@ -71,6 +80,8 @@ def test_own_file_comes_back_with_its_configuration(tmp_path: Path) -> None:
         mvar.load_tokenizer(tmp_path / "tokenizer.safetensors"),
     )
     assert again.config == model.config and images.config == tokenizer.config
+    assert not again.training and not images.training
+    assert mvar.load_tokenizer(tmp_path / "tokenizer.safetensors", patch_nums=(1, 3)).patch_nums == (1, 3)
     for first, second in ((model, again), (tokenizer, images)):
         for name, value in first.state_dict().items():
             assert torch.equal(second.state_dict()[name], value)
@@ -84,6 +95,8 @@ def test_own_file_comes_back_with_its_configuration(tmp_path: Path) -> None:
 def test_the_same_tokenizer_file_serves_several_resolutions(files: Path) -> None:
     tokenizer = mvar.load_tokenizer(files / "tokenizer.pth", patch_nums=(1, 2, 4))
     assert tokenizer.patch_nums == (1, 2, 4)
+    for resolution, maps in mvar.SCHEDULES.items():
+        assert mvar.load_tokenizer(files / "tokenizer.pth", resolution=resolution).patch_nums == maps
     with pytest.raises(mvar.CheckpointError, match="patch_nums must be given: no published schedule has 6 scales"):
         mvar.load_tokenizer(files / "tokenizer.pth")
     with pytest.raises(ValueError, match="resolution: expected one of 256, 512, 1024, got 300"):
@@ -213,9 +226,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         aside.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    target.unlink()
+    target.touch()
+    mode = target.stat().st_mode  # of any new file
     with replacing(target) as aside:
+        assert aside.parent == target.parent  # renamed, not copied
         aside.write_text("new")
     assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
+    assert target.stat().st_mode == mode
     with pytest.raises(OSError, match="cannot write /proc/"):
         with replacing("/proc/mvar/file.txt"):
             pass

@@ -60,6 +60,25 @@ def test_out_of_our_own_run(tmp_path: Path) -> None:
         assert torch.equal(half.state_dict()[name], value.half().float() if value.is_floating_point() else value)
 
 
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_full_disk_leaves_the_old_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(state: object, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
+    mvar.save(tmp_path / "source.safetensors", model)
+    (tmp_path / name).write_text("old")
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr("mvar.checkpoint.save_file", full)
+    with pytest.raises(SystemExit):
+        main(["convert", f"{tmp_path}/source.safetensors", f"{tmp_path}/{name}"])
+    assert "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_masks_of_the_two_models() -> None:
     for architecture in ("mvar", "var"):
         model = from_config(mvar.ModelConfig(depth=1, patch_nums=(1, 2), architecture=architecture))

@@ -66,6 +66,8 @@ def test_the_order_is_the_same_on_every_machine() -> None:
     """A run that goes on under another NumPy must find the items where it left them."""
     assert words(2, Purpose.CROP, seed=1, epoch=2, item=3).tolist() == [11495521497382154385, 7794970853663849782]
     assert items(8, batch=8) == [[0, 2, 1, 5, 4, 3, 6, 7]]
+    purposes = {"ORDER": 0, "CROP": 1, "REPLACEMENT": 2, "CROP_OF_STORE": 3}
+    assert {name: int(purpose) for name, purpose in Purpose.__members__.items()} == purposes
 
 
 def test_words_are_spread_evenly() -> None:

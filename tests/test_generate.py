@@ -163,6 +163,34 @@ def test_global_random_state_is_neither_read_nor_moved() -> None:
     assert torch.equal(mvar.generate(model, tokenizer, LABELS, seed=2, dtype=torch.float32).tokens, first.tokens)
 
 
+def test_random_weights_follow_from_the_seed_alone() -> None:
+    def weights(seed: int) -> list[Tensor]:
+        sizes = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
+        model, tokenizer = mvar.build(1, num_classes=2, tokenizer=sizes, seed=seed)
+        return [model.head.weight, model.blocks[0].mamba.A_log, tokenizer.encoder.conv_in.weight]
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = weights(2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(weights(2), first, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(3), first, strict=True))
+
+
+def test_tokens_are_drawn_from_the_head_s_logits_as_asked() -> None:
+    """By the filters, seed and images given, and each scale with numbers of its own."""
+    model, tokenizer = small()
+    asked: dict[str, Any] = {"top_k": 20, "top_p": 0.7, "seed": 9}
+    out, logits = guided_logits_of(
+        model, lambda: mvar.generate(model, tokenizer, LABELS, first_index=5, dtype=torch.float32, **asked)
+    )
+    by_scale = (t.split(model.config.scales, 1) for t in (logits, out.tokens))
+    for k, (of_scale, tokens) in enumerate(zip(*by_scale, strict=True)):
+        drawn = mk.sample_tokens(of_scale, image_index=torch.arange(5, 8), scale_index=k, **asked)
+        assert torch.equal(tokens, drawn), k
+
+
 def test_guidance_off_leaves_the_unconditional_rows_out() -> None:
     model, tokenizer = small()
     rows: list[int] = []

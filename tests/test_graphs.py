@@ -135,6 +135,14 @@ def test_other_options_are_other_graphs(graphs: Graphs, other: dict[str, Any]) -
     assert same(out, mvar.generate(*pair, [1], **OPTIONS | other, graph=False))
 
 
+def test_other_products_are_another_graph(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = small()
+    mvar.generate(*pair, [1], **OPTIONS)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    mvar.generate(*pair, [1], **OPTIONS)
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("owner", [0, 1])
 def test_changed_weights_are_recorded_anew(graphs: Graphs, owner: int) -> None:
     pair = small()

@@ -13,7 +13,9 @@ from PIL import Image
 import mvar
 from mvar.batches import drawn_batches
 from mvar.cli import main
+from mvar.drawing import Drawing
 from mvar.generate import Generated, Launched
+from mvar.pictures import to_bytes
 
 ARGUMENTS = ["--classes", "3,5-8", "--seed", "4", "--batch", "2", "--dtype", "fp32", "--device", "cpu"]
 
@@ -49,6 +51,45 @@ def test_a_process_that_fails_leaves_nothing_half_written(tmp_path: Path) -> Non
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode != 0 and "labels: expected classes from 0 to 9, got 11 to 11" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "how", "options"),
+    [
+        (  # VAR's recipe
+            "",
+            Drawing(1.5, 900, 0.96, False, False, "auto"),
+            {"seed": 0, "dtype": None, "graph": None, "compile_decoder": False},
+        ),
+        (
+            "--cfg 2 --top-k 7 --top-p 0.5 --smooth --backend reference --seed 3 --dtype bf16 --no-graph "
+            "--compile-decoder",
+            Drawing(2, 7, 0.5, True, False, "reference"),
+            {"seed": 3, "dtype": torch.bfloat16, "graph": False, "compile_decoder": True},
+        ),
+    ],
+    ids=["defaults", "others"],
+)
+def test_every_option_reaches_the_draw(
+    arguments: str, how: Drawing, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    def launched(model: object, tokenizer: object, labels: torch.Tensor, how: Drawing, **options: object) -> Launched:
+        seen.append((labels.tolist(), how, options))
+        images = torch.zeros(len(labels), 3, 32, 32)
+        return Launched(Generated(images, labels[:, None]), torch.tensor(True), torch.float32)
+
+    monkeypatch.setattr(sampling, "launch", launched)
+    target = ["--grid", f"{tmp_path}/grid.png", "--device", "cpu"]
+    main(["sample", "--classes", "3,5", "--count", "2", "--batch", "3", *target, *arguments.split()])
+    assert seen == [([3, 3, 5], how, options | {"first_index": 0}), ([5], how, options | {"first_index": 3})]
+
+
+def test_pixels_are_rounded_to_the_nearest() -> None:
+    levels = torch.tensor([-1, 0.4, 0.6, 127.4, 254.6, 300])
+    pixels = to_bytes(levels.view(1, 1, 2, 3).expand(-1, 3, -1, -1) / 255)
+    assert pixels.shape == (1, 2, 3, 3) and pixels[0, ..., 0].flatten().tolist() == [0, 0, 1, 127, 255, 255]
 
 
 def test_the_next_batch_is_begun_before_one_is_given() -> None:

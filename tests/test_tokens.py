@@ -97,6 +97,7 @@ def test_crop_c_is_what_epoch_c_sees(folder: ImageFolder, whole: Path) -> None:
         first.append(batch.tokens)
     assert seen == expected
     assert store.classes == folder.classes and store.num_classes == 2 and len(store) == 22
+    assert store.digest() == folder.digest()
     assert sum(len(rows) for rows in seen.values()) > 60  # of 66: few crops of noise have the same tokens
 
 
@@ -304,7 +305,12 @@ def test_other_settings_in_the_same_folder_are_refused(folder: ImageFolder, copy
     assert contents(copy) == before
 
 
-def test_more_codes_than_sixteen_bits_tell_apart(folder: ImageFolder, tmp_path: Path) -> None:
+def test_as_many_codes_as_sixteen_bits_tell_apart(folder: ImageFolder, tmp_path: Path) -> None:
+    tokenizer = small_tokenizer(num_codes=65536)
+    write(folder, tmp_path, tokenizer, crops=None)
+    stored, pictures = next(TokenStore(tmp_path).once(batch=22)), next(folder.once(batch=22))
+    assert stored.tokens is not None and pictures.images is not None and stored.tokens.max() > 2**15
+    assert torch.equal(stored.tokens, tokenizer.encode(pictures.images))
     with pytest.raises(ValueError, match="expected at most 65536 codes"):
         write(folder, tmp_path, small_tokenizer(num_codes=65537))
 
@@ -320,6 +326,7 @@ def test_the_command_writes_both_parts(
     mvar.save(tmp_path / "tokenizer.safetensors", small_tokenizer())
     arguments = ["tokenize", "--data_path", f"{tmp_path}/data", "--tokenizer", f"{tmp_path}/tokenizer.safetensors"]
     arguments += ["--out", f"{tmp_path}/tokens", "--hflip", "--workers", "0", "--device", "cpu"]
+    arguments += ["--mid_reso", "1.5", "--dtype", "bf16", "--seed", "3"]
     for rank in (1, 0):  # as torchrun says it
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -330,11 +337,14 @@ def test_the_command_writes_both_parts(
     train, val = (TokenStore(tmp_path / "tokens" / part) for part in ("train", "val"))
     assert (len(train), train.manifest.crops, train.manifest.flip, train.manifest.augmented) == (9, 2, True, True)
     assert (len(val), val.manifest.crops, val.manifest.flip, val.manifest.augmented) == (3, 1, False, False)
+    for manifest in (train.manifest, val.manifest):
+        assert (manifest.mid_side, manifest.dtype, manifest.seed) == (12, "bfloat16", 3)
     assert val.classes == train.classes and next(val.once(batch=3)).labels.tolist() == [1, 1, 1]
 
     for extra, message in [
         (["--crops", "0"], "crops: expected at least 1"),
         (["--crops", "3"], "crops 2 against 3"),
+        (["--patch_nums", "1", "3", "4"], "patch_nums (1, 2, 4) against (1, 3, 4)"),
         (["--resolution", "128"], "resolution: expected one of"),
         (["--seed", "-1"], "seed: expected a whole number from 0"),
         (["--mid_reso", "0.5"], "mid_resolution: expected"),
