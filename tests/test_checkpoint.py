@@ -228,12 +228,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
     target.unlink()
     target.touch()
-    mode = target.stat().st_mode  # of any new file
+    before = target.stat()  # the mode of any new file
     with replacing(target) as aside:
-        assert aside.parent == target.parent  # renamed, not copied
+        assert aside.parent == target.parent
         aside.write_text("new")
     assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
-    assert target.stat().st_mode == mode
+    assert target.stat().st_mode == before.st_mode
+    assert target.stat().st_ino != before.st_ino  # renamed, not copied
     with pytest.raises(OSError, match="cannot write /proc/"):
         with replacing("/proc/mvar/file.txt"):
             pass

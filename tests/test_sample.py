@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from mvar.cli import main
 from mvar.drawing import Drawing
 from mvar.generate import Generated, Launched
 from mvar.pictures import to_bytes
+from mvar.processes import Processes
 
 ARGUMENTS = ["--classes", "3,5-8", "--seed", "4", "--batch", "2", "--dtype", "fp32", "--device", "cpu"]
 
@@ -53,6 +55,31 @@ def test_a_process_that_fails_leaves_nothing_half_written(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+Asked = tuple[list[int], Drawing, dict[str, object]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
+    """Labels and options of every batch, which comes out black."""
+    seen: list[Asked] = []
+
+    def launched(model: object, tokenizer: object, labels: torch.Tensor, how: Drawing, **options: object) -> Launched:
+        seen.append((labels.tolist(), how, options))
+        images = torch.zeros(len(labels), 3, 32, 32)
+        return Launched(Generated(images, labels[:, None]), torch.tensor(True), torch.float32)
+
+    monkeypatch.setattr(sampling, "launch", launched)
+    return seen
+
+
+def test_each_batch_is_one_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: list[Asked]) -> None:
+    monkeypatch.setattr(Processes, "meet", lambda processes: None)
+    for rank in range(3):
+        monkeypatch.setattr(sampling, "joined", lambda rank=rank: nullcontext(Processes(rank, 3)))
+        main(["sample", "--classes", "0-8", "--batch", "2", "--out", str(tmp_path), "--device", "cpu"])
+    assert [labels for labels, *_ in launches] == [[0, 1], [6, 7], [2, 3], [8], [4, 5]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "how", "options"),
     [
@@ -71,19 +98,18 @@ def test_a_process_that_fails_leaves_nothing_half_written(tmp_path: Path) -> Non
     ids=["defaults", "others"],
 )
 def test_every_option_reaches_the_draw(
-    arguments: str, how: Drawing, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: str, how: Drawing, options: dict[str, object], tmp_path: Path, launches: list[Asked]
 ) -> None:
-    seen: list[tuple[object, ...]] = []
-
-    def launched(model: object, tokenizer: object, labels: torch.Tensor, how: Drawing, **options: object) -> Launched:
-        seen.append((labels.tolist(), how, options))
-        images = torch.zeros(len(labels), 3, 32, 32)
-        return Launched(Generated(images, labels[:, None]), torch.tensor(True), torch.float32)
-
-    monkeypatch.setattr(sampling, "launch", launched)
     target = ["--grid", f"{tmp_path}/grid.png", "--device", "cpu"]
     main(["sample", "--classes", "3,5", "--count", "2", "--batch", "3", *target, *arguments.split()])
-    assert seen == [([3, 3, 5], how, options | {"first_index": 0}), ([5], how, options | {"first_index": 3})]
+    assert launches == [([3, 3, 5], how, options | {"first_index": 0}), ([5], how, options | {"first_index": 3})]
+
+
+@pytest.mark.parametrize("target", ["--out", "--grid", "--npz"])
+def test_nothing_is_drawn_that_cannot_be_written(target: str, launches: list[Asked]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--classes", "1", target, "/proc/mvar/images", "--device", "cpu"])
+    assert launches == []
 
 
 def test_pixels_are_rounded_to_the_nearest() -> None:

@@ -345,6 +345,15 @@ def test_hits_of_all_processes_are_summed(tmp_path, monkeypatch):
     assert torch.equal(output.usage, alone.usage)
 
 
+def test_revived_codes_are_the_first_process_s(monkeypatch):
+    """Each draws codes of its own, of its own images."""
+    tokenizer = small_tokenizer()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(7.0 + src))
+    tokenizer.revive_dead_codes(random_images(tokenizer))
+    assert (tokenizer.quantize.embedding.weight == 7).all()
+
+
 def test_dead_codes_become_vectors_that_the_codes_are_to_match():
     tokenizer = small_tokenizer()
     images, codebook = random_images(tokenizer, batch=5), tokenizer.quantize.embedding.weight
