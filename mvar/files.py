@@ -1,4 +1,4 @@
-"""Files are written aside and renamed: whatever happens, a name holds the old content or the new one, whole."""
+"""Files are written aside and renamed: however a process ends, a name holds the old content or the new one, whole."""
 
 import os
 import tempfile
