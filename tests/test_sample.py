@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import mvar
+from mvar import sample as sampling
 from mvar.batches import drawn_batches
 from mvar.cli import main
 from mvar.drawing import Drawing
