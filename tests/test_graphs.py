@@ -138,7 +138,8 @@ def test_other_options_are_other_graphs(graphs: Graphs, other: dict[str, Any]) -
 def test_other_products_are_another_graph(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = small()
     mvar.generate(*pair, [1], **OPTIONS)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    other = "high" if torch.get_float32_matmul_precision() == "highest" else "highest"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: other)
     mvar.generate(*pair, [1], **OPTIONS)
     assert len(graphs) == 2
 
