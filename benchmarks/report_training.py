@@ -26,7 +26,7 @@ def step(model: str, rows: dict[str, Any]) -> str:
         "",
         f"Gradients differ from eager PyTorch's by at most {largest:.1g} of their norm. From pictures instead of "
         f"tokens, the published tokenizer's encoder, in float32, adds {encoder / 1e3:.2f} s to a {first['dtype']} step "
-        f"of {first['batch']} images, which itself takes {first['median_ms']['mvar'] / 1e3:.2f} s.\n",
+        f"at batch {first['batch']}, which itself takes {first['median_ms']['mvar'] / 1e3:.2f} s.\n",
     ]
     return "\n".join(lines)
 
