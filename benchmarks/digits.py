@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 import torch
 
 import mvar
-from benchmarks.measure import DEVICE, kept, require_allocator, write
-from benchmarks.parts import peak_gflops
+from benchmarks.measure import kept, require_allocator, write
+from benchmarks.products import best_tflops
 from benchmarks.training_run import COMPILED, EAGER, EXACT, FIRST, OURS
 from mvar import digits
 from mvar.train.flags import PRESETS
-from mvar.train.metrics import flops_per_image, peak_flops
+from mvar.train.metrics import flops_per_image
 
 SIDES = (OURS, EAGER, COMPILED)
 FP16 = {"float32": 0, "bfloat16": 2}  # --fp16
@@ -92,7 +92,7 @@ def measure(exact: Run, dtype: str, shorten: float, rounds: int, root: Path) -> 
     made = {side: mvar.load_model(root / f"{dtype} {side} 0" / "model.safetensors") for side in SIDES}
     tokenizer = mvar.load_tokenizer(root / f"{dtype} {OURS} 0" / "tokenizer.safetensors")
     gflop = steps * PRESETS["digits"]["bs"] * flops_per_image(made[OURS]) / 1e9
-    rate = peak_gflops(getattr(torch, dtype)) if DEVICE.type == "cpu" else (peak_flops(DEVICE) or float("nan")) / 1e9
+    rate = 1e3 * best_tflops(getattr(torch, dtype))[0]
     return {
         "dtype": dtype,
         "shorten": shorten,

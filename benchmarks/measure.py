@@ -15,7 +15,7 @@ import torch
 
 import mvar
 from mvar.bench import ALLOCATOR
-from mvar.files import replacing
+from mvar.files import write_json
 from mvar_kernels.backends import architecture, native
 
 RESULTS = Path(__file__).parent / "results"
@@ -159,6 +159,5 @@ def write(name: str, rows: Any) -> Path:
     """Write results/<device>/<name>.json with the machine beside the rows."""
     path = RESULTS / folder() / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    with replacing(path) as aside:
-        aside.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    write_json(path, {"machine": machine(), "rows": rows})
     return path

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import products
-from benchmarks.measure import CALLS, DEVICE, graphed, interleaved, require_allocator, use_own_stream, write
+from benchmarks.measure import CALLS, DEVICE, graphed, interleaved, kept, require_allocator, use_own_stream, write
 from benchmarks.products import DTYPES
 from benchmarks.rivals import RIVALS
 from mvar_kernels.backends import PEERS, BackendError, backends
@@ -199,7 +199,7 @@ def main() -> None:
             times = ", ".join(f"{name} {ms:.4g}" for name, ms in r["median_ms"].items())
             print(f"  {r['case']} {r['dtype']} {r['pass']}, ms: {times}")
         failed += [f"{op}, {r['case']}: {name}" for r in rows for name in r["wrong"] if name.startswith("mvar")]
-    if not options.untimed:
+    if not options.untimed and kept(products.NAME) is None:
         products.main()
     if failed:
         raise SystemExit(f"wrong or failed, and not timed: {'; '.join(failed)}")

@@ -31,8 +31,6 @@ def by_part(found: Sequence[Row], rows: Sequence[Row], path: Path) -> None:
     colours = dict(zip(parts, plt.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
     names: list[str] = []
     for each, beside in zip(found, others, strict=True):
-        size = _size(each)
-        where = f"d{size['depth']} at {size['resolution']}, batch {size['batch']}, {size['dtype']}"
         left = 0.0
         for part, ms in each["parts_ms"].items():
             axes.barh(len(names), ms / 1e3, left=left, color=colours[part], label=part)
@@ -40,21 +38,23 @@ def by_part(found: Sequence[Row], rows: Sequence[Row], path: Path) -> None:
         if "floor_ms" in each:
             floor = sum(each["floor_ms"].values()) / 1e3
             axes.plot([floor] * 2, [len(names) - 0.4, len(names) + 0.4], color="black", label="sum of floors")
-        names.append(f"{OURS}: {where}")
+        names.append(f"{OURS}: {size_name(each)}")
         for row in beside:
             axes.barh(len(names), row["p50_ms"] / 1e3, color=GREY)
             names.append(row["side"])
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("seconds a batch")
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 
 def _size(row: Row) -> Row:
     return {name: row[name] for name in ("depth", "resolution", "batch", "dtype")}
+
+
+def size_name(row: Row) -> str:
+    return f"d{row['depth']} at {row['resolution']}, batch {row['batch']}, {row['dtype']}"
 
 
 def ops(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -77,9 +77,7 @@ def ops(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", color="0.9")
     axes.set_xlabel("% of the speed of a copy (100: the memory floor)")
-    handles, names = axes.get_legend_handles_labels()
-    unique = dict(zip(names, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), fontsize=8)
+    _legend(axes)
     _save(figure, path)
 
 
@@ -181,6 +179,13 @@ def growth(counted: Sequence[Row], measured: Sequence[Row], path: Path) -> None:
         axes.grid(color="0.9")
     figure.axes[0].legend(fontsize=8)
     _save(figure, path)
+
+
+def _legend(axes: Any, **place: Any) -> None:
+    """Every label once."""
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=8, **place)
 
 
 def _save(figure: Any, path: Path) -> None:

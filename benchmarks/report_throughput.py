@@ -119,7 +119,7 @@ def aims(rows: Sequence[Row], by_part: Sequence[Row], device: str) -> list[str]:
 def parts(by_part: Sequence[Row]) -> str:
     """Milliseconds by part; on a CPU beside the floor of each, on a GPU with the gaps between kernels."""
     with_floors = "floor_ms" in by_part[0]
-    names = [f"d{f['depth']} at {f['resolution']}, batch {f['batch']}, {f['dtype']}" for f in by_part]
+    names = [plots.size_name(found) for found in by_part]
     head = "".join(f" {name} | floor |" if with_floors else f" {name} |" for name in names)
     lines = [f"| where a batch's time goes, ms |{head}", "|---" * (1 + len(names) * (1 + with_floors)) + "|"]
 

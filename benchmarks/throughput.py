@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -22,10 +22,11 @@ import torch
 from benchmarks.agreement import check, fault_of_compiled, reason_against
 from benchmarks.growth import PUBLIC
 from benchmarks.limits import MIN_SECONDS, NO_TIME, Failures, limited
-from benchmarks.measure import DEVICE, RESULTS, folder, latencies, machine, require_allocator, write
+from benchmarks.measure import DEVICE, kept, latencies, machine, require_allocator, write
 from benchmarks.memory import give_back, in_a_process_of_its_own, peak_gib, touch
-from benchmarks.parts import breakdown, peak_gflops
+from benchmarks.parts import breakdown
 from benchmarks.plan import Size, add_flags, asked_for, flags
+from benchmarks.products import best_tflops
 from benchmarks.sides import (
     CHUNKS,
     SIDES,
@@ -40,9 +41,8 @@ from benchmarks.sides import (
     random_pair,
     weights_gib,
 )
-from benchmarks.timeline import product_tflops, timeline
+from benchmarks.timeline import timeline
 from mvar.engine import prepared_model, prepared_tokenizer, release
-from mvar.train.metrics import peak_flops
 
 NAME = "throughput"
 ALL_SECONDS = {"cpu": 3600.0, "cuda": 200.0}
@@ -195,7 +195,7 @@ def row(
     """All that a figure depends on besides the machine. FLOPs are of one image; memory is in GiB, with the weights."""
     dtype, config = getattr(torch, size.dtype), pair[0].config
     flops, p50_ms = flops_per_image(side, pair), float(np.quantile(times, 0.5))
-    peak_tflops, origin = best_tflops(dtype)
+    tflops, (peak_tflops, origin) = flops * size.batch / p50_ms / 1e9, best_tflops(dtype)
     theirs = side.algorithm == PUBLIC
     return (
         {"side": side.name}
@@ -211,23 +211,14 @@ def row(
             "peak_gib": peak_gib,
             "weights_gib": weights_gib(pair),
             "flops": flops,
-            "tflops_per_second": flops * size.batch / p50_ms / 1e9,
+            "tflops_per_second": tflops,
             "peak_tflops_per_second": peak_tflops,
             "peak_is": origin,
-            "share_of_peak": flops * size.batch / p50_ms / 1e9 / peak_tflops,
+            "share_of_peak": tflops / peak_tflops,
             "scan_chunk": chunk if theirs else None,
             "attention": public_attention(dtype)[0] if theirs else None,
         }
     )
-
-
-@cache
-def best_tflops(dtype: torch.dtype) -> tuple[float, str]:
-    """The rate of products that shares are of, and whose it is."""
-    if DEVICE.type == "cpu":
-        return peak_gflops(dtype) / 1e3, "measured"
-    known = peak_flops(DEVICE) if dtype.itemsize == 2 else None
-    return (known / 1e12, "data sheet") if known else (product_tflops(dtype), "measured")
 
 
 def first_peak(run: Callable[[], Any], side: Side, pair: Pair, dtype: torch.dtype) -> float | None:
@@ -272,10 +263,8 @@ def compile_ahead(plan: Sequence[Size], build: Build, seconds: float) -> None:
 
 
 def stored() -> Row | None:
-    """What is there, if this commit measured it on this machine."""
-    path, here = RESULTS / folder() / f"{NAME}.json", machine()
-    content = json.loads(path.read_text()) if path.is_file() else {"machine": None}
-    return content["rows"] if content["machine"] == here and not here["commit"].endswith("with changes") else None
+    """What is there, if this commit measured it on this machine: of code with changes nobody knows which."""
+    return None if machine()["commit"].endswith("with changes") else kept(NAME)
 
 
 def main() -> None:

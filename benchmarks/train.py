@@ -19,7 +19,7 @@ import mvar
 from benchmarks import plain
 from benchmarks.measure import DEVICE, interleaved, kept, require_allocator, write
 from benchmarks.memory import in_a_process_of_its_own, peak_gib
-from benchmarks.throughput import best_tflops
+from benchmarks.products import best_tflops
 from mvar.config import HEAD_DIM
 from mvar.train.metrics import flops_per_image
 from mvar.train.objective import Objective

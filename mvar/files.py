@@ -1,10 +1,12 @@
 """Files are written aside and renamed: however a process ends, a name holds the old content or the new one, whole."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def check_writable(path: str | Path) -> None:
@@ -52,3 +54,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         aside.chmod(0o666 & ~umask)  # mkstemp's files are for their owner alone
         aside.replace(target)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write content as JSON, whole. Raises OSError as :func:`replacing`."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")

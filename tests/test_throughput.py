@@ -16,7 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mvar
 import mvar.engine
-from benchmarks import agreement, growth, limits, parts, plan, public, report_throughput, sides, throughput
+from benchmarks import (
+    agreement,
+    growth,
+    limits,
+    measure,
+    parts,
+    plan,
+    products,
+    public,
+    report_throughput,
+    sides,
+    throughput,
+)
 from benchmarks.plan import ALL, PLANS, Size
 from benchmarks.sides import CHUNKS, SIDES, Pair, Side, flops_per_image, generate
 from benchmarks.timeline import timeline
@@ -41,10 +53,10 @@ def written(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(throughput, "TIMING_SECONDS", {"cpu": 0.0})
     monkeypatch.setattr(throughput, "TOUCHED_GIB", 0)
     monkeypatch.setattr(throughput, "in_a_process_of_its_own", lambda *command: 1.5)
-    for module in (parts, throughput):
+    for module in (parts, products):
         monkeypatch.setattr(module, "peak_gflops", lambda dtype: 100.0)
     monkeypatch.setattr(parts, "copy_gbps", lambda: 10.0)
-    throughput.best_tflops.cache_clear()
+    products.best_tflops.cache_clear()
     return files
 
 
@@ -233,19 +245,20 @@ def test_on_a_gpu_the_public_scan_multiplies_in_tf32_beside_16_bits(monkeypatch:
 
 def test_what_is_stored_is_of_this_commit_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = {"device": "cpu", "processor": "one", "commit": "1234567"}
-    monkeypatch.setattr(throughput, "RESULTS", tmp_path)
-    monkeypatch.setattr(throughput, "folder", lambda: "cpu")
-    monkeypatch.setattr(throughput, "machine", lambda: here)
+    on = here
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    for module in (measure, throughput):
+        monkeypatch.setattr(module, "machine", lambda: on)
     assert throughput.stored() is None
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "throughput.json").write_text(json.dumps({"machine": here, "rows": {"sizes": []}}))
     assert throughput.stored() == {"sizes": []}
     for other in ({"processor": "two"}, {"commit": "7654321"}):
-        monkeypatch.setattr(throughput, "machine", lambda other=other: here | other)
+        on = here | other
         assert throughput.stored() is None
     changed = here | {"commit": "1234567 with changes"}
     (tmp_path / "cpu" / "throughput.json").write_text(json.dumps({"machine": changed, "rows": {"sizes": []}}))
-    monkeypatch.setattr(throughput, "machine", lambda: changed)
+    on = changed
     assert throughput.stored() is None
 
 

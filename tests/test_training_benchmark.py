@@ -80,7 +80,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run, "digits_data", lambda flags, world: run.Data(tokenizer, source, source))
     monkeypatch.setattr(digits, "command", command)
-    monkeypatch.setattr(digits, "peak_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(digits, "best_tflops", lambda dtype: (0.1, "measured"))
     monkeypatch.setattr(digits, "DRAWN", 20)
 
 

@@ -16,7 +16,7 @@ from mvar.arguments import drawing, load
 from mvar.drawing import Drawing
 from mvar.evaluate.images import Recipe, draw_images, write_pngs
 from mvar.evaluate.inception import Sources, figures, sources
-from mvar.files import replacing
+from mvar.files import write_json
 from mvar.generate import Launched, launch
 from mvar.processes import joined, own_device
 from mvar_kernels.backends import backends, fastest_dtype
@@ -81,8 +81,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "drawn by": json.loads((options.out / "drawn_by.json").read_text()),
         "measured by": here,
     }
-    with replacing(options.out / "evaluation.json") as aside:
-        aside.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options.out / "evaluation.json", record)
     print(f"{recipe.images} images in {npz}")
     for name in ("fid", "inception_score_mean", "precision", "recall"):
         if name in measured:

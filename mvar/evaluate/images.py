@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mvar.batches import drawn_batches
-from mvar.files import check_writable, replacing
+from mvar.files import check_writable, replacing, write_json
 from mvar.generate import Launched
 from mvar.pictures import read_npz, save_npz, save_pixels
 from mvar.processes import Processes
@@ -142,9 +142,9 @@ def _claim(folder: Path, recipe: Recipe, drawn_by: Mapping[str, Any]) -> None:
         if differences:
             raise ValueError(f"{folder}: has images of another recipe: {differences}; give another folder")
     else:  # a recipe without images is one that could not be drawn
-        _write(path, wanted)
+        write_json(path, wanted)
     draws = not npz.exists() and drawn_by not in known
-    _write(drawers, [*known, drawn_by] if draws else known)
+    write_json(drawers, [*known, drawn_by] if draws else known)
 
 
 def _read(path: Path, kind: Callable[[Any], Content]) -> Content:
@@ -152,11 +152,6 @@ def _read(path: Path, kind: Callable[[Any], Content]) -> Content:
         return kind(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
-
-
-def _write(path: Path, content: Any) -> None:
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _part(parts: Path, start: int) -> Path:

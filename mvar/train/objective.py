@@ -79,7 +79,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 predictions.append(logits.argmax(-1))
                 if grad_hidden is None:
                     continue
-                grad = log_p.exp_()  # the loss's gradient by the logits, in their place
+                grad = log_p.exp_()  # the loss's gradient by the logits, in the place of log_p
                 if smoothing:
                     grad -= smoothing / grad.shape[-1]
                 grad.scatter_add_(-1, target[:, None], grad.new_full((len(x), 1), smoothing - 1))
