@@ -1,6 +1,7 @@
 """Does a replacement compute what the part of a model computes? Tried on random weights and inputs, side by side."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,9 +60,10 @@ class Trials:
     def _random(self, name: str, like: nn.Parameter) -> nn.Parameter:
         key = (name, like.shape, like.device)
         if key not in self._weights:
-            values = torch.empty(like.shape, device=like.device)
+            values = torch.empty(like.shape, dtype=torch.float32, device=like.device)
             if like.dim() > 1 and like.shape[-1] == 1:
-                values.view(-1).copy_(torch.linspace(0, 5, like.numel()))  # temperatures on both sides of their bound
+                # temperatures on both sides of their bound
+                values.view(-1).copy_(torch.linspace(0, 5, like.numel(), dtype=torch.float32, device=like.device))
             else:
                 generator = torch.Generator(like.device).manual_seed(len(self._weights))
                 values.uniform_(-1, 1, generator=generator).mul_((3 / max(like.shape[-1], 4)) ** 0.5)
@@ -74,8 +76,11 @@ def _results(part: Any, replacement: type[Replacement], device: torch.device, *,
     generator = torch.Generator().manual_seed(0)
     inputs: list[Tensor] = []
 
+    def normal(shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
     def draw(*shape: int) -> Tensor:
-        inputs.append(torch.randn(shape, generator=generator).to(device).requires_grad_(with_grads))
+        inputs.append(normal(shape).requires_grad_(with_grads))
         return inputs[-1]
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.set_grad_enabled(with_grads):
@@ -88,7 +93,7 @@ def _results(part: Any, replacement: type[Replacement], device: torch.device, *,
         outputs = list(replacement.trials(part, draw))
         if not with_grads:
             return outputs
-        loss = torch.stack([(out * torch.randn(out.shape, generator=generator).to(device)).sum() for out in outputs])
+        loss = torch.stack([(out * normal(out.shape)).sum() for out in outputs])
         grads = torch.autograd.grad(loss.sum(), [*inputs, *part.parameters()], allow_unused=True)
     return [*(out.detach() for out in outputs), *(grad for grad in grads if grad is not None)]
 

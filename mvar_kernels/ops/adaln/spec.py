@@ -30,7 +30,7 @@ def _inputs(case: Case, generator: torch.Generator, *, gated: bool) -> Inputs:
     B, L, C = (case.sizes[d] for d in "BLC")
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
     # A mean far from zero shows a variance that cancels.
     inputs = {"x": normal(B, L, C) * 1.5 + 3.0, "scale": 0.5 * normal(B, C), "shift": normal(B, C)}

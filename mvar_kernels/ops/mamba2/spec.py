@@ -37,12 +37,12 @@ BENCH_CUDA = (
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 def _log_decay_rates(generator: torch.Generator, *shape: int) -> Tensor:
     """A_log as mamba_ssm starts it: log of uniform in [1, 16]."""
-    return (1 + 15 * torch.rand(shape, generator=generator, dtype=torch.float64)).log()
+    return (1 + 15 * torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)).log()
 
 
 def _heads(case: Case) -> tuple[int, ...]:

@@ -23,7 +23,8 @@ from torch import Tensor
 @cache  # for good: a captured CUDA graph reads it where it lay at capture
 def scale_of_tokens(scales: tuple[int, ...], device: torch.device) -> Tensor:
     """(L,) int32: the number of each token's scale."""
-    return torch.arange(len(scales), dtype=torch.int32).repeat_interleave(torch.tensor(scales)).to(device)
+    numbers = [number for number, length in enumerate(scales) for _ in range(length)]
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 @triton.jit

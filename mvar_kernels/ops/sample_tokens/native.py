@@ -47,7 +47,7 @@ def _sample_tokens(call: Draw) -> Tensor:
 
 def _soft_embedding(call: Draw, codebook: Tensor, sharpness: float, temperature: float) -> Tensor:
     cond, uncond, codebook = view(call.cond), None if call.uncond is None else view(call.uncond), view(codebook)
-    mean = torch.empty((*cond.shape[:2], codebook.shape[1]), dtype=codebook.dtype)
+    mean = torch.empty((*cond.shape[:2], codebook.shape[1]), dtype=codebook.dtype, device=cond.device)
     extension(cond).soft_embedding(
         where(cond),
         cond.shape,

@@ -46,9 +46,9 @@ def gumbel(image_index: Tensor, shape: Sequence[int], scale_index: int, seed: in
     device = image_index.device
     _, positions, codes = shape
     counter = (
-        torch.arange(-(-codes // 4), device=device),
-        torch.arange(positions, device=device)[:, None],
-        torch.full((), scale_index, device=device),
+        torch.arange(-(-codes // 4), dtype=torch.int64, device=device),
+        torch.arange(positions, dtype=torch.int64, device=device)[:, None],
+        torch.full((), scale_index, dtype=torch.int64, device=device),
         (image_index & MASK)[:, None, None],
     )
     words = torch.stack(philox(counter, seed), -1).flatten(-2)[..., :codes]  # (B, positions, codes)

@@ -128,7 +128,7 @@ def _checked(
         checks.tensor(op, "uncond", uncond, "B l V", sizes, like=cond)
         checks.same_dtype(op, "cond", cond=cond, uncond=uncond)
     if image_index is None:
-        image_index = torch.arange(cond.shape[0], device=cond.device)
+        image_index = torch.arange(cond.shape[0], dtype=torch.int64, device=cond.device)
     checks.tensor(op, "image_index", image_index, "B", sizes, like=cond, dtypes=(torch.int64,))
     if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance <= MAX_GUIDANCE:
         raise ValueError(f"{op}: guidance: expected a number from 0 to {MAX_GUIDANCE:g}, got {guidance!r}")

@@ -32,7 +32,7 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     shape = [case.sizes[d] for d in ("B", "l", "V")]
 
     def logits() -> torch.Tensor:
-        values = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        values = 2 * torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
         return values.round() if case.options["ties"] else values
 
     inputs = {"cond": logits()}
@@ -42,12 +42,13 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
 
 
 def _soft_inputs(case: Case, generator: torch.Generator) -> Inputs:
-    codebook = torch.randn(case.sizes["V"], 32, generator=generator, dtype=torch.float64)
+    shape = (case.sizes["V"], 32)
+    codebook = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
     return _inputs(case, generator) | {"codebook": codebook}
 
 
 def _image_index(t: Inputs) -> torch.Tensor:
-    return torch.arange(7, 7 + t["cond"].shape[0], device=t["cond"].device)
+    return torch.arange(7, 7 + t["cond"].shape[0], dtype=torch.int64, device=t["cond"].device)
 
 
 def _filters(case: Case) -> dict[str, Any]:
@@ -59,8 +60,9 @@ SOFT: dict[str, Any] = {"sharpness": 1.5, "temperature": 0.2}
 
 
 def _draw(t: Inputs, case: Case) -> Draw:
-    options = _filters(case) | DRAW | {"seed": torch.tensor(DRAW["seed"])}
-    return Draw(t["cond"], t.get("uncond"), _image_index(t), **options)
+    image_index = _image_index(t)
+    options = _filters(case) | DRAW | {"seed": image_index.new_full((), DRAW["seed"])}
+    return Draw(t["cond"], t.get("uncond"), image_index, **options)
 
 
 def _work(case: Case, itemsize: int) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def _forward_cpu(call: Attention) -> tuple[Tensor, Tensor]:
     q, k, v, log_temperature = call.readable()[:4]
     temperature = _floats(log_temperature)
     B, Lq, H, _ = q.shape
-    out, lse = empty(q), torch.empty((B, H, Lq))
+    out, lse = empty(q), torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
     extension(q).scale_attention_forward(*_how(call), pointers(q, k, v, temperature), pointers(out, lse))
     return out, lse
 

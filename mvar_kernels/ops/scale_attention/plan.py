@@ -95,7 +95,8 @@ def plan(
 ) -> Plan:
     """The plan of a schedule, copied to the device once."""
     spans = (key_spans if rows_are_keys else query_spans)(scales, queries, causal)
-    by_row = torch.tensor(
-        [(lo, hi) for n, lo, hi in query_spans(scales, queries, causal) for _ in range(n)], dtype=torch.int32
-    ).T.contiguous()
-    return Plan(torch.tensor(tiles(spans, block_rows, block_columns), dtype=torch.int32).to(device), by_row.to(device))
+    by_row = [(lo, hi) for n, lo, hi in query_spans(scales, queries, causal) for _ in range(n)]
+    return Plan(
+        torch.tensor(tiles(spans, block_rows, block_columns), dtype=torch.int32, device=device),
+        torch.tensor(list(zip(*by_row, strict=True)), dtype=torch.int32, device=device),
+    )

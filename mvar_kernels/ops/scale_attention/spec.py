@@ -45,7 +45,8 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, H, D = (case.sizes[d] for d in "BHD")
     scales = case.options["scales"]
     L, Lq = sum(scales), sum(scales[-case.options.get("query_scales", len(scales)) :])
-    packed = 2.0 * torch.randn(B, L, 3, H, D, generator=generator, dtype=torch.float64)
+    device = generator.device
+    packed = 2.0 * torch.randn(B, L, 3, H, D, generator=generator, dtype=torch.float64, device=device)
     # q, k, v leave here as views into the packed projection; the test keeps their strides for "packed".
     q, k, v = packed.unbind(2)
     inputs = {"q": q[:, L - Lq :], "k": k, "v": v}
@@ -53,7 +54,7 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
         inputs = {name: t.contiguous() for name, t in inputs.items()}
     if case.options["norm"]:
         # One head above the bound of log 100: its temperature is clamped and gets no gradient.
-        inputs["log_temperature"] = torch.linspace(1.0, 5.0, H, dtype=torch.float64)
+        inputs["log_temperature"] = torch.linspace(1.0, 5.0, H, dtype=torch.float64, device=device)
     return inputs
 
 
