@@ -21,11 +21,17 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and options of one call; `name` is unique within the op."""
+    """Sizes and options of one call; `name` is unique within the op.
+
+    keeps_dtype: inputs that stay float32 in this case, besides the spec's.
+    cotangents: factor on the seeded gradients of the outputs, for gradients that would leave float16's range.
+    """
 
     name: str
     sizes: Mapping[str, int]
     options: Mapping[str, Any] = field(default_factory=dict)
+    keeps_dtype: tuple[str, ...] = ()
+    cotangents: float = 1.0
 
 
 @dataclass(frozen=True)

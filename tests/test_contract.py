@@ -68,9 +68,9 @@ def seeded() -> torch.Generator:
 def prepared(spec: Spec, case: Case, dtype: torch.dtype, backend: str = "reference") -> Inputs:
     """The case's inputs in `dtype`, strides kept, on the backend's device."""
     kept = torch.float64 if dtype == torch.float64 else torch.float32
-    inputs = spec.inputs(case, seeded())
+    inputs, keeps = spec.inputs(case, seeded()), (*spec.keeps_dtype, *case.keeps_dtype)
     device = DEVICE.get(backend, "cpu")
-    return {name: t.to(device, kept if name in spec.keeps_dtype else dtype) for name, t in inputs.items()}
+    return {name: t.to(device, kept if name in keeps else dtype) for name, t in inputs.items()}
 
 
 def evaluate(spec: Spec, case: Case, inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
@@ -85,7 +85,8 @@ def evaluate(spec: Spec, case: Case, inputs: Inputs, backend: str | None) -> dic
     results = dict(zip(spec.outputs, (o.detach() for o in outs), strict=True))
     if wanted:
         generator = seeded()
-        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outs]
+        normal = (torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outs)
+        cotangents = [(case.cotangents * t).to(o) for t, o in zip(normal, outs, strict=True)]
         with named(backend or "reference"):
             grads = torch.autograd.grad(outs, [leaves[n] for n in wanted], cotangents)
         results |= {f"grad of {n}": g for n, g in zip(wanted, grads, strict=True)}

@@ -113,6 +113,10 @@ def test_errors_name_the_argument() -> None:
         mk.ssd_scan(*args, scales=(1, 4))
     with pytest.raises(TypeError, match="B: expected dtype float64 as x, got float32"):
         mk.ssd_scan(*args[:3], args[3].float(), args[4], scales=case.options["scales"])
+    with pytest.raises(TypeError, match="dt: expected dtype float64, got float32"):
+        mk.ssd_scan(args[0], args[1].float(), *args[2:], scales=case.options["scales"])
+    with pytest.raises(TypeError, match="dt: expected dtype bfloat16 or float32, got float64"):
+        mk.ssd_scan(args[0].bfloat16(), *args[1:], scales=case.options["scales"])
     with pytest.raises(ValueError, match=r"C: expected shape \(B=2, L=30, N=64\)"):
         mk.ssd_scan(*args[:4], args[4][:, :, :3], scales=case.options["scales"])
     with pytest.raises(TypeError, match="initial_state: expected dtype float64"):

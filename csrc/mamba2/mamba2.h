@@ -33,7 +33,7 @@ struct Plan {
   int64_t chunk_count() const { return segments[segment_count]; }
 };
 
-// Δ or what becomes it: (B, L, H), or (B, L, 2, H)
+// Δ or what becomes it: (B, L, H), or (B, L, 2, H); of ScanForward float32
 struct StepTokens {
   void* data;
   int64_t batch_stride, row_stride, direction_stride;

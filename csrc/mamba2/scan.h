@@ -30,7 +30,7 @@ struct ScanForm {
         store(shared.C + i * g.N_padded + j, load(C + j, lanes), lanes);
       });
       for (int64_t d = 0; d < n.directions; ++d) {
-        const T* dt = (const T*)a.dt.data + b * a.dt.batch_stride + l * a.dt.row_stride + d * a.dt.direction_stride;
+        const float* dt = (const float*)a.dt.data + b * a.dt.batch_stride + l * a.dt.row_stride + d * a.dt.direction_stride;
         for_each_vector(n.H, [&](int64_t h, auto lanes, int) MVAR_INLINE_LAMBDA {
           store_delta(shared, chunk, d, h, i, load(dt + h, lanes), n);
         });

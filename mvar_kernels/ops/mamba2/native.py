@@ -40,7 +40,7 @@ def _parameter(t: Tensor) -> Tensor:
 def _scan_inputs(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
     """The tensors as the kernel takes them, and their sizes."""
     x, dt, A, B, C, D, state = tensors
-    ready = [view(x), view(dt), _parameter(A), view(B), view(C), _parameter(D), view(state)]
+    ready = [view(x), view(dt.float()), _parameter(A), view(B), view(C), _parameter(D), view(state)]
     return ready, (*x.shape, B.shape[-1], A.dim(), 1)
 
 

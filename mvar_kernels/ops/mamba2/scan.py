@@ -42,7 +42,8 @@ def ssd_scan(
 
     Args:
         x: (B, L, H, P), float16, bfloat16, float32 or float64.
-        dt: Δ, (B, L, H), positive, or (B, L, 2, H) for both directions (forward first), dtype of x.
+        dt: Δ, (B, L, H), positive, or (B, L, 2, H) for both directions (forward first); dtype of x, or float32
+            beside 16-bit x, as rounding Δ moves every decay.
         A: (H,), negative, or (2, H) for both directions.
         B, C: (B, L, N), dtype of x, shared by all heads.
         D: (H,), weight of the skip; None for none.
@@ -63,16 +64,17 @@ def ssd_scan(
     checks.tensor(op, "x", x, "B L H P", sizes)
     both = isinstance(A, Tensor) and A.dim() == 2
     checks.tensor(op, "A", A, "2 H" if both else "H", sizes, like=x)
-    checks.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=x)
+    acc = checks.accumulator(x.dtype)
+    steps = (x.dtype,) if x.dtype == acc else (x.dtype, acc)
+    checks.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=x, dtypes=steps)
     checks.tensor(op, "B", B, "B L N", sizes, like=x)
     checks.tensor(op, "C", C, "B L N", sizes, like=x)
-    checks.same_dtype(op, "x", x=x, dt=dt, B=B, C=C)
+    checks.same_dtype(op, "x", x=x, B=B, C=C)
     if x.shape[1] < 1:
         raise ValueError(f"{op}: x: expected at least one token, got L=0")
     if D is None:
         D = A.new_zeros(sizes["H"])
     checks.tensor(op, "D", D, "H", sizes, like=x)
-    acc = checks.accumulator(x.dtype)
     if initial_state is None:
         initial_state = x.new_zeros([sizes[d] for d in "BHPN"], dtype=acc)
     checks.tensor(op, "initial_state", initial_state, "B H P N", sizes, like=x, dtypes=(acc,))

@@ -16,6 +16,10 @@ def _case(name: str, B: int, L: int, H: int, P: int, N: int, scales: tuple[int, 
     return Case(name, {"B": B, "L": L, "H": H, "P": P, "N": N}, {"scales": scales})
 
 
+FLOAT32_STEPS = (
+    Case("float32_steps", {"B": 1, "L": 40, "H": 2, "P": 16, "N": 16}, {"scales": None}, keeps_dtype=("dt",)),
+    Case("float32_steps_both", {"B": 1, "L": 20, "H": 3, "P": 5, "N": 7}, {"scales": (4, 16)}, keeps_dtype=("dt",)),
+)
 CASES = (
     _case("one_token", 2, 1, 2, 64, 64),
     _case("odd", 3, 13, 3, 5, 7),
@@ -135,7 +139,7 @@ def _mixer_work_backward(case: Case, itemsize: int) -> tuple[int, int]:
 
 SSD_SCAN = Spec(
     op="ssd_scan",
-    cases=CASES,
+    cases=(*CASES, *FLOAT32_STEPS),
     inputs=_scan_inputs,
     call=_call_scan,
     reference=lambda t, case: reference.ssd_scan(
