@@ -72,9 +72,8 @@ def playing(kernels: ModuleType) -> Iterator[None]:
 @contextmanager
 def installed() -> Iterator[None]:
     """The backend "cuda" takes CPU tensors, and the CPU plays the GPU."""
-    kernels = _playing[-1] if _playing else module()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "native", lambda: kernels)
+        patch.setattr(backends, "native", lambda: _playing[-1] if _playing else module())
         patch.setattr(backends, "unavailable", lambda name: None if name == "cuda" else "the CPU plays a GPU")
         patch.setattr(backends, "PREFERENCE", {"cpu": ("cuda",)})
         yield
