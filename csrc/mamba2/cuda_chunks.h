@@ -19,20 +19,19 @@
 //
 // Each warp makes one 16 × 16 square of the scores for all, then its own 16 rows of y and of h.
 //
-// Precision: the operands of the three products that end in y are rounded to T and summed in float32. A token's own
-// term stays in float32, together with the skip: where Δ is large they are all there is to y, a factor common to a
-// head's channels, which RMSNorm scales up again where it nearly cancels. h is an output in float32 and lives for the
-// whole sequence: both operands of its product are three bf16 numbers each (split), and of the nine products the six
+// Precision: the operands of the three products that end in y are rounded (kOperandParts) and summed in float32. A
+// token's own term stays in float32, together with the skip: where Δ is large they are all there is to y, a factor
+// common to a head's channels, which RMSNorm scales up again where it nearly cancels. h is an output in float32 and
+// lives for the whole sequence: both operands of its product are three bf16 numbers each (split), and of the nine products the six
 // above 2⁻²⁴ are summed, the small ones first, and added to the decayed h outside the tensor cores, whose accumulators
 // truncate.
 //
-// What heads share is prepared once: of a token kArrays rows of 64 numbers (128 bytes): C, B in three parts, and B
-// rounded to T, which for T = bf16 is the first part. Were each head to redo it, two thirds of its convolution and
-// SiLU would be this.
+// What heads share is prepared once: of a token kArrays rows of 64 numbers (128 bytes): C, and B in three parts. Were
+// each head to redo it, two thirds of its convolution and SiLU would be this.
 //
 // Operations of a token and head, in multiply-adds: scores 32·64·¾, their product with x 32·64·¾, h C 4,096, the
-// update 6 · 4,096: 32 k, 64 kFLOP. Bytes: x and z 256, y · SiLU(z) 128 written (read and written again by the norm);
-// from the L2 cache 512 of what is prepared.
+// update 6 · 4,096: 32 k, 64 kFLOP; in float16, of parts, 46 k. Bytes: x and z 256, y · SiLU(z) 128 written (read and
+// written again by the norm); from the L2 cache 512 of what is prepared.
 #pragma once
 
 #include "mamba2/cuda_parts.h"
@@ -47,20 +46,26 @@ constexpr int kPitch = kN + 8;             // rows of 144 bytes: ldmatrix then m
 constexpr int kScoresPitch = kChunk + 8;   // likewise
 constexpr int kYPitch = kP + 4;            // columns of yᵀ, two apart, 8 banks apart
 
-// Rows of what is prepared for a token.
+// An operand of the products that end in y is a sum of so many bf16 numbers: of one with bfloat16 inputs; with float16
+// of two, 16 bits beside float16's 11, in float32's range: C·B, h and x after its convolution leave float16's where y
+// fits.
 template <typename T>
-constexpr int kArrays = std::is_same_v<T, bf16> ? 4 : 5;
-constexpr int kC = 0, kB = 1;  // B's parts: 1, 2, 3
+constexpr int kOperandParts = std::is_same_v<T, bf16> ? 1 : 2;
+
+// Rows of what is prepared for a token: C's parts, then B's three, of which y takes the first kOperandParts.
+constexpr int kC = 0;
 template <typename T>
-constexpr int kRoundedB = std::is_same_v<T, bf16> ? kB : 4;
+constexpr int kB = kOperandParts<T>;
+template <typename T>
+constexpr int kArrays = kB<T> + kParts;
 
 template <typename T>
 struct ChunkShared {
   uint16_t prepared[2][kArrays<T>][kChunk][kPitch];  // of this chunk and the next
-  T x[kChunk][kPitch];
-  bf16 weighted[kParts][kChunk][kPitch];  // x ⊙ Δ exp(S_end − S)
-  T scores[kChunk][kScoresPitch];         // C Bᵀ ⊙ W
-  float y[kChunk][kYPitch];               // first a token's own term and the skip, then all of y
+  bf16 x[kOperandParts<T>][kChunk][kPitch];
+  bf16 weighted[kParts][kChunk][kPitch];                // x ⊙ Δ exp(S_end − S)
+  bf16 scores[kOperandParts<T>][kChunk][kScoresPitch];  // C Bᵀ ⊙ W
+  float y[kChunk][kYPitch];                             // first a token's own term and the skip, then all of y
 };
 
 // One warp a token.
@@ -73,13 +78,13 @@ __global__ void __launch_bounds__(kBlock) mamba2_mixer_fwd_prepare_kernel(MixerF
   const int l = (int)(token % n.L), channel = (int)n.H * kP + 2 * lane;
   const float2 B = Convolution(a, channel).at(rows, l, channel);
   const float2 C = Convolution(a, channel + kN).at(rows, l, channel + kN);
-  uint32_t parts[kParts];
-  split(B, parts);
+  uint32_t parts_of_B[kParts], parts_of_C[kOperandParts<T>];
+  split(B, parts_of_B);
+  split(C, parts_of_C);
   uint32_t* out = (uint32_t*)scratch.prepared + token * (kArrays<T> * kN / 2) + lane;
   const auto write = [&](int array, uint32_t packed) { out[array * kN / 2] = packed; };
-  write(kC, pack<T>(C.x, C.y));
-  write(kRoundedB<T>, pack<T>(B.x, B.y));
-  for (int i = 0; i < kParts; ++i) write(kB + i, parts[i]);
+  for (int i = 0; i < kOperandParts<T>; ++i) write(kC + i, parts_of_C[i]);
+  for (int i = 0; i < kParts; ++i) write(kB<T> + i, parts_of_B[i]);
   const float product = warp_sum(fmaf(B.x, C.x, B.y * C.y));
   if (lane == 0) scratch.products[token] = product;
 }
@@ -132,6 +137,17 @@ __device__ __forceinline__ const Operand& operand(const uint32_t (&registers)[4]
   return reinterpret_cast<const Operand&>(registers[2 * i]);
 }
 
+// multiply(i, j) for the parts i and j of two operands of `parts` parts whose products, of about 2^(−8·(i + j)), count:
+// the smallest first.
+template <int parts, typename Multiply>
+__device__ __forceinline__ void for_each_product(Multiply multiply) {
+#pragma unroll
+  for (int order = parts - 1; order >= 0; --order) {
+#pragma unroll
+    for (int i = 0; i <= order; ++i) multiply(i, order - i);
+  }
+}
+
 // The A operand Mᵀ (16 columns of M, 16 rows) of a row-major M.
 template <typename M>
 __device__ __forceinline__ void load_left_transposed(uint32_t (&a)[4], const M (&m)[kChunk][kPitch], int row,
@@ -148,11 +164,16 @@ __device__ void make_scores(ChunkShared<T>& m, const Prepared& prepared, const D
   float scores[2][4] = {};        // [16, 8] at s = first_s and first_s + 8
 #pragma unroll
   for (int n = 0; n < kN; n += 16) {
-    uint32_t C[4], B[4];
-    load_matrices(C, &prepared[kC][first_t + lane % 16][n + lane / 16 * 8]);
-    load_matrices(B, &prepared[kRoundedB<T>][first_s + lane / 16 * 8 + lane % 8][n + lane / 8 % 2 * 8]);
-    multiply<T>(scores[0], C, operand(B, 0));
-    multiply<T>(scores[1], C, operand(B, 1));
+    uint32_t C[kOperandParts<T>][4], B[kOperandParts<T>][4];
+#pragma unroll
+    for (int i = 0; i < kOperandParts<T>; ++i) {
+      load_matrices(C[i], &prepared[kC + i][first_t + lane % 16][n + lane / 16 * 8]);
+      load_matrices(B[i], &prepared[kB<T> + i][first_s + lane / 16 * 8 + lane % 8][n + lane / 8 % 2 * 8]);
+    }
+    for_each_product<kOperandParts<T>>([&](int i, int j) {
+      multiply<bf16>(scores[0], C[i], operand(B[j], 0));
+      multiply<bf16>(scores[1], C[i], operand(B[j], 1));
+    });
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -169,7 +190,9 @@ __device__ void make_scores(ChunkShared<T>& m, const Prepared& prepared, const D
         float& score = scores[j][2 * half + i];
         score = s < t ? score * decay : 0.0f;
       }
-      store_pair(&m.scores[t][column], pack<T>(scores[j][2 * half], scores[j][2 * half + 1]));
+      uint32_t parts[kOperandParts<T>];
+      split({scores[j][2 * half], scores[j][2 * half + 1]}, parts);
+      for (int i = 0; i < kOperandParts<T>; ++i) store_pair(&m.scores[i][t][column], parts[i]);
     }
   }
 }
@@ -181,21 +204,29 @@ __device__ void from_before(float (&y)[kChunk / 8][4], const float (&h)[kN / 8][
   const int lane = lane_index();
 #pragma unroll
   for (int n = 0; n < kN; n += 32) {
-    uint32_t left[2][4];
+    uint32_t left[2][kOperandParts<T>][4];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // the accumulators of two tiles are the operand of one: see tensor_core.h
         const float(&tile)[4] = h[n / 8 + 2 * k + i / 2];
-        left[k][i] = pack<T>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
+        uint32_t parts[kOperandParts<T>];
+        split({tile[i % 2 * 2], tile[i % 2 * 2 + 1]}, parts);
+#pragma unroll
+        for (int part = 0; part < kOperandParts<T>; ++part) left[k][part][i] = parts[part];
       }
     }
 #pragma unroll
     for (int tile = 0; tile < kChunk / 8; ++tile) {
-      uint32_t C[4];
-      load_matrices(C, &prepared[kC][8 * tile + lane % 8][n + lane / 8 * 8]);
-      multiply<T>(y[tile], left[0], operand(C, 0));
-      multiply<T>(y[tile], left[1], operand(C, 1));
+      uint32_t C[kOperandParts<T>][4];
+#pragma unroll
+      for (int i = 0; i < kOperandParts<T>; ++i) {
+        load_matrices(C[i], &prepared[kC + i][8 * tile + lane % 8][n + lane / 8 * 8]);
+      }
+      for_each_product<kOperandParts<T>>([&](int i, int j) {
+        multiply<bf16>(y[tile], left[0][i], operand(C[j], 0));
+        multiply<bf16>(y[tile], left[1][i], operand(C[j], 1));
+      });
     }
   }
 #pragma unroll
@@ -213,15 +244,23 @@ __device__ void from_before(float (&y)[kChunk / 8][4], const float (&h)[kN / 8][
 template <typename T>
 __device__ void from_inside(float (&y)[kChunk / 8][4], const ChunkShared<T>& m) {
   const int lane = lane_index();
-  uint32_t x[2][4];
-  load_left_transposed(x[0], m.x, 0, 16 * warp_index());
-  load_left_transposed(x[1], m.x, 16, 16 * warp_index());
+  uint32_t x[2][kOperandParts<T>][4];
+#pragma unroll
+  for (int i = 0; i < kOperandParts<T>; ++i) {
+    load_left_transposed(x[0][i], m.x[i], 0, 16 * warp_index());
+    load_left_transposed(x[1][i], m.x[i], 16, 16 * warp_index());
+  }
 #pragma unroll
   for (int tile = 0; tile < kChunk / 8; ++tile) {
-    uint32_t scores[4];
-    load_matrices(scores, &m.scores[8 * tile + lane % 8][lane / 8 * 8]);
-    multiply<T>(y[tile], x[0], operand(scores, 0));
-    if (8 * tile >= 16) multiply<T>(y[tile], x[1], operand(scores, 1));
+    uint32_t scores[kOperandParts<T>][4];
+#pragma unroll
+    for (int i = 0; i < kOperandParts<T>; ++i) {
+      load_matrices(scores[i], &m.scores[i][8 * tile + lane % 8][lane / 8 * 8]);
+    }
+    for_each_product<kOperandParts<T>>([&](int i, int j) {
+      multiply<bf16>(y[tile], x[0][i], operand(scores[j], 0));
+      if (8 * tile >= 16) multiply<bf16>(y[tile], x[1][i], operand(scores[j], 1));
+    });
   }
 }
 
@@ -243,16 +282,12 @@ __device__ void advance(float (&h)[kN / 8][4], const ChunkShared<T>& m, const Pr
       uint32_t B[kParts][4];
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
-        load_matrices_transposed(B[i], &prepared[kB + i][16 * k + lane % 16][n + lane / 16 * 8]);
+        load_matrices_transposed(B[i], &prepared[kB<T> + i][16 * k + lane % 16][n + lane / 16 * 8]);
       }
-#pragma unroll
-      for (int order = kParts - 1; order >= 0; --order) {  // products of about 2^(−8·order)
-#pragma unroll
-        for (int i = 0; i <= order; ++i) {
-          multiply<bf16>(added[0], x[k][i], operand(B[order - i], 0));
-          multiply<bf16>(added[1], x[k][i], operand(B[order - i], 1));
-        }
-      }
+      for_each_product<kParts>([&](int i, int j) {
+        multiply<bf16>(added[0], x[k][i], operand(B[j], 0));
+        multiply<bf16>(added[1], x[k][i], operand(B[j], 1));
+      });
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -288,7 +323,7 @@ __global__ void __launch_bounds__(kBlock, 3) mamba2_mixer_fwd_chunks_kernel(Mixe
   float raw_step, product;
   const auto load_steps = [&](int start) {
     const bool there = start + lane < L;
-    raw_step = there ? to_float(row_of<T>(a.dt, b, start + lane)[head]) : 0.0f;
+    raw_step = there ? step_of<T>(a, b, start + lane, head) : 0.0f;
     product = there ? scratch.products[first_token + start + lane] : 0.0f;
   };
   load_steps(0);
@@ -299,7 +334,7 @@ __global__ void __launch_bounds__(kBlock, 3) mamba2_mixer_fwd_chunks_kernel(Mixe
   for (int start = 0; start < L; start += kChunk) {
     const int turn = start / kChunk % 2;
     // The head's parameters are read anew for every chunk: their registers are needed.
-    const Decays d(start + lane < L ? softplus(raw_step + a.dt_bias[head]) : 0.0f, -expf(a.A[head]));
+    const Decays d(start + lane < L ? softplus(raw_step + a.dt_bias[head]) : 0.0f, decay_rate(a.A[head]));
     const Convolution convolution(a, channel);
 
     // Lane i has those of this warp's token i.
@@ -309,7 +344,9 @@ __global__ void __launch_bounds__(kBlock, 3) mamba2_mixer_fwd_chunks_kernel(Mixe
     for (int i = 0; i < kShare; ++i) {
       const int token = warp * kShare + i;
       const float2 x = convolution.of<T>(window + i);
-      store_pair(&m.x[token][2 * lane], pack<T>(x.x, x.y));
+      uint32_t operands[kOperandParts<T>];
+      split(x, operands);
+      for (int part = 0; part < kOperandParts<T>; ++part) store_pair(&m.x[part][token][2 * lane], operands[part]);
       const float skip_here = from_lane(skip, i), weight = from_lane(until_end, i);
       store_pair(&m.y[token][2 * lane], float2{skip_here * x.x, skip_here * x.y});
       uint32_t parts[kParts];

@@ -4,6 +4,8 @@
 // channels of a head, or of B or C, in one access. Before they are computed with, the two are one register (pack).
 #pragma once
 
+#include <float.h>
+
 #include <type_traits>
 
 #include "common/cuda/launch.h"
@@ -46,10 +48,22 @@ __device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.0f + __e
 
 __device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v))); }
 
-// A token's row of z or of dt, of which the strides are those of zxbcdt.
+// A = −exp(A_log), finite: tokens past the end have Δ = 0, and 0·∞ would be NaN.
+__device__ __forceinline__ float decay_rate(float A_log) {
+  const float rate = expf(A_log);
+  return rate > FLT_MAX ? -FLT_MAX : -rate;
+}
+
+// A token's row of z or of dt.
 template <typename T, typename Strided>
 __device__ __forceinline__ const T* row_of(const Strided& t, int64_t b, int64_t l) {
   return (const T*)t.data + b * t.batch_stride + l * t.row_stride;
+}
+
+// dt of a token and head, before softplus.
+template <typename T>
+__device__ __forceinline__ float step_of(const MixerForward& a, int64_t b, int64_t l, int head) {
+  return a.dt.is_float32 ? row_of<float>(a.dt, b, l)[head] : to_float(row_of<T>(a.dt, b, l)[head]);
 }
 
 // Two neighbouring channels in one access.
@@ -63,11 +77,12 @@ __device__ __forceinline__ void store_pair(T* p, uint32_t packed) {
 }
 __device__ __forceinline__ void store_pair(float* p, float2 v) { *reinterpret_cast<float2*>(p) = v; }
 
-// v to 2⁻²⁴ as a sum of three bf16 numbers, of 8 bits each.
+// v as a sum of bf16 numbers, of 8 bits each: three are float32's 24.
 constexpr int kParts = 3;
-__device__ __forceinline__ void split(float2 v, uint32_t (&parts)[kParts]) {
+template <int count>
+__device__ __forceinline__ void split(float2 v, uint32_t (&parts)[count]) {
 #pragma unroll
-  for (int i = 0; i < kParts; ++i) {
+  for (int i = 0; i < count; ++i) {
     parts[i] = pack<bf16>(v.x, v.y);
     const float2 part = unpack<bf16>(parts[i]);
     v.x -= part.x;

@@ -33,10 +33,11 @@ struct Plan {
   int64_t chunk_count() const { return segments[segment_count]; }
 };
 
-// Δ or what becomes it: (B, L, H), or (B, L, 2, H); of ScanForward float32
+// Δ or what becomes it: (B, L, H), or (B, L, 2, H). On the CPU always float32.
 struct StepTokens {
   void* data;
   int64_t batch_stride, row_stride, direction_stride;
+  bool is_float32;  // else of the dtype of the other inputs
 };
 
 // (B, H, P, N) float32
@@ -58,8 +59,8 @@ struct ScanForward {
 };
 
 struct MixerForward {
-  Tokens z, xbc;      // of zxbcdt; xbc is (B, L, E+2N)
-  StepTokens dt;      // of zxbcdt
+  Tokens z, xbc;      // beside one another; xbc is (B, L, E+2N)
+  StepTokens dt;
   Tokens conv_state;  // (B, taps−1, E+2N)
   States initial;
   const float *conv_weight, *conv_bias, *dt_bias, *A, *D, *norm_weight;
@@ -83,8 +84,8 @@ struct MixerBackward {
   MixerForward forward;  // but for y, last_conv and last
   Tokens grad_y, grad_last_conv;
   States grad_last;
-  Tokens dz, dxbc;  // of dzxbcdt
-  StepTokens ddt;   // of dzxbcdt
+  Tokens dz, dxbc;  // beside one another
+  StepTokens ddt;
   Tokens dconv_state;
   States dinitial;
   float *dconv_weight, *dconv_bias, *ddt_bias, *dA_log, *dD, *dnorm_weight;

@@ -20,6 +20,29 @@ FLOAT32_STEPS = (
     Case("float32_steps", {"B": 1, "L": 40, "H": 2, "P": 16, "N": 16}, {"scales": None}, keeps_dtype=("dt",)),
     Case("float32_steps_both", {"B": 1, "L": 20, "H": 3, "P": 5, "N": 7}, {"scales": (4, 16)}, keeps_dtype=("dt",)),
 )
+# Values whose products leave float16's range where the outputs fit: factors on the inputs.
+LARGE_SCAN = tuple(
+    Case(
+        f"large_{name}",
+        {"B": 1, "L": 40, "H": 2, "P": 16, "N": 16},
+        {"scales": scales, "times": factors},
+        cotangents=2**-12,  # dx has C·B as a factor, dC has h
+    )
+    for name, factors, scales in (
+        ("scores", {"x": 0.01, "B": 500.0, "C": 500.0}, None),
+        ("states", {"x": 3000.0, "B": 300.0, "C": 0.01}, None),
+        ("states_both", {"x": 3000.0, "B": 300.0, "C": 0.01}, (2, 38)),
+    )
+)
+LARGE_MIXER = tuple(
+    Case(
+        f"large_{name}",
+        {"B": 1, "L": L, "H": 2, "P": 64, "N": 64},
+        {"scales": scales, "times": {"BC": 2e4}},
+        cotangents=2**-4,
+    )
+    for name, L, scales in (("short", 9, None), ("chunks", 40, None), ("both", 38, (5, 33)))
+)
 CASES = (
     _case("one_token", 2, 1, 2, 64, 64),
     _case("odd", 3, 13, 3, 5, 7),
@@ -55,7 +78,7 @@ def _heads(case: Case) -> tuple[int, ...]:
 
 def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
-    return {
+    inputs = {
         "x": _normal(generator, B, L, H, P),
         "dt": torch.nn.functional.softplus(_normal(generator, B, L, *_heads(case)) - 3),
         "A": -_log_decay_rates(generator, *_heads(case)).exp(),
@@ -64,15 +87,18 @@ def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
         "D": 1 + 0.1 * _normal(generator, H),
         "initial_state": _normal(generator, B, H, P, N),
     }
+    return inputs | {name: factor * inputs[name] for name, factor in case.options.get("times", {}).items()}
 
 
 def _mixer_inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
     E, heads = H * P, _heads(case)
     count = len(heads) * H  # of dt columns
+    times = torch.ones(E + 2 * N, 1)
+    times[E:] = case.options.get("times", {}).get("BC", 1.0)
     return {
         "zxbcdt": _normal(generator, B, L, 2 * E + 2 * N + count),
-        "conv_weight": 0.5 * _normal(generator, E + 2 * N, 4),
+        "conv_weight": 0.5 * times * _normal(generator, E + 2 * N, 4),
         "conv_bias": 0.1 * _normal(generator, E + 2 * N),
         "dt_bias": _normal(generator, *heads) - 3,
         "A_log": _log_decay_rates(generator, *heads),
@@ -139,7 +165,7 @@ def _mixer_work_backward(case: Case, itemsize: int) -> tuple[int, int]:
 
 SSD_SCAN = Spec(
     op="ssd_scan",
-    cases=(*CASES, *FLOAT32_STEPS),
+    cases=(*CASES, *FLOAT32_STEPS, *LARGE_SCAN),
     inputs=_scan_inputs,
     call=_call_scan,
     reference=lambda t, case: reference.ssd_scan(
@@ -157,7 +183,7 @@ SSD_SCAN = Spec(
 
 MAMBA2_MIXER = Spec(
     op="mamba2_mixer",
-    cases=(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64)),
+    cases=(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64), *LARGE_MIXER),
     inputs=_mixer_inputs,
     call=_call_mixer,
     reference=lambda t, case: reference.mamba2_mixer(

@@ -24,7 +24,8 @@ normalised row. It stays a launch until there is a matrix product of our own.
 
 y · SiLU(z) goes through memory between 2. and 3. In bfloat16 it is rounded once more; simulated at d16's sizes, y's
 error is then at most 0.4 of the tolerance. float32 would move 4 bytes more a value, where all else is 10. In
-float16, whose range y · SiLU(z) can leave though the normalised row cannot, it is float32.
+float16, whose range y · SiLU(z) can leave though the normalised row cannot, it is float32, and so are C and the
+backward direction's states in memory.
 
 Tiles are chosen by how many tokens there are (one short chunk, or more) and whether there is one direction or two,
 so that sums are taken in the same order whatever the batch.
@@ -99,6 +100,11 @@ def _plan(
     return arguments | {"P": P, "N": N, "BOTH": both, "PRECISION": precision, "BLOCK_N": tiling.product_block(N)}
 
 
+def _inner(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what goes through memory between two products: one with the range for it."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _ssd_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, scales: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
@@ -108,7 +114,8 @@ def _ssd_scan(
     x, dt, B, C = (view(t) for t in (x, dt, B, C))
     A, D, state = (t.contiguous() for t in (A, D, state))
     y, last = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
-    edges = x.new_empty(rows, H, triton.cdiv(L, plan["CHUNK"]), *state.shape[2:]) if both else None
+    chunks = triton.cdiv(L, plan["CHUNK"])
+    edges = x.new_empty(rows, H, chunks, *state.shape[2:], dtype=_inner(x.dtype)) if both else None
     scale = scale_of_tokens(scales, x.device) if both else None
     strides = (*x.stride()[:3], *dt.stride()[:3], *B.stride()[:2], *C.stride()[:2])
     grid = (rows * H * triton.cdiv(P, plan["BLOCK_P"]),)
@@ -128,13 +135,14 @@ def _mamba2_mixer(
     slices = triton.cdiv(P, plan["BLOCK_P"])
     strides = zxbcdt.stride()[:2]
     y = zxbcdt.new_empty(rows, L, E)
-    gated = y.new_empty(y.shape, dtype=torch.float32) if y.dtype == torch.float16 else y
+    inner = _inner(y.dtype)
+    gated = y if inner == y.dtype else y.new_empty(y.shape, dtype=inner)
     squares = ssm.new_empty(rows, L, H * slices)
     last_conv, last_ssm = torch.empty_like(conv), torch.empty_like(ssm)
 
     B = C = delta = own = None
     if plan["PREPARED"]:
-        B, C = ssm.new_empty(rows, L, N), y.new_empty(rows, L, N)
+        B, C = ssm.new_empty(rows, L, N), y.new_empty(rows, L, N, dtype=inner)
         delta, own = ssm.new_empty(rows, columns, L), ssm.new_empty(rows, L)
         tile = tiling.chosen("mamba2_mixer_prepare", f"N{N}", PREPARE, y.device)
         _mamba2_mixer_prepare_kernel[(rows * triton.cdiv(L, tile.sizes["CHUNK"]),)](
@@ -146,7 +154,7 @@ def _mamba2_mixer(
             **tile.arguments(),
         )
 
-    edges = y.new_empty(rows, H, triton.cdiv(L, plan["CHUNK"]), P, N) if both else None
+    edges = y.new_empty(rows, H, triton.cdiv(L, plan["CHUNK"]), P, N, dtype=inner) if both else None
     scale = scale_of_tokens(scales, y.device) if both else None
     _mamba2_mixer_fwd_kernel[(rows * H * slices,)](
         *(zxbcdt, conv, ssm, conv_weight, conv_bias, dt_bias, A_log, D, B, C, delta, own, scale, edges),

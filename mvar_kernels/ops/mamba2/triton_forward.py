@@ -11,15 +11,16 @@ The chunk's y is made transposed, [BLOCK_P, CHUNK]: then h stands on the left of
 its rows among them, where each would hold all of C on the left. On Hopper h goes from one product to the next
 without leaving its registers.
 
-Precision: with 16-bit inputs the operands of the three products that end in y are rounded to 16 bits and
-summed in float32. A token's own term stays in float32, together with the skip: where Δ is large they are all there
-is to y, a factor common to a head's channels, which RMSNorm scales up again where it nearly cancels. h is an output
-in float32 and lives for the whole sequence, so its own product keeps float32's precision: three tf32 products
-(tf32x3). It is added to the decayed h outside the tensor cores, whose accumulators truncate.
+Precision: with bfloat16 inputs the operands of the three products that end in y are rounded to bfloat16, and
+summed in float32; with float16 inputs to tf32, which is as precise and has float32's range: C·B, h and x after its
+convolution leave float16's where y fits. A token's own term stays in float32, together with the skip: where Δ is
+large they are all there is to y, a factor common to a head's channels, which RMSNorm scales up again where it nearly
+cancels. h is an output in float32 and lives for the whole sequence, so its own product keeps float32's precision:
+three tf32 products (tf32x3). It is added to the decayed h outside the tensor cores, whose accumulators truncate.
 
 Bidirectional: the backward direction only adds to W's upper triangle, so C Bᵀ and the product with x are shared.
 What enters a chunk from its right, g, is found in a first sweep from right to left and kept in a workspace
-(B, H, chunks, P, N) of the inputs' dtype, as it is only ever an operand of C gᵀ. The same program reads it
+(B, H, chunks, P, N) of bfloat16 or float32, as it is only ever an operand of C gᵀ. The same program reads it
 back in the sweep from left to right.
 """
 
@@ -41,14 +42,28 @@ from mvar_kernels.ops.mamba2.triton_parts import (
 
 
 @triton.jit
+def _operand(v, DTYPE: tl.constexpr):
+    """v as a product ending in y takes it. tf32 is rounded here, as tensor cores truncate; NaN and inf stay."""
+    if DTYPE != tl.float16:
+        operand = v.to(DTYPE)
+    elif v.dtype == tl.float16:
+        operand = v.to(tl.float32)
+    else:
+        rounded = (v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        operand = tl.where(tl.abs(v) < 3.4e38, rounded.to(tl.float32, bitcast=True), v)
+    return operand
+
+
+@triton.jit
 def _chunk(x, B, C, h, from_right, inside, from_start, from_end, BOTH: tl.constexpr, DTYPE: tl.constexpr):
-    """y without the skip, float32 [CHUNK, BLOCK_P]. B, C and x: float32, or already in DTYPE."""
-    Ct = tl.trans(C.to(DTYPE))
-    scores = tl.dot(B.to(DTYPE), Ct, input_precision="ieee") * tl.trans(inside)  # [s, t]
-    y = tl.dot(h.to(DTYPE), Ct, input_precision="ieee") * from_start[None, :]
+    """y without the skip, float32 [CHUNK, BLOCK_P]. B, C and x: float32, or already in DTYPE, that of the inputs."""
+    PRECISION: tl.constexpr = "tf32" if DTYPE == tl.float16 else "ieee"
+    Ct = tl.trans(_operand(C, DTYPE))
+    scores = tl.dot(_operand(B, DTYPE), Ct, input_precision=PRECISION) * tl.trans(inside)  # [s, t]
+    y = tl.dot(_operand(h, DTYPE), Ct, input_precision=PRECISION) * from_start[None, :]
     if BOTH:
-        y += tl.dot(from_right, Ct, input_precision="ieee") * from_end[None, :]
-    return tl.trans(y + tl.dot(tl.trans(x.to(DTYPE)), scores.to(DTYPE), input_precision="ieee"))
+        y += tl.dot(_operand(from_right, DTYPE), Ct, input_precision=PRECISION) * from_end[None, :]
+    return tl.trans(y + tl.dot(tl.trans(_operand(x, DTYPE)), _operand(scores, DTYPE), input_precision=PRECISION))
 
 
 @triton.jit
@@ -129,7 +144,7 @@ def _ssd_scan_fwd_kernel(
         for left in range(chunks):
             chunk = chunks - 1 - left
             start = chunk * CHUNK
-            tl.store(edges_ptr + chunk * P * N + offs_h, g.to(DTYPE), mask=mask_h)
+            tl.store(edges_ptr + chunk * P * N + offs_h, g.to(edges_ptr.dtype.element_ty), mask=mask_h)
             x = load_rows(x_ptr, stride_xl, start, offs_p, mask_p, L, CHUNK)
             B = load_rows(B_ptr, stride_Bl, start, offs_n, mask_n, L, CHUNK)
             delta = steps(dt_ptr + stride_dd, stride_dl, start, L, CHUNK)
@@ -311,7 +326,7 @@ def _mamba2_mixer_fwd_kernel(
         for left in range(chunks):
             chunk = chunks - 1 - left
             start = chunk * CHUNK
-            tl.store(edges_ptr + chunk * P * N + offs_h, g.to(DTYPE), mask=mask_h)
+            tl.store(edges_ptr + chunk * P * N + offs_h, g.to(edges_ptr.dtype.element_ty), mask=mask_h)
             x = conv_silu(
                 xbc_ptr, stride_zl, conv_ptr, channels, weights_x, channel, offs_p, mask_p, start, L, TAPS, CHUNK
             )
