@@ -9,6 +9,7 @@ from torch import Tensor
 # The index of a dtype in the extensions' tables (csrc/common/dtype.h).
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Where = tuple[int, int]
+Pointer = tuple[int, tuple[int, ...], int]
 
 
 def where(t: Tensor) -> Where:
@@ -45,9 +46,19 @@ def with_aligned_rows(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def pointers(*tensors: Tensor | None) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """How a call names tensors: of each its address and strides, zeros of one that is not there."""
-    return tuple([(0, (0, 0)) if t is None else (t.data_ptr(), t.stride()) for t in tensors])
+def pointers(*tensors: Tensor | None) -> tuple[Pointer | None, ...]:
+    """How a call names tensors (csrc/common/tensors.h): address, strides, bytes of the storage from the address on.
+
+    Keep the tensors: an address does not hold them.
+    """
+    return tuple(
+        [
+            None
+            if t is None
+            else (t.data_ptr(), t.stride(), t.untyped_storage().nbytes() - t.storage_offset() * t.itemsize)
+            for t in tensors
+        ]
+    )
 
 
 def empty(like: Tensor) -> Tensor:

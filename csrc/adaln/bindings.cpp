@@ -5,25 +5,37 @@
 namespace mvar {
 namespace {
 
-// where: the dtype's index and, on a GPU, the stream
-AdalnSizes sizes(const py::tuple& where, const py::tuple& shape, float eps) {
-  return {entry(shape, 0), entry(shape, 1), entry(shape, 2), eps, (void*)entry(where, 1)};
-}
-
 const AdalnKernels* const adaln_tables[] = MVAR_TABLES(adaln);
 
-const AdalnPair& plain(const py::tuple& where) { return adaln_tables[current]->plain[entry(where, 0)]; }
-const AdalnPair& gated(const py::tuple& where) { return adaln_tables[current]->gated[entry(where, 0)]; }
+// A call's sizes, by which its tensors are read. where: the dtype's index and, on a GPU, the stream.
+struct Call {
+  const AdalnSizes n;
+  const Dtype dtype;
 
-void run(const AdalnPair& kernels, const AdalnForward& a, const AdalnSizes& n) {
-  py::gil_scoped_release release;
-  kernels.forward(a, n);
-}
+  Call(const Where& where, const py::tuple& shape, float eps)
+      : n{entry(shape, 0), entry(shape, 1), entry(shape, 2), eps, where.stream}, dtype(where.dtype) {}
 
-void run(const AdalnPair& kernels, const AdalnBackward& a, const AdalnSizes& n, Pointer workspace) {
-  py::gil_scoped_release release;
-  kernels.backward(a, n, (float*)workspace);
-}
+  Tokens tokens(const Tensors& t, size_t i, const char* name) const {
+    return t.tokens(i, name, {n.B, n.L, n.C}, kItemsizes[dtype]);
+  }
+  PerSample per_sample(const Tensors& t, size_t i, const char* name) const {
+    return t.per_sample(i, name, {n.B, n.C}, kItemsizes[dtype]);
+  }
+  float* workspace(const Tensors& t, size_t i) const {
+    return t.dense<float>(i, "workspace", {adaln_tables[current]->backward_workspace(n)});
+  }
+
+  void run(const AdalnPair& kernels, const AdalnForward& a) const {
+    const auto kernel = present(kernels.forward);
+    py::gil_scoped_release release;
+    kernel(a, n);
+  }
+  void run(const AdalnPair& kernels, const AdalnBackward& a, float* workspace) const {
+    const auto kernel = present(kernels.backward);
+    py::gil_scoped_release release;
+    kernel(a, n, workspace);
+  }
+};
 
 int64_t backward_workspace(const py::tuple& shape) {
   return adaln_tables[current]->backward_workspace({entry(shape, 0), entry(shape, 1), entry(shape, 2), 0.0f, nullptr});
@@ -32,62 +44,66 @@ int64_t backward_workspace(const py::tuple& shape) {
 // inputs: x, scale, shift; outputs: out
 void adaln_forward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
                    const py::tuple& outputs) {
+  const Call call(Where(where), shape, eps);
   const Tensors in(inputs), out(outputs);
   AdalnForward a{};
-  a.x = in.tokens(0);
-  a.scale = in.per_sample(1);
-  a.shift = in.per_sample(2);
-  a.out = out.tokens(0);
-  run(plain(where), a, sizes(where, shape, eps));
+  a.x = call.tokens(in, 0, "x");
+  a.scale = call.per_sample(in, 1, "scale");
+  a.shift = call.per_sample(in, 2, "shift");
+  a.out = call.tokens(out, 0, "out");
+  call.run(adaln_tables[current]->plain[call.dtype], a);
 }
 
-// inputs: the gradient of out, x, scale; outputs: the gradients of x, scale, shift
+// inputs: the gradient of out, x, scale; outputs: the gradients of x, scale, shift, and a workspace
 void adaln_backward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
-                    const py::tuple& outputs, Pointer workspace) {
-  const Tensors in(inputs), out(outputs);
+                    const py::tuple& outputs) {
+  const Call call(Where(where), shape, eps);
+  const Tensors in(inputs), out(outputs, "gradient of ");
   AdalnBackward a{};
-  a.grad_out = in.tokens(0);
-  a.x = in.tokens(1);
-  a.scale = in.per_sample(2);
-  a.dx = out.tokens(0);
-  a.dscale = out.per_sample(1);
-  a.dshift = out.per_sample(2);
-  run(plain(where), a, sizes(where, shape, eps), workspace);
+  a.grad_out = call.tokens(in, 0, "gradient of out");
+  a.x = call.tokens(in, 1, "x");
+  a.scale = call.per_sample(in, 2, "scale");
+  a.dx = call.tokens(out, 0, "x");
+  a.dscale = call.per_sample(out, 1, "scale");
+  a.dshift = call.per_sample(out, 2, "shift");
+  call.run(adaln_tables[current]->plain[call.dtype], a, call.workspace(Tensors(outputs), 3));
 }
 
 // inputs: x, branch, gate, scale, shift; outputs: the new x, out
 void gated_adaln_forward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
                          const py::tuple& outputs) {
+  const Call call(Where(where), shape, eps);
   const Tensors in(inputs), out(outputs);
   AdalnForward a{};
-  a.x = in.tokens(0);
-  a.branch = in.tokens(1);
-  a.gate = in.per_sample(2);
-  a.scale = in.per_sample(3);
-  a.shift = in.per_sample(4);
-  a.x_new = out.tokens(0);
-  a.out = out.tokens(1);
-  run(gated(where), a, sizes(where, shape, eps));
+  a.x = call.tokens(in, 0, "x");
+  a.branch = call.tokens(in, 1, "branch");
+  a.gate = call.per_sample(in, 2, "gate");
+  a.scale = call.per_sample(in, 3, "scale");
+  a.shift = call.per_sample(in, 4, "shift");
+  a.x_new = call.tokens(out, 0, "the new x");
+  a.out = call.tokens(out, 1, "out");
+  call.run(adaln_tables[current]->gated[call.dtype], a);
 }
 
 // inputs: the gradients of the new x and of out, the new x, branch, gate, scale;
-// outputs: the gradients of x, branch, gate, scale, shift
+// outputs: the gradients of x, branch, gate, scale, shift, and a workspace
 void gated_adaln_backward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
-                          const py::tuple& outputs, Pointer workspace) {
-  const Tensors in(inputs), out(outputs);
+                          const py::tuple& outputs) {
+  const Call call(Where(where), shape, eps);
+  const Tensors in(inputs), out(outputs, "gradient of ");
   AdalnBackward a{};
-  a.grad_x_new = in.tokens(0);
-  a.grad_out = in.tokens(1);
-  a.x = in.tokens(2);
-  a.branch = in.tokens(3);
-  a.gate = in.per_sample(4);
-  a.scale = in.per_sample(5);
-  a.dx = out.tokens(0);
-  a.dbranch = out.tokens(1);
-  a.dgate = out.per_sample(2);
-  a.dscale = out.per_sample(3);
-  a.dshift = out.per_sample(4);
-  run(gated(where), a, sizes(where, shape, eps), workspace);
+  a.grad_x_new = call.tokens(in, 0, "gradient of the new x");
+  a.grad_out = call.tokens(in, 1, "gradient of out");
+  a.x = call.tokens(in, 2, "the new x");
+  a.branch = call.tokens(in, 3, "branch");
+  a.gate = call.per_sample(in, 4, "gate");
+  a.scale = call.per_sample(in, 5, "scale");
+  a.dx = call.tokens(out, 0, "x");
+  a.dbranch = call.tokens(out, 1, "branch");
+  a.dgate = call.per_sample(out, 2, "gate");
+  a.dscale = call.per_sample(out, 3, "scale");
+  a.dshift = call.per_sample(out, 4, "shift");
+  call.run(adaln_tables[current]->gated[call.dtype], a, call.workspace(Tensors(outputs), 5));
 }
 
 }  // namespace

@@ -3,46 +3,50 @@
 
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
+#include "common/dtype.h"
 #include "common/instruction_set.h"
+#include "common/tensors.h"
 #include "common/views.h"
 
-namespace py = pybind11;
-
 namespace mvar {
-
-typedef uintptr_t Pointer;
 
 // The instruction set in use: the index of an op's MVAR_TABLES.
 extern InstructionSet current;
 
-inline int64_t entry(const py::tuple& tuple, size_t i) { return py::cast<int64_t>(tuple[i]); }
+// How a call names the dtype and, on a GPU, the stream: where() in mvar_kernels/binding.py.
+struct Where {
+  Dtype dtype;
+  void* stream;
 
-// A call's tensors, as pointers() in mvar_kernels/binding.py passes them: of each its data_ptr() and its stride().
-class Tensors {
- public:
-  explicit Tensors(const py::tuple& tensors) : tensors_(tensors) {}
+  explicit Where(const py::tuple& where) : dtype(checked(entry(where, 0))), stream((void*)entry(where, 1)) {}
+  int64_t itemsize() const { return kItemsizes[dtype]; }
 
-  template <typename T>
-  T* data(size_t i) const {
-    return (T*)py::cast<Pointer>(tensor(i)[0]);
+  static Dtype checked(int64_t index) {
+    if (index < 0 || index >= kDtypes) throw py::value_error("no dtype has the index " + std::to_string(index));
+    return Dtype(index);
   }
-  float* floats(size_t i) const { return data<float>(i); }
-  py::tuple strides(size_t i) const { return py::reinterpret_borrow<py::tuple>(tensor(i)[1]); }
-
-  Tokens tokens(size_t i) const {
-    const py::tuple s = strides(i);
-    return {data<void>(i), entry(s, 0), entry(s, 1)};
-  }
-  PerSample per_sample(size_t i) const { return {data<void>(i), entry(strides(i), 0)}; }
-  Heads heads(size_t i) const {
-    const py::tuple s = strides(i);
-    return {data<void>(i), entry(s, 0), entry(s, 1), entry(s, 2)};
-  }
-
- private:
-  py::tuple tensor(size_t i) const { return py::reinterpret_borrow<py::tuple>(tensors_[i]); }
-
-  const py::tuple& tensors_;
 };
+
+// A kernel of a table, whose entries for dtypes that it does not take are null.
+template <typename Kernel>
+Kernel* present(Kernel* kernel) {
+  if (kernel == nullptr) throw py::value_error("there is no kernel for this dtype");
+  return kernel;
+}
+
+// Tokens per scale, which must add up to L.
+inline std::vector<int64_t> scale_lengths(const py::tuple& scales, int64_t L) {
+  std::vector<int64_t> lengths(scales.size());
+  int64_t rest = L;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    lengths[i] = entry(scales, i);
+    if (lengths[i] < 1 || lengths[i] > rest) throw py::value_error("scales: expected to add up to the tokens");
+    rest -= lengths[i];
+  }
+  if (rest != 0) throw py::value_error("scales: expected to add up to the tokens");
+  return lengths;
+}
 
 }  // namespace mvar

@@ -21,41 +21,65 @@ Sizes sizes_of(const py::tuple& sizes, float eps) {
           entry(sizes, 4), entry(sizes, 5), entry(sizes, 6), eps};
 }
 
-// (B, L, H) or (B, L, 2, H)
-StepTokens step_tokens(const Tensors& t, size_t i) {
-  const py::tuple s = t.strides(i);
-  return {t.data<void>(i), entry(s, 0), entry(s, 1), s.size() == 4 ? entry(s, 2) : 0};
+States states(const Tensors& t, size_t i, const char* name, const Sizes& n) {
+  const Heads v = t.heads(i, name, {n.B, n.H, n.P, n.N}, sizeof(float));
+  return {(float*)v.data, v.batch_stride, v.row_stride, v.head_stride};
 }
 
-States states(const Tensors& t, size_t i) {
-  const py::tuple s = t.strides(i);
-  return {t.floats(i), entry(s, 0), entry(s, 1), entry(s, 2)};
-}
+// Where the mixer's tensors are: zxbcdt, conv state, initial state, conv_weight, conv_bias, dt_bias, A, D, norm_weight;
+// or, in this order, their gradients.
+struct MixerTensors {
+  Tokens z, xbc, conv_state;
+  StepTokens dt;
+  States initial;
+  float *conv_weight, *conv_bias, *dt_bias, *A, *D, *norm_weight;
 
-// zxbcdt, conv state, initial state, conv_weight, conv_bias, dt_bias, A, D, norm_weight
-MixerForward mixer_inputs(const Tensors& t, const Sizes& n, int64_t bytes) {
-  const int64_t E = n.H * n.P, xbc = E + 2 * n.N;
-  const Tokens whole = t.tokens(0);
+  // itemsize: of zxbcdt and the conv state; all else is float32
+  MixerTensors(const Tensors& t, const Sizes& n, int64_t itemsize) {
+    const int64_t E = n.H * n.P, channels = E + 2 * n.N, steps = n.directions * n.H;
+    const Tokens whole = t.tokens(0, "zxbcdt", {n.B, n.L, E + channels + steps}, itemsize);
+    z = whole;
+    xbc = {(char*)whole.data + E * itemsize, whole.batch_stride, whole.row_stride};
+    dt = {(char*)whole.data + (E + channels) * itemsize, whole.batch_stride, whole.row_stride, n.H};
+    conv_state = t.tokens(1, "conv state", {n.B, n.taps - 1, channels}, itemsize);
+    initial = states(t, 2, "ssm state", n);
+    conv_weight = t.dense<float>(3, "conv_weight", {channels, n.taps});
+    conv_bias = t.dense<float>(4, "conv_bias", {channels});
+    dt_bias = per_direction(t, 5, "dt_bias", n);
+    A = per_direction(t, 6, "A_log", n);
+    D = t.dense<float>(7, "D", {n.H});
+    norm_weight = t.dense<float>(8, "norm_weight", {E});
+  }
+
+  // (H), or (2, H)
+  static float* per_direction(const Tensors& t, size_t i, const char* name, const Sizes& n) {
+    return n.directions == 1 ? t.dense<float>(i, name, {n.H}) : t.dense<float>(i, name, {n.directions, n.H});
+  }
+};
+
+MixerForward mixer_inputs(const Tensors& inputs, const Sizes& n, int64_t itemsize) {
+  const MixerTensors t(inputs, n, itemsize);
   MixerForward a{};
-  a.z = whole;
-  a.xbc = {(char*)whole.data + E * bytes, whole.batch_stride, whole.row_stride};
-  a.dt = {(char*)whole.data + (E + xbc) * bytes, whole.batch_stride, whole.row_stride, n.H};
-  a.conv_state = t.tokens(1);
-  a.initial = states(t, 2);
-  a.conv_weight = t.floats(3);
-  a.conv_bias = t.floats(4);
-  a.dt_bias = t.floats(5);
-  a.A = t.floats(6);
-  a.D = t.floats(7);
-  a.norm_weight = t.floats(8);
+  a.z = t.z;
+  a.xbc = t.xbc;
+  a.dt = t.dt;
+  a.conv_state = t.conv_state;
+  a.initial = t.initial;
+  a.conv_weight = t.conv_weight;
+  a.conv_bias = t.conv_bias;
+  a.dt_bias = t.dt_bias;
+  a.A = t.A;
+  a.D = t.D;
+  a.norm_weight = t.norm_weight;
   return a;
 }
 
 // y, and the two new states
-void set_outputs(MixerForward& a, const Tensors& t) {
-  a.y = t.tokens(0);
-  a.last_conv = t.tokens(1);
-  a.last = states(t, 2);
+void set_outputs(MixerForward& a, const Tensors& t, const Sizes& n, int64_t itemsize) {
+  const int64_t E = n.H * n.P;
+  a.y = t.tokens(0, "y", {n.B, n.L, E}, itemsize);
+  a.last_conv = t.tokens(1, "new conv state", {n.B, n.taps - 1, E + 2 * n.N}, itemsize);
+  a.last = states(t, 2, "new ssm state", n);
 }
 
 #if defined(MVAR_CUDA_MODULE)
@@ -63,19 +87,22 @@ void set_outputs(MixerForward& a, const Tensors& t) {
 const CudaMixer* const tables[] = MVAR_TABLES(mamba2_mixer);
 
 int64_t mamba2_mixer_workspace(const py::tuple& where, const py::tuple& sizes) {
-  return tables[current]->workspace_bytes[entry(where, 0)](sizes_of(sizes, 0));
+  return present(tables[current]->workspace_bytes[Where(where).dtype])(sizes_of(sizes, 0));
 }
 
-// where: the dtype's index and the stream; of the parameters, A_log takes the place of A
+// where: the dtype's index and the stream; of the parameters, A_log takes the place of A; outputs: y, the two new
+// states, and a workspace
 void mamba2_mixer_forward(const py::tuple& where, const py::tuple& sizes, float eps, const py::tuple& inputs,
-                          const py::tuple& outputs, Pointer workspace) {
+                          const py::tuple& outputs) {
   const Sizes n = sizes_of(sizes, eps);
-  MixerForward a = mixer_inputs(Tensors(inputs), n, sizeof(uint16_t));
-  set_outputs(a, Tensors(outputs));
-  const auto forward = tables[current]->forward[entry(where, 0)];
-  void* stream = (void*)entry(where, 1);
+  const Where at(where);
+  const Tensors out(outputs);
+  MixerForward a = mixer_inputs(Tensors(inputs), n, kItemsizes[at.dtype]);
+  set_outputs(a, out, n, kItemsizes[at.dtype]);
+  char* const workspace = out.dense<char>(3, "workspace", {mamba2_mixer_workspace(where, sizes)});
+  const auto forward = present(tables[current]->forward[at.dtype]);
   py::gil_scoped_release release;
-  forward(a, n, (void*)workspace, stream);
+  forward(a, n, workspace, at.stream);
 }
 
 }  // namespace
@@ -89,71 +116,101 @@ void bind_mamba2(py::module_& m) {
 
 const Kernels* const tables[] = MVAR_TABLES(mamba2_kernels);
 
-Cut cut(const py::tuple& scales, const Sizes& n) {
-  std::vector<int64_t> lengths(scales.size());
-  for (size_t i = 0; i < scales.size(); ++i) lengths[i] = entry(scales, i);
-  return Cut(lengths, n.directions == 2);
-}
-
 template <typename Arguments>
 void run(void (*kernel)(const Arguments&, const Sizes&, const Plan&, float*),
          int64_t (*workspace_floats)(const Sizes&, const Plan&), const Arguments& a, const Sizes& n,
          const py::tuple& scales) {
-  const Cut pieces = cut(scales, n);
+  const Cut pieces(scale_lengths(scales, n.L), n.directions == 2);
   const Plan plan = pieces.plan();
   const std::unique_ptr<float[]> workspace(new float[workspace_floats(n, plan)]);
   py::gil_scoped_release release;
   kernel(a, n, plan, workspace.get());
 }
 
-// x, dt, A, B, C, D, initial state
-ScanForward scan_inputs(const Tensors& t) {
+int64_t itemsize_of(bool bf16) { return kItemsizes[bf16 ? kBfloat16 : kFloat32]; }
+
+// Where the scan's tensors are: x, dt, A, B, C, D, initial state; or, in this order, their gradients.
+struct ScanTensors {
+  Heads x;
+  StepTokens dt;
+  float* A;
+  Tokens B, C;
+  float* D;
+  States initial;
+
+  // itemsize: of x, B and C; all else is float32
+  ScanTensors(const Tensors& t, const Sizes& n, int64_t itemsize) {
+    x = t.heads(0, "x", {n.B, n.L, n.H, n.P}, itemsize);
+    dt = step_tokens(t, n);
+    A = MixerTensors::per_direction(t, 2, "A", n);
+    B = t.tokens(3, "B", {n.B, n.L, n.N}, itemsize);
+    C = t.tokens(4, "C", {n.B, n.L, n.N}, itemsize);
+    D = t.dense<float>(5, "D", {n.H});
+    initial = states(t, 6, "initial_state", n);
+  }
+
+  // (B, L, H) or (B, L, 2, H)
+  static StepTokens step_tokens(const Tensors& t, const Sizes& n) {
+    if (n.directions == 1) {
+      const Tokens v = t.tokens(1, "dt", {n.B, n.L, n.H}, sizeof(float));
+      return {v.data, v.batch_stride, v.row_stride, 0};
+    }
+    const Heads v = t.heads(1, "dt", {n.B, n.L, n.directions, n.H}, sizeof(float));
+    return {v.data, v.batch_stride, v.row_stride, v.head_stride};
+  }
+};
+
+ScanForward scan_inputs(const Tensors& inputs, const Sizes& n, int64_t itemsize) {
+  const ScanTensors t(inputs, n, itemsize);
   ScanForward a{};
-  a.x = t.heads(0);
-  a.dt = step_tokens(t, 1);
-  a.A = t.floats(2);
-  a.B = t.tokens(3);
-  a.C = t.tokens(4);
-  a.D = t.floats(5);
-  a.initial = states(t, 6);
+  a.x = t.x;
+  a.dt = t.dt;
+  a.A = t.A;
+  a.B = t.B;
+  a.C = t.C;
+  a.D = t.D;
+  a.initial = t.initial;
   return a;
 }
 
 // outputs: y, the last state
 void ssd_scan_forward(bool bf16, const py::tuple& sizes, const py::tuple& scales, const py::tuple& inputs,
                       const py::tuple& outputs) {
+  const Sizes n = sizes_of(sizes, 0);
   const Tensors out(outputs);
-  ScanForward a = scan_inputs(Tensors(inputs));
-  a.y = out.heads(0);
-  a.last = states(out, 1);
+  ScanForward a = scan_inputs(Tensors(inputs), n, itemsize_of(bf16));
+  a.y = out.heads(0, "y", {n.B, n.L, n.H, n.P}, itemsize_of(bf16));
+  a.last = states(out, 1, "last state", n);
   const Kernels& kernels = *tables[current];
-  run(bf16 ? kernels.scan_bf16 : kernels.scan_f32, kernels.forward_workspace, a, sizes_of(sizes, 0), scales);
+  run(bf16 ? kernels.scan_bf16 : kernels.scan_f32, kernels.forward_workspace, a, n, scales);
 }
 
 // grads: of y and the last state; outputs: the gradients of the inputs, in their order
 void ssd_scan_backward(const py::tuple& sizes, const py::tuple& scales, const py::tuple& grads,
                        const py::tuple& inputs, const py::tuple& outputs) {
-  const Tensors given(grads), out(outputs);
+  const Sizes n = sizes_of(sizes, 0);
+  const Tensors given(grads, "gradient of ");
+  const ScanTensors out(Tensors(outputs, "gradient of "), n, sizeof(float));
   ScanBackward a{};
-  a.forward = scan_inputs(Tensors(inputs));
-  a.grad_y = given.heads(0);
-  a.grad_last = states(given, 1);
-  a.dx = out.heads(0);
-  a.ddt = step_tokens(out, 1);
-  a.dA = out.floats(2);
-  a.dB = out.tokens(3);
-  a.dC = out.tokens(4);
-  a.dD = out.floats(5);
-  a.dinitial = states(out, 6);
+  a.forward = scan_inputs(Tensors(inputs), n, sizeof(float));
+  a.grad_y = given.heads(0, "y", {n.B, n.L, n.H, n.P}, sizeof(float));
+  a.grad_last = states(given, 1, "last state", n);
+  a.dx = out.x;
+  a.ddt = out.dt;
+  a.dA = out.A;
+  a.dB = out.B;
+  a.dC = out.C;
+  a.dD = out.D;
+  a.dinitial = out.initial;
   const Kernels& kernels = *tables[current];
-  run(kernels.scan_backward, kernels.backward_workspace, a, sizes_of(sizes, 0), scales);
+  run(kernels.scan_backward, kernels.backward_workspace, a, n, scales);
 }
 
 void mamba2_mixer_forward(bool bf16, const py::tuple& sizes, const py::tuple& scales, float eps,
                           const py::tuple& inputs, const py::tuple& outputs) {
   const Sizes n = sizes_of(sizes, eps);
-  MixerForward a = mixer_inputs(Tensors(inputs), n, bf16 ? 2 : 4);
-  set_outputs(a, Tensors(outputs));
+  MixerForward a = mixer_inputs(Tensors(inputs), n, itemsize_of(bf16));
+  set_outputs(a, Tensors(outputs), n, itemsize_of(bf16));
   const Kernels& kernels = *tables[current];
   run(bf16 ? kernels.mixer_bf16 : kernels.mixer_f32, kernels.forward_workspace, a, n, scales);
 }
@@ -162,24 +219,25 @@ void mamba2_mixer_forward(bool bf16, const py::tuple& sizes, const py::tuple& sc
 void mamba2_mixer_backward(const py::tuple& sizes, const py::tuple& scales, float eps, const py::tuple& grads,
                            const py::tuple& inputs, const py::tuple& outputs) {
   const Sizes n = sizes_of(sizes, eps);
-  const Tensors given(grads), out(outputs);
+  MixerForward given{};
+  set_outputs(given, Tensors(grads, "gradient of "), n, sizeof(float));
+  const MixerTensors out(Tensors(outputs, "gradient of "), n, sizeof(float));
   MixerBackward a{};
   a.forward = mixer_inputs(Tensors(inputs), n, sizeof(float));
-  a.grad_y = given.tokens(0);
-  a.grad_last_conv = given.tokens(1);
-  a.grad_last = states(given, 2);
-  const MixerForward places = mixer_inputs(out, n, sizeof(float));
-  a.dz = places.z;
-  a.dxbc = places.xbc;
-  a.ddt = places.dt;
-  a.dconv_state = places.conv_state;
-  a.dinitial = places.initial;
-  a.dconv_weight = out.floats(3);
-  a.dconv_bias = out.floats(4);
-  a.ddt_bias = out.floats(5);
-  a.dA_log = out.floats(6);
-  a.dD = out.floats(7);
-  a.dnorm_weight = out.floats(8);
+  a.grad_y = given.y;
+  a.grad_last_conv = given.last_conv;
+  a.grad_last = given.last;
+  a.dz = out.z;
+  a.dxbc = out.xbc;
+  a.ddt = out.dt;
+  a.dconv_state = out.conv_state;
+  a.dinitial = out.initial;
+  a.dconv_weight = out.conv_weight;
+  a.dconv_bias = out.conv_bias;
+  a.ddt_bias = out.dt_bias;
+  a.dA_log = out.A;
+  a.dD = out.D;
+  a.dnorm_weight = out.norm_weight;
   const Kernels& kernels = *tables[current];
   run(kernels.mixer_backward, kernels.backward_workspace, a, n, scales);
 }

@@ -48,9 +48,9 @@ def _workspace(x: Tensor) -> Tensor:
 
 def _adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, x, scale = view(grad_out), view(x), view(scale)
-    dx, dscale, dshift = empty(x), empty(scale), empty(scale)
-    inputs, outputs, workspace = pointers(grad_out, x, scale), pointers(dx, dscale, dshift), _workspace(x)
-    extension(x).adaln_backward(where(x), x.shape, eps, inputs, outputs, workspace.data_ptr())
+    dx, dscale, dshift, workspace = empty(x), empty(scale), empty(scale), _workspace(x)
+    inputs, outputs = pointers(grad_out, x, scale), pointers(dx, dscale, dshift, workspace)
+    extension(x).adaln_backward(where(x), x.shape, eps, inputs, outputs)
     return dx, dscale, dshift
 
 
@@ -60,10 +60,10 @@ def _gated_adaln_backward(
     grad_x_new, grad_out, x_new, branch = view(grad_x_new), view(grad_out), view(x_new), view(branch)
     gate, scale = view(gate), view(scale)
     dx, dbranch = empty(x_new), empty(x_new)
-    dgate, dscale, dshift = empty(scale), empty(scale), empty(scale)
+    dgate, dscale, dshift, workspace = empty(scale), empty(scale), empty(scale), _workspace(x_new)
     inputs = pointers(grad_x_new, grad_out, x_new, branch, gate, scale)
-    outputs, workspace = pointers(dx, dbranch, dgate, dscale, dshift), _workspace(x_new)
-    extension(x_new).gated_adaln_backward(where(x_new), x_new.shape, eps, inputs, outputs, workspace.data_ptr())
+    outputs = pointers(dx, dbranch, dgate, dscale, dshift, workspace)
+    extension(x_new).gated_adaln_backward(where(x_new), x_new.shape, eps, inputs, outputs)
     return dx, dbranch, dgate, dscale, dshift
 
 

@@ -95,8 +95,8 @@ def _mamba2_mixer_on_cuda(
     y = zxbcdt.new_empty(*zxbcdt.shape[:2], params[-1].shape[0])
     last_conv, last_ssm = empty(conv_state), empty(ssm)
     workspace = y.new_empty(kernels.mamba2_mixer_workspace(at, sizes), dtype=torch.uint8)
-    outputs = pointers(y, last_conv, last_ssm)
-    kernels.mamba2_mixer_forward(at, sizes, eps, pointers(*inputs), outputs, workspace.data_ptr())
+    outputs = pointers(y, last_conv, last_ssm, workspace)
+    kernels.mamba2_mixer_forward(at, sizes, eps, pointers(*inputs), outputs)
     return y, last_conv, last_ssm
 
 

@@ -38,9 +38,9 @@ def _sample_tokens(call: Draw) -> Tensor:
     extension(cond).sample_tokens(
         where(cond),
         cond.shape,
-        pointers(cond, uncond, call.image_index),
-        (call.guidance, min(call.top_k, cond.shape[-1]), call.top_p, call.seed.data_ptr(), call.scale_index),
-        tokens.data_ptr(),
+        pointers(cond, uncond, call.image_index, call.seed),
+        (call.guidance, min(call.top_k, cond.shape[-1]), call.top_p, call.scale_index),
+        pointers(tokens),
     )
     return tokens
 
@@ -51,11 +51,11 @@ def _soft_embedding(call: Draw, codebook: Tensor, sharpness: float, temperature:
     extension(cond).soft_embedding(
         where(cond),
         cond.shape,
-        pointers(cond, uncond, call.image_index, codebook),
-        (call.guidance, min(call.top_k, cond.shape[-1]), call.top_p, call.seed.data_ptr(), call.scale_index),
+        pointers(cond, uncond, call.image_index, call.seed, codebook),
+        (call.guidance, min(call.top_k, cond.shape[-1]), call.top_p, call.scale_index),
         DTYPES[codebook.dtype],
         *(codebook.shape[1], sharpness, temperature),
-        mean.data_ptr(),
+        pointers(mean),
     )
     return mean
 

@@ -34,20 +34,26 @@ def _floats(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
+def _shape(call: Attention) -> tuple[int, ...]:
+    """(B, Lq, L, H, D)"""
+    B, Lq, H, D = call.q.shape
+    return B, Lq, call.k.shape[1], H, D
+
+
 def _forward_cuda(call: Attention) -> tuple[Tensor, Tensor]:
     q, k, v, temperature = aligned(call.q), aligned(call.k), aligned(call.v), _floats(call.log_temperature)
     B, Lq, H, _ = q.shape
     made = plan(call.scales, Lq, call.causal, False, CUDA_BLOCK, CUDA_BLOCK, q.device)
     out, lse = empty(q), torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
     inputs = pointers(q, k, v, temperature, made.tiles, made.spans)
-    extension(q).scale_attention_forward(where(q), q.shape, call.scale, inputs, len(made.tiles), pointers(out, lse))
+    shape, outputs = _shape(call), pointers(out, lse)
+    extension(q).scale_attention_forward(where(q), shape, call.scale, inputs, len(made.tiles), outputs)
     return out, lse
 
 
 def _how(call: Attention) -> tuple[object, ...]:
-    """What a call on the CPU says of its tensors: dtype, (B, Lq, L, H, D), and options."""
-    B, Lq, H, D = call.q.shape
-    return call.q.dtype is torch.bfloat16, (B, Lq, call.k.shape[1], H, D), call.scales, call.causal, call.scale
+    """What a call on the CPU says of its tensors: dtype, sizes and options."""
+    return call.q.dtype is torch.bfloat16, _shape(call), call.scales, call.causal, call.scale
 
 
 def _forward_cpu(call: Attention) -> tuple[Tensor, Tensor]:
