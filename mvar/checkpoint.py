@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mvar.config import SCHEDULES, ModelConfig
-from mvar.files import replacing
+from mvar.errors import message
+from mvar.files import expanded, replacing
 from mvar.model import Model, from_config
 from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
 
@@ -124,10 +125,10 @@ def _read(path: str | Path, part: str) -> tuple[dict[str, Tensor], object]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file}: not loaded, because it is more than weights or corrupted: {_first_line(error)}"
+            f"{file}: not loaded, because it is more than weights or corrupted: {message(error)}"
         ) from error
     except Exception as error:  # what a corrupted byte raises inside the reader is any of a dozen types
-        raise CheckpointError(f"{file}: truncated or corrupted, or no weights: {_first_line(error)}") from error
+        raise CheckpointError(f"{file}: truncated or corrupted, or no weights: {message(error)}") from error
     if isinstance(loaded, Mapping) and isinstance(trainer := loaded.get("trainer"), Mapping):
         loaded = next((trainer[name] for name in IN_TRAINERS[part] if name in trainer), None)
     if not isinstance(loaded, Mapping) or not all(
@@ -140,7 +141,7 @@ def _read(path: str | Path, part: str) -> tuple[dict[str, Tensor], object]:
 def _local(path: str) -> Path:
     """The file itself, or for hf://owner/repository/file its copy in the Hugging Face cache, fetched if need be."""
     if not path.startswith(HUB):
-        return Path(path)
+        return expanded(path)
     owner, _, rest = path.removeprefix(HUB).partition("/")
     repository, _, name = rest.partition("/")
     if not (owner and repository and name):
@@ -150,11 +151,7 @@ def _local(path: str) -> Path:
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", name))
     except (OSError, ValueError, RuntimeError) as error:
-        raise OSError(f"{path}: could not be fetched: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"{path}: could not be fetched: {message(error)}") from error
 
 
 def _built(path: str | Path, make: Callable[[dict[str, Any]], Module], kind: str, stored: object) -> Module:
@@ -165,7 +162,7 @@ def _built(path: str | Path, make: Callable[[dict[str, Any]], Module], kind: str
         with torch.device("meta"):
             return make(stored)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: no usable sizes for a {kind}: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: no usable sizes for a {kind}: {message(error)}") from error
 
 
 def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: str | torch.device) -> Module:

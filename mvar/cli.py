@@ -9,12 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mvar.errors import message
+from mvar.files import expanded
+from mvar.terminal import tolerant_output
 from mvar.train.flags import add_flags, parsed, token_maps
 
 # torch takes a second to import: `mvar --help` and bad use are answered before it.
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
 SUITES = ("parity", "throughput", "ops", "data", "train", "digits", "plug_in")
+EXPECTED = (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, MemoryError)
 BACKEND_HELP = "backend of every op, see `mvar info` (default: auto)"
 
 
@@ -24,16 +28,30 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a subcommand. Bad use, bad files and bad values end with exit code 2 and one plain line."""
+    """Run a subcommand. Bad use, bad files and bad values end with exit code 2 and one plain line.
+
+    So does output that cannot be printed, once the work is done, unless its reader has gone (`| head -1`).
+    """
+    with tolerant_output() as output:
+        try:
+            _main(arguments)
+        finally:
+            output.flush()
+            if output.lost is not None and not isinstance(output.lost, BrokenPipeError):
+                print(f"mvar: error: cannot write to standard output: {output.lost.strerror}", file=sys.stderr)
+                sys.exit(2)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
     try:
         run(options)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+    except Exception as error:
         if options.traceback:
             raise
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"mvar {options.command}: error: {line}", file=sys.stderr)
+        hint = "" if isinstance(error, EXPECTED) else f" ({type(error).__name__}; --traceback shows where)"
+        print(f"mvar {options.command}: error: {message(error)}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -65,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "mvar demo\nmvar demo --bidirectional --out digits",
     )
     demo.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder for samples.png and scales.png (default: demo)"
+        "--out", type=expanded, default=Path("demo"), help="folder for samples.png and scales.png (default: demo)"
     )
     demo.add_argument("--bidirectional", action="store_true", help="the model with the bidirectional mixer")
     demo.add_argument(
@@ -94,9 +112,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images at a time; leaves their random numbers as they are (default: 16)",
     )
-    sample.add_argument("--out", type=Path, help="folder for one PNG an image")
-    sample.add_argument("--grid", type=Path, help="PNG with all images, one row a class")
-    sample.add_argument("--npz", type=Path, help="npz with all images as the ADM evaluator reads them")
+    sample.add_argument("--out", type=expanded, help="folder for one PNG an image, without those of an earlier run")
+    sample.add_argument("--overwrite", action="store_true", help="remove an earlier run's images from --out")
+    sample.add_argument(
+        "--grid",
+        type=expanded,
+        help="picture of all images, one row a class: .png, .jpg, .webp or .bmp; PNG without suffix, as to /dev/stdout",
+    )
+    sample.add_argument("--npz", type=expanded, help="npz with all images as the ADM evaluator reads them")
     sample.add_argument("--smooth", action="store_true", help="soft codes: nicer pictures, not for FID")
     _compile_decoder(sample)
     _drawing(sample, cfg=1.5, top_k=900, top_p=0.96)
@@ -114,17 +137,17 @@ def _parser() -> argparse.ArgumentParser:
     _weights(evaluate)
     evaluate.add_argument(
         "--out",
-        type=Path,
+        type=expanded,
         required=True,
         help="folder for images.npz and evaluation.json; what is there already is kept and gone on with",
     )
     evaluate.add_argument("--count", type=int, default=50, metavar="N", help="images a class (default: 50)")
     evaluate.add_argument("--batch", type=int, default=50, metavar="N", help="images at a time (default: 50)")
     evaluate.add_argument("--png", action="store_true", help="also one PNG an image")
-    evaluate.add_argument("--reference", type=Path, help="ADM's reference npz, or any npz with images or moments")
+    evaluate.add_argument("--reference", type=expanded, help="ADM's reference npz, or any npz with images or moments")
     evaluate.add_argument(
         "--inception",
-        type=Path,
+        type=expanded,
         help="torch-fidelity's Inception weights (default: where torch.hub keeps them; nothing is ever fetched)",
     )
     _compile_decoder(evaluate)
@@ -154,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         "source", help="official or own file, checkpoint of VAR's or M-VAR's trainer, or of a run of mvar train"
     )
     convert.add_argument(
-        "target", type=Path, help=".pth for a state dict as published, .safetensors for our own format"
+        "target", type=expanded, help=".pth for a state dict as published, .safetensors for our own format"
     )
     convert.add_argument("--part", choices=("model", "tokenizer"), default="model", help="(default: model)")
     convert.add_argument(
@@ -174,14 +197,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     tokenize.add_argument(
         "--data_path",
-        type=Path,
+        type=expanded,
         required=True,
         help="folder with train/class/picture and, if wanted, val/class/picture",
     )
     tokenize.add_argument("--tokenizer", required=True, help="official or own file, or hf://owner/repository/file")
     tokenize.add_argument(
         "--out",
-        type=Path,
+        type=expanded,
         required=True,
         help="folder for train/ and val/; what is there already is kept and gone on with",
     )

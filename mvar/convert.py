@@ -1,14 +1,13 @@
 """`mvar convert`: weights from one format into another."""
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mvar.arguments import DTYPES
 from mvar.checkpoint import load_model, load_tokenizer, save
-from mvar.files import check_writable, replacing
+from mvar.files import check_writable, expanded, replacing
 from mvar.model import Model
 from mvar.tokenizer import Tokenizer
 from mvar.train.checkpoint import read_model
@@ -23,7 +22,7 @@ def convert(options: argparse.Namespace) -> None:
     if options.part == "tokenizer":
         module = load_tokenizer(options.source, patch_nums=options.pn)
     else:
-        folder = Path(options.source)
+        folder = expanded(options.source)
         module = read_model(folder) if folder.is_dir() else load_model(options.source)
     dtype = DTYPES[options.dtype]
     if options.target.suffix == ".safetensors":

@@ -11,7 +11,7 @@ from mvar import digits
 from mvar.arguments import drawing
 from mvar.files import check_writable
 from mvar.generate import generate
-from mvar.pictures import grid, save_png
+from mvar.pictures import grid, save_picture
 from mvar.processes import own_device
 from mvar_kernels.backends import backends, fastest_dtype
 
@@ -43,10 +43,10 @@ def demo(options: argparse.Namespace) -> None:
     pixels = torch.cat(images)
 
     rows = [pixels[labels == digit][:COLUMNS] for digit in range(digits.NUM_CLASSES)]
-    save_png(options.out / "samples.png", grid(torch.cat(rows), COLUMNS, enlarge=2))
+    save_picture(options.out / "samples.png", grid(torch.cat(rows), COLUMNS, enlarge=2))
     steps = generate(model, tokenizer, [3], return_scales=True, **shared).scales
     assert steps is not None
-    save_png(options.out / "scales.png", grid(torch.cat(steps), len(steps), enlarge=4))
+    save_picture(options.out / "scales.png", grid(torch.cat(steps), len(steps), enlarge=4))
 
     quality = digits.quality(pixels[: options.checked] * 2 - 1, labels[: options.checked])
     available = ", ".join(name for name, reason in backends().items() if reason is None)

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mvar.errors import message
+
 MAX_GRAPHS = 4
 """Graphs kept; the one unused for longest goes first. A run that draws one batch size has two, its last batch's being
 the other. They share one memory pool, so that another graph costs little more than its outputs."""
@@ -73,7 +75,7 @@ class CudaGraph:
                     outputs = function(*inputs)
             except RuntimeError as error:
                 cause = error.__context__ or error  # ending a failed capture fails, too, and says nothing of why
-                raise CaptureError(str(cause).splitlines()[0]) from error
+                raise CaptureError(message(cause)) from error
         return outputs
 
     def replay(self) -> None:

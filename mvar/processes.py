@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from mvar.errors import message
+
 Value = TypeVar("Value")
 
 
@@ -48,7 +50,7 @@ def own_device(name: str | None) -> torch.device:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device: {name!r} cannot be used: {message(error)}") from error
     return device
 
 

@@ -1,6 +1,7 @@
 """`mvar sample`: images from any weights, into PNG files, a grid or an npz; alone, or in every process of torchrun."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,10 +16,12 @@ from tqdm import tqdm
 from mvar.arguments import drawing, load
 from mvar.batches import drawn_batches
 from mvar.drawing import Drawing
-from mvar.files import beside, check_writable
+from mvar.files import beside, check_writable, is_standard_output
 from mvar.generate import Launched, launch
-from mvar.pictures import grid, save_npz, save_pixels, save_png
+from mvar.pictures import check_picture, grid, grid_size, save_npz, save_picture, save_pixels
 from mvar.processes import Processes, joined, own_device
+
+IMAGE = re.compile(r"\d{6,}_\d{4,}\.png")  # as this command names them, whichever images and classes
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -32,11 +35,16 @@ def sample(options: argparse.Namespace) -> None:
     for name in ("count", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    for path in (options.grid, options.npz, options.out and options.out / "000000.png"):
-        if path is not None:
-            check_writable(path)
+    outputs = [path for path in (options.out, options.grid, options.npz) if path is not None]
+    if options.grid is not None:
+        check_picture(options.grid)
+    for path in outputs:
+        check_writable(path / "000000.png" if path is options.out else path)
     model, tokenizer = load(options.weights, options.tokenizer, own_device(options.device))
     labels = torch.tensor(options.classes).repeat_interleave(options.count)
+    side = tokenizer.resolution
+    if options.grid is not None:
+        check_picture(options.grid, *grid_size(len(labels), options.count, side, side))
     shared = drawing(options)
     how = Drawing(
         more_smooth=options.smooth,
@@ -55,8 +63,11 @@ def sample(options: argparse.Namespace) -> None:
             **shared,
         )
 
-    shape = (len(labels), tokenizer.resolution, tokenizer.resolution, 3)
+    shape = (len(labels), side, side, 3)
     with joined() as processes, _gathered(options.npz or options.grid, shape, processes) as gathered:
+        if processes.leads and options.out is not None:
+            _claim(options.out, overwrite=options.overwrite)
+        processes.meet()
         mine = range(0, len(labels), options.batch)[processes.rank :: processes.size]
         quiet = None if processes.leads else True  # None: where there is no terminal
         with gathered() as pixels:
@@ -74,9 +85,21 @@ def sample(options: argparse.Namespace) -> None:
                 save_npz(options.npz, shape, [pixels], labels)
             if options.grid is not None:
                 images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2) / 255
-                save_png(options.grid, grid(images, options.count))
-    written = ", ".join(str(path) for path in (options.out, options.grid, options.npz) if path)
-    print(f"{len(labels)} images in {written}")
+                save_picture(options.grid, grid(images, options.count))
+    said_to = sys.stderr if any(map(is_standard_output, outputs)) else sys.stdout
+    print(f"{len(labels)} images in {', '.join(map(str, outputs))}", file=said_to)
+
+
+def _claim(folder: Path, *, overwrite: bool) -> None:
+    """See that no image of an earlier run, which may have had more of them, is left among those to come."""
+    earlier = sorted(path for path in folder.glob("*.png") if IMAGE.fullmatch(path.name))
+    if earlier and not overwrite:
+        raise ValueError(
+            f"--out: {folder} holds {len(earlier)} images of an earlier run, such as {earlier[0].name}; give another "
+            "folder, or --overwrite, which removes them"
+        )
+    for path in earlier:
+        path.unlink()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from mvar.arguments import DTYPES
 from mvar.checkpoint import load_tokenizer
 from mvar.data.folder import Crops, ImageFolder, Read
 from mvar.data.order import check_word
+from mvar.data.source import skipped_in_words
 from mvar.data.tokens import MANIFEST, MAX_CODES, Manifest, TokenStoreError, damage, fingerprint, shard_files, shard_sum
 from mvar.files import replacing
 from mvar.processes import own_device
@@ -67,7 +68,7 @@ def tokenize(options: argparse.Namespace) -> None:
         part = f" (process {rank} of {world})" if world > 1 else ""
         print(
             f"{options.out / name}{part}: {len(folder)} pictures of {folder.num_classes} classes, "
-            f"{written} files written, {len(folder.unreadable)} unreadable pictures"
+            f"{written} files written, {len(folder.unreadable)} unreadable pictures{skipped_in_words(folder)}"
         )
 
 

@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mvar.data.crops import centre_crop, random_crop, read_picture
+from mvar.data.crops import Resized, centre_crop, random_crop, read_picture
+from mvar.data.listing import pictures_by_class
 from mvar.data.order import Purpose, below, in_order, shuffled, words
 from mvar.data.source import Batch, load
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Those of torchvision's ImageFolder, so that both see the same pictures in the same order."""
+from mvar.errors import message
+from mvar.files import expanded, is_environmental
 
 MAX_UNREADABLE = 0.01
 JUDGED_FROM = 1000
@@ -41,7 +40,11 @@ class ImageFolder:
 
     A picture that cannot be read is named in the log, and another one, which follows from its place in the folder
     alone, stands in for it. More than 1 % of them stops the run: of those met in the epoch so far, counted as 1000 at
-    least, or of the whole folder where it has fewer.
+    least, or of the whole folder where it has fewer. An error that says nothing of the picture (too many open files, no
+    memory, no permission, a failing disk) is raised as it is.
+
+    What systems and tools leave beside pictures (`._x.png`, `.ipynb_checkpoints`, …), and links back, are `skipped`:
+    see :mod:`mvar.data.listing`.
 
     Args:
         resolution: R, pixels.
@@ -67,9 +70,9 @@ class ImageFolder:
             raise ValueError(f"resolution: expected at least 1, got {resolution}")
         if not 1 <= mid_resolution <= 16:
             raise ValueError(f"mid_resolution: expected from 1 to 16 times the resolution, got {mid_resolution}")
-        self.path, self.resolution, self.flip = Path(path), resolution, flip
+        self.path, self.resolution, self.flip = expanded(path), resolution, flip
         self.side = round(mid_resolution * resolution)
-        found = _pictures(self.path)
+        found, self.skipped = pictures_by_class(self.path)
         self.classes = tuple(found) if classes is None else tuple(classes)
         if unknown := sorted(found.keys() - set(self.classes)):
             raise ValueError(f"{self.path}: {len(unknown)} classes that are not in training, the first is {unknown[0]}")
@@ -119,6 +122,8 @@ class ImageFolder:
         failed: set[str] = set()
         seen = 0
         for read in load(reader, order, workers):
+            if read.error is not None:
+                raise read.error
             seen += len(read.pictures)
             for name, reason in read.failures:
                 failed.add(name)
@@ -147,6 +152,8 @@ class Read(NamedTuple):
     """(B, E, 3, R, R) float32 in [−1, 1]"""
     failures: list[tuple[str, str]]
     """name and reason of each picture that could not be read"""
+    error: Exception | None = None
+    """what ended the reading, and is to be raised: from a worker process it would come in another one's text"""
 
 
 class Crops(Dataset[Read]):
@@ -164,16 +171,16 @@ class Crops(Dataset[Read]):
             for candidate in candidates(int(item), len(self.folder)):
                 try:
                     picture = read_picture(self.folder.path / self.folder.name(candidate), self.folder.side)
-                except MemoryError:
-                    raise
                 except Exception as error:  # what a corrupted byte raises inside Pillow is any of a dozen types
-                    failures.append((self.folder.name(candidate), _reason(error)))
+                    if is_environmental(error):
+                        return Read(pictures, images, failures, error)
+                    failures.append((self.folder.name(candidate), message(error)))
                 else:
                     images[row], pictures[row] = self._crops(picture, candidate), candidate
                     break
         return Read(pictures, images, failures)
 
-    def _crops(self, picture: Image.Image, item: int) -> Tensor:
+    def _crops(self, picture: Resized, item: int) -> Tensor:
         if self.epochs is None:
             return centre_crop(picture, self.folder.resolution)[None]
         draw: dict[str, Any] = {"flip": self.folder.flip, "seed": self.seed, "item": item}
@@ -185,23 +192,3 @@ def candidates(item: int, items: int) -> Iterator[int]:
     yield item
     for word in words(TRIES - 1, Purpose.REPLACEMENT, item=item).tolist():
         yield below(word, items)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _pictures(path: Path) -> dict[str, list[str]]:
-    """Classes by name, and the pictures of each, relative to `path`: the order of torchvision's ImageFolder."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder; expected one with a subfolder for each class")
-    classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    return {
-        name: [
-            os.path.join(os.path.relpath(folder, path), file)
-            for folder, _, files in sorted(os.walk(path / name, followlinks=True))
-            for file in sorted(files)
-            if file.lower().endswith(EXTENSIONS)
-        ]
-        for name in classes
-    }

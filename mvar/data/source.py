@@ -33,6 +33,10 @@ class Source(Protocol):
     def unreadable(self) -> Collection[str]:
         """Names of the items that this process has met and could not read."""
 
+    @property
+    def skipped(self) -> Collection[str]:
+        """Names of what lies among the items and is none."""
+
     def __len__(self) -> int:
         """Items: those of one epoch."""
 
@@ -60,6 +64,11 @@ class Source(Protocol):
 
         Every rank has the same number of batches; those of the last round can be short, or without rows.
         """
+
+
+def skipped_in_words(source: Source) -> str:
+    """For the end of a summary: how many entries are no items, and one of them; empty where there are none."""
+    return f", {len(source.skipped)} skipped such as {min(source.skipped)}" if source.skipped else ""
 
 
 def load(reader: Dataset[Any], batches: Iterable[Any], workers: int) -> Iterator[Any]:
@@ -96,6 +105,7 @@ class TensorSource:
     """Images or tokens that are in memory."""
 
     unreadable: Collection[str] = ()
+    skipped: Collection[str] = ()
 
     def __init__(self, data: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
         self._data, self._labels = data, labels

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from mvar.data.order import Purpose, in_order, shuffled, words
 from mvar.data.source import Batch, load
+from mvar.files import expanded, is_environmental
 from mvar.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -161,9 +162,10 @@ class TokenStore:
 
     unreadable: Collection[str] = ()
     """what could not be read has stand-ins since `mvar tokenize`, which tells"""
+    skipped: Collection[str] = ()
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
         self.manifest = Manifest.read(self.path)
         files, missing = shard_files(self.path), []
         for k in range(self.manifest.shards):
@@ -272,6 +274,8 @@ def _check_header(path: Path, pictures: int, record: np.dtype[Any]) -> None:
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
+        if is_environmental(error):
+            raise
         raise TokenStoreError(f"{path}: truncated or damaged: {error}") from error
     if found.shape != (pictures,) or found.dtype != record:
         raise TokenStoreError(f"{path}: expected {pictures} records {record}, found {found.shape} of {found.dtype}")

@@ -15,7 +15,7 @@ import mvar
 from mvar.arguments import drawing, load
 from mvar.drawing import Drawing
 from mvar.evaluate.images import Recipe, draw_images, write_pngs
-from mvar.evaluate.inception import Sources, figures, sources
+from mvar.evaluate.inception import Sources, check, figures, sources
 from mvar.files import write_json
 from mvar.generate import Launched, launch
 from mvar.processes import joined, own_device
@@ -66,6 +66,7 @@ def evaluate(options: argparse.Namespace) -> None:
     with joined() as processes:
         if processes.leads:
             _tell_missing(found, "before the images are drawn, for there will be no such figure without")
+            check(found, device, recipe.resolution)
         here = {"versions": versions(), "machine": machine(device) | {"processes": processes.size}}
         npz = draw_images(options.out, recipe, begin, processes, here)
         if options.png:

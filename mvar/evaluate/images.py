@@ -141,6 +141,10 @@ def _claim(folder: Path, recipe: Recipe, drawn_by: Mapping[str, Any]) -> None:
         differences = ", ".join(f"{name} {stored.get(name)} there, {wanted.get(name)} asked for" for name in names)
         if differences:
             raise ValueError(f"{folder}: has images of another recipe: {differences}; give another folder")
+    elif any((folder / "png").glob("*.png")):
+        raise ValueError(
+            f"{folder}: png/ has images of a run whose {npz.name} is gone; delete them, or give another folder"
+        )
     else:  # a recipe without images is one that could not be drawn
         write_json(path, wanted)
     draws = not npz.exists() and drawn_by not in known

@@ -6,7 +6,6 @@ precision and recall (3 neighbours) against its 10,000 images, Inception score a
 """
 
 import hashlib
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mvar.errors import message
+from mvar.files import is_environmental
 from mvar.pictures import read_npz
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -26,6 +27,7 @@ REFERENCE_URL = (
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz"
 )
+NEIGHBOURS = 3  # of precision and recall
 FEATURES, LOGITS = "2048", "logits_unbiased"  # torch-fidelity's names
 
 
@@ -52,8 +54,7 @@ def sources(weights: Path | None, reference: Path | None) -> Sources:
     try:
         import torch_fidelity.metric_prc  # noqa: F401  (not in versions before 0.4)
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        missing.append(f"torch-fidelity 0.4 with torchvision: pip install 'torch-fidelity>=0.4' ({reason})")
+        missing.append(f"torch-fidelity 0.4 with torchvision: pip install 'torch-fidelity>=0.4' ({message(error)})")
     for name, path in (("--inception", weights), ("--reference", reference)):
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"{name}: {path}: no such file")
@@ -63,10 +64,24 @@ def sources(weights: Path | None, reference: Path | None) -> Sources:
             missing.append(f"the Inception network's weights: fetch {WEIGHTS_URL} and give --inception {WEIGHTS}")
     if weights.is_file():
         _check_weights(weights)
-    if reference is not None:
-        _check_reference(reference)
     absent = None if reference else f"ADM's reference: fetch {REFERENCE_URL} (for 256×256) and give it to --reference"
     return Sources(weights, reference, tuple(missing), absent)
+
+
+def check(found: Sources, device: torch.device, resolution: int) -> None:
+    """Use network and reference once, on a blank image: what they lack is told before images are drawn for hours.
+
+    Raises ValueError where the weights are not the network's, or the reference has not what :func:`figures` needs.
+    """
+    width = None
+    if not found.missing:
+        blank = np.zeros((1, resolution, resolution, 3), np.uint8)
+        width = Inception(found.weights, device)(blank)[FEATURES].shape[1]
+    if found.reference is not None:
+        try:
+            _check_reference(found.reference, width)
+        except ValueError as error:
+            raise ValueError(f"--reference: {error}") from error
 
 
 def figures(images: Path, found: Sources, device: torch.device, batch: int = 64) -> dict[str, Any]:
@@ -109,9 +124,17 @@ class Inception:
 
         _check_weights(weights)
         self.device = device
-        self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", [FEATURES, LOGITS], feature_extractor_weights_path=str(weights)
-        ).to(device)
+        try:
+            network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", [FEATURES, LOGITS], feature_extractor_weights_path=str(weights)
+            )
+        except Exception as error:  # a missing name, another shape, no table of weights at all
+            if is_environmental(error):
+                raise
+            raise ValueError(
+                f"--inception: {weights}: not the weights of the network, which are in {WEIGHTS}"
+            ) from error
+        self.network = network.to(device)
 
     @torch.no_grad()
     def __call__(self, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
@@ -141,16 +164,33 @@ def _check_weights(path: Path) -> None:
     """torch-fidelity reads pickles of any kind: not before torch has found that this one is weights alone."""
     try:
         torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"--inception: {path}: not a file of weights: {reason}") from error
+    except Exception as error:  # what a corrupted byte raises inside the reader is any of a dozen types
+        if is_environmental(error):
+            raise
+        raise ValueError(f"--inception: {path}: not a file of weights: {message(error)}") from error
 
 
-def _check_reference(path: Path) -> None:
+def _check_reference(path: Path, width: int | None) -> None:
+    """Read all of it. width: of the network's features, None where it is not there to be asked."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not an npz, or only a part of one")
     try:
         with np.load(path) as stored:
             names = set(stored.files)
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--reference: {path}: not an npz: {error}") from error
-    if not ({"mu", "sigma"} <= names or "arr_0" in names):
-        raise ValueError(f"--reference: {path}: expected mu and sigma, or images as arr_0; found {sorted(names)}")
+            moments = {name: stored[name] for name in ("mu", "sigma") if name in names}
+    except Exception as error:  # of NumPy, zipfile and zlib
+        if is_environmental(error):
+            raise
+        raise ValueError(f"{path}: damaged: {message(error)}") from error
+    if len(moments) == 1 or not (moments or "arr_0" in names):
+        raise ValueError(f"{path}: expected mu and sigma, or images as arr_0; found {sorted(names)}")
+    if moments:
+        width = width or moments["mu"].size
+        for name, shape in (("mu", (width,)), ("sigma", (width, width))):
+            found = moments[name]
+            if found.shape != shape or found.dtype.kind not in "fiu":
+                raise ValueError(f"{path}: {name}: expected real numbers {shape}, got {found.dtype} {found.shape}")
+            if not np.isfinite(found).all():
+                raise ValueError(f"{path}: {name}: not all values are finite")
+    if "arr_0" in names and (images := sum(len(pixels) for pixels in read_npz(path, 256))) <= NEIGHBOURS:
+        raise ValueError(f"{path}: arr_0: expected more than {NEIGHBOURS} images, got {images}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mvar.config import ARCHITECTURES, SCHEDULES
+from mvar.files import expanded
 
 COMPILE_MODES = {1: "reduce-overhead", 2: "max-autotune", 3: "default"}
 COMPILED = "torch.compile: 0 not, 1 reduce-overhead, 2 max-autotune, 3 its default mode"
@@ -135,6 +136,9 @@ class Flags:
     shorten: float = _flag(1.0, "share of the epochs, for a try")
 
     def __post_init__(self) -> None:
+        for name in ("data_path", "tokens", "tokenizer", "out"):
+            if (path := getattr(self, name)) is not None and "://" not in path:
+                object.__setattr__(self, name, str(expanded(path)))
         for name in ("depth", "bs", "ac", "ep", "save_every", "log_every", "skips"):
             require(getattr(self, name) >= 1, name, "a whole number of at least 1", getattr(self, name))
         for name in ("twd", "twde", "wp", "wp0", "wpe", "pgwp", "pg0", "pictures", "hd", "aln", "alng"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mvar.files import make_folder
 from mvar.processes import Processes
 
 FILE = ".lock"
@@ -33,7 +34,7 @@ def locked(folder: Path, processes: Processes) -> Iterator[None]:
 def _acquired(folder: Path) -> tuple[int | None, str | None]:
     """The open lock file, or why it is not to be had."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         return None, f"--out: cannot write into {folder}: {error.strerror}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mvar.files import replacing
+from mvar.files import make_folder, replacing
 from mvar.model import Model
 from mvar.train.distributed import World
 from mvar.train.objective import TokenLosses
@@ -141,7 +141,7 @@ class Reporter:
             return
         self.bar = tqdm(initial=done, total=total, desc=name, file=sys.stdout, disable=None, unit="it")
         with self._warning():
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             self._keep(done)
         if tensorboard is not False:
             with self._warning(), suppress(*([] if tensorboard else [ImportError])):
@@ -174,7 +174,7 @@ class Reporter:
         if not self.leads:
             return
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with self._warning(), self.path.open("a") as stream:
+        with self._warning(), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"iteration": iteration, "time": time.time(), **values}) + "\n")
         if self.board is not None:
             with self._warning():

@@ -10,11 +10,12 @@ import torch
 from mvar import digits
 from mvar.checkpoint import load_tokenizer, save
 from mvar.data import ImageFolder, Source, TokenStore, tensor_source
+from mvar.data.source import skipped_in_words
 from mvar.files import check_writable
 from mvar.generate import generate
 from mvar.initialise import initialise
 from mvar.model import Model, from_config
-from mvar.pictures import grid, save_png
+from mvar.pictures import grid, save_picture
 from mvar.tokenizer import Tokenizer
 from mvar.train.checks import check, model_config
 from mvar.train.distributed import World, joined
@@ -153,14 +154,15 @@ def draw(model: Model, tokenizer: Tokenizer, flags: Flags, path: Path) -> None:
     for i, label in enumerate(classes):
         out = generate(model, tokenizer, label.repeat(ROW), first_index=i * ROW, backend=flags.backend, **drawing)
         rows.append(out.images.cpu())
-    save_png(path, grid(torch.cat(rows), ROW))
+    save_picture(path, grid(torch.cat(rows), ROW))
 
 
 def _summary(trainer: Trainer, gone_on: bool) -> str:
     schedule, world = trainer.schedule, trainer.world
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     return (
-        f"{parameters:.1f}M parameters, {len(trainer.source)} items of {trainer.source.num_classes} classes, "
+        f"{parameters:.1f}M parameters, {len(trainer.source)} items of {trainer.source.num_classes} classes"
+        f"{skipped_in_words(trainer.source)}, "
         f"{schedule.epochs} epochs of {schedule.per_epoch} iterations of {schedule.images} images on {world.size} × "
         f"{world.device}, peak learning rate {schedule.peak:.3g}, seed {trainer.seed}"
         + (f"; goes on after iteration {trainer.done}" if gone_on else "")
