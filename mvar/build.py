@@ -43,7 +43,7 @@ def build(
         code_dim=tokenizer.code_dim,
         **sizes,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):  # weights that can be trained, too
         torch.manual_seed(seed)
         images = Tokenizer(tokenizer)
         model = initialise(from_config(config), seed=seed)

@@ -20,6 +20,7 @@ from mvar.errors import message
 from mvar.files import expanded, replacing
 from mvar.model import Model, from_config
 from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
+from mvar.weights import surplus, unwrapped, weights
 
 HUB = "hf://"
 CONFIG_KEY = "mvar_config"  # in the metadata of our own files
@@ -35,6 +36,7 @@ class CheckpointError(ValueError):
     """A file that is no usable set of weights; the message says which file and what is wrong."""
 
 
+@torch.inference_mode(False)  # else what is loaded could not be trained
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model:
     """An M-VAR or VAR model in evaluation mode, float32, from an official or an own file, or from hf://owner/repository/file.
 
@@ -57,6 +59,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model
     return model
 
 
+@torch.inference_mode(False)
 def load_tokenizer(
     path: str | Path,
     *,
@@ -84,11 +87,21 @@ def load_tokenizer(
 
 
 def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | None = None) -> None:
-    """Write safetensors with the configuration inside; floating weights in `dtype`, None as they are."""
-    state = {
-        name: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous()
-        for name, t in module.state_dict().items()
-    }
+    """Write safetensors with the configuration inside; floating weights in `dtype`, None as they are.
+
+    Wrapped, sharded, parametrized and pruned modules are written as the plain ones that :func:`load_model` and
+    :func:`load_tokenizer` make of the file.
+
+    Raises:
+        TypeError: no model or tokenizer, or a wrapper that cannot be looked through.
+        ValueError: a layer whose weights would not come back, by its name.
+        OSError: the file cannot be written.
+    """
+    module = unwrapped(module, Model, Tokenizer)
+    found = weights(module)
+    if (extra := surplus(module)) is not None:
+        raise ValueError(f"{extra} is no weight of this configuration, and would be lost: remove it first")
+    state = own_memory({name: t.to("cpu", dtype if t.is_floating_point() else None) for name, t in found.items()})
     with replacing(path) as aside:
         save_file(state, aside, metadata={CONFIG_KEY: json.dumps(asdict(module.config))})
 
@@ -184,8 +197,20 @@ def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: 
         if got.is_complex() or not bool(got.isfinite().all()):
             raise CheckpointError(f"{path}: {name}: not all values are finite real numbers")
     values = {n: t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for n, t in state.items()}
-    module.load_state_dict(values, strict=True, assign=True)
+    module.load_state_dict(own_memory(values), strict=True, assign=True)
     return module.eval()
+
+
+def own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, each tensor contiguous and alone in its memory: copied where it is not."""
+    seen: set[int] = set()
+    apart = {}
+    for name, t in state.items():
+        storage = t.untyped_storage()
+        alone = t.is_contiguous() and storage.nbytes() == t.nbytes and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        apart[name] = t if alone and not t.is_inference() else t.clone(memory_format=torch.contiguous_format)
+    return apart
 
 
 def _kind(value: Tensor) -> str:

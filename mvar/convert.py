@@ -11,6 +11,7 @@ from mvar.files import check_writable, expanded, replacing
 from mvar.model import Model
 from mvar.tokenizer import Tokenizer
 from mvar.train.checkpoint import read_model
+from mvar.weights import weights
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -39,7 +40,7 @@ def official_state_dict(module: Model | Tokenizer) -> dict[str, Tensor]:
 
     Raises ValueError for a model that the published code does not have.
     """
-    state = dict(module.state_dict())
+    state = weights(module)
     if isinstance(module, Model):
         if module.config.bidirectional:
             raise ValueError("a model with a bidirectional mixer has no published format; write .safetensors")

@@ -1,8 +1,8 @@
 """A model and a decoder made ready for inference, once: dtype, layout, packed weights."""
 
+import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,23 +14,29 @@ from mvar.model import Model
 from mvar.modulation import JoinedModulation
 from mvar.packed import PackedFeedForward, PackedLinear, packs
 from mvar.tokenizer import Tokenizer
+from mvar.weights import ENCODER, REMEDY, is_sharded, own_layer, skeleton, weights
+from mvar_kernels.backends import fastest_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Parameters of the recurrence, which is computed in float32: rounding them would move every decay.
 FLOAT32_PARAMETERS = ("dt_bias", "A_log", "D", "scale_mul_1H11")
+SETTINGS = (int, float, str, tuple, type(None))
 
 
-def prepared_model(model: Model, dtype: torch.dtype) -> Model:
-    """A copy of the model for inference in `dtype`, made once and anew when the model's weights have changed.
+def prepared_model(model: Model, dtype: torch.dtype | None) -> Model:
+    """A copy of the model for inference in `dtype`, made once and anew when the model's weights or layers have changed.
 
     Changes are seen by torch's version counters: those of optimisers, load_state_dict and in-place operations are;
     writes through `.data`, which torch does not count, are not.
+
+    A model with layers of its own (:func:`mvar.weights.own_layer`) is used itself. ValueError where that is impossible:
+    it has another dtype, or is sharded. `dtype` None: the device's fastest, or for such a model its own.
     """
     copy: Model = _cached(model, dtype, _copy_model)
     return copy
 
 
-def prepared_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> Tokenizer:
+def prepared_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype | None, compiled: bool = False) -> Tokenizer:
     """A copy that decodes in `dtype` and channels last, by torch.compile if asked for, made once likewise.
 
     The quantizer stays in float32. The encoder is of no use here: it has no storage.
@@ -41,65 +47,132 @@ def prepared_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool 
 
 def release(module: nn.Module) -> None:
     """Drop a module's copies, and with them the graphs of them. They are made anew when they are needed."""
-    _copies.pop(module, None)
+    with _lock:
+        _copies.pop(module, None)
 
 
 def counts_changes(module: nn.Module) -> bool:
     """Whether torch counts the versions of its weights: not of those made in inference mode."""
-    return not any(t.is_inference() for t in _weights(module))
+    return not any(t.is_inference() for t in _tensors(module))
 
 
-def _weights(module: nn.Module) -> list[Tensor]:
+def used_itself(module: Model | Tokenizer) -> str | None:
+    """Which layer of its own makes generation use the module itself and no copy, in words, or None."""
+    with _lock:
+        return _known(module).own_layer
+
+
+def own_dtype(module: nn.Module) -> torch.dtype:
+    """The one that its floating-point weights have, or the first of them."""
+    return next(t.dtype for t in _tensors(module) if t.is_floating_point())
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-@dataclass
 class _Copies:
-    """The copies of a module by maker and dtype, and the weights they were made from: tensor, address, version."""
+    """The copies of a module by maker and dtype, and what they were made from: weights, layers, hooks, settings."""
 
-    weights: list[tuple[weakref.ref[Tensor], int, int]]
-    made: dict[tuple[Callable[..., nn.Module], torch.dtype], Any]
+    def __init__(self, module: Model | Tokenizer) -> None:
+        self.weights = [(weakref.ref(t), *_version(t)) for t in _tensors(module)]
+        self.layers = _layers(module)
+        self.own_layer = own_layer(module)
+        self.made: dict[tuple[Callable[..., nn.Module], torch.dtype], Any] = {}
 
-    def are_of(self, tensors: list[Tensor]) -> bool:
-        now = [(t, t.data_ptr(), t._version) for t in tensors]
-        same = (ref() is t and rest == known for (ref, *known), (t, *rest) in zip(self.weights, now, strict=False))
-        return len(now) == len(self.weights) and all(same)
+    def are_of(self, module: nn.Module) -> bool:
+        now = _tensors(module)
+        known = (
+            (ref() is t and tuple(rest) == _version(t)) for (ref, *rest), t in zip(self.weights, now, strict=False)
+        )
+        return len(now) == len(self.weights) and all(known) and _layers(module) == self.layers
 
 
+def _version(t: Tensor) -> tuple[int, int]:
+    return (0, 0) if is_sharded(t) or t.is_inference() else (t.data_ptr(), t._version)
+
+
+def _layers(module: nn.Module) -> list[Any]:
+    """What a change of layers, hooks or settings changes."""
+    return [
+        (
+            weakref.ref(layer),
+            type(layer),
+            list(layer._forward_hooks),
+            list(layer._forward_pre_hooks),
+            [(k, v if isinstance(v, SETTINGS) else id(v)) for k, v in vars(layer).items() if _is_setting(k, v)],
+        )
+        for layer in module.modules()
+    ]
+
+
+def _is_setting(name: str, value: object) -> bool:
+    return not name.startswith("_") and name != "training" and not isinstance(value, Tensor)
+
+
+_lock = threading.RLock()
 _copies: weakref.WeakKeyDictionary[nn.Module, _Copies] = weakref.WeakKeyDictionary()
 
 
-def _cached(module: nn.Module, dtype: torch.dtype, make: Callable[[Any, torch.dtype], nn.Module]) -> Any:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
+def _known(module: Model | Tokenizer) -> _Copies:
+    """Its copies, none of them if there is no telling that the weights are still the same."""
     if not counts_changes(module):
-        return make(module, dtype)  # no telling whether they changed
-    tensors = _weights(module)
+        return _Copies(module)
     known = _copies.get(module)
-    if known is None or not known.are_of(tensors):
-        known = _Copies([(weakref.ref(t), t.data_ptr(), t._version) for t in tensors], {})
-        _copies[module] = known
-    if (make, dtype) not in known.made:
-        known.made[make, dtype] = make(module, dtype)
-    return known.made[make, dtype]
+    if known is None or not known.are_of(module):
+        known = _copies[module] = _Copies(module)
+    return known
+
+
+def _cached(module: Any, dtype: torch.dtype | None, make: Callable[[Any, torch.dtype], nn.Module]) -> Any:
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
+    # Of several threads one makes the copy. Tensors made in inference mode could not be used outside it.
+    with _lock, torch.inference_mode(False), torch.no_grad():
+        known = _known(module)
+        if known.own_layer is not None:
+            _check_usable(module, dtype or own_dtype(module), known.own_layer)
+            return module
+        dtype = dtype or fastest_dtype(next(module.parameters()).device)
+        if (make, dtype) not in known.made:
+            known.made[make, dtype] = make(module, dtype)
+        return known.made[make, dtype]
+
+
+def _check_usable(module: Model | Tokenizer, dtype: torch.dtype, reason: str) -> None:
+    """Raise ValueError unless the module itself can generate in `dtype`."""
+    kind = "model" if isinstance(module, Model) else "tokenizer"
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if is_sharded(value):
+            raise ValueError(f"{kind}: {reason}, so that it would be used itself, and it is sharded; {REMEDY}")
+        if value.is_meta:
+            raise ValueError(f"{kind}: {name} has no storage, it is on the meta device")
+        if value.is_floating_point() and value.dtype != dtype:
+            raise ValueError(
+                f"dtype: the {kind} is used itself, as {reason}: expected {value.dtype}, which {name} has, got {dtype}"
+            )
 
 
 def _copy_model(model: Model, dtype: torch.dtype) -> Model:
-    with torch.device("meta"):
-        copy = type(model)(model.config)
+    copy = skeleton(model)
     state = {
-        name: t.to(dtype) if t.is_floating_point() and not name.endswith(FLOAT32_PARAMETERS) else t
-        for name, t in model.state_dict().items()
+        name: _as(t, torch.float32 if name.endswith(FLOAT32_PARAMETERS) else dtype)
+        for name, t in weights(model, copy).items()
     }
     copy.load_state_dict(state, assign=True)
     del state  # of which the copy need not keep everything
-    copy.eval().requires_grad_(False)
     _join_modulation(copy)
     for block in copy.typed_blocks():
         block.attn.mat_qkv.bias = nn.Parameter(block.attn.joined_bias(), requires_grad=False)
     if packs(model.lvl_1L.device, dtype):
         _pack(copy)
     return copy
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating-point weights in `dtype`, all of them as ordinary tensors."""
+    t = t.to(dtype) if t.is_floating_point() else t
+    return t.clone() if t.is_inference() else t
 
 
 def _pack(model: Model) -> None:
@@ -126,17 +199,16 @@ def _join_modulation(model: Model) -> None:
 
 
 def _copy_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
-    with torch.device("meta"):
-        copy = Tokenizer(tokenizer.config)
+    copy = skeleton(tokenizer)
     state = {
-        name: t.to(torch.float32 if name.startswith("quantize.") else dtype)
-        for name, t in tokenizer.state_dict().items()
-        if not name.startswith("encoder.")
+        name: _as(t, torch.float32 if name.startswith("quantize.") else dtype)
+        for name, t in weights(tokenizer, copy, omit=ENCODER).items()
     }
-    copy.load_state_dict(state, assign=True, strict=False)
+    left_out, unknown = copy.load_state_dict(state, assign=True, strict=False)
+    if unknown or any(not name.startswith(ENCODER + ".") for name in left_out):
+        raise RuntimeError(f"a copy without {left_out}, with {unknown}")
     for module in (copy.post_quant_conv, copy.decoder):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    copy.eval().requires_grad_(False)
     for name, module in list(copy.decoder.named_modules()):
         if isinstance(module, UpLevel) and isinstance(module.upsample, nn.Sequential):
             copy.decoder.set_submodule(f"{name}.upsample", doubling_convolution(module.upsample.conv))  # type: ignore[arg-type]

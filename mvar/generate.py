@@ -1,18 +1,19 @@
 """Images from a model, a tokenizer and labels: what may be asked for, and how it is run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvar.drawing import Drawing, draw_batch
-from mvar.engine import counts_changes, prepared_model, prepared_tokenizer
+from mvar.engine import counts_changes, own_dtype, prepared_model, prepared_tokenizer, used_itself
 from mvar.graphs import CaptureError, Graphs, has_graphs, padded_batch, warn_of
 from mvar.model import Model
 from mvar.tokenizer import Tokenizer
-from mvar_kernels.backends import fastest_dtype
+from mvar.weights import unwrapped
 
 MAX_CFG = 1e6  # far beyond use, and far from overflow in float32
 GRAPHS = Graphs()
@@ -64,6 +65,13 @@ def generate(
 ) -> Generated:
     """Generate one image a label.
 
+    What runs are copies of the model and the tokenizer, made at the first call and anew when weights or layers change.
+    Wrappers (torch.compile, DataParallel, DistributedDataParallel) are looked through; parametrized, weight-normed,
+    pruned and (by fully_shard) sharded weights are taken as a forward pass has them. A model or a tokenizer that has
+    layers of another class (adapters, quantized ones), other settings, forward hooks, or methods replaced on an
+    instance is used itself: slower, in the dtype it has, without a graph. Never called are `forward` of the model and
+    of the tokenizer as a whole, hooks of these, and backward hooks.
+
     Args:
         model, tokenizer: that fit together, on one device.
         labels: classes in [0, num_classes).
@@ -83,7 +91,8 @@ def generate(
         compile_decoder: run the decoder through torch.compile; costs a minute at the first call of each batch size.
 
     Raises:
-        ValueError, TypeError: an argument out of range, or a model and a tokenizer that do not fit together.
+        ValueError, TypeError: an argument out of range, a model and a tokenizer that do not fit together, or a layer
+            that cannot be used, by its name.
         FloatingPointError: logits or images are not finite (NaN in the weights, or overflow).
         RuntimeError: graph=True, and there is no GPU or the capture failed.
     """
@@ -101,6 +110,8 @@ def generate(
     ).checked()
 
 
+@torch.inference_mode(False)  # what is made here may be used anywhere
+@torch.no_grad()
 def launch(
     model: Model,
     tokenizer: Tokenizer,
@@ -114,6 +125,7 @@ def launch(
     compile_decoder: bool = False,
 ) -> Launched:
     """:func:`generate` without waiting for the device."""
+    model, tokenizer = unwrapped(model, Model), unwrapped(tokenizer, Tokenizer)
     check_fit(model, tokenizer)
     device = model.lvl_1L.device
     rows = _labels(labels, model.config.num_classes, device)
@@ -125,9 +137,13 @@ def launch(
     if graph and not has_graphs(device):
         raise RuntimeError(f"graph: CUDA graphs need a GPU, and the model is on {device}")
 
-    kept = counts_changes(model) and counts_changes(tokenizer)  # else copies, and graphs of them, are made anew
-    dtype = dtype or fastest_dtype(device)
+    parts: tuple[Model, Tokenizer] = model, tokenizer
     model, tokenizer = prepared_model(model, dtype), prepared_tokenizer(tokenizer, dtype, compile_decoder)
+    uncopied = [part for part in parts if part is model or part is tokenizer]
+    if graph and uncopied:
+        raise RuntimeError(f"graph: copies can be replayed, and one is used itself: {used_itself(uncopied[0])}")
+    # Where changes are not counted copies are made anew, and graphs of them would be.
+    kept = not uncopied and all(counts_changes(part) for part in parts)
     B = len(rows)
     image_index = torch.arange(first_index, first_index + B, device=device)
     if has_graphs(device):
@@ -136,13 +152,28 @@ def launch(
         rows, image_index = (torch.cat([t, t[-1:].expand(missing)]) for t in (rows, image_index))
     inputs = (rows, image_index, torch.full((), seed, device=device))
     use_graph = (has_graphs(device) and kept and not how.return_scales) if graph is None else graph
-    tokens, finite, *images = (
-        _replayed(model, tokenizer, how, inputs, required=bool(graph))
-        if use_graph
-        else draw_batch(model, tokenizer, how, *inputs)
-    )
+    with _in_evaluation_mode(uncopied), torch.autocast(device.type, enabled=False):
+        tokens, finite, *images = (
+            _replayed(model, tokenizer, how, inputs, required=bool(graph))
+            if use_graph
+            else draw_batch(model, tokenizer, how, *inputs)
+        )
     pictures = tuple(t[:B] for t in images)
-    return Launched(Generated(pictures[-1], tokens[:B], pictures if how.return_scales else None), finite, dtype)
+    return Launched(
+        Generated(pictures[-1], tokens[:B], pictures if how.return_scales else None), finite, own_dtype(model)
+    )
+
+
+@contextmanager
+def _in_evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    training = [layer for module in modules for layer in module.modules() if layer.training]
+    for layer in training:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
 
 
 def _replayed(

@@ -31,6 +31,8 @@ State = mk.Mamba2State | KeyValues
 class Linear(nn.Linear):
     """A linear layer that can be given its bias at the call."""
 
+    takes_bias = True
+
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, self.weight, self.bias if bias is None else bias)
 
@@ -53,8 +55,12 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor) -> Tensor:
         """(B, L, C) → (B, L, 3, H, D)."""
-        bias = None if self.mat_qkv.bias is not None else self.joined_bias()
-        return self.mat_qkv(x, bias).unflatten(-1, (3, self.heads, -1))
+        layer: nn.Module = self.mat_qkv
+        if not getattr(layer, "takes_bias", False):  # another class in its place, such as an adapter
+            qkv = layer(x) + self.joined_bias().to(x.dtype)
+        else:
+            qkv = layer(x, None if layer.bias is not None else self.joined_bias())
+        return qkv.unflatten(-1, (3, self.heads, -1))
 
     def joined_bias(self) -> Tensor:
         """Of q, k and v; a copy for inference has it in mat_qkv."""

@@ -30,6 +30,8 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 class PackedLinear(nn.Module):
     """A linear layer, and GELU (tanh) after it if asked for."""
 
+    takes_bias = True
+
     def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
         self.out_features, self.bias = linear.out_features, linear.bias

@@ -204,10 +204,10 @@ class Tokenizer(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """What the quantizer is given, with gradients: (B, 3, R, R) in [−1, 1] → (B, Cv, H, W) float32."""
         _check_floating("images", images, ("B", 3, self.resolution, self.resolution))
-        return self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))).float()  # (B, Cv, H, W)
+        return self.quant_conv(self.encoder(images.to(self.encoder.norm_out.weight.dtype))).float()  # (B, Cv, H, W)
 
     def _images(self, f_hat: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype))).float()
+        return self.decoder(self.post_quant_conv(f_hat.to(self.decoder.norm_out.weight.dtype))).float()
 
     def _partial_sums(self, tokens: Tensor) -> Iterator[Tensor]:
         """f̂ (B, Cv, H, W) after each scale."""

@@ -120,10 +120,14 @@ def test_680_token_passes_at_256_not_1710() -> None:
     )
     model, tokenizer = mvar.build(1, num_classes=10, tokenizer=tokenizer_config)
     passes: list[int] = []
-    for counted in (model, prepared_model(model, torch.float32)):
-        counted.blocks[0].mamba.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
+
+    def count(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        passes.append(args[0].shape[1])
+
+    prepared_model(model, torch.float32).blocks[0].mamba.register_forward_pre_hook(count)
     mvar.generate(model, tokenizer, [1], dtype=torch.float32)
     assert sum(passes) == 680
+    model.blocks[0].mamba.register_forward_pre_hook(count)
     passes.clear()
     generate_over_the_prefix(model, tokenizer, torch.tensor([1]), cfg=1.5)
     assert sum(passes) == 1710

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
 
 import mvar
 from mvar.arguments import drawing, load
@@ -18,7 +17,10 @@ from mvar.evaluate.images import Recipe, draw_images, write_pngs
 from mvar.evaluate.inception import Sources, check, figures, sources
 from mvar.files import write_json
 from mvar.generate import Launched, launch
+from mvar.model import Model
 from mvar.processes import joined, own_device
+from mvar.tokenizer import Tokenizer
+from mvar.weights import weights
 from mvar_kernels.backends import backends, fastest_dtype
 
 PACKAGES = ("numpy", "triton", "torchvision", "torch-fidelity")
@@ -101,12 +103,12 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("weights", "tokenizer", "inception", "reference")}
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module: Model | Tokenizer) -> str:
     """SHA-256 of all weights: names, shapes, dtypes, bits."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(weights(module).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
