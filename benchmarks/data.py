@@ -21,10 +21,12 @@ import mvar
 from benchmarks.measure import DEVICE, interleaved, require_allocator, write
 from mvar.data import Batch, ImageFolder, Source, TokenStore
 from mvar.data.encode import write_tokens
+from mvar_kernels.precision import float32_products
 
 PICTURES = 16
 
 
+@float32_products(DEVICE, fast=True)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=12)
@@ -32,7 +34,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     require_allocator()
-    torch.set_float32_matmul_precision("medium")
     model, tokenizer = mvar.build(options.depth, num_classes=1)
     model.to(DEVICE).train()
     tokenizer.to(DEVICE)

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -136,8 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     require_allocator()
-    with tempfile.TemporaryDirectory() as root:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(root, "compiled"))  # empty, and for these runs alone
+    with (
+        tempfile.TemporaryDirectory() as root,
+        # empty, and for these runs alone
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(Path(root, "compiled"))),
+    ):
         exact = command(EXACT, "float32", options.shorten, Path(root, "exact"))
         for dtype in options.dtypes:
             row = measure(exact, dtype, options.shorten, options.rounds, Path(root))

@@ -20,6 +20,7 @@ from benchmarks.products import DTYPES
 from benchmarks.rivals import RIVALS
 from mvar_kernels.backends import PEERS, BackendError, backends
 from mvar_kernels.catalogue import SPECS
+from mvar_kernels.precision import float32_products
 from mvar_kernels.specs import Case, Inputs, Spec
 
 WRONG = 16  # roundings of the input's dtype that a side may be off by, besides twice what the reference is off by
@@ -163,6 +164,8 @@ def copy(moved_bytes: int) -> Callable[[], Tensor]:
 
 
 @torch.no_grad()
+# On a CPU torch's fastest true float32; on a GPU, where cases are in 16 bits, TF32 for what rivals leave in float32.
+@float32_products(DEVICE, fast=True)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(SPECS)}; default: all")
@@ -174,8 +177,6 @@ def main() -> None:
         parser.error(f"unknown ops: {', '.join(sorted(unknown))}")
     require_allocator()
     use_own_stream()
-    # On a CPU torch's best true float32; on a GPU, where cases are in 16 bits, TF32 for what rivals leave in float32.
-    torch.set_float32_matmul_precision("medium" if DEVICE.type == "cpu" else "high")
     torch._functorch.config.donated_buffer = False  # a compiled backward is timed many times
     failed: list[str] = []
     for op, spec in SPECS.items():

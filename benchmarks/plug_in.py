@@ -23,6 +23,7 @@ import mvar
 import mvar_kernels as mk
 from benchmarks.measure import DEVICE, interleaved, require_allocator, write
 from mvar.tokenizer import Tokenizer
+from mvar_kernels.precision import float32_products
 from tests.plain_var import PlainVAR, randomised
 
 PATCH_NUMS = mvar.SCHEDULES[256]
@@ -160,6 +161,7 @@ def generation(subject: Subject, batch: int, rounds: int) -> dict[str, Any]:
     return {"batch": batch, "dtype": "float32", "greedy_tokens_equal": agree, "median_ms": times}
 
 
+@float32_products(DEVICE, fast=DEVICE.type == "cpu")  # true float32, for all sides
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=16)
@@ -169,7 +171,6 @@ def main() -> None:
     options = parser.parse_args()
     require_allocator()
     torch._dynamo.config.recompile_limit = 64  # the lengths of scales, with and without a cache
-    torch.set_float32_matmul_precision("medium" if DEVICE.type == "cpu" else "highest")  # oneDNN's, for all sides
     subject = published(options.depth, options.sources) if options.sources else plain(options.depth)
     rows = {"model": subject.name, "depth": options.depth}
     rows["training"] = training(subject, options.batch, options.rounds)

@@ -19,6 +19,7 @@ from benchmarks.parts import decoder_flops
 from mvar.layers import Mamba2
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.ops.mamba2 import reference
+from mvar_kernels.precision import restore, settings
 
 CHUNKS = (32, 64, 256)  # of the public side's scan: the fastest one of every size; mamba_ssm's kernels take 256
 Pair = tuple[mvar.Model, Tokenizer]
@@ -131,12 +132,13 @@ def public_arithmetic(dtype: torch.dtype, chunk: int) -> Iterator[None]:
 @contextmanager
 def products(name: str | None) -> Iterator[None]:
     """torch's float32 products of that name; None: as they are."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name or before)
+    before = settings()
+    if name is not None:
+        torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        restore(before)
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ from benchmarks.sides import (
 )
 from benchmarks.timeline import timeline
 from mvar.engine import prepared_model, prepared_tokenizer, release
+from mvar_kernels.precision import float32_products
 
 NAME = "throughput"
 ALL_SECONDS = {"cpu": 3600.0, "cuda": 200.0}
@@ -267,6 +268,7 @@ def stored() -> Row | None:
     return None if machine()["commit"].endswith("with changes") else kept(NAME)
 
 
+@float32_products(DEVICE, fast=DEVICE.type == "cpu")  # true float32, for all sides: on a GPU the fast ones are TF32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
@@ -278,8 +280,6 @@ def main() -> None:
     options = parser.parse_args()
     plan = asked_for(options, DEVICE.type)
     torch._dynamo.config.recompile_limit = 64  # a scale is a size
-    # Of torch's true float32 products the fastest: on a GPU "medium" would round their factors.
-    torch.set_float32_matmul_precision("medium" if DEVICE.type == "cpu" else "highest")
     if options.peak:
         print(peak_of(plan[0], options.chunk))
     elif options.untimed:

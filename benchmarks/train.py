@@ -24,7 +24,7 @@ from mvar.config import HEAD_DIM
 from mvar.train.metrics import flops_per_image
 from mvar.train.objective import Objective
 from mvar.train.optimizer import Stepper, adamw
-from mvar.train.run import set_products
+from mvar_kernels.precision import float32_products
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(labels, inputs, tokens) → the mean loss"""
@@ -54,7 +54,6 @@ class Steps:
     """A model, a batch, an optimizer, and a step of each side. blocks: fewer than the depth, which sets the width."""
 
     def __init__(self, depth: int, batch: int, blocks: int | None = None) -> None:
-        set_products(DEVICE, tf32=True)
         model, self.tokenizer = mvar.build(
             blocks or depth, width=HEAD_DIM * depth, label_drop=0.0, drop_path=0.0, qk_norm=False
         )
@@ -80,12 +79,12 @@ class Steps:
         self.step(side, dtype)
         return peak_gib(lambda: self.step(side, dtype))
 
+    @float32_products(DEVICE, fast=DEVICE.type == "cpu")
     def gradient_differences(self) -> dict[str, float]:
         """The largest, over the weights, of the difference to the eager side's gradient, relative to its norm.
 
         In true float32: TF32 products, which steps on a GPU have, would be what differs.
         """
-        set_products(DEVICE, tf32=DEVICE.type == "cpu")
         names, parameters = zip(*self.model.named_parameters(), strict=True)
 
         def gradients(side: str) -> tuple[Tensor, ...]:
@@ -100,12 +99,12 @@ class Steps:
             for side in self.sides
             if side != EAGER
         }
-        set_products(DEVICE, tf32=True)
         if wrong := {side: at for side, at in worst.items() if at[0] > AGREE}:
             raise SystemExit(f"gradients differ from eager PyTorch's by more than {AGREE}: {wrong}")
         return {side: difference for side, (difference, _) in worst.items()}
 
 
+@float32_products(DEVICE, fast=True)  # as mvar train has them
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_cpu = DEVICE.type == "cpu"

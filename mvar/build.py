@@ -44,7 +44,7 @@ def build(
         **sizes,
     )
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):  # weights that can be trained, too
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reset those of all GPUs
         images = Tokenizer(tokenizer)
         model = initialise(from_config(config), seed=seed)
     return model.eval(), images.eval()

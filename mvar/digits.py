@@ -135,7 +135,7 @@ def _spread(rows: Tensor) -> Tensor:
 
 
 def _nearest(rows: Tensor, others: Tensor) -> Tensor:
-    return torch.cdist(rows, others).min(1).values
+    return torch.cdist(rows.double(), others.double()).min(1).values  # in float32 it would follow torch's settings
 
 
 DRAWING = {"cfg": 0.0, "top_k": 0, "top_p": 1.0}

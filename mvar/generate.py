@@ -14,6 +14,7 @@ from mvar.graphs import CaptureError, Graphs, has_graphs, padded_batch, warn_of
 from mvar.model import Model
 from mvar.tokenizer import Tokenizer
 from mvar.weights import unwrapped
+from mvar_kernels.precision import true_float32
 
 MAX_CFG = 1e6  # far beyond use, and far from overflow in float32
 GRAPHS = Graphs()
@@ -81,8 +82,9 @@ def generate(
             batch. (The model's own rounding can depend on the batch: in 16-bit dtypes a token may then differ.)
         more_smooth: Gumbel-softmax means of codes instead of codes; nicer pictures, not for FID.
         return_scales: also the picture after each scale, coarse to fine.
-        dtype: float32, bfloat16, float16, or None for the device's fastest. The quantizer and the draw stay
-            in float32.
+        dtype: float32, bfloat16, float16, or None for the device's fastest, also under autocast. The quantizer and
+            the draw stay in float32. On a CPU float32 products are true float32, whatever torch's settings say; on a
+            GPU TF32 is left to them.
         backend: of every op; "auto" or a name of :func:`mvar_kernels.backends`, which then must take all ops.
         graph: replay the whole generation as one CUDA graph, captured at the first call with these sizes and options
             (:mod:`mvar.graphs`); other labels and seeds replay the same one. None: on a GPU, where it can be captured;
@@ -138,7 +140,8 @@ def launch(
         raise RuntimeError(f"graph: CUDA graphs need a GPU, and the model is on {device}")
 
     parts: tuple[Model, Tokenizer] = model, tokenizer
-    model, tokenizer = prepared_model(model, dtype), prepared_tokenizer(tokenizer, dtype, compile_decoder)
+    with true_float32(device), torch.autocast(device.type, enabled=False):
+        model, tokenizer = prepared_model(model, dtype), prepared_tokenizer(tokenizer, dtype, compile_decoder)
     uncopied = [part for part in parts if part is model or part is tokenizer]
     if graph and uncopied:
         raise RuntimeError(f"graph: copies can be replayed, and one is used itself: {used_itself(uncopied[0])}")
@@ -152,7 +155,7 @@ def launch(
         rows, image_index = (torch.cat([t, t[-1:].expand(missing)]) for t in (rows, image_index))
     inputs = (rows, image_index, torch.full((), seed, device=device))
     use_graph = (has_graphs(device) and kept and not how.return_scales) if graph is None else graph
-    with _in_evaluation_mode(uncopied), torch.autocast(device.type, enabled=False):
+    with _in_evaluation_mode(uncopied), true_float32(device), torch.autocast(device.type, enabled=False):
         tokens, finite, *images = (
             _replayed(model, tokenizer, how, inputs, required=bool(graph))
             if use_graph

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mvar.errors import message
+from mvar_kernels.precision import settings
 
 MAX_GRAPHS = 4
 """Graphs kept; the one unused for longest goes first. A run that draws one batch size has two, its last batch's being
@@ -134,7 +135,7 @@ class Graphs:
         Raises:
             CaptureError: it cannot be recorded. It is not tried again.
         """
-        arithmetic = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled()
+        arithmetic = settings(), torch.is_autocast_enabled()
         key = (*map(id, owners), how, arithmetic, *((t.shape, t.dtype, t.device) for t in inputs))
         # Buffers made in inference mode could not be written to outside of it.
         with self._lock, self._in_order(inputs[0].device), torch.inference_mode(False), torch.no_grad():

@@ -13,6 +13,8 @@ Only under torch.no_grad(): where gradients are recorded oneDNN takes its plain 
 (1024×4256: 0.1 GFLOP/s).
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +25,20 @@ PACKED_ROWS = 512  # the number of rows that a linear layer's packed layout is c
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether these layers can be used."""
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return device.type == "cpu" and known and dtype in (torch.float32, torch.bfloat16)
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _packs(dtype)
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """By trying: oneDNN is not everywhere, and packs bfloat16 only on CPUs with AVX-512 or avx_ne_convert."""
+    try:
+        with torch.no_grad():
+            zeros = torch.zeros(64, 64, dtype=dtype, device="cpu")
+            packed = torch.ops.mkldnn._reorder_linear_weight(zeros, PACKED_ROWS)
+            torch.ops.mkldnn._linear_pointwise(zeros, packed, None, "none", [], "")
+    except (RuntimeError, AttributeError):
+        return False
+    return True
 
 
 class PackedLinear(nn.Module):

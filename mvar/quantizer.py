@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from mvar_kernels.precision import true_float32
+
 PHI_RATIO = 0.5  # the convolution's share of φ
 HITS_DECAY = 0.99
 
@@ -101,7 +103,7 @@ class Quantizer(nn.Module):
         if side != full:
             grid = F.interpolate(grid, size=(full, full), mode="bicubic")
         grid = grid.contiguous()  # the memory layout picks the convolution's kernel, and with it the rounding
-        with torch.autocast(grid.device.type, enabled=False):
+        with true_float32(grid.device), torch.autocast(grid.device.type, enabled=False):
             return self.quant_resi(k, grid)
 
     def scale_rows(self, k: int, features: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ the map into an image.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from mvar.autoencoder import NORM_GROUPS, Decoder, Encoder
 from mvar.config import SCHEDULES, check_patch_nums, is_positive_int
 from mvar.quantizer import Quantizer
+from mvar_kernels.precision import true_float32
 
 HITS_KEY = "quantize.ema_vocab_hit_SV"
 
@@ -114,6 +116,8 @@ class Tokenizer(nn.Module):
 
     Parameter and buffer names are those of the published weight files. All methods but `forward` run without
     gradients, never write to their arguments, and raise ValueError or TypeError for an argument that does not fit.
+    On a CPU their float32 products are true float32, whatever torch's settings say; autocast reaches the encoder and
+    the decoder alone.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -138,7 +142,8 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, R, R) floating point in [−1, 1] → (B, L) int64."""
-        return torch.cat([tokens for tokens, _ in self.quantize.quantize(self.features(images))], dim=1)
+        with self._true_float32():
+            return torch.cat([tokens for tokens, _ in self.quantize.quantize(self.features(images))], dim=1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -184,7 +189,8 @@ class Tokenizer(nn.Module):
     def decode_features(self, f_hat: Tensor) -> Tensor:
         """A feature map (B, Cv, H, W) → images (B, 3, R, R) float32, clamped to [−1, 1]."""
         self._check_features(f_hat)
-        return self._images(f_hat).clamp(-1, 1)
+        with self._true_float32():
+            return self._images(f_hat).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Reconstruct (B, 3, R, R) in [−1, 1] for training; in training mode the hit buffer is updated."""
@@ -199,12 +205,16 @@ class Tokenizer(nn.Module):
         before the first step (when no code has been hit) this sets the whole codebook; called every few dozen
         steps it keeps small data sets from falling back on a handful of codes. Returns how many codes it moved.
         """
-        return self.quantize.revive(self.features(images), threshold)
+        with self._true_float32():
+            return self.quantize.revive(self.features(images), threshold)
 
     def features(self, images: Tensor) -> Tensor:
         """What the quantizer is given, with gradients: (B, 3, R, R) in [−1, 1] → (B, Cv, H, W) float32."""
         _check_floating("images", images, ("B", 3, self.resolution, self.resolution))
         return self.quant_conv(self.encoder(images.to(self.encoder.norm_out.weight.dtype))).float()  # (B, Cv, H, W)
+
+    def _true_float32(self) -> AbstractContextManager[None]:
+        return true_float32(self.quant_conv.weight.device)
 
     def _images(self, f_hat: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(f_hat.to(self.decoder.norm_out.weight.dtype))).float()

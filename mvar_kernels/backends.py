@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from mvar_kernels.precision import is_true_float32, true_float32
+
 PREFERENCE: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "cuda", "reference"),
@@ -142,13 +144,16 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 def guarded(kernel: Kernel, device: torch.device) -> Kernel:
-    """The kernel as an op may call it: with the inputs' GPU as the current one, and without autocast.
+    """The kernel as an op may call it: with the inputs' GPU as the current one, and in true float32.
 
-    Triton launches on the current GPU; autocast would compute in 16 bits what an op promises in float32.
+    Triton launches on the current GPU; autocast, and on some CPUs torch's setting of float32 products, would compute
+    in 16 bits what an op promises in float32.
     """
     contexts: list[Callable[[], Any]] = []
     if torch.is_autocast_enabled(device.type):
         contexts.append(partial(torch.autocast, device.type, enabled=False))
+    if device.type == "cpu" and not is_true_float32():
+        contexts.append(partial(true_float32, device))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         contexts.append(partial(torch.cuda.device, device))
     if not contexts:

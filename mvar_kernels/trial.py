@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvar_kernels.precision import true_float32
 from mvar_kernels.replacements import Replacement
 
-# Relative to the largest value: products in TF32 (a GPU), or in bfloat16 parts (some CPUs, if torch is told so), keep
-# few bits, and another computation is farther off.
+# Relative to the largest value: products in TF32, on a GPU, keep few bits, and another computation is farther off.
 TOLERANCE = 1e-2
-EXACT_TOLERANCE = 1e-4  # on a CPU that was not told so
+EXACT_TOLERANCE = 1e-4  # on a CPU, where the products of a trial are true float32
 
 
 class Trials:
@@ -33,7 +33,7 @@ class Trials:
         try:
             stand_in = self._stand_in(part)
             original = type(stand_in)
-            with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
+            with true_float32(device), torch.autocast(device.type, enabled=False), torch.inference_mode(False):
                 for training in (False,) if kind in self._trained else (False, True):
                     stand_in.train(training)
                     results = []
@@ -101,6 +101,5 @@ def _results(part: Any, replacement: type[Replacement], device: torch.device, *,
 def _close(expected: list[Tensor], got: list[Tensor]) -> bool:
     if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in got]:
         return False
-    exact = expected[0].device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-    tolerance = EXACT_TOLERANCE if exact else TOLERANCE
+    tolerance = EXACT_TOLERANCE if expected[0].device.type == "cpu" else TOLERANCE
     return all(bool((g - e).abs().max() <= tolerance * e.abs().max()) for g, e in zip(got, expected, strict=True))

@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.global_state import settings_of_the_session, unchanged_settings
+
+__all__ = ["settings_of_the_session", "unchanged_settings"]
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: its kernels then run on the CPU
 
@@ -13,9 +17,10 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fill every torch.empty with NaN (or the largest whole number), so that an unwritten output shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @pytest.fixture
@@ -38,5 +43,8 @@ def use_instruction_set() -> Iterator[Callable[[str], None]]:
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> None:
+def two_threads(unchanged_settings: None) -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

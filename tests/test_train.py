@@ -17,19 +17,19 @@ from safetensors.torch import load_file, save_file
 
 import mvar
 from mvar.cli import main
-from mvar.train.run import set_products
 from mvar.train.trainer import Interrupted, Trainer
 from tests import training
 from tests.pictures import write_pictures
+from tests.threads import threads
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed, with its averaged weights beside it."""
-    torch.set_num_threads(2)
     out = tmp_path_factory.mktemp("finished")
-    undisturbed = training.trainer(training.flags(out))
-    undisturbed.run()
+    with threads(2):
+        undisturbed = training.trainer(training.flags(out))
+        undisturbed.run()
     save_file(undisturbed.weights(), out / "weights.safetensors")
     return out
 
@@ -243,18 +243,6 @@ def test_sixteen_bits_learn_too(fp16: int, tmp_path: Path) -> None:
     assert losses[fp16][-1] < losses[fp16][0] - 0.05
     assert losses[fp16] == pytest.approx(losses[0], rel=1e-2) and losses[fp16] != losses[0]
     assert all(value.dtype == torch.float32 for value in run_.weights().values() if value.is_floating_point())
-
-
-def test_products_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32 on a GPU is "high"; "medium" there would be bfloat16, and is oneDNN's float32 on a CPU."""
-    set_to: list[str] = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    for device in ("cuda", "cpu"):
-        for tf32 in (True, False):
-            set_products(torch.device(device), tf32)
-            assert torch.backends.cudnn.allow_tf32 == tf32
-    assert set_to == ["high", "highest", "medium", "highest"]
 
 
 def test_accumulated_batches_are_one(tmp_path: Path) -> None:

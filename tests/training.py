@@ -13,8 +13,9 @@ from mvar.data import Source, tensor_source
 from mvar.model import from_config
 from mvar.train.distributed import World
 from mvar.train.flags import PRESETS, Flags
-from mvar.train.run import Data, digits_data, new_model, set_products
+from mvar.train.run import Data, digits_data, new_model
 from mvar.train.trainer import Trainer
+from mvar_kernels.precision import float32_products
 
 TOKENIZER = Path(mvar.__file__).parent / "assets" / "digits_tokenizer.safetensors"
 SMALL = {
@@ -47,6 +48,14 @@ def data() -> Data:
     return digits_data(flags(Path()), World(0, 1, torch.device("cpu")))
 
 
+class _Trainer(Trainer):
+    """Computes as the command does: other products are other bits."""
+
+    def run(self) -> None:
+        with float32_products(self.world.device, fast=self.flags.tf32):
+            super().run()
+
+
 def trainer(
     run: Flags,
     world: World | None = None,
@@ -68,8 +77,7 @@ def trainer(
         assert first.tokens is not None
         train = val = tensor_source(first.tokens, first.labels, train.num_classes)
     world = world or World(0, 1, torch.device("cpu"))
-    set_products(world.device, run.tf32)  # as the command does: other products are other bits
-    return Trainer(run, model.to(dtype), tokenizer, train, world, seed=0, validation=val)
+    return _Trainer(run, model.to(dtype), tokenizer, train, world, seed=0, validation=val)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

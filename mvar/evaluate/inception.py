@@ -20,6 +20,7 @@ from torch import Tensor
 from mvar.errors import message
 from mvar.files import is_environmental
 from mvar.pictures import read_npz
+from mvar_kernels.precision import true_float32
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
@@ -140,7 +141,8 @@ class Inception:
     def __call__(self, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
         """(B, H, W, 3) → (B, 2048) and (B, 1008), on the host."""
         rows = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).to(self.device)
-        return dict(zip((FEATURES, LOGITS), (t.cpu() for t in self.network(rows)), strict=True))
+        with true_float32(self.device):
+            return dict(zip((FEATURES, LOGITS), (t.cpu() for t in self.network(rows)), strict=True))
 
     def features(self, images: Path, batch: int) -> dict[str, Tensor]:
         """Of all images of an npz."""

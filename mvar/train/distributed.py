@@ -50,9 +50,8 @@ class World(Processes):
 def joined(device: str | None) -> Iterator[World]:
     """Join the processes that torchrun started (gloo on the CPU, NCCL on GPUs), or be alone; leave at the end."""
     where = own_device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    with processes.joined("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo") as found:
+    current = torch.cuda.device(where) if where.type == "cuda" else nullcontext()
+    with current, processes.joined("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo") as found:
         yield World(found.rank, found.size, where)
 
 

@@ -116,7 +116,9 @@ class Flags:
     device: str | None = _flag(None, "such as cpu or cuda (default: cuda where there is one)", str, free=True)
     backend: str = _flag("auto", "backend of every op, see `mvar info`", free=True)
     fuse: bool = _flag(True, "fused kernels; 0 for plain PyTorch, as --backend=reference", free=True)
-    tf32: bool = _flag(True, "float32 products in TF32 on a GPU, through oneDNN on a CPU", free=True)
+    tf32: bool = _flag(
+        True, "float32 products in TF32 on a GPU; on a CPU oneDNN's, where they are true float32", free=True
+    )
     tfast: int = _flag(0, f"compile the blocks, every one on its own. {COMPILED}", choices=(0, 1, 2, 3), free=True)
     vfast: int = _flag(0, f"compile the tokenizer's encoder. {COMPILED}", choices=(0, 1, 2, 3), free=True)
     fsdp: bool = _flag(False, "shard weights, gradients and optimizer (FSDP2), not only the batch (DDP)", free=True)

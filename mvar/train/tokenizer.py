@@ -24,11 +24,18 @@ REVIVE_EVERY = 25
 def train_digits_tokenizer(path: Path, *, seed: int = 0, shorten: float = 1.0) -> None:
     """Train it and write it, in float16, half the size: squared error, commitment and codebook losses.
 
-    What is written are averaged weights. Raises FloatingPointError when the loss is not finite.
+    What is written are averaged weights. torch's global generator is as it was, afterwards. Raises FloatingPointError
+    when the loss is not finite.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reset those of all GPUs
+        tokenizer = _trained(seed, shorten)
+    save(path, tokenizer.eval(), dtype=torch.float16)
+
+
+def _trained(seed: int, shorten: float) -> Tokenizer:
     images, steps = digits.load()[0].images, max(round(STEPS * shorten), 1)
     warm_up = min(WARM_UP, -(-steps // 5))
-    torch.manual_seed(seed)
     tokenizer = Tokenizer(CONFIG).train()
     parameters = list(tokenizer.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0)
@@ -57,7 +64,7 @@ def train_digits_tokenizer(path: Path, *, seed: int = 0, shorten: float = 1.0) -
             print(f"tokenizer: step {step + 1} of {steps}, loss {value:.4f}", flush=True)
     for parameter, averaged in zip(parameters, average, strict=True):
         parameter.detach().copy_(averaged)
-    save(path, tokenizer.eval(), dtype=torch.float16)
+    return tokenizer
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
