@@ -374,3 +374,44 @@ def test_files_that_are_not_what_they_should_be(
     assert "not an npz" in fails(capsys, *out, "--reference", str(tmp_path / "text.npz"))
     assert "expected mu and sigma" in fails(capsys, *out, "--reference", str(tmp_path / "odd.npz"))
     assert "--batch: expected at least 1" in fails(capsys, *out, "--batch", "0")
+
+
+def test_reference_and_network_are_read_through_before_anything_is_drawn(
+    tmp_path: Path, library: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mu, sigma, real = np.zeros(8), np.eye(8), np.zeros((5, 32, 32, 3), np.uint8)
+    references: dict[str, tuple[dict[str, Any], str]] = {
+        "half": ({"mu": mu}, "expected mu and sigma"),
+        "narrow": ({"mu": mu[:7], "sigma": sigma[:7, :7]}, "mu: expected real numbers (8,), got float64 (7,)"),
+        "flat": ({"mu": mu, "sigma": mu}, "sigma: expected real numbers (8, 8), got float64 (8,)"),
+        "lost": ({"mu": mu, "sigma": sigma * np.nan}, "sigma: not all values are finite"),
+        "words": ({"mu": mu.astype(str), "sigma": sigma}, "mu: expected real numbers (8,), got <U32 (8,)"),
+        "objects": ({"mu": np.array([None]), "sigma": sigma}, "damaged: Object arrays cannot be loaded"),
+        "grey": ({"mu": mu, "sigma": sigma, "arr_0": real[..., 0]}, "arr_0: expected (n, H, W, 3) uint8"),
+        "few": ({"arr_0": real[:3]}, "arr_0: expected more than 3 images, got 3"),
+        "cut": ({"arr_0": real}, "not an npz, or only a part of one"),
+        "spoilt": ({"arr_0": real}, "damaged: Bad CRC-32"),
+    }
+    torch.save({"weight": torch.randn(48, 8)}, tmp_path / "inception.pth")
+    given = [*ARGUMENTS, "--out", str(tmp_path / "out"), "--inception", str(tmp_path / "inception.pth")]
+    for name, (content, message) in references.items():
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, **content)
+        written = bytearray(path.read_bytes())
+        if name == "spoilt":
+            written[len(written) // 2] ^= 1
+        path.write_bytes(written[:-100] if name == "cut" else written)
+        error = fails(capsys, *given, "--reference", str(path))
+        assert f"--reference: {path}: " in error and message in error, name
+    torch.save({"other": torch.zeros(2)}, tmp_path / "inception.pth")
+    assert "inception.pth: not the weights of the network, which are in" in fails(capsys, *given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_single_images_of_a_run_that_is_gone_are_not_called_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "png").mkdir()
+    (tmp_path / "png" / "000000_0000.png").write_bytes(b"another's")
+    assert "png/ has images of a run whose images.npz is gone" in fails(capsys, *ARGUMENTS, "--out", str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["png"]

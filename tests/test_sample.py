@@ -19,6 +19,7 @@ from mvar.drawing import Drawing
 from mvar.generate import Generated, Launched
 from mvar.pictures import to_bytes
 from mvar.processes import Processes
+from tests.test_cli import fails
 
 ARGUMENTS = ["--classes", "3,5-8", "--seed", "4", "--batch", "2", "--dtype", "fp32", "--device", "cpu"]
 
@@ -111,6 +112,55 @@ def test_nothing_is_drawn_that_cannot_be_written(target: str, launches: list[Ask
     with pytest.raises(SystemExit):
         main(["sample", "--classes", "1", target, "/proc/mvar/images", "--device", "cpu"])
     assert launches == []
+
+
+def test_images_of_an_earlier_run_are_not_mixed_in(
+    tmp_path: Path, launches: list[Asked], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sample", "--out", str(tmp_path), "--device", "cpu", "--classes"]
+    main([*arguments, "1-3"])
+    (tmp_path / "notes.txt").write_text("kept")
+    (tmp_path / "holiday.png").write_text("kept")
+    drawn = len(launches)
+    error = fails(capsys, *arguments, "5")
+    assert "holds 3 images of an earlier run, such as 000000_0001.png; give another folder, or --overwrite" in error
+    assert len(launches) == drawn and len(list(tmp_path.iterdir())) == 5
+    main([*arguments, "5", "--overwrite"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000_0005.png", "holiday.png", "notes.txt"]
+
+
+def test_a_grid_has_the_format_of_its_name(
+    tmp_path: Path, launches: list[Asked], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sample", "--classes", "1", "--device", "cpu", "--grid"]
+    for name, expected in (("g.jpg", "JPEG"), ("g.webp", "WEBP"), ("g", "PNG")):
+        main([*arguments, str(tmp_path / name)])
+        with Image.open(tmp_path / name) as grid:
+            assert grid.format == expected
+    drawn = len(launches)
+    assert "expected a name that ends in one of .png, .jpg" in fails(capsys, *arguments, str(tmp_path / "g.gif"))
+    tall = [*arguments[:2], "0-9,0-9", "--count", "1000", "--device", "cpu"]
+    assert "WEBP holds at most 16383 pixels a side" in fails(capsys, *tall, "--grid", str(tmp_path / "g2.webp"))
+    assert len(launches) == drawn and len(list(tmp_path.iterdir())) == 3
+
+
+def test_paths_after_an_equals_sign_are_expanded(
+    tmp_path: Path, launches: list[Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1, 1)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mvar.save("~/model.safetensors", model)
+    mvar.save("~/codes.safetensors", tokenizer)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    inputs = ["--weights=~/model.safetensors", "--tokenizer=~/codes.safetensors", "--device=cpu"]
+    outputs = ["--grid=~/g.png", "--npz=~/deep/all.npz", "--out=~/all"]
+    monkeypatch.setattr(sampling, "launch", mvar.generate.__globals__["launch"])
+    main(["sample", "--classes=1", *inputs, *outputs])
+    main(["convert", "~/model.safetensors", "~/model.pth"])
+    for name in ("g.png", "deep/all.npz", "all/000000_0001.png", "model.pth"):
+        assert (tmp_path / name).is_file()
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_pixels_are_rounded_to_the_nearest() -> None:

@@ -23,7 +23,8 @@ class Resized(NamedTuple):
     size: tuple[int, int]
 
     def crop(self, left: int, top: int, side: int) -> Image.Image:
-        """side × side pixels. Resized by themselves they can differ by rounding from those of the whole."""
+        """side × side pixels. Resized by themselves they can differ from those of the whole: Pillow rounds and clips
+        between the passes across and down, and chooses their order by the sizes."""
         if self.source.size == self.size:
             return self.source.crop((left, top, left + side, top + side))
         width, height = self.source.size

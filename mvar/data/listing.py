@@ -16,8 +16,8 @@ LEFT_BY_SYSTEMS |= {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 def pictures_by_class(path: Path) -> tuple[dict[str, list[str]], tuple[str, ...]]:
     """Classes by name, and the pictures of each, relative to `path`: the order of torchvision's ImageFolder.
 
-    Links to files and folders are followed, but for those that lead back: a class that is a folder above, and, inside a
-    class, a link to a folder of that class, or a second one to the same folder elsewhere. Pipes and devices are left.
+    Links to files and folders are followed, but for those that lead back: to a folder above, and, inside a class, to a
+    folder of that class, or a second time to the same folder elsewhere. Pipes and devices are left.
 
     Returns:
         the pictures, and what is skipped, relative to `path`: links back, and what systems and tools leave (a folder is
@@ -47,13 +47,15 @@ def _walked(path: Path, name: str) -> tuple[list[str], list[str]]:
     while waiting:
         folder = waiting.pop()
         pictures[folder] = []
-        for entry in _entries(path / folder):
+        folder_path = path / folder
+        for entry in _entries(folder_path):
             relative = f"{folder}/{entry.name}"
             if _is_left(entry):
                 skipped.append(relative)
             elif _is_folder(entry):
                 real = os.path.realpath(entry.path)
-                if _is_linked_folder(entry) and (real in seen or _is_inside(real, top)):
+                above = any(_is_inside(below, real) for below in (top, os.path.realpath(folder_path)))
+                if _is_linked_folder(entry) and (real in seen or above or _is_inside(real, top)):
                     skipped.append(relative)
                 else:
                     seen.add(real)
