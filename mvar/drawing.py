@@ -41,8 +41,8 @@ def draw_batch(
         labels, image_index: (B,) int64. seed: () int64. On the model's device; read there and never here.
 
     Returns:
-        tokens (B, L) int64; whether all logits and images are finite, () bool; images (B, 3, R, R) in [0, 1] float32,
-        with `how.return_scales` one such tensor for each scale.
+        tokens (B, L) int64; whether images and logits, but for codes at −∞, are finite, () bool; images (B, 3, R, R)
+        in [0, 1] float32, with `how.return_scales` one such tensor for each scale.
     """
     config = model.config
     B, last = len(labels), len(config.scales) - 1
@@ -61,7 +61,7 @@ def draw_batch(
         hidden, states = model.hidden(x, modulation, (length,), states, backend=how.backend)
         progress = k / last if last else 0.0
         logits = model.head(rows.guide(hidden, how.cfg * progress)).float()  # (B, l, V)
-        finite = finite & logits.isfinite().all()
+        finite = finite & logits.amax(-1).isfinite().all()  # a code at −∞ is ruled out, all of them are an error
         draw: dict[str, Any] = {
             "top_k": how.top_k,
             "top_p": how.top_p,

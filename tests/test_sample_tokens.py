@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvar_kernels as mk
+from mvar_kernels.checks import FLOATS
 from mvar_kernels.ops.sample_tokens import noise
 from mvar_kernels.ops.sample_tokens.inputs import Draw
-from mvar_kernels.ops.sample_tokens.reference import filtered_logits, guided_logits, sample_tokens
+from mvar_kernels.ops.sample_tokens.reference import filtered_logits, guided_logits, relative_logits, sample_tokens
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,89 @@ def test_arg_max_and_guidance() -> None:
     cond, uncond = (torch.randn(3, 4, 50, generator=generator) for _ in range(2))
     guided = 2.5 * cond - 1.5 * uncond
     assert torch.equal(mk.sample_tokens(cond, uncond, guidance=1.5, top_k=1), guided.argmax(-1))
-    torch.testing.assert_close(guided_logits(cond, uncond, 1.5), guided)
+    torch.testing.assert_close(relative_logits(guided_logits(cond, uncond, 1.5)), relative_logits(guided))
+
+
+BACKENDS = ("reference", "cpu")  # the others are held to the reference's bits
+FILTERS = [(0, 1.0), (9, 1.0), (0, 0.8), (1, 1.0)]  # top_k, top_p
+
+
+def drawn(cond: Tensor, uncond: Tensor | None, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
+    """Tokens, and the soft weight of each code."""
+    codebook = torch.eye(cond.shape[-1], dtype=torch.float32 if backend != "reference" else cond.dtype)
+    options |= {"seed": 3, "backend": backend}
+    return mk.sample_tokens(cond, uncond, **options), mk.soft_embedding(cond, uncond, codebook, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("offset", [1e6, -1e7])
+def test_a_number_added_to_a_row_of_logits_changes_nothing(offset: float, guidance: float, backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(2, 6, 20, generator=generator).mul(2).round() for _ in range(2))
+    of_each_row = torch.arange(6.0)[:, None] * 1e5
+    for top_k, top_p in FILTERS:
+        how: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
+        want = drawn(cond, uncond, backend, **how)
+        got = drawn(cond + offset, uncond - offset + of_each_row, backend, **how)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (top_k, top_p)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_equal_codes_are_drawn_equally_often_whatever_their_logit(dtype: torch.dtype) -> None:
+    for value in (0.0, 1e7, -1e7) if dtype != torch.float16 else (0.0, 6e4, -6e4):
+        tokens = mk.sample_tokens(torch.full((100, 1000, 2), value, dtype=dtype), seed=11)
+        assert abs(tokens.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(tokens.numel()), value
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [(dtype, "reference") for dtype in FLOATS] + [(dtype, "cpu") for dtype in (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+def test_codes_at_minus_infinity_are_never_drawn(dtype: torch.dtype, backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(2, 40, 16, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    ruled_out = torch.rand(2, 40, 16, generator=generator) < 0.7
+    ruled_out[..., 5] = False
+    lowest = torch.finfo(dtype).min  # how others say −∞
+    for of_cond, of_uncond in ((-torch.inf, -torch.inf), (-torch.inf, 0.0), (lowest, lowest), (-torch.inf, lowest)):
+        for guidance in (0.0, 1.5, 1e6) if of_cond == -torch.inf else (0.0, 1.5):
+            rows = (cond.masked_fill(ruled_out, of_cond), uncond.masked_fill(ruled_out, of_uncond))
+            for top_k, top_p in FILTERS:
+                how: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
+                tokens, weights = drawn(*rows, backend, **how)
+                assert not ruled_out.gather(-1, tokens[..., None]).any(), (of_cond, of_uncond, how)
+                assert weights.isfinite().all() and bool((weights[ruled_out] == 0).all()), (of_cond, of_uncond, how)
+
+
+def test_a_code_ruled_out_in_uncond_alone_keeps_the_logit_of_cond() -> None:
+    """There is nothing to guide it away from: as if both rows agreed on it, relative to their largest."""
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (relative_logits(torch.randn(2, 6, 20, generator=generator)) for _ in range(2))
+    some = torch.rand(2, 6, 20, generator=generator) < 0.3
+    some[..., :2] = False
+    uncond[..., 0] = 0.0
+    guided = guided_logits(cond, uncond.masked_fill(some, -torch.inf), 1.5)
+    assert torch.equal(guided, guided_logits(cond, torch.where(some, cond, uncond), 1.5))
+
+
+def test_uncond_is_not_read_without_guidance() -> None:
+    cond = torch.randn(2, 6, 20, generator=torch.Generator().manual_seed(0))
+    for value in (-torch.inf, torch.nan, torch.inf):
+        assert torch.equal(mk.sample_tokens(cond, torch.full_like(cond, value)), mk.sample_tokens(cond))
+
+
+def test_codes_at_infinity_are_drawn_equally_often_and_a_row_without_codes_gives_code_0() -> None:
+    logits = torch.randn(1, 20_000, 8, generator=torch.Generator().manual_seed(0))
+    logits[..., [2, 6]] = torch.inf
+    tokens = mk.sample_tokens(logits)
+    assert set(tokens.unique().tolist()) == {2, 6}
+    assert abs((tokens == 2).double().mean() - 0.5) < 4 * 0.5 / math.sqrt(tokens.numel())
+    nothing = torch.full((1, 3, 8), -torch.inf)
+    for filters in FILTERS:
+        assert mk.sample_tokens(nothing, top_k=filters[0], top_p=filters[1]).tolist() == [[0, 0, 0]]
+    assert mk.soft_embedding(nothing, None, torch.eye(8)).isnan().all()
 
 
 def test_soft_embedding_nears_the_token_as_the_temperature_falls() -> None:

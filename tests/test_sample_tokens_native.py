@@ -48,6 +48,9 @@ def finite_rows(V: int, count: int, generator: torch.Generator) -> Tensor:
         normal * 8,
         normal.sign() * (normal.abs() * 20).exp().clamp_max(1e30),
         normal * 1e-42,  # subnormal numbers
+        normal + 1e6,
+        normal.round() - 1e7,
+        normal.masked_fill(normal > 0, torch.finfo(torch.float32).min),
     ]
     return torch.stack(kinds)
 
@@ -94,7 +97,8 @@ def test_tokens_are_the_reference_s(V: int) -> None:
 @pytest.mark.parametrize("guidance", [0.0, 0.75, 1e6])
 def test_guided_tokens_are_the_reference_s(V: int, dtype: torch.dtype, guidance: float) -> None:
     generator = torch.Generator().manual_seed(V)
-    cond, uncond = (finite_rows(V, 8 if V < 100 else 2, generator).to(dtype) for _ in range(2))
+    kinds = (finite_rows, infinite_rows)
+    cond, uncond = (torch.cat([rows(V, 8 if V < 100 else 1, generator) for rows in kinds]).to(dtype) for _ in range(2))
     index = image_indices(len(cond))
     for top_k, top_p in ((0, 1.0), (V // 5, 1.0), (0, 0.9), (V // 4, 0.96)):
         call = Draw(cond, uncond, index, guidance, top_k, top_p, SMALL_SEED, 1)

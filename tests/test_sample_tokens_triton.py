@@ -112,7 +112,7 @@ def test_one_code_above_minus_infinity() -> None:
 @pytest.mark.parametrize("guidance", [0.75, 1e6])
 def test_guided_tokens_are_the_reference_s(guidance: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    cond, uncond = (finite_rows(130, 1, generator) for _ in range(2))
+    cond, uncond = (torch.cat([rows(130, 1, generator) for rows in (finite_rows, infinite_rows)]) for _ in range(2))
     for top_k, top_p in ((0, 1.0), (30, 0.96)):
         call = Draw(cond, uncond, image_indices(len(cond)), guidance, top_k, top_p, SEED, 1)
         assert torch.equal(draw(call), reference.sample_tokens(call)), (top_k, top_p)

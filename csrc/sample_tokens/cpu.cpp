@@ -42,16 +42,36 @@ int64_t share(int64_t V) {
 
 int64_t workspace(int64_t V) { return threads() * share(V); }
 
+// +∞ and NaN count as the largest finite logit, a NaN with a sign as −∞. Adding 0 turns −0 into +0.
+MVAR_INLINE VecInt finite_key(Vec logits) {
+  return larger(smaller(key_of((VecInt)(logits + 0.0f)), splat_int(kLargest)), splat_int(kRuledOut));
+}
+
+// The largest of a row of logits.
+template <typename T>
+float largest_of(const T* logits, int64_t V) {
+  VecInt highest = splat_int(kRuledOut);
+  for_each_vector(V, [&](int64_t v, auto lanes, int) MVAR_INLINE_LAMBDA {
+    highest = larger(highest, keep_or(kRuledOut, finite_key(load(logits + v, lanes)), lanes));
+  });
+  return largest_logit(largest(highest));
+}
+
 // The guided logits of one position as keys, all codes.
 template <typename T>
 void read_row(Row& row, const Draw& draw, int64_t V, const T* cond, const T* uncond) {
-  const float more = 1.0f + draw.guidance;
+  const Vec cond_largest = splat(uncond ? largest_of(cond, V) : 0.0f);
+  const Vec uncond_largest = splat(uncond ? largest_of(uncond, V) : 0.0f);
   VecInt lowest = splat_int(INT32_MAX), highest = splat_int(INT32_MIN);
   for_each_vector(V, [&](int64_t v, auto lanes, int) MVAR_INLINE_LAMBDA {
     Vec logits = load(cond + v, lanes);
-    if (uncond) logits = more * logits - draw.guidance * load(uncond + v, lanes);
-    // Adding 0 turns −0 into +0. Nothing, not even a NaN, has the lowest key, which is for padding.
-    const VecInt key = larger(key_of((VecInt)(logits + 0.0f)), splat_int(kLowestKey + 1));
+    if (uncond) {
+      logits = logit_of(finite_key(logits)) - cond_largest;
+      const Vec other = logit_of(finite_key(load(uncond + v, lanes))) - uncond_largest;
+      const VecInt ruled_out = (logits == -__builtin_inff()) | (other == -__builtin_inff());
+      logits += draw.guidance * (ruled_out ? Vec{} : logits - other);
+    }
+    const VecInt key = finite_key(logits);
     store_int(row.keys + v, key);
     lowest = smaller(lowest, keep_or(INT32_MAX, key, lanes));
     highest = larger(highest, keep_or(INT32_MIN, key, lanes));
@@ -155,11 +175,12 @@ void for_each_position(const Draw& draw, DrawSizes n, float* shares, Body body) 
 // The code with the largest logit plus noise, the first of equals; 0 if there is none above −∞.
 int64_t largest_code(const Scratch& scratch) {
   const Row& row = scratch.row;
+  const Vec largest = splat(row.largest());
   Vec best = splat(-__builtin_inff());
   VecInt token{};
   for (int64_t i = 0; i < row.count; i += kWidth) {
     const Vec noise = gumbel((VecBits)load_int(scratch.words + i));
-    const Vec score = logit_of(load_int(row.keys + i)) + noise;  // padding is a NaN
+    const Vec score = (logit_of(load_int(row.keys + i)) - largest) + noise;  // padding is a NaN
     const VecInt better = score > best;
     best = better ? score : best;
     token = better ? row.codes_at(i) : token;
@@ -180,10 +201,11 @@ void sample(const Draw& draw, DrawSizes n, int64_t* tokens, float* workspace) {
 // and relative to the largest; answers their sum.
 float soft_weights(Scratch& scratch, const Softening& soft) {
   Row& row = scratch.row;
+  const Vec largest = splat(row.largest());
   Vec highest = splat(-__builtin_inff());
   for (int64_t i = 0; i < row.count; i += kWidth) {
     const Vec noise = gumbel((VecBits)load_int(scratch.words + i));
-    const Vec score = (logit_of(load_int(row.keys + i)) * soft.sharpness + noise) / soft.temperature;
+    const Vec score = ((logit_of(load_int(row.keys + i)) - largest) * soft.sharpness + noise) / soft.temperature;
     store_int(row.weights + i, (VecInt)score);
     highest = score > highest ? score : highest;
   }

@@ -1,12 +1,12 @@
 // Drawing tokens in CUDA: one launch from two rows of logits to a token. The result at one position
 // (mvar_kernels/ops/sample_tokens/reference.py), bit for bit:
 //
-//     logits = (1+c)·cond − c·uncond
+//     logits = cond + c·(cond − uncond), each row relative to its largest
 //     left   = the codes that top-k, and then top-p, keep
-//     token  = the code left with the largest sum of logit and noise, the first of equals
+//     token  = the code left with the largest sum of logit, relative to the largest, and noise, the first of equals
 //
-// A block draws at one position, in shared memory: logits are read from memory once, as keys, which are whole numbers
-// of the same order. Filters write down which codes are left, in an order that does not matter; noise is made for
+// A block draws at one position, in shared memory: logits are read from memory once, two rows of them twice, as keys,
+// which are whole numbers of the same order. Filters write down which codes are left, in an order that does not matter; noise is made for
 // those alone.
 //
 //     keys    | code 0 | 1 | 2 | … | V−1 |
@@ -39,6 +39,7 @@ namespace {
 constexpr int kDigit = 11;  // bits of a key that a pass decides
 constexpr int kBins = 1 << kDigit;
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLargest = __FLT_MAX__;
 
 // Keys have the order of logits, where −0 has become +0.
 __device__ __forceinline__ uint32_t key_of(Vec logit) {
@@ -47,6 +48,15 @@ __device__ __forceinline__ uint32_t key_of(Vec logit) {
 }
 __device__ __forceinline__ Vec logit_of(uint32_t key) {
   return as_float((VecInt)(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu)));
+}
+
+// +∞ and NaN count as the largest finite logit.
+__device__ __forceinline__ Vec finite(Vec logit) { return Vec(kLargest) >= logit ? logit : kLargest; }
+
+// What a row's logits count relative to: its largest, a finite number.
+__device__ __forceinline__ Vec largest_logit(uint32_t highest) {
+  const Vec logit = logit_of(highest);
+  return logit >= -kLargest ? logit : -kLargest;
 }
 
 // The noise word of a code.
@@ -106,15 +116,31 @@ struct Row {
     return x;
   }
 
-  // The guided logits as keys. A NaN counts as +∞.
   template <typename T>
-  __device__ void read(const T* cond, const T* uncond, float guidance) {
-    const Vec more = Vec(1.0f) + guidance;
+  __device__ Vec largest_of(const T* logits) {
+    uint32_t highest = 0;
 #pragma unroll 8
     for (int code = threadIdx.x; code < count; code += kThreads) {
-      Vec logit = mvar::to_float(cond[code]);
-      if (uncond) logit = more * logit - Vec(guidance) * mvar::to_float(uncond[code]);
-      const uint32_t key = key_of(logit >= -kInfinity ? logit + 0.0f : kInfinity);  // −0 + 0 is +0
+      const uint32_t key = key_of(finite(mvar::to_float(logits[code])));
+      highest = key > highest ? key : highest;
+    }
+    return largest_logit((uint32_t)largest_of_block(highest));
+  }
+
+  // The guided logits as keys.
+  template <typename T>
+  __device__ void read(const T* cond, const T* uncond, float guidance) {
+    const Vec cond_largest = uncond ? largest_of(cond) : Vec(), uncond_largest = uncond ? largest_of(uncond) : Vec();
+#pragma unroll 8
+    for (int code = threadIdx.x; code < count; code += kThreads) {
+      Vec logit = finite(mvar::to_float(cond[code]));
+      if (uncond) {
+        logit = logit - cond_largest;
+        const Vec other = finite(mvar::to_float(uncond[code])) - uncond_largest;
+        const bool in_both = logit > -kInfinity && other > -kInfinity;
+        logit = finite(logit + Vec(guidance) * (in_both ? logit - other : Vec()));
+      }
+      const uint32_t key = key_of(logit + 0.0f);  // −0 + 0 is +0
       memory.keys[code] = key;
       highest = key > highest ? key : highest;
     }
@@ -227,12 +253,12 @@ struct Row {
   // (1−p) of the total, but never the last.
   __device__ void keep_top_p(double p) {
     const auto key_at = [&](int i) { return memory.keys[code_at(i)]; };
-    const Vec top = logit_of(highest);
-    const auto weight = [&](uint32_t key) { return (uint32_t)to_int(exp_negative(logit_of(key) - top) * 0x1p30f); };
+    const Vec largest = largest_logit(highest);
+    const auto weight = [&](uint32_t key) { return (uint32_t)to_int(exp_negative(logit_of(key) - largest) * 0x1p30f); };
     const auto weight_at = [&](int i) { return weight(key_at(i)); };
     uint32_t threshold = highest, equals = 1, first = 0;
     bool several = true;
-    if (top - top >= 0.0f) {
+    if (logit_of(highest) > -kInfinity) {
       const auto need = [&](uint64_t total) {
         const uint64_t most = (uint64_t)((double)total * (1.0 - p));
         return total - (most < total ? most : total - 1);
@@ -242,7 +268,7 @@ struct Row {
       threshold = cut.key;
       several = cut.found > one;
       if (several) equals = (uint32_t)((cut.needed + one - 1) / one);
-    }  // else the largest is infinite, nothing has a weight, and the last of the largest stays
+    }  // else all are ruled out, nothing has a weight, and the last one stays
     if (several) {  // those from the code `first` on stay
       const auto code = [&](int i) { return code_at(i); };
       const auto equal = [&](int i) { return key_at(i) == threshold ? 1u : 0u; };
@@ -254,11 +280,12 @@ struct Row {
   // The code with the largest sum of logit and noise, the first of equals; 0 if there is none above −∞.
   __device__ uint32_t draw(const Philox& philox) {
     const auto ranked = [](Vec score, uint32_t code) { return (uint64_t)key_of(score) << 32 | ~code; };
+    const Vec largest = largest_logit(highest);
     uint64_t best = ranked(-kInfinity, 0);
 #pragma unroll 1  // long as it is
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const uint32_t code = code_at(i);
-      const uint64_t rank = ranked(logit_of(memory.keys[code]) + gumbel(word_of_code(philox, code)), code);
+      const uint64_t rank = ranked((logit_of(memory.keys[code]) - largest) + gumbel(word_of_code(philox, code)), code);
       best = rank > best ? rank : best;
     }
     return ~(uint32_t)largest_of_block(best);

@@ -15,7 +15,12 @@ MVAR_INLINE VecInt key_of(VecInt bits) { return bits ^ ((bits >> 31) & 0x7ffffff
 MVAR_INLINE Vec logit_of(VecInt key) { return (Vec)key_of(key); }
 MVAR_INLINE float logit_of(int64_t key) { return logit_of(splat_int((int32_t)key))[0]; }
 
-constexpr int32_t kLowestKey = INT32_MIN;
+constexpr int32_t kLowestKey = INT32_MIN;  // of padding
+constexpr int32_t kRuledOut = (int32_t)0x807fffff;  // −∞
+constexpr int32_t kSmallest = (int32_t)0x80800000, kLargest = 0x7f7fffff;  // of the finite ones
+
+// What a row's logits count relative to: its largest.
+MVAR_INLINE float largest_logit(int32_t highest) { return logit_of((int64_t)(highest < kSmallest ? kSmallest : highest)); }
 
 // The codes that are left, in order, and their keys; from `count` to the next whole vector the keys are
 // the lowest and the codes 0. Each array has room for a row's codes, rounded up to whole vectors, and one
@@ -25,6 +30,8 @@ struct Row {
   int64_t count;
   int32_t lowest, highest;  // no key is outside of these
   bool whole;               // nothing was dropped yet: codes are 0, 1, 2, … and not written down
+
+  MVAR_INLINE float largest() const { return largest_logit(highest); }
 
   MVAR_INLINE void finish() {
     store_int(keys + count, splat_int(kLowestKey));
@@ -190,10 +197,10 @@ inline void keep_top_k(Row& row, int64_t k) {
 
 // Weights in whole multiples of 2⁻³⁰ of the largest; their sum.
 inline int64_t weigh(Row& row) {
-  const Vec highest = splat(logit_of(row.highest));
+  const Vec largest = splat(row.largest());
   WeightSum weight;
   for (int64_t i = 0; i < row.count; i += kWidth) {
-    const VecInt weights = to_int(exp_negative(logit_of(load_int(row.keys + i)) - highest) * 0x1p30f);
+    const VecInt weights = to_int(exp_negative(logit_of(load_int(row.keys + i)) - largest) * 0x1p30f);
     store_int(row.weights + i, weights);
     weight.add(weights);
   }
@@ -204,7 +211,7 @@ inline int64_t weigh(Row& row) {
 // at most (1−p) of the total, but never the last.
 inline void keep_top_p(Row& row, double top_p) {
   const int64_t total = weigh(row);
-  if (total == 0) {  // an infinite logit or a NaN is the largest, or all are −∞
+  if (total == 0) {  // all are ruled out
     row.cut(row.highest);
     row.drop_ties(row.count - 1);
     return;
@@ -215,7 +222,7 @@ inline void keep_top_p(Row& row, double top_p) {
   const Threshold threshold = largest_threshold(row, total, total - most, 1 << 30, weigh_above);
   const int64_t spare = most - (total - threshold.above);
   const int64_t weight =
-      to_int(exp_negative(splat(logit_of(threshold.key)) - splat(logit_of(row.highest))) * 0x1p30f)[0];
+      to_int(exp_negative(splat(logit_of(threshold.key)) - splat(row.largest())) * 0x1p30f)[0];
   row.cut(threshold.key);
   if (spare >= weight) row.drop_ties(spare / weight);
 }

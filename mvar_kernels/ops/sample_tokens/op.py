@@ -1,6 +1,6 @@
 """sample_tokens and soft_embedding: the maths, the public functions and their checks.
 
-    logits   = (1+c)·cond − c·uncond                                         classifier-free guidance
+    logits   = cond + c·(cond − uncond)                                      classifier-free guidance
     top-k    keeps every logit ≥ the k-th largest (ties stay)
     top-p    then: in ascending order, drops while the cumulative softmax ≤ 1−p, never the largest
              (equal logits in the order of their codes)
@@ -8,6 +8,11 @@
 
 The order and the rules are VAR's (arXiv 2404.02905). The softmax weights of top-p are whole multiples
 of 2⁻³⁰ of the largest, so that the cut is the same on every backend; noise.py has the noise.
+
+A softmax does not change when a number is added to all logits of a row, and neither does the result here: both rows
+count relative to their largest logit before guidance, and what is left relative to its largest before the noise.
+A code with cond = −∞ is ruled out. With uncond = −∞ alone there is nothing to guide it away from: its logit is cond's.
++∞ counts as the largest finite number.
 
     soft     = softmax((logits·sharpness + noise) / temperature) · codebook  VAR's `more_smooth`
 """
@@ -47,9 +52,11 @@ def sample_tokens(
     """Draw a token at every position of one scale.
 
     Args:
-        cond: (B, l, V) logits, float16, bfloat16, float32 or float64. Infinite ones are in order; with a NaN the token
-            is some code, not the same one on every backend.
-        uncond: as cond, or None where the logits are guided already.
+        cond: (B, l, V) logits, float16, bfloat16, float32 or float64. A code at −∞ is never drawn, +∞ counts as the
+            largest finite number; with all codes of a row at −∞ the token is 0; with a NaN it is some code, not the
+            same one on every backend.
+        uncond: as cond, or None where the logits are guided already. Not read where guidance is 0; a code at −∞ here
+            alone keeps the logit of cond.
         guidance: c ≥ 0 in (1+c)·cond − c·uncond; VAR's is cfg·k/(K−1) at scale k of K.
         top_k: 0, or V and more, keeps all codes; 1 is the arg-max.
         top_p: in (0, 1]; 1 keeps all codes.
@@ -96,7 +103,7 @@ def soft_embedding(
         others: as in :func:`sample_tokens`, with the same noise.
 
     Returns:
-        (B, l, width) in the codebook's dtype.
+        (B, l, width) in the codebook's dtype; NaN where all codes of a row are at −∞.
 
     Raises:
         as :func:`sample_tokens`.
@@ -147,6 +154,7 @@ def _checked(
         _check_whole(op, "seed", seed, MAX_SEED)
         seed = image_index.new_full((), seed)  # on a GPU a kernel writes it: nothing waits
     check_name(backend)
+    uncond = uncond if guidance else None
     return Draw(cond, uncond, image_index, guidance, min(top_k, sizes["V"]), top_p, seed, scale_index)
 
 

@@ -13,12 +13,24 @@ WEIGHT_ONE = 2**30
 
 
 def guided_logits(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
-    """(1+c)·cond − c·uncond in float32 (float64 for float64)."""
+    """cond + c·(cond − uncond) in float32 (float64 for float64), but for a number that a row's logits share.
+
+    Each row is taken relative to its largest logit first: that difference is rounded once, whatever was added to all.
+    """
     acc = accumulator(cond.dtype)
+    largest = torch.finfo(acc).max
+    cond = cond.to(acc).clamp(max=largest)
     if uncond is None:
-        return cond.to(acc)
+        return cond
     c = torch.tensor(guidance, dtype=acc, device=cond.device)
-    return (1 + c) * cond.to(acc) - c * uncond.to(acc)
+    cond, uncond = relative_logits(cond), relative_logits(uncond.to(acc).clamp(max=largest))
+    push = (cond - uncond).masked_fill(cond.isneginf() | uncond.isneginf(), 0)
+    return (cond + c * push).clamp(max=largest)
+
+
+def relative_logits(logits: Tensor) -> Tensor:
+    """Logits, of which none is +∞, minus the largest of their row: 0 at most, and −∞ where they are."""
+    return logits - logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
 
 
 def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -29,7 +41,7 @@ def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         kept = logits.masked_fill(logits < kth, -torch.inf)  # ties with the k-th stay
     if top_p < 1:
         ascending, order = kept.sort(dim=-1, stable=True)
-        weights = noise.exp_negative((ascending - ascending[..., -1:]).float()) * WEIGHT_ONE
+        weights = noise.exp_negative(relative_logits(ascending).float()) * WEIGHT_ONE
         cumulative = weights.to(torch.int64).cumsum(-1)
         limit = (cumulative[..., -1:].double() * (1 - top_p)).floor().to(torch.int64)
         drop = cumulative <= limit
@@ -39,7 +51,8 @@ def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _kept(call: Draw) -> Tensor:
-    return filtered_logits(guided_logits(call.cond, call.uncond, call.guidance), call.top_k, call.top_p)
+    logits = guided_logits(call.cond, call.uncond, call.guidance)
+    return relative_logits(filtered_logits(logits, call.top_k, call.top_p))
 
 
 def _noise(call: Draw) -> Tensor:

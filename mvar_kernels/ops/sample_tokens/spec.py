@@ -12,6 +12,7 @@ from mvar_kernels.specs import Case, Inputs, Spec
 
 def _case(name: str, B: int, length: int, V: int, **options: object) -> Case:
     defaults = {"guidance": 0.0, "top_k": 0, "top_p": 1.0, "guided": False, "ties": False}
+    defaults |= {"offset": 0.0, "ruled_out": False}
     return Case(name, {"B": B, "l": length, "V": V}, defaults | options)
 
 
@@ -22,6 +23,13 @@ CASES = (
     _case("top_k", 2, 5, 67, top_k=9, guided=True, guidance=1.5),
     _case("top_p", 2, 5, 67, top_p=0.7),
     _case("ties", 2, 6, 130, top_k=40, top_p=0.8, ties=True),
+    # To a number added to all logits of a row a softmax is blind; this one leaves few bits to a float16.
+    _case("offset", 2, 3, 66, guided=True, guidance=1.5, top_k=30, top_p=0.9, offset=3e4),
+    _case("offset_unguided", 1, 5, 131, offset=-1e4),
+    # In both rows, in one of them, in none; fewer are left than top-k would keep.
+    _case("ruled_out", 2, 3, 67, guided=True, guidance=1.5, top_k=40, ruled_out=True),
+    _case("ruled_out_top_p", 1, 5, 34, guided=True, guidance=0.75, top_p=0.8, ruled_out=True),
+    _case("ruled_out_at_guidance_0", 1, 3, 2, guided=True, ruled_out=True),
     _case("d16_scale", 1, 9, 4096, top_k=900, top_p=0.96, guided=True, guidance=0.75),
 )
 BENCH = (_case("d16_256_last_scale", 16, 256, 4096, top_k=900, top_p=0.96),)
@@ -31,13 +39,17 @@ BENCH_CUDA = (*BENCH, _case("d16_256_guided", 8, 256, 4096, top_k=900, top_p=0.9
 def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     shape = [case.sizes[d] for d in ("B", "l", "V")]
 
-    def logits() -> torch.Tensor:
+    def logits(offset: float) -> torch.Tensor:
         values = 2 * torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
-        return values.round() if case.options["ties"] else values
+        values = (values.round() if case.options["ties"] else values) + offset
+        if case.options["ruled_out"]:
+            chance = torch.rand(shape, generator=generator, device=generator.device)
+            values[..., 1:].masked_fill_(chance[..., 1:] < 0.6, -torch.inf)
+        return values
 
-    inputs = {"cond": logits()}
+    inputs = {"cond": logits(case.options["offset"])}
     if case.options["guided"]:
-        inputs["uncond"] = logits()
+        inputs["uncond"] = logits(-case.options["offset"])
     return inputs
 
 

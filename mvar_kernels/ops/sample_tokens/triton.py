@@ -7,7 +7,8 @@ The arg-max of logits and noise is found by a race of all codes with a rough noi
 near to winning (triton_parts.draw). Nothing is written but the token.
 
 Tokens are bit for bit those of reference.py: top-k counts, top-p sums whole numbers, and guidance, weights and noise
-are float32 operations rounded one by one (enable_fp_fusion=False). A NaN counts as +∞.
+are float32 operations rounded one by one (enable_fp_fusion=False). A NaN counts as +∞, which counts as the largest
+finite number.
 
 The soft embedding writes its weights, and a matrix product averages the codebook with them: 2·4·V bytes a position
 to write and read, where a program that multiplied for itself would read the codebook, 4·V·width, at every
@@ -31,9 +32,11 @@ from mvar_kernels.binding import view
 from mvar_kernels.ops.sample_tokens.inputs import Draw
 from mvar_kernels.ops.sample_tokens.triton_parts import (
     INFINITY,
+    below_infinity,
     draw,
     keep_top_k,
     keep_top_p,
+    largest_logit,
     row_noise,
 )
 from mvar_kernels.tiling import Tile
@@ -74,26 +77,28 @@ def filtered_row(
     TOP_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The guided logits of the program's position, −∞ where dropped and beyond the last code."""
+    """The position's guided logits relative to the largest, −∞ where dropped and beyond the last code."""
     image = (tl.program_id(0) // positions).to(tl.int64)
     position = (tl.program_id(0) % positions).to(tl.int64)
     # Four codes to a thread at a time, those of one noise counter.
     offs_v = 4 * tl.arange(0, BLOCK_V // 4)[:, None] + tl.arange(0, 4)[None, :]  # [BLOCK_V / 4, 4]
     mask_v = offs_v < codes
     cond_ptr += image * cond_batch_stride + position * cond_row_stride
-    logits = tl.load(cond_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    logits = below_infinity(tl.load(cond_ptr + offs_v, mask=mask_v, other=-INFINITY).to(tl.float32))
     if HAS_UNCOND:
         uncond_ptr += image * uncond_batch_stride + position * uncond_row_stride
-        uncond = tl.load(uncond_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-        logits = (guidance + 1.0) * logits - guidance * uncond
-    logits = tl.where(logits == logits, logits, INFINITY)
-    logits = tl.reshape(tl.where(mask_v, logits, -INFINITY), (BLOCK_V,))
+        uncond = below_infinity(tl.load(uncond_ptr + offs_v, mask=mask_v, other=-INFINITY).to(tl.float32))
+        logits -= largest_logit(tl.max(tl.max(logits, 1), 0))
+        uncond -= largest_logit(tl.max(tl.max(uncond, 1), 0))
+        in_both = (logits > -INFINITY) & (uncond > -INFINITY)
+        logits = below_infinity(logits + guidance * tl.where(in_both, logits - uncond, 0.0))
+    logits = tl.reshape(logits, (BLOCK_V,))
     highest = tl.max(logits, 0)
     if TOP_K:
         logits = keep_top_k(logits, highest, top_k)
     if TOP_P:
         logits = keep_top_p(logits, highest, share_bits.to(tl.float64, bitcast=True))
-    return logits, highest
+    return logits - largest_logit(highest)
 
 
 @triton.jit
@@ -133,7 +138,7 @@ def _sample_tokens_fwd_kernel(
     TOP_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    logits, highest = filtered_row(
+    logits = filtered_row(
         cond_ptr,
         uncond_ptr,
         cond_batch_stride,
@@ -153,7 +158,7 @@ def _sample_tokens_fwd_kernel(
     position, scale, image, key_low, key_high = noise_counter(
         image_index_ptr, seed_ptr, image_stride, positions, scale_index
     )
-    token = draw(logits, highest, position, scale, image, key_low, key_high, BLOCK_V)
+    token = draw(logits, position, scale, image, key_low, key_high, BLOCK_V)
     tl.store(tokens_ptr + tl.program_id(0), token.to(tl.int64))
 
 
@@ -182,7 +187,7 @@ def _soft_embedding_fwd_kernel(
     TOP_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    logits, _ = filtered_row(
+    logits = filtered_row(
         cond_ptr,
         uncond_ptr,
         cond_batch_stride,

@@ -30,6 +30,7 @@ WORD_UNIT = tl.constexpr(2.0**-32)
 WEIGHT_ONE = tl.constexpr(2**30)
 INFINITY = tl.constexpr(math.inf)
 LARGEST = tl.constexpr((2 - 2**-23) * 2.0**127)
+TOLERANCE = tl.constexpr(math.exp(2**-9))
 
 # With the first cuts as they come and the others moved to a logit (largest_threshold), 4,096 normal logits take
 # ten rounds for top-k = 900 and seven for top-p = 0.96 thereafter; a bisection of float32 keys takes 32.
@@ -50,6 +51,18 @@ def quarters(row):
 def whole(first, second, third, fourth):
     """The row [BLOCK_V] of four quarters."""
     return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
+
+
+@triton.jit
+def below_infinity(logits):
+    """+∞ and NaN as the largest finite number."""
+    return tl.where(logits <= LARGEST, logits, LARGEST)
+
+
+@triton.jit
+def largest_logit(highest):
+    """What a row's logits count relative to: its largest, or a finite number where all are −∞."""
+    return tl.maximum(highest, -LARGEST)
 
 
 @triton.jit
@@ -255,7 +268,7 @@ def keep_top_p(logits, highest, dropped_share):
         # Ties have one weight: how many of them are dropped is a division.
         weight = tl.maximum(softmax_weight(threshold - highest), 1)
         dropped = (most - (total - above)) // weight
-    else:  # an infinite logit is the largest, or all are −∞: the last one alone stays
+    else:  # all are −∞: the last one alone stays
         dropped = tl.sum((kept == threshold).to(tl.int64), 0) - 1
     if dropped > 0:
         tied = kept == threshold
@@ -265,28 +278,26 @@ def keep_top_p(logits, highest, dropped_share):
 
 
 @triton.jit
-def draw(logits, highest, position, scale_index, image, seed_low, seed_high, BLOCK_V: tl.constexpr):
-    """The code with the largest sum of logit and noise, the first of equals; 0 if all logits are −∞.
+def draw(logits, position, scale_index, image, seed_low, seed_high, BLOCK_V: tl.constexpr):
+    """The code with the largest sum of logit and noise, the first of equals; 0 if all logits are −∞, the largest is 0.
 
     To the last bit the noise takes two long logarithms, of which nearly all are for codes that lose. So codes
     first run a race: the largest logit − log E is the least time E·exp(−logit), E the exponential variable under
     the noise. Those within a tolerance of the winner, most often it alone, then get their noise in full, one by one.
-    The tolerance is about twice what the logarithms of two times and the sums they stand for can be off by together:
-    2⁻⁹ for E, the exponential function and the noise, and 2⁻²² of the largest logit for the roundings of logits.
+    The tolerance, 2⁻⁹, is about twice what the logarithms of two times and the sums they stand for can be off by
+    together: 2⁻¹¹ for each E, and 2⁻¹⁷ for the exponential function and the roundings of sums, which are below 64.
     """
     offs_v = tl.arange(0, BLOCK_V)
     group = tl.arange(0, BLOCK_V // 4).to(tl.uint32)  # [BLOCK_V / 4]
     first, second, third, fourth = philox(group, position, scale_index, image, seed_low, seed_high)
     logit0, logit1, logit2, logit3 = quarters(logits)
-    top = tl.minimum(highest, LARGEST)  # so that an infinite logit comes in at 0
     time = whole(
-        near_exponential(first) * tl.exp(top - logit0),
-        near_exponential(second) * tl.exp(top - logit1),
-        near_exponential(third) * tl.exp(top - logit2),
-        near_exponential(fourth) * tl.exp(top - logit3),
+        near_exponential(first) * tl.exp(-logit0),
+        near_exponential(second) * tl.exp(-logit1),
+        near_exponential(third) * tl.exp(-logit2),
+        near_exponential(fourth) * tl.exp(-logit3),
     )  # [BLOCK_V], ∞ where dropped
-    tolerance = tl.minimum(tl.exp(2.0**-9 + tl.abs(top) * 2.0**-22), LARGEST)
-    near = time <= tl.minimum(tl.min(time, 0) * tolerance, LARGEST)
+    near = time <= tl.minimum(tl.min(time, 0) * TOLERANCE, LARGEST)
     code = tl.min(tl.where(near, offs_v, BLOCK_V), 0)
     last = tl.max(tl.where(near, offs_v, 0), 0)
     token = last
