@@ -66,31 +66,38 @@ struct Layout {
   }
 };
 
+constexpr int kMaxSums = 3;
+
 template <int kWarps>
 struct Shared {
-  float2 sums[2][kWarps];
+  float sums[2][kWarps][kMaxSums];
 };
 
-// The sums of a and b over a group, known to each of its lanes. `turn` counts the calls: two buffers take turns, so that
-// one barrier a call is enough.
-template <int kWarps>
-__device__ float2 group_sums(float a, float b, int& turn) {
-  float2 total{warp_sum(a), warp_sum(b)};
+// Makes of each number its sum over a group, known to each of its lanes. `turn` counts the calls: two buffers take
+// turns, so that one barrier a call is enough.
+template <int kWarps, int n>
+__device__ void sum_over_group(float (&v)[n], int& turn) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] = warp_sum(v[i]);
   if constexpr (kWarps > 1) {
-    float2* sums = shared<Shared<kWarps>>().sums[turn++ % 2];
-    if (threadIdx.x % kWarpSize == 0) sums[threadIdx.x / kWarpSize] = total;
+    float(*sums)[kMaxSums] = shared<Shared<kWarps>>().sums[turn++ % 2];
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (threadIdx.x % kWarpSize == 0) sums[threadIdx.x / kWarpSize][i] = v[i];
+    }
     __syncthreads();
-    total = sums[0];
-    for (int warp = 1; warp < kWarps; ++warp) {
-      total.x += sums[warp].x;
-      total.y += sums[warp].y;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      v[i] = sums[0][i];
+      for (int warp = 1; warp < kWarps; ++warp) v[i] += sums[warp][i];
     }
   }
-  return total;
 }
 
-__device__ float inverse_deviation(float squares, int64_t C, float eps) {
-  return 1.0f / sqrtf(squares / (float)C + eps);
+// Of the sums of x − mean and of its squares. The mean is rounded: what it missed, `rest`, is the mean of x − mean, no
+// part of the variance, and all that a constant row has; 1/√eps would make 1 of it in a row of 12345.678.
+__device__ float inverse_deviation(float squares, float sum, float rest, int64_t C, float eps) {
+  return 1.0f / sqrtf(fmaxf(squares - sum * rest, 0.0f) / (float)C + eps);
 }
 
 template <int kRowWarps>
@@ -132,25 +139,30 @@ __global__ void __launch_bounds__(kBlockWarps<kWarps> * kWarpSize)
       }
       for (int i = 0; i < kSize; ++i) total += x[v * kSize + i] = to_float(values.at[i]);
     }
-    const float mean = group_sums<kWarps>(total, 0.0f, turn).x / (float)C;
+    float totals[] = {total};
+    sum_over_group<kWarps>(totals, turn);
+    const float mean = totals[0] / (float)C;
 
-    float squares = 0.0f;
+    float moments[] = {0.0f, 0.0f};  // sums of x − mean and of its squares
 #pragma unroll
     for (int v = 0; v < Row::kParts; ++v) {
       for (int i = 0; i < kSize; ++i) {
         float& value = x[v * kSize + i];
         value = Row::column(v) + i < C ? value - mean : 0.0f;
-        squares = fmaf(value, value, squares);
+        moments[0] += value;
+        moments[1] = fmaf(value, value, moments[1]);
       }
     }
-    const float rstd = inverse_deviation(group_sums<kWarps>(squares, 0.0f, turn).x, C, n.eps);
+    sum_over_group<kWarps>(moments, turn);
+    const float rest = moments[0] / (float)C;
+    const float rstd = inverse_deviation(moments[1], moments[0], rest, C, n.eps);
 
 #pragma unroll
     for (int v = 0; v < Row::kParts; ++v) {
       Part out;
       for (int i = 0; i < kSize; ++i) {
         const float factor = 1.0f + to_float(scale[v].at[i]);
-        out.at[i] = from_float<T>(fmaf(x[v * kSize + i] * rstd, factor, to_float(shift[v].at[i])));
+        out.at[i] = from_float<T>(fmaf((x[v * kSize + i] - rest) * rstd, factor, to_float(shift[v].at[i])));
       }
       Row::store(row<T>(a.out, b, l), v, C, out);
     }
@@ -173,7 +185,7 @@ __global__ void __launch_bounds__(kWarps * kWarpSize, 1)
 
   int turn = 0;
   for (int64_t l = first; l < last; ++l) {
-    float y[kValues], w[kValues], x_sum = 0.0f, w_sum = 0.0f;
+    float y[kValues], w[kValues], sums[] = {0.0f, 0.0f};  // of x and w
 #pragma unroll
     for (int v = 0; v < Row::kParts; ++v) {
       const Part x = Row::load(row<T>(a.x, b, l), v, C);
@@ -181,27 +193,29 @@ __global__ void __launch_bounds__(kWarps * kWarpSize, 1)
       const Part scale = Row::load(row<T>(a.scale, b), v, C);
       for (int i = 0; i < kSize; ++i) {
         const int j = v * kSize + i;
-        x_sum += y[j] = to_float(x.at[i]);
+        sums[0] += y[j] = to_float(x.at[i]);
         dshift[j] += to_float(grad.at[i]);
-        w_sum += w[j] = to_float(grad.at[i]) * (1.0f + to_float(scale.at[i]));
+        sums[1] += w[j] = to_float(grad.at[i]) * (1.0f + to_float(scale.at[i]));
       }
     }
-    const float2 sums = group_sums<kWarps>(x_sum, w_sum, turn);
-    const float mean = sums.x / (float)C, w_mean = sums.y / (float)C;
+    sum_over_group<kWarps>(sums, turn);
+    const float mean = sums[0] / (float)C, w_mean = sums[1] / (float)C;
 
-    float squares = 0.0f, products = 0.0f;
+    float moments[] = {0.0f, 0.0f, 0.0f};  // sums of x − mean, of its squares, and of its products with w
 #pragma unroll
     for (int v = 0; v < Row::kParts; ++v) {
       for (int i = 0; i < kSize; ++i) {
         const int j = v * kSize + i;
         y[j] = Row::column(v) + i < C ? y[j] - mean : 0.0f;
-        squares = fmaf(y[j], y[j], squares);
-        products = fmaf(y[j], w[j], products);
+        moments[0] += y[j];
+        moments[1] = fmaf(y[j], y[j], moments[1]);
+        moments[2] = fmaf(y[j], w[j], moments[2]);
       }
     }
-    const float2 moments = group_sums<kWarps>(squares, products, turn);
-    const float rstd = inverse_deviation(moments.x, C, n.eps);
-    const float wy_mean = moments.y * rstd / (float)C;
+    sum_over_group<kWarps>(moments, turn);
+    const float rest = moments[0] / (float)C;
+    const float rstd = inverse_deviation(moments[1], moments[0], rest, C, n.eps);
+    const float wy_mean = (moments[2] - rest * sums[1]) * rstd / (float)C;
 
 #pragma unroll
     for (int v = 0; v < Row::kParts; ++v) {
@@ -214,7 +228,7 @@ __global__ void __launch_bounds__(kWarps * kWarpSize, 1)
       }
       for (int i = 0; i < kSize; ++i) {
         const int j = v * kSize + i;
-        const float normal = y[j] * rstd;
+        const float normal = (y[j] - rest) * rstd;
         float d = (w[j] - w_mean - normal * wy_mean) * rstd;
         dscale[j] = fmaf(to_float(grad.at[i]), normal, dscale[j]);
         if constexpr (gated) {

@@ -16,6 +16,10 @@ CASES = (
     Case("wide_row", {"B": 1, "L": 3, "C": 4096}),
     Case("long_and_narrow", {"B": 1, "L": 300, "C": 64}),
     Case("d30", {"B": 2, "L": 9, "C": 1920}),
+    # The mean of such rows, rounded to float32, is off by what 1/√eps makes a sizeable number.
+    Case("constant", {"B": 2, "L": 5, "C": 1000}, {"spread": 0.0, "mean": 12345.678}),
+    Case("constant_odd", {"B": 1, "L": 3, "C": 67}, {"spread": 0.0, "mean": -1000.1}),
+    Case("far_from_zero", {"B": 1, "L": 6, "C": 264}, {"spread": 1e-2, "mean": 1e4}),
     Case("d16_scale", {"B": 1, "L": 169, "C": 1024}),
 )
 BENCH = (Case("d16_256", {"B": 2, "L": 680, "C": 1024}),)
@@ -33,9 +37,12 @@ def _inputs(case: Case, generator: torch.Generator, *, gated: bool) -> Inputs:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
     # A mean far from zero shows a variance that cancels.
-    inputs = {"x": normal(B, L, C) * 1.5 + 3.0, "scale": 0.5 * normal(B, C), "shift": normal(B, C)}
+    spread, mean = case.options.get("spread", 1.5), case.options.get("mean", 3.0)
+    inputs = {"x": normal(B, L, C) * spread + mean, "scale": 0.5 * normal(B, C), "shift": normal(B, C)}
     if gated:
-        inputs |= {"branch": normal(B, L, C), "gate": normal(B, C)}
+        constant = spread == 0  # then x' is, too
+        branch = normal(B, L, 1 if constant else C).expand(B, L, C)
+        inputs |= {"branch": branch, "gate": normal(B, 1 if constant else C).expand(B, C)}
     return inputs
 
 

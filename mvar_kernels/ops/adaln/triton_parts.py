@@ -13,14 +13,20 @@ def load_vector(ptr, b, stride_b, offs_c, mask_c):
 
 @triton.jit
 def centre(x, mask_c, C: tl.constexpr, eps):
-    """(x − mean, 1/σ) of each row.
+    """(x − mean, 1/σ) of each row; beyond the last channel x − mean is some number.
 
-    The mean is subtracted before squares are taken: E[x²] − mean² cancels where the mean is far from zero.
+    The mean is subtracted before squares are taken: E[x²] − mean² cancels where the mean is far from zero. It is
+    rounded: what it missed, `rest`, is the mean of x − mean, no part of the variance, and all that a constant row has;
+    1/√eps would make 1 of it in a row of 12345.678. Divisions, and not products with 1/C, which would be one operation
+    with the difference: so x − mean are multiples of x's last bit, and of a constant row nothing is left.
     """
-    mean = tl.sum(x, axis=1)[:, None] * (1.0 / C)  # [BLOCK_L, 1]
+    channels = tl.full((1, 1), C, tl.float32)
+    mean = tl.div_rn(tl.sum(x, axis=1)[:, None], channels)  # [BLOCK_L, 1]
     centred = tl.where(mask_c[None, :], x - mean, 0.0)  # [BLOCK_L, BLOCK_C]
-    variance = tl.sum(centred * centred, axis=1)[:, None] * (1.0 / C)
-    return centred, tl.rsqrt(variance + eps)
+    total = tl.sum(centred, axis=1)[:, None]
+    rest = tl.div_rn(total, channels)
+    squares = tl.sum(centred * centred, axis=1)[:, None] - total * rest
+    return centred - rest, tl.rsqrt(tl.maximum(squares, 0.0) * (1.0 / C) + eps)
 
 
 @triton.jit
