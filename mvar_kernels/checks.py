@@ -55,27 +55,46 @@ def same_dtype(op: str, first: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name}: expected dtype {want} as {first}, got {got}")
 
 
-def positive(op: str, **numbers: float) -> None:
-    """Check that every argument is a finite number above 0."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{op}: {name}: expected a number above 0, got {value!r}")
+def number(value: object) -> int | float | None:
+    """The Python number that `value` is, or None.
+
+    NumPy's numbers are numbers, and so are arrays and tensors of one number without dimensions; booleans are none.
+    """
+    if not isinstance(value, int | float) and getattr(value, "ndim", None) == 0:
+        value = value.item()  # type: ignore[attr-defined]
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def scale_lengths(op: str, scales: Sequence[int], length: int) -> None:
-    """Check tokens per scale: positive whole numbers that add up to `length`."""
-    whole = isinstance(scales, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in scales)
-    if not whole or not scales or min(scales) < 1:
+def whole_number(value: object) -> int | None:
+    """The Python whole number that `value` is, as :func:`number` takes it, or None."""
+    known = number(value)
+    return known if isinstance(known, int) else None
+
+
+def positive(op: str, name: str, value: object) -> float:
+    """Check that an argument is a finite number above 0."""
+    known = number(value)
+    if known is None or not 0 < known < math.inf:
+        raise ValueError(f"{op}: {name}: expected a number above 0, got {value!r}")
+    return float(known)
+
+
+def scale_lengths(op: str, scales: object, length: int) -> tuple[int, ...]:
+    """Check tokens per scale: positive whole numbers, in any sequence, array or tensor, that add up to `length`."""
+    numbers = scales.tolist() if hasattr(scales, "tolist") else scales
+    known = tuple(whole_number(n) for n in numbers) if isinstance(numbers, Sequence) else ()
+    whole = tuple(n for n in known if n is not None)
+    if not whole or len(whole) < len(known) or min(whole) < 1:
         raise ValueError(f"{op}: scales: expected positive whole numbers, got {scales!r}")
-    if sum(scales) != length:
-        raise ValueError(f"{op}: scales: expected to add up to L={length}, got {scales} with sum {sum(scales)}")
+    if sum(whole) != length:
+        raise ValueError(f"{op}: scales: expected to add up to L={length}, got {whole} with sum {sum(whole)}")
+    return whole
 
 
-def directions(op: str, both: bool, scales: tuple[int, ...] | None, length: int) -> tuple[int, ...]:
+def directions(op: str, both: bool, scales: Sequence[int] | None, length: int) -> tuple[int, ...]:
     """The scales a scan needs: those given when bidirectional, one for the whole sequence else."""
     if not both:
         return (length,)
     if scales is None:
         raise ValueError(f"{op}: scales: expected tokens per scale, as A has two directions; got None")
-    scale_lengths(op, scales, length)
-    return tuple(scales)
+    return scale_lengths(op, scales, length)

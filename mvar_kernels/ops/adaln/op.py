@@ -36,7 +36,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, backend
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
         BackendError: the named backend cannot run on these inputs.
     """
-    _check("adaln", eps, backend, x=x, scale=scale, shift=shift)
+    eps = _check("adaln", eps, backend, x=x, scale=scale, shift=shift)
     out: Tensor = torch.ops.mvar.adaln(x, scale, shift, eps, backend)
     return out
 
@@ -66,19 +66,20 @@ def gated_adaln(
     Raises:
         as :func:`adaln`.
     """
-    _check("gated_adaln", eps, backend, x=x, branch=branch, gate=gate, scale=scale, shift=shift)
+    eps = _check("gated_adaln", eps, backend, x=x, branch=branch, gate=gate, scale=scale, shift=shift)
     x_new, out = torch.ops.mvar.gated_adaln(x, branch, gate, scale, shift, eps, backend)
     return x_new, out
 
 
-def _check(op: str, eps: float, backend: str, **tensors: Tensor) -> None:
+def _check(op: str, eps: float, backend: str, **tensors: Tensor) -> float:
+    """Everything checked; eps as a Python number."""
     sizes: dict[str, int] = {}
     for name, value in tensors.items():
         dims = "B L C" if name in ("x", "branch") else "B C"
         checks.tensor(op, name, value, dims, sizes, like=tensors["x"])
     checks.same_dtype(op, "x", **tensors)
-    checks.positive(op, eps=eps)
     check_name(backend)
+    return checks.positive(op, "eps", eps)
 
 
 @torch.library.custom_op("mvar::adaln", mutates_args=())

@@ -15,10 +15,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
 
 
 def _centred(x: Tensor) -> Tensor:
-    """x minus its mean, in two passes: the first mean is rounded, and of a constant row what that leaves is all there is.
-
-    Of a row of 12345.678 the first pass leaves an ulp, 10⁻³, which 1/√eps would make 1.
-    """
+    """x minus its mean. That is rounded: of a row of 12345.678 it leaves an ulp, 10⁻³, which 1/√eps would make 1."""
     centred = x - x.mean(-1, keepdim=True)
     return centred - centred.mean(-1, keepdim=True)
 

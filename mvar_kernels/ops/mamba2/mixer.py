@@ -100,7 +100,7 @@ def mamba2_mixer(
         )
     checks.tensor(op, "state.conv", state.conv, "B taps-1 E+2N", sizes, like=zxbcdt, dtypes=(zxbcdt.dtype,))
     checks.tensor(op, "state.ssm", state.ssm, "B H P N", sizes, like=zxbcdt, dtypes=(acc,))
-    checks.positive(op, eps=eps)
+    eps = checks.positive(op, "eps", eps)
     scales = checks.directions(op, both, scales, sizes["L"])
     check_name(backend)
     params = [conv_weight, conv_bias, dt_bias, A_log, D, norm_weight]

@@ -111,7 +111,8 @@ def soft_embedding(
     op = "soft_embedding"
     call = _checked(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
     checks.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
-    checks.positive(op, sharpness=sharpness, temperature=temperature)
+    sharpness = checks.positive(op, "sharpness", sharpness)
+    temperature = checks.positive(op, "temperature", temperature)
     mean: Tensor = torch.ops.mvar.soft_embedding(codebook, *call, sharpness, temperature, backend)
     return mean
 
@@ -137,30 +138,31 @@ def _checked(
     if image_index is None:
         image_index = torch.arange(cond.shape[0], dtype=torch.int64, device=cond.device)
     checks.tensor(op, "image_index", image_index, "B", sizes, like=cond, dtypes=(torch.int64,))
-    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance <= MAX_GUIDANCE:
+    c, k, p = checks.number(guidance), checks.whole_number(top_k), checks.number(top_p)
+    if c is None or not 0 <= c <= MAX_GUIDANCE:
         raise ValueError(f"{op}: guidance: expected a number from 0 to {MAX_GUIDANCE:g}, got {guidance!r}")
-    if guidance and uncond is None:
-        raise ValueError(f"{op}: uncond: expected logits to guide away from, as guidance is {guidance}; got None")
+    if c and uncond is None:
+        raise ValueError(f"{op}: uncond: expected logits to guide away from, as guidance is {c}; got None")
     if sizes["V"] < 1:
         raise ValueError(f"{op}: cond: expected at least one code, got shape {tuple(cond.shape)}")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+    if k is None or k < 0:
         raise ValueError(f"{op}: top_k: expected a whole number of at least 0 (0 keeps all), got {top_k}")
-    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+    if p is None or not 0 < p <= 1:
         raise ValueError(f"{op}: top_p: expected a number above 0 and up to 1 (all), got {top_p!r}")
-    _check_whole(op, "scale_index", scale_index, MAX_WORD)
+    scale_index = _whole(op, "scale_index", scale_index, MAX_WORD)
     if isinstance(seed, Tensor):
         checks.tensor(op, "seed", seed, "", sizes, like=cond, dtypes=(torch.int64,))
     else:
-        _check_whole(op, "seed", seed, MAX_SEED)
-        seed = image_index.new_full((), seed)  # on a GPU a kernel writes it: nothing waits
+        seed = image_index.new_full((), _whole(op, "seed", seed, MAX_SEED))  # a GPU's kernel writes it: nothing waits
     check_name(backend)
-    uncond = uncond if guidance else None
-    return Draw(cond, uncond, image_index, guidance, min(top_k, sizes["V"]), top_p, seed, scale_index)
+    return Draw(cond, uncond if c else None, image_index, float(c), min(k, sizes["V"]), float(p), seed, scale_index)
 
 
-def _check_whole(op: str, name: str, value: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-        raise ValueError(f"{op}: {name}: expected a whole number from 0 to {most}, got {value}")
+def _whole(op: str, name: str, value: object, most: int) -> int:
+    known = checks.whole_number(value)
+    if known is None or not 0 <= known <= most:
+        raise ValueError(f"{op}: {name}: expected a whole number from 0 to {most}, got {value!r}")
+    return known
 
 
 @torch.library.custom_op("mvar::sample_tokens", mutates_args=())

@@ -68,8 +68,7 @@ def scale_attention(
     checks.same_dtype(op, "q", q=q, k=k, v=v)
     if log_temperature is not None:
         checks.tensor(op, "log_temperature", log_temperature, "H", sizes, like=q)
-    checks.scale_lengths(op, scales, k.shape[1])
-    scales = tuple(scales)
+    scales = checks.scale_lengths(op, scales, k.shape[1])
     if q.shape[1] not in {sum(scales[i:]) for i in range(len(scales))}:
         raise ValueError(f"{op}: q: expected L or the length of the last few of scales {scales}, got Lq={q.shape[1]}")
     if pattern not in PATTERNS:
@@ -79,7 +78,7 @@ def scale_attention(
         raise ValueError(f"{op}: q: expected head dimension D of at least 1, got shape {tuple(q.shape)}")
     if scale is None:
         scale = 1.0 if log_temperature is not None else 0.25 * q.shape[-1] ** -0.5
-    checks.positive(op, scale=scale)
+    scale = checks.positive(op, "scale", scale)
     out: Tensor = torch.ops.mvar.scale_attention(q, k, v, log_temperature, scales, pattern == "causal", scale, backend)[
         0
     ]
