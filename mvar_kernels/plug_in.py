@@ -5,18 +5,22 @@ random weights and the replacement are given the same inputs, in evaluation and 
 numbers; only if outputs and gradients agree is the part replaced. Whose repository it came from does not matter.
 
 To replace a part is to give it another class, made of the replacement and its own class (as torch's parametrizations
-do): parameters, buffers, hooks, names and the state dict stay what they are, and `restore` gives the class back.
+do): parameters, buffers, hooks, names and the state dict stay what they are, and `restore` gives the class back. All
+parts are tried before the first is replaced.
 """
 
 import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from mvar_kernels.backends import PREFERENCE, unavailable
-from mvar_kernels.replacements import REPLACEMENTS, Replacement
+from mvar_kernels.class_swap import with_ancestor
+from mvar_kernels.replacements import REPLACEMENTS, Replacement, has_hooks
 from mvar_kernels.trial import Trials
 
 
@@ -38,28 +42,40 @@ def accelerate(model: nn.Module) -> Report:
     Known are attention (`mat_qkv`, `q_bias`, `v_bias`, `proj`, `kv_caching`, …), blocks (`attn`, `ffn`, `ln_wo_grad`
     with `ada_lin` or `ada_gss`) and the norm before the head as FoundationVision/VAR has them, and mamba_ssm's
     Mamba2. They keep their parameters and their state dict; outputs and gradients stay the same up to rounding, in
-    training and in generation with their caches. Move the model to its device before: it is tried there.
+    training and in generation with their caches. Move the model to its device before: it is tried there, and call it
+    before `fully_shard`. The trials run on copies with random weights; random numbers and settings of the program stay
+    what they are, and if anything is raised, no part has been replaced.
 
     To save an accelerated model, save its state dict, or :func:`restore` it before: whole-module pickles would name
     classes that are made on the fly.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
+    _check("accelerate", model)
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
+    classes: list[tuple[nn.Module, type]] = []
     trials = Trials()
-    found = [(name, part, _candidate(part)) for name, part in model.named_modules()]  # parents before children
-    for name, part, replacement in found:
+    for name, part in model.named_modules():  # parents before children
+        replacement = _candidate(part)
         if replacement is None:
             continue
-        known = isinstance(part, Replacement)
-        reason = None if known else _objection(part, replacement, trials)
+        if isinstance(part, Replacement):
+            why = _bypass_objection(part, replacement) or "its class, or that of a child, has changed"
+            reason = None if part.as_tried() else f"accelerated, but it goes the old way: {why}"
+        else:
+            reason = _objection(part, replacement, trials)
+            if reason is None:
+                classes.append((part, _accelerated(part, replacement)))
         if reason is not None:
             left[name] = reason
             continue
-        if not known:
-            part.__class__ = _accelerated(replacement, type(part))
         replaced[name] = replacement.what
         left |= {f"{name}.{child}".lstrip("."): why for child, why in replacement.left.items()}
-    if hasattr(model, "autoregressive_infer_cfg") and replaced:
+    for part, cls in classes:
+        part.__class__ = cls
+    if hasattr(type(model), "autoregressive_infer_cfg") and replaced:
         left["autoregressive_infer_cfg"] = "its draws are torch's; sample_tokens would give other, equally good ones"
     if not replaced and not left:
         left[type(model).__name__] = "it has no part that looks like VAR's attention, block or norm, or like Mamba2"
@@ -67,20 +83,41 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate`: every part has its own class again. Not in the middle of a generation."""
+    """Undo :func:`accelerate`: every part has its own class again, and what others have put on top of it stays.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    _check("restore", model)
+    made: dict[type, type] = {}
     for part in model.modules():
         if isinstance(part, Replacement):
-            part.__class__ = type(part).__bases__[1]
+            accelerated = next(cls for cls in type(part).__mro__ if "original_forward" in vars(cls))
+            part.__class__ = with_ancestor(type(part), accelerated, part.original, made)
 
 
-_classes: dict[tuple[type, type], type] = {}
+def _check(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"{function}: model: expected a torch.nn.Module, got {got}")
 
 
-def _accelerated(replacement: type, original: type) -> type:
-    """One class for all parts of a kind, so that torch.compile meets one."""
-    if (replacement, original) not in _classes:
-        _classes[replacement, original] = type(f"Accelerated{original.__name__}", (replacement, original), {})
-    return _classes[replacement, original]
+_classes: dict[tuple[Any, ...], type] = {}
+
+
+def _accelerated(part: nn.Module, replacement: type[Replacement]) -> type:
+    """The part's class with the replacement in it: one for all parts of a kind, so that torch.compile meets one.
+
+    Below parametrizations, which have to be on top: they take themselves off again.
+    """
+    original: Any = type_before_parametrizations(part) if is_parametrized(part) else type(part)
+    children = {name: part._modules.get(name) for name in replacement.bypassed}
+    tried = {name: type(child) for name, child in children.items() if child is not None}
+    key = (replacement, original, original.forward, *tried.items())
+    if key not in _classes:
+        record = {"original": original, "original_forward": staticmethod(original.forward), "tried": tried}
+        _classes[key] = type(f"Accelerated{original.__name__}", (replacement, original), record)
+    return with_ancestor(type(part), original, _classes[key], {})
 
 
 def _candidate(part: nn.Module) -> type[Replacement] | None:
@@ -97,10 +134,11 @@ def _candidate(part: nn.Module) -> type[Replacement] | None:
 def _objection(part: nn.Module, replacement: type[Replacement], trials: Trials) -> str | None:
     """Why the part stays what it is, or None; the cheapest questions first."""
     try:
-        reason = _call_objection(part, replacement) or replacement.objection(part) or _no_kernel(part)
+        reason = _call_objection(part, replacement) or _bypass_objection(part, replacement)
+        reason = reason or replacement.objection(part) or _no_kernel(part)
+        return reason or trials.difference(part, replacement, _accelerated(part, replacement))
     except Exception as error:  # somebody else's code: whatever it raises is a reason to leave it
-        reason = f"it lacks what is asked of such a part: {error}"
-    return reason or trials.difference(part, replacement, _accelerated(replacement, type(part)))
+        return f"it lacks what is asked of such a part: {type(error).__name__}: {error}".rstrip(": ")
 
 
 def _call_objection(part: nn.Module, replacement: type[Replacement]) -> str | None:
@@ -111,6 +149,15 @@ def _call_objection(part: nn.Module, replacement: type[Replacement]) -> str | No
     wanted, ellipsis, _ = replacement.takes.partition(", …")
     taken = ", ".join(arguments[: len(wanted.split(", "))] if ellipsis else arguments)
     return None if taken == wanted else f"its forward takes ({', '.join(arguments)}), not ({replacement.takes})"
+
+
+def _bypass_objection(part: Any, replacement: type[Replacement]) -> str | None:
+    """Which child that the replacement does not call does more than its class says, or None."""
+    for name in replacement.bypassed:
+        child = part._modules.get(name)
+        if child is not None and has_hooks(child):
+            return f"its {name} has hooks or a forward of its own, which the kernels would not call"
+    return None
 
 
 def _no_kernel(part: nn.Module) -> str | None:

@@ -3,6 +3,9 @@
 A replacement is mixed into the class of the module that it stands in for (plug_in.py), so that `super().forward` is
 what was there before; it is called wherever the kernels cannot do the same. It says by which names a module is
 recognised, what keeps it from being replaced, and how to try it beside the original.
+
+Some of a module's children are read but not called, or called with other inputs: what others put on them would have no
+effect. So every call looks whether they are as they were when the replacement was tried, and else is the original's.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,12 +15,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.nn.modules import module as nn_module
 
 from mvar_kernels.checks import accumulator
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
 from mvar_kernels.ops.mamba2.mixer import Mamba2State, mamba2_mixer
 from mvar_kernels.ops.scale_attention.op import scale_attention
+from mvar_kernels.remembered import made_once, schedule_of
 
 Draw = Callable[..., Tensor]
 """Random inputs of a trial: draw(*shape), the same for both sides, with gradients asked for."""
@@ -32,28 +36,57 @@ class Replacement:
     """the arguments of forward"""
     names: ClassVar[tuple[str, ...]]
     """attributes that make a module a candidate"""
+    bypassed: ClassVar[tuple[str, ...]] = ()
+    """children that are not called, or with other inputs"""
     left: ClassVar[dict[str, str]] = {}
     """children that stay as they are, and why"""
 
-    @classmethod
-    def objection(cls, part: Any) -> str | None:
-        """Why this candidate cannot be replaced: a size or an option that the kernels do not know."""
-        raise NotImplementedError
+    # Of the class that is made of a replacement and an original (plug_in.py):
+    original: ClassVar[type]
+    original_forward: ClassVar[Any]
+    tried: ClassVar[dict[str, type]]
+    """classes of the bypassed children at the time of the trial"""
 
-    @classmethod
-    def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
-        """Calls that show what the part computes."""
-        raise NotImplementedError
+    def as_tried(self: Any) -> bool:
+        """Whether nobody has put anything since the trial on what a replacement does not call. 1 to 2 µs."""
+        if self.original.forward is not self.original_forward or (
+            nn_module._global_forward_hooks
+            or nn_module._global_forward_pre_hooks
+            or nn_module._global_backward_hooks
+            or nn_module._global_backward_pre_hooks
+        ):
+            return False
+        children = self._modules
+        for name, tried in self.tried.items():
+            child = children.get(name)
+            if type(child) is not tried or has_hooks(child):
+                return False
+        return True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: hooks, or a forward of its own."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 class Attention(Replacement):
     """Multi-head attention over the own scale and all coarser ones, with its key/value cache.
 
-    While it is in place the cache holds keys as they are before their norm, (B, L, H, D).
+    The cache is the original's, in its layout and with its normed keys, so that calls with and without the kernel can
+    follow one another: after a call under a mask (which goes the old way while the cache is on), after `restore`, and
+    for programs that copy, cut or expand it.
     """
 
     what, takes = "scale_attention, causal", "x, attn_bias"
     names = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "kv_caching", "caching")
+    bypassed = ("mat_qkv",)
 
     @classmethod
     def objection(cls, part: Any) -> str | None:
@@ -68,6 +101,7 @@ class Attention(Replacement):
     @classmethod
     def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
         C = part.q_bias.numel()
+        part.kv_caching(False)
         x = draw(2, 5, C)
         yield part(x, attn_bias=_mask(x))
         yield part(x, attn_bias=None)
@@ -78,27 +112,49 @@ class Attention(Replacement):
         part.kv_caching(True)
         yield part(x[:, :1], attn_bias=None)
         yield part(x[:, 1:], attn_bias=None)
+        yield from (part.cached_k, part.cached_v)
         part.kv_caching(False)
 
     def forward(self: Any, x: Tensor, attn_bias: Tensor | None) -> Tensor:
         scales = (x.shape[1],) if attn_bias is None else schedule_of(attn_bias)
         dropped = self.training and self.attn_drop > 0
-        if scales is None or sum(scales) != x.shape[1] or dropped or (self.caching and attn_bias is not None):
+        masked = self.caching and attn_bias is not None
+        if scales is None or sum(scales) != x.shape[1] or dropped or masked or not x.numel() or not self.as_tried():
             out: Tensor = super().forward(x, attn_bias)  # type: ignore[misc]
             return out
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(2)
         if self.caching:
-            if self.cached_k is not None:
-                scales = (self.cached_k.shape[1], *scales)
-                k, v = torch.cat((self.cached_k, k), 1), torch.cat((self.cached_v, v), 1)
-            self.cached_k, self.cached_v = k, v
+            k, v = self._cached(k, v)
+            earlier = k.shape[1] - x.shape[1]
+            scales = (earlier, *scales) if earlier else scales
         temperature = self.scale_mul_1H11.flatten() if self.attn_l2_norm else None
         attended = scale_attention(
             q, k, v, scales, pattern="causal", scale=float(self.scale), log_temperature=temperature
         )
         return self.proj_drop(self.proj(attended.flatten(2)))
+
+    def _cached(self: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values so far, (B, L, H, D), with new ones, which join the cache.
+
+        The kernel norms keys that have their norm already once more, which moves them by a rounding.
+        """
+        dtype = k.dtype
+        # FoundationVision/VAR caches (B, L, H, D) for flash-attn and xformers, and else (B, H, L, D).
+        of_flash = getattr(self, "using_flash", False) and dtype != torch.float32
+        heads_first = not (of_flash or getattr(self, "using_xform", False))
+        if self.attn_l2_norm:
+            k = F.normalize(k, dim=-1)
+        if heads_first:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if self.cached_k is not None:
+            tokens = 2 if heads_first else 1
+            k, v = torch.cat((self.cached_k, k), tokens), torch.cat((self.cached_v, v), tokens)
+        self.cached_k, self.cached_v = k, v
+        if heads_first:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return k.to(dtype), v.to(dtype)  # under autocast a norm is float32
 
 
 class Block(Replacement):
@@ -106,6 +162,7 @@ class Block(Replacement):
 
     what, takes = "adaln and gated_adaln", "x, cond_BD, attn_bias"
     names = ("attn", "ffn", "ln_wo_grad", "drop_path")
+    bypassed = ("ln_wo_grad", "drop_path")
     left = {"ffn": "its two linear layers are the library's own already"}
 
     @classmethod
@@ -121,20 +178,24 @@ class Block(Replacement):
     @classmethod
     def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
         C = part.ln_wo_grad.normalized_shape[0]
+        if hasattr(part.attn, "kv_caching"):
+            part.attn.kv_caching(False)
         cond = draw(2, 1, 6, C) if hasattr(part, "ada_gss") else draw(2, part.ada_lin[-1].in_features)
         x = draw(2, 5, C)
         yield part(x=x, cond_BD=cond, attn_bias=_mask(x))
 
     def forward(self: Any, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None) -> Tensor:
+        if not x.numel() or not self.as_tried():
+            out: Tensor = super().forward(x, cond_BD, attn_bias)  # type: ignore[misc]
+            return out
         if hasattr(self, "ada_gss"):
             six = self.ada_gss + cond_BD  # (B, 1, 6, C)
         else:
             generating = getattr(self.attn, "caching", False) and not torch.is_grad_enabled()
-            made = made_once(self.ada_lin, cond_BD) if generating else self.ada_lin(cond_BD)
+            begins = getattr(self.attn, "cached_k", None) is None
+            made = made_once(self.ada_lin, cond_BD, anew=begins) if generating else self.ada_lin(cond_BD)
             six = made.view(-1, 1, 6, x.shape[-1])
-        if torch.promote_types(six.dtype, x.dtype) != x.dtype:
-            out: Tensor = super().forward(x, cond_BD, attn_bias)  # type: ignore[misc]
-            return out
+        x = x.to(torch.promote_types(six.dtype, x.dtype))
         g1, g2, s1, s2, t1, t2 = six.to(x.dtype).expand(len(x), -1, -1, -1).unbind(2)  # (B, 1, C) each
         eps = self.ln_wo_grad.eps
         h = adaln(x, s1[:, 0], t1[:, 0], eps=eps)
@@ -149,6 +210,7 @@ class HeadNorm(Replacement):
 
     what, takes = "adaln", "x_BLC, cond_BD"
     names = ("ada_lin", "ln_wo_grad")
+    bypassed = ("ln_wo_grad",)
 
     @classmethod
     def objection(cls, part: Any) -> str | None:
@@ -162,10 +224,11 @@ class HeadNorm(Replacement):
         yield part(draw(2, 5, part.ln_wo_grad.normalized_shape[0]), draw(2, part.ada_lin[-1].in_features))
 
     def forward(self: Any, x_BLC: Tensor, cond_BD: Tensor) -> Tensor:
-        scale, shift = self.ada_lin(cond_BD).chunk(2, -1)
-        if torch.promote_types(scale.dtype, x_BLC.dtype) != x_BLC.dtype:
+        if not x_BLC.numel() or not self.as_tried():
             out: Tensor = super().forward(x_BLC, cond_BD)  # type: ignore[misc]
             return out
+        scale, shift = self.ada_lin(cond_BD).chunk(2, -1)
+        x_BLC = x_BLC.to(torch.promote_types(scale.dtype, x_BLC.dtype))
         scale, shift = (t.to(x_BLC.dtype).expand(len(x_BLC), -1) for t in (scale, shift))
         return adaln(x_BLC, scale, shift, eps=self.ln_wo_grad.eps)
 
@@ -175,6 +238,7 @@ class Mamba2(Replacement):
 
     what, takes = "mamba2_mixer", "u, …"
     names = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "out_proj", "d_state", "headdim")
+    bypassed = ("conv1d", "norm", "act")
 
     @classmethod
     def objection(cls, part: Any) -> str | None:
@@ -209,7 +273,8 @@ class Mamba2(Replacement):
 
     def forward(self: Any, u: Tensor, *others: Any, **options: Any) -> Tensor:
         inference_params = options.get("inference_params")
-        if others or any(value is not None for name, value in options.items() if name != "inference_params"):
+        known = not others and u.numel() > 0 and self.as_tried()
+        if not known or any(value is not None for name, value in options.items() if name != "inference_params"):
             out: Tensor = super().forward(u, *others, **options)  # type: ignore[misc]
             return out
         if inference_params is None:
@@ -223,6 +288,9 @@ class Mamba2(Replacement):
     def step(self: Any, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """New tokens (B, L, C) from its cache, which is updated in place: conv_state (B, E+2N, width) holds one row
         more than the convolution looks back on."""
+        if not self.as_tried():
+            out: tuple[Tensor, Tensor, Tensor] = super().step(hidden_states, conv_state, ssm_state)  # type: ignore[misc]
+            return out
         zxbcdt = self.in_proj(hidden_states)
         rows = torch.cat((conv_state.transpose(1, 2), zxbcdt[..., self.d_inner : -self.nheads]), 1)
         before = Mamba2State(
@@ -241,61 +309,6 @@ class Mamba2(Replacement):
 
 REPLACEMENTS: tuple[type[Replacement], ...] = (Attention, Block, HeadNorm, Mamba2)
 """In the order in which a module is compared with them."""
-
-_schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mask → its version, and its schedule
-
-
-@torch.compiler.disable
-def schedule_of(mask: Tensor) -> tuple[int, ...] | None:
-    """Tokens per scale of a mask (1, …, 1, L, L) under which a token sees its own and all coarser scales, else None.
-
-    The mask is boolean (True: seen) or added to the scores (0 or −∞). Read once for each tensor and each version of
-    it: once in a training step, as a model hands one mask to all its layers.
-    """
-    version = None if mask.is_inference() else mask._version
-    known = _schedules.get(mask)
-    if known is None or version is None or known[0] != version:
-        known = _schedules[mask] = version, _read_schedule(mask)
-    schedule: tuple[int, ...] | None = known[1]
-    return schedule
-
-
-_made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # class embedding → what each layer made of it
-
-
-@torch.compiler.disable
-def made_once(layer: nn.Module, cond: Tensor) -> Tensor:
-    """layer(cond), once for each `cond`: a generation asks for it at every scale, with one and the same tensor.
-
-    Forgotten with the tensor; made anew when it or the weights have changed.
-    """
-    tensors = (cond, *layer.parameters())
-    if any(t.is_inference() for t in tensors):
-        return layer(cond)  # such tensors count no versions
-    versions = (*(t._version for t in tensors), torch.is_autocast_enabled(cond.device.type))
-    known = _made.setdefault(cond, {})
-    if layer not in known or known[layer][0] != versions:
-        known[layer] = versions, layer(cond)
-    made: Tensor = known[layer][1]
-    return made
-
-
-def _read_schedule(mask: Tensor) -> tuple[int, ...] | None:
-    L = mask.shape[-1]
-    if mask.dim() < 2 or mask.numel() != L * L or mask.shape[-2] != L or L == 0:
-        return None
-    mask = mask.detach().view(L, L)
-    seen, hidden = (mask, ~mask) if mask.dtype == torch.bool else (mask == 0, mask == -torch.inf)
-    ends = seen.sum(-1)
-    expected = torch.arange(L, dtype=ends.dtype, device=mask.device) < ends[:, None]
-    right = (seen == expected).all() & (seen | hidden).all()
-    *lasts, is_right = torch.cat([ends, right[None]]).tolist()  # the one moment of waiting for the device
-    rows: list[int] = []
-    while is_right and sum(rows) < L:
-        rows.append(lasts[sum(rows)] - sum(rows))
-        if rows[-1] < 1 or len(set(lasts[sum(rows[:-1]) : sum(rows)])) > 1:
-            return None
-    return tuple(rows) or None
 
 
 def _mask(x: Tensor) -> Tensor:

@@ -1,18 +1,23 @@
 """Does a replacement compute what the part of a model computes? Tried on random weights and inputs, side by side."""
 
 import copy
-from collections.abc import Sequence
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mvar_kernels.precision import true_float32
 from mvar_kernels.replacements import Replacement
 
-# Relative to the largest value: products in TF32, on a GPU, keep few bits, and another computation is farther off.
+# Relative to the largest value. Where a device's float32 products keep few bits (TF32, or bfloat16 parts on some CPUs,
+# if torch is told so: 2e-3 of 512 terms), another computation must be farther off than they are.
 TOLERANCE = 1e-2
-EXACT_TOLERANCE = 1e-4  # on a CPU, where the products of a trial are true float32
+EXACT_TOLERANCE = 1e-4
+EXACT_PRODUCTS = 1e-5  # true float32: 5e-7 of 512 terms
 
 
 class Trials:
@@ -25,36 +30,46 @@ class Trials:
     def __init__(self) -> None:
         self._weights: dict[tuple[str, torch.Size, torch.device], nn.Parameter] = {}
         self._trained: set[Any] = set()
+        self._tolerances: dict[torch.device, float] = {}
 
     def difference(self, part: nn.Module, replacement: type[Replacement], replaced: type) -> str | None:
         """How the part would differ if `replaced`, made of the replacement and its class, were its class; or None."""
         device = next(part.parameters()).device
         kind = (tuple(map(type, part.modules())), tuple((name, p.shape) for name, p in part.named_parameters()))
-        try:
-            stand_in = self._stand_in(part)
-            original = type(stand_in)
-            with true_float32(device), torch.autocast(device.type, enabled=False), torch.inference_mode(False):
+        with torch.autocast(device.type, enabled=False), torch.inference_mode(False), _untouched(part) as touched:
+            try:
+                stand_in = self._stand_in(part)
+                original = type(stand_in)
                 for training in (False,) if kind in self._trained else (False, True):
                     stand_in.train(training)
                     results = []
                     for stand_in.__class__ in (original, replaced):
                         results.append(_results(stand_in, replacement, device, with_grads=training))
-                    if not _close(*results):
+                    if not self._close(*results):
                         mode = "training" if training else "evaluation"
                         return f"it does not compute what {replacement.what} does, in {mode}"
-        except Exception as error:  # somebody else's code: whatever it raises is a reason to leave it
-            return f"it could not be tried on {device}: {type(error).__name__}: {str(error).split(chr(10))[0]}"
+            except Exception as error:  # somebody else's code: whatever it raises is a reason to leave it
+                words = (str(error).strip() or "no message").splitlines()[0]
+                return f"it could not be tried on {device}: {type(error).__name__}: {words}"
+        if touched:
+            return f"it could not be tried: a copy of it writes to the model itself, to {' and '.join(touched)}"
         self._trained.add(kind)
         return None
 
     def _stand_in(self, part: nn.Module) -> Any:
-        """A copy of the part with random float32 weights, and without hooks."""
+        """A copy of the part with random float32 weights, and without hooks; nothing of it is the part's."""
         instead: dict[int, Any] = {id(p): self._random(name, p) for name, p in part.named_parameters()}
-        instead |= {id(b): b.float() if b.is_floating_point() else b.clone() for b in part.buffers()}
+        for module in part.modules():
+            for name, value in vars(module).items():
+                if "_hooks" in name and isinstance(value, dict):
+                    instead[id(value)] = OrderedDict()
+                elif isinstance(value, Tensor):
+                    instead.setdefault(id(value), _own(value))
+        instead |= {id(b): _own(b) for b in part.buffers()}
         stand_in = copy.deepcopy(part, instead)
-        for module in stand_in.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-                hooks.clear()
+        theirs = {id(module) for module in part.modules()}
+        if any(id(module) in theirs for module in stand_in.modules()):
+            raise RuntimeError("its deepcopy is not a copy")
         return stand_in
 
     def _random(self, name: str, like: nn.Parameter) -> nn.Parameter:
@@ -70,36 +85,85 @@ class Trials:
             self._weights[key] = nn.Parameter(values)
         return self._weights[key]
 
+    def _close(self, expected: list[Tensor], got: list[Tensor]) -> bool:
+        if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in got]:
+            return False
+        device = expected[0].device
+        if device not in self._tolerances:
+            self._tolerances[device] = EXACT_TOLERANCE if _product_error(device) < EXACT_PRODUCTS else TOLERANCE
+        tolerance = self._tolerances[device]
+        return all(bool((g - e).abs().max() <= tolerance * e.abs().max()) for g, e in zip(got, expected, strict=True))
+
+
+def _own(t: Tensor) -> Tensor:
+    """The same values in memory of their own, in float32 as the random weights are."""
+    return t.detach().to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
+
+
+def _product_error(device: torch.device) -> float:
+    """Of a float32 product of 512 terms, relative to its largest value; as torch is told to multiply at the moment."""
+    a, b = _normal(2, 512, 512).to(device)
+    exact = a.double() @ b.double()
+    return float((a @ b - exact).abs().max() / exact.abs().max())
+
+
+def _normal(*shape: int, generator: torch.Generator | None = None) -> Tensor:
+    """On the CPU in float32, whatever the program's default device and dtype are."""
+    generator = generator or torch.Generator("cpu").manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+@contextmanager
+def _untouched(part: nn.Module) -> Iterator[list[str]]:
+    """Puts back the random states and the part's buffers; the list then names buffers that had to be.
+
+    A copy's forward can reach the live model through a function that closes over it.
+    """
+    buffers = {name: (b, b.clone()) for name, b in part.named_buffers()}
+    changed: list[str] = []
+    numpy = sys.modules.get("numpy.random")
+    states = random.getstate(), numpy.get_state() if numpy else None
+    devices = {p.device for p in part.parameters() if p.is_cuda}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield changed
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.set_state(states[1])
+        for name, (buffer, before) in buffers.items():
+            if not torch.equal(buffer, before):
+                changed.append(name)
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.copy_(before)
+
+
+def _seed(device: torch.device) -> None:
+    """The same random numbers for both sides: of this device alone, torch.manual_seed would reset those of all GPUs."""
+    random.seed(0)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(0)
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.default_generators[
+            torch.cuda.current_device() if device.index is None else device.index
+        ].manual_seed(0)
+
 
 def _results(part: Any, replacement: type[Replacement], device: torch.device, *, with_grads: bool) -> list[Tensor]:
     """Outputs of all trials and, if asked for, gradients of all inputs and parameters; each time the same inputs."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     inputs: list[Tensor] = []
 
-    def normal(shape: Sequence[int]) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
-
     def draw(*shape: int) -> Tensor:
-        inputs.append(normal(shape).requires_grad_(with_grads))
+        inputs.append(_normal(*shape, generator=generator).to(device).requires_grad_(with_grads))
         return inputs[-1]
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.set_grad_enabled(with_grads):
-        # Of this device alone: torch.manual_seed would reset those of all GPUs.
-        torch.default_generator.manual_seed(0)
-        if device.type == "cuda":
-            torch.cuda.default_generators[
-                torch.cuda.current_device() if device.index is None else device.index
-            ].manual_seed(0)
+    with torch.set_grad_enabled(with_grads):
+        _seed(device)
         outputs = list(replacement.trials(part, draw))
         if not with_grads:
             return outputs
-        loss = torch.stack([(out * normal(out.shape)).sum() for out in outputs])
+        loss = torch.stack([(out * _normal(*out.shape, generator=generator).to(device)).sum() for out in outputs])
         grads = torch.autograd.grad(loss.sum(), [*inputs, *part.parameters()], allow_unused=True)
     return [*(out.detach() for out in outputs), *(grad for grad in grads if grad is not None)]
-
-
-def _close(expected: list[Tensor], got: list[Tensor]) -> bool:
-    if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in got]:
-        return False
-    tolerance = EXACT_TOLERANCE if expected[0].device.type == "cpu" else TOLERANCE
-    return all(bool((g - e).abs().max() <= tolerance * e.abs().max()) for g, e in zip(got, expected, strict=True))
