@@ -28,7 +28,10 @@ PREFERENCE: Mapping[str, tuple[str, ...]] = {
 # Where a CUDA kernel was measured to be faster than Triton's and goes first; `python -m benchmarks.prefer` writes it.
 MEASURED = Path(__file__).with_name("measured.json")
 # Chosen by name only: other people's packages, kept for comparison.
-PEERS = ("flash_attn", "mamba_ssm")
+PEERS: Mapping[str, tuple[str, str]] = {  # the function that is called: its module and its name
+    "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
+    "mamba_ssm": ("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"),
+}
 NAMES = ("auto", "reference", "cpu", "triton", "cuda", *PEERS)
 
 
@@ -49,23 +52,32 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and cannot do what was asked."""
 
 
-def _extension(name: str) -> ModuleType | None:
+@cache
+def _extension(name: str) -> ModuleType | str:
+    """An extension of this package, or why it cannot be loaded."""
     try:
         return importlib.import_module(f"mvar_kernels.{name}")
-    except ImportError:
-        return None
+    except ModuleNotFoundError as error:
+        if error.name != f"mvar_kernels.{name}":
+            return f"cannot be imported: {_words(error)}"
+        others = sorted(path.name for path in Path(__file__).parent.glob(f"{name}.*.so"))
+        return f"was built for another Python: {', '.join(others)}" if others else "was not built"
+    except Exception as error:  # of another ABI, or damaged: ImportError, OSError, SystemError, …
+        return f"cannot be imported: {_words(error)}"
 
 
 @cache
 def native() -> ModuleType | None:
-    """The extension of C++ kernels, or None where it was not built."""
-    return _extension("_native")
+    """The extension of C++ kernels, or None where there is none that can be loaded."""
+    module = _extension("_native")
+    return None if isinstance(module, str) else module
 
 
 @cache
 def cuda() -> ModuleType | None:
-    """The extension of CUDA kernels, or None where it was not built."""
-    return _extension("_cuda")
+    """The extension of CUDA kernels, or None where there is none that can be loaded."""
+    module = _extension("_cuda")
+    return None if isinstance(module, str) else module
 
 
 def extension(t: torch.Tensor) -> ModuleType:
@@ -77,7 +89,45 @@ def extension(t: torch.Tensor) -> ModuleType:
 
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU: its own switch, set before Triton is imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
+
+
+def _words(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _not_installed(package: str) -> str | None:
+    """Why there is nothing to import, or None; nothing is imported, which for Triton takes a second."""
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except Exception as error:  # ValueError for a stand-in in sys.modules, which has no __spec__
+        return f"{package} is no installed package: {_words(error)}"
+    return None if found else f"{package} is not installed"
+
+
+def _another_mode() -> str | None:
+    """Whether TRITON_INTERPRET was changed too late: Triton's own functions are made for it at its import."""
+    of_import = type(importlib.import_module("triton.language").cdiv).__name__ == "InterpretedFunction"
+    return None if of_import == interpreted() else "TRITON_INTERPRET was changed after Triton was imported"
+
+
+@cache  # of what can be imported: an exception is not kept
+def _imported(module: str, name: str) -> None:
+    """Raises whatever keeps `name` from being imported from `module`."""
+    if getattr(importlib.import_module(module), name, None) is None:
+        raise ImportError(f"{module} has no {name}: another version, or a stand-in")
+
+
+def _not_importable(module: str, name: str) -> str | None:
+    """Why `from module import name` fails, or None. Half-installed packages raise anything, sys.exit included."""
+    package = module.partition(".")[0]
+    try:
+        _imported(module, name)
+    except (Exception, SystemExit) as error:
+        return f"{package} cannot be imported: {_words(error)}"
+    return None
 
 
 @cache
@@ -96,25 +146,45 @@ def measured() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
     return table
 
 
-@cache
+_found: set[str] = set()  # backends that can run here: asked for at every call by name
+
+
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all, or None."""
+    if name in _found:
+        return None
+    reason = _looked_for(name)
+    if reason is None:
+        _found.add(name)
+    return reason
+
+
+def _looked_for(name: str) -> str | None:
+    no_device = None if torch.cuda.is_available() else "no CUDA device"
     match name:
         case "reference":
             return None
         case "cpu":
-            return None if native() else "the C++ extension was not built (no compiler at install)"
+            module = _extension("_native")
+            return _unloaded("C++", module, "no compiler at install") if isinstance(module, str) else None
         case "cuda":
-            if cuda() is None:
-                return "the CUDA extension was not built (at install: no nvcc, or neither a GPU nor CUDAARCHS)"
-            return None if torch.cuda.is_available() else "no CUDA device"
+            module = _extension("_cuda")
+            if isinstance(module, str):
+                return _unloaded("CUDA", module, "at install: no nvcc, or neither a GPU nor CUDAARCHS")
+            return no_device
         case "triton":
-            if importlib.util.find_spec("triton") is None:
-                return "triton is not installed (a CUDA build of torch brings it)"
-            return None if torch.cuda.is_available() or interpreted() else "no CUDA device"
+            reason = _not_installed(name)
+            if reason is not None:
+                return f"{reason} (a CUDA build of torch brings it)"
+            reason = None if interpreted() else no_device
+            return reason or _not_importable("triton.language", "cdiv") or _another_mode()
         case _:
-            missing = importlib.util.find_spec(name) is None
-            return f"{name} is not installed" if missing else None
+            return _not_installed(name) or _not_importable(*PEERS[name]) or no_device
+
+
+def _unloaded(language: str, reason: str, why_not_built: str) -> str:
+    hint = f" ({why_not_built})" if reason == "was not built" else ""
+    return f"the extension of {language} kernels {reason}{hint}"
 
 
 def backends() -> dict[str, str | None]:
