@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from mvar_kernels.backends import PREFERENCE, unavailable
 from mvar_kernels.class_swap import with_ancestor
-from mvar_kernels.replacements import REPLACEMENTS, Replacement, has_hooks
+from mvar_kernels.replacements import REPLACEMENTS, Replacement, has_hooks, kind_of
 from mvar_kernels.trial import Trials
 
 
@@ -112,7 +112,7 @@ def _accelerated(part: nn.Module, replacement: type[Replacement]) -> type:
     """
     original: Any = type_before_parametrizations(part) if is_parametrized(part) else type(part)
     children = {name: part._modules.get(name) for name in replacement.bypassed}
-    tried = {name: type(child) for name, child in children.items() if child is not None}
+    tried = {name: kind_of(child) for name, child in children.items() if child is not None}
     key = (replacement, original, original.forward, *tried.items())
     if key not in _classes:
         record = {"original": original, "original_forward": staticmethod(original.forward), "tried": tried}
