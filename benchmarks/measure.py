@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -98,7 +99,8 @@ def machine() -> dict[str, Any]:
     """What a figure depends on: processor, threads, versions, commit."""
     extension = native()
     return {
-        "processor": _processor(),
+        "processor": _cpuinfo().get("model name", platform.processor()),
+        "cpu_model": cpu_model(),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "architecture": architecture(DEVICE),
         "cuda": torch.version.cuda,
@@ -120,11 +122,30 @@ def triton_version() -> str | None:
         return None
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+def cpu_model() -> str:
+    """What tells CPUs apart, as "AMD EPYC, family 26, avx512": on rented machines many share one name.
+
+    Of instruction sets it has the widest one, AMX, and what ONEDNN_MAX_CPU_ISA leaves of them to oneDNN.
+    """
+    facts = _cpuinfo()
+    features = set(facts.get("flags", "").split())
+    widest = next((name for flag, name in (("avx512f", "avx512"), ("avx2", "avx2")) if flag in features), None)
+    described = (
+        facts.get("model name", platform.processor() or platform.machine()),
+        "cpu family" in facts and f"family {facts['cpu family']}",
+        widest,
+        "amx_tile" in features and "amx",
+        (limit := os.environ.get("ONEDNN_MAX_CPU_ISA")) and f"oneDNN up to {limit}",
+    )
+    return ", ".join(part for part in described if part)
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Of the first CPU, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().split("\n\n")[0] if path.exists() else ""
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def _commit() -> str:
@@ -144,19 +165,26 @@ def _commit() -> str:
 
 
 def folder() -> str:
-    """Of this device's results: "cpu", "nvidia_h200"."""
-    return machine()["device"].lower().replace(" ", "_")
+    """Of the results of this GPU, or this model of CPU: "nvidia_h200", "amd_epyc_family_26_avx512"."""
+    here = machine()
+    name: str = here["cpu_model"] if here["device"] == "cpu" else here["device"]
+    return slug(name)
+
+
+def slug(name: str) -> str:
+    """ "AMD EPYC, family 26, avx512" → "amd_epyc_family_26_avx512" """
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def kept(name: str) -> Any:
-    """The rows of results/<device>/<name>.json if this machine made them at this commit, else None."""
+    """The rows of results/<device or CPU>/<name>.json if this machine made them at this commit, else None."""
     path = RESULTS / folder() / f"{name}.json"
     content = json.loads(path.read_text()) if path.is_file() else {}
     return content["rows"] if content.get("machine") == machine() else None
 
 
 def write(name: str, rows: Any) -> Path:
-    """Write results/<device>/<name>.json with the machine beside the rows."""
+    """Write results/<device or CPU>/<name>.json with the machine beside the rows."""
     path = RESULTS / folder() / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"machine": machine(), "rows": rows})

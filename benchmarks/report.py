@@ -1,7 +1,7 @@
 """README tables, plots and one page of both from the result files alone: `mvar bench --report`."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,14 +36,17 @@ def main() -> None:
     before, rest = README.read_text().split(BEGIN)
     _, after = rest.split(END)
     folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and any(path.glob("*.json"))]
-    sections = {}
+    sections: dict[str, list[Part]] = {}
+    on_cpu = []
     for folder in folders:
         results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        sections[machine(results.values())] = device(folder.name, results)
+        heading = machine(folder.name, results)
+        sections[f"{heading}, {folder.name}" if heading in sections else heading] = device(folder.name, results)
+        on_cpu.append(all(content["machine"]["device"] == "cpu" for content in results.values()))
     text = "\n".join(
         f"### {name}\n\n" + "\n".join(part.markdown() for part in parts) for name, parts in sections.items()
     )
-    if all(folder.name == "cpu" for folder in folders):
+    if all(on_cpu):
         text += "\nOn a GPU: not yet measured (`make gpu` does it).\n"
     with replacing(README) as aside:
         aside.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
@@ -97,11 +100,17 @@ def commits(results: Mapping[str, Any]) -> str:
     return "\n".join(lines + [f"| {commit} | {', '.join(stems)} |" for commit, stems in measured.items()]) + "\n"
 
 
-def machine(results: Iterable[Any]) -> str:
-    """The machine or machines of one device's results."""
-    found = (content["machine"] for content in results)
+def machine(folder: str, results: Mapping[str, Any]) -> str:
+    """The machine or machines of one folder's results.
+
+    Raises ValueError where they are of several devices, or models of CPUs: their figures never share a table.
+    """
+    found = [content["machine"] for content in results.values()]
+    devices = {m["cpu_model"] if m["device"] == "cpu" else m["device"] for m in found}
+    if len(devices) > 1:
+        raise ValueError(f"{folder}: has figures of {' and of '.join(sorted(devices))}; give each a folder of its own")
     described = (
-        f"{m['processor']}, {m['threads']} threads"
+        f"{m['cpu_model'] if m['device'] == 'cpu' else m['processor']}, {m['threads']} threads"
         + f", {m['device']}" * (m["device"] != "cpu")
         + f", torch {m['torch']}"
         for m in found

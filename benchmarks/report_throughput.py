@@ -96,7 +96,7 @@ def agreement(found: Row) -> list[str]:
 
 def aims(rows: Sequence[Row], by_part: Sequence[Row], device: str) -> list[str]:
     """What was aimed at on an H200 for d16 at 256×256 with guidance, and what was found on this GPU."""
-    if device == "cpu":
+    if not device.startswith("nvidia"):
         return []
 
     def ms(batch: int, side: str) -> float | None:

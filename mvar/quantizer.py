@@ -22,6 +22,7 @@ from mvar_kernels.precision import true_float32
 
 PHI_RATIO = 0.5  # the convolution's share of φ
 HITS_DECAY = 0.99
+ROWS = 4096  # whose distances to all codes are in memory at a time: 134 MB of 4,096 codes
 
 
 def phi_index(k: int, num_scales: int, num_phi: int) -> int:
@@ -115,12 +116,19 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, rows: Tensor) -> Tensor:
-        """The code at the smallest Euclidean distance: (B, l, Cv) → (B, l) int64."""
-        codes = self.embedding.weight.float()
-        with torch.autocast(rows.device.type, enabled=False):
-            # ‖z − c‖² less ‖z‖², which is the same for all codes
-            distances = torch.addmm(codes.square().sum(dim=1), rows.flatten(0, 1), codes.T, alpha=-2)  # (B·l, V)
-        return distances.argmin(dim=1).view(rows.shape[:2])
+        """The code at the smallest Euclidean distance: (B, l, Cv) → (B, l) int64.
+
+        In float64, which no setting of float32 products reaches: distances to the nearest codes are small differences
+        of large terms, and products with factors in bfloat16 took another code for up to 1 % of the rows of digits.
+        680 rows and 4,096 codes take 12 ms instead of 9 (one AMD Zen 3 core).
+        """
+        codes = self.embedding.weight.double()
+        norms = codes.square().sum(dim=1)
+        # ‖z − c‖² less ‖z‖², which is the same for all codes
+        found = [
+            torch.addmm(norms, z.double(), codes.T, alpha=-2).argmin(dim=1) for z in rows.flatten(0, 1).split(ROWS)
+        ]
+        return torch.cat(found).view(rows.shape[:2]) if found else rows.new_zeros(rows.shape[:2], dtype=torch.int64)
 
     def quantize(self, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Coarse to fine: the tokens (B, p_k²) of each scale, and f̂ (B, Cv, H, W) up to that scale."""

@@ -1,6 +1,7 @@
 """`mvar bench` from a checkout and from an installed package, and what the suites compute."""
 
 import base64
+import json
 import math
 import re
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 import mvar
 from benchmarks import growth, page, parity, report, report_ops
+from benchmarks.measure import slug
 from mvar import bench, digits
 from mvar.cli import SUITES, main
 from mvar.engine import prepared_model
@@ -193,5 +195,26 @@ def test_roofline_of_a_row() -> None:
 def test_readme_shows_pictures_that_are_there() -> None:
     """And those of the report are what it draws: none is left of a plot that is gone."""
     shown = re.findall(r"!\[.*\]\((.+)\)", report.README.read_text())
-    assert "docs/roofline_cpu.png" in shown and all((report.ROOT / path).is_file() for path in shown)
+    assert "docs/roofline_amd_epyc_family_26_avx512.png" in shown and all(
+        (report.ROOT / path).is_file() for path in shown
+    )
     assert {path.name for path in (report.ROOT / "docs").glob("*.png")} == {Path(path).name for path in shown}
+
+
+def test_figures_of_two_cpus_never_share_a_table() -> None:
+    """Each model of CPU has a folder and a heading of its own, and a folder with two is refused."""
+
+    def results(*models: str) -> dict[str, Any]:
+        machine = {"device": "cpu", "processor": "AMD EPYC", "threads": 2, "torch": "2.13.0"}
+        return {f"op{i}": {"machine": machine | {"cpu_model": model}} for i, model in enumerate(models)}
+
+    one, two = "AMD EPYC, family 25, avx2", "AMD EPYC, family 26, avx512"
+    assert report.machine("a", results(one, one)) == f"{one}, 2 threads, torch 2.13.0"
+    with pytest.raises(ValueError, match=f"a: has figures of {one} and of {two}; give each a folder"):
+        report.machine("a", results(one, two))
+
+
+def test_every_folder_of_results_is_its_cpus() -> None:
+    for path in report.RESULTS.glob("*/*.json"):
+        machine = json.loads(path.read_text())["machine"]
+        assert machine["device"] != "cpu" or path.parent.name == slug(machine["cpu_model"])

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import measure
 
@@ -25,14 +26,14 @@ def test_a_commit_with_changed_code_says_so(tmp_path: Path, monkeypatch: pytest.
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
         subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    for name in ("mvar/model.py", "benchmarks/ops.py", "benchmarks/results/cpu/ops.json", "README.md"):
+    for name in ("mvar/model.py", "benchmarks/ops.py", "benchmarks/results/one/ops.json", "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "benchmarks" / "results")
     git("init", "--quiet")
     git("add", ".")
     git("commit", "--quiet", "-m", "first")
-    for name, changed in (("README.md", False), ("benchmarks/results/cpu/ops.json", False), ("mvar/model.py", True)):
+    for name, changed in (("README.md", False), ("benchmarks/results/one/ops.json", False), ("mvar/model.py", True)):
         (tmp_path / name).write_text("another")
         assert measure._commit().endswith(" with changes") == changed
     git("checkout", "--quiet", "mvar")
@@ -47,3 +48,20 @@ def test_without_git_a_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.Mon
     assert measure._commit() == "unknown, maybe with changes"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert measure._commit() == "unknown, maybe with changes"
+
+
+def test_cpus_of_one_name_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rented machines call Zen 3 and Zen 5 the same; and what hides AMX from oneDNN makes other figures."""
+    facts = {"model name": "AMD EPYC", "cpu family": "25", "flags": "avx avx2"}
+    monkeypatch.setattr(measure, "_cpuinfo", lambda: facts)
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cpu"))
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert measure.folder() == "amd_epyc_family_25_avx2"
+    facts |= {"cpu family": "26", "flags": "avx2 avx512f avx512_bf16"}
+    assert measure.folder() == "amd_epyc_family_26_avx512"
+    facts |= {"model name": "Intel(R) Xeon(R)", "cpu family": "6", "flags": "avx2 avx512f amx_tile amx_bf16"}
+    assert measure.folder() == "intel_r_xeon_r_family_6_avx512_amx"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    assert measure.folder() == "intel_r_xeon_r_family_6_avx512_amx_onednn_up_to_avx512_core_bf16"
+    facts.clear()  # a system that does not tell
+    assert measure.folder()

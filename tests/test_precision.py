@@ -232,6 +232,23 @@ def test_ops_compute_in_true_float32_in_any_program(monkeypatch: pytest.MonkeyPa
     assert seen == [True, True]
 
 
+@program
+def test_the_nearest_code_does_not_depend_on_the_products(told: str) -> None:
+    """Codes and rows far from zero and close to each other, where factors in bfloat16 take another code."""
+    generator = torch.Generator().manual_seed(0)
+    quantizer = small()[1].quantize
+    codes = 8 + torch.randn(64, 16, generator=generator) / 8
+    quantizer.embedding.weight.data.copy_(codes)
+    rows = codes[torch.randint(64, (2, 3000), generator=generator)]
+    rows = rows + torch.randn(rows.shape, generator=generator) / 32
+    right = torch.cdist(rows.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(2)
+    with amx() as products, told_so(told):
+        assert torch.equal(quantizer.nearest(rows), right)  # of more rows than are in memory at a time
+        assert products.rounded == 0 and quantizer.nearest(rows[:, :0]).shape == (2, 0)
+        float32 = torch.addmm(codes.square().sum(1), rows.flatten(0, 1), codes.T, alpha=-2).argmin(1)
+        assert float((float32 != right.flatten()).float().mean()) > 0.1
+
+
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt(), Interrupted("stopped", 15), ValueError("wrong")])
 @pytest.mark.parametrize("tf32", ["0", "1"])
 def test_training_has_true_float32_and_leaves_the_settings(

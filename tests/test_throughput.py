@@ -244,20 +244,21 @@ def test_on_a_gpu_the_public_scan_multiplies_in_tf32_beside_16_bits(monkeypatch:
 
 
 def test_what_is_stored_is_of_this_commit_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = {"device": "cpu", "processor": "one", "commit": "1234567"}
+    here = {"device": "cpu", "cpu_model": "One, family 1", "commit": "1234567"}
     on = here
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     for module in (measure, throughput):
         monkeypatch.setattr(module, "machine", lambda: on)
     assert throughput.stored() is None
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "throughput.json").write_text(json.dumps({"machine": here, "rows": {"sizes": []}}))
+    stored = tmp_path / "one_family_1" / "throughput.json"
+    stored.parent.mkdir()
+    stored.write_text(json.dumps({"machine": here, "rows": {"sizes": []}}))
     assert throughput.stored() == {"sizes": []}
-    for other in ({"processor": "two"}, {"commit": "7654321"}):
+    for other in ({"cpu_model": "One, family 2"}, {"commit": "7654321"}):
         on = here | other
         assert throughput.stored() is None
     changed = here | {"commit": "1234567 with changes"}
-    (tmp_path / "cpu" / "throughput.json").write_text(json.dumps({"machine": changed, "rows": {"sizes": []}}))
+    stored.write_text(json.dumps({"machine": changed, "rows": {"sizes": []}}))
     on = changed
     assert throughput.stored() is None
 

@@ -202,7 +202,7 @@ def test_what_is_compiled_ahead_is_one_block_of_every_side_and_dtype(monkeypatch
 
 
 def test_results_are_added_to_those_of_the_same_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = {"device": "cpu", "commit": "1234567"}
+    machine = {"device": "cpu", "cpu_model": "One, family 1", "commit": "1234567"}
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(measure, "machine", lambda: dict(machine))
     assert measure.kept("train_d1") is None
