@@ -29,6 +29,7 @@ from mvar.arguments import load
 from mvar.engine import prepared_model, prepared_tokenizer
 from mvar.evaluate import Moments, frechet, moments
 from mvar.evaluate.inception import FEATURES, Inception, sources
+from mvar.files import expanded
 from mvar.pictures import to_bytes
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.backends import BackendError, backends
@@ -234,8 +235,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights")
     parser.add_argument("--tokenizer")
-    parser.add_argument("--inception", type=Path)
-    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--inception", type=expanded)
+    parser.add_argument("--reference", type=expanded)
     parser.add_argument("--count", type=int, default=100, help="images a class (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

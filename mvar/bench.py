@@ -28,8 +28,10 @@ def bench(options: argparse.Namespace) -> None:
             f"{ROOT / 'benchmarks'} is missing: the benchmarks are in mvar's repository, not in the installed package; "
             "clone it and install it with pip install -e ."
         )
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    readable = {"PYTHONIOENCODING": f"{encoding}:backslashreplace"}  # the suites print more than a log's ASCII has
     for suite in [*(options.suite or []), *(["report"] if options.report else [])]:
         command = [sys.executable, "-m", f"benchmarks.{suite}", *(options.arguments if suite != "report" else [])]
-        code = subprocess.run(command, cwd=ROOT, env=os.environ | ALLOCATOR).returncode
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | ALLOCATOR | readable).returncode
         if code:
             raise RuntimeError(f"suite {suite} ended with exit code {code}")

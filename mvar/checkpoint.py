@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mvar.config import SCHEDULES, ModelConfig
 from mvar.errors import message
-from mvar.files import expanded, replacing
+from mvar.files import expanded, is_environmental, replacing
 from mvar.model import Model, from_config
 from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
 from mvar.weights import surplus, unwrapped, weights
@@ -103,7 +103,10 @@ def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | No
         raise ValueError(f"{extra} is no weight of this configuration, and would be lost: remove it first")
     state = own_memory({name: t.to("cpu", dtype if t.is_floating_point() else None) for name, t in found.items()})
     with replacing(path) as aside:
-        save_file(state, aside, metadata={CONFIG_KEY: json.dumps(asdict(module.config))})
+        try:
+            save_file(state, aside, metadata={CONFIG_KEY: json.dumps(asdict(module.config))})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -141,6 +144,8 @@ def _read(path: str | Path, part: str) -> tuple[dict[str, Tensor], object]:
             f"{file}: not loaded, because it is more than weights or corrupted: {message(error)}"
         ) from error
     except Exception as error:  # what a corrupted byte raises inside the reader is any of a dozen types
+        if is_environmental(error):
+            raise
         raise CheckpointError(f"{file}: truncated or corrupted, or no weights: {message(error)}") from error
     if isinstance(loaded, Mapping) and isinstance(trainer := loaded.get("trainer"), Mapping):
         loaded = next((trainer[name] for name in IN_TRAINERS[part] if name in trainer), None)

@@ -133,17 +133,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
     target = expanded(path)
     with beside(target) as aside:
         real = _real(target)
+        mode = stat.S_IMODE(aside.stat().st_mode)
         try:
             yield aside
-            _put(aside, real)
+            _put(aside, real, mode)
         except OSError as error:
             if error.strerror is None or error.filename not in (None, str(aside), str(real)):
                 raise
             raise OSError(f"cannot write {target}: {error.strerror}") from error
 
 
-def _put(aside: Path, real: Path) -> None:
-    """Give `real` the content of the file beside it."""
+def _put(aside: Path, real: Path, mode: int) -> None:
+    """Give `real` the content of the file beside it, and where it is new this mode."""
     if _is_stream(real):
         with _opened(real) as stream, aside.open("rb") as content:
             shutil.copyfileobj(content, stream, 1 << 20)
@@ -153,7 +154,8 @@ def _put(aside: Path, real: Path) -> None:
         for owner in ((before.st_uid, -1), (-1, before.st_gid)):
             with suppress(PermissionError):
                 os.chown(aside, *owner)
-        aside.chmod(stat.S_IMODE(before.st_mode))
+        mode = stat.S_IMODE(before.st_mode)
+    aside.chmod(mode)  # safetensors puts a file in its place that is for its owner alone
     try:
         aside.replace(real)
     except OSError as error:

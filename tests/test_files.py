@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mvar
 from mvar.files import check_writable, expanded, is_environmental, make_folder, replacing
 from mvar.pictures import check_picture, save_picture
 
@@ -67,6 +68,16 @@ def test_what_is_replaced_keeps_its_mode_and_what_is_new_has_the_umask(tmp_path:
         os.chown(tmp_path / "file", 1234, 2345)
         write(tmp_path / "file")
         assert ((tmp_path / "file").stat().st_uid, (tmp_path / "file").stat().st_gid) == (1234, 2345)
+
+
+def test_weights_have_the_umask_too(tmp_path: Path) -> None:
+    """safetensors renames a file of its own over the path that it is given, which would also replace a link."""
+    model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
+    (tmp_path / "plain").touch()
+    (tmp_path / "link.safetensors").symlink_to("target")
+    mvar.save(tmp_path / "link.safetensors", model)
+    assert (tmp_path / "link.safetensors").is_symlink() and len(list(tmp_path.iterdir())) == 3
+    assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_protected_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

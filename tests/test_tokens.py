@@ -325,6 +325,7 @@ def test_the_command_writes_both_parts(
 ) -> None:
     for part, counts in (("train", {"a": 5, "b": 4}), ("val", {"b": 3})):
         write_pictures(tmp_path / "data" / part, counts)
+    (tmp_path / "data" / "train" / ".ipynb_checkpoints").mkdir()  # which is no class
     mvar.save(tmp_path / "tokenizer.safetensors", small_tokenizer())
     arguments = ["tokenize", "--data_path", f"{tmp_path}/data", "--tokenizer", f"{tmp_path}/tokenizer.safetensors"]
     arguments += ["--out", f"{tmp_path}/tokens", "--hflip", "--workers", "0", "--device", "cpu"]
@@ -335,7 +336,10 @@ def test_the_command_writes_both_parts(
         main([*arguments, "--crops", "2"])
     out = capsys.readouterr().out
     assert "train (process 1 of 2): 9 pictures of 2 classes, 0 files written" in out
-    assert "train (process 0 of 2): 9 pictures of 2 classes, 1 files written, 0 unreadable pictures" in out
+    assert (
+        "train (process 0 of 2): 9 pictures of 2 classes, 1 files written, 0 unreadable pictures, 1 skipped such as .ip"
+        in out
+    )
     train, val = (TokenStore(tmp_path / "tokens" / part) for part in ("train", "val"))
     assert (len(train), train.manifest.crops, train.manifest.flip, train.manifest.augmented) == (9, 2, True, True)
     assert (len(val), val.manifest.crops, val.manifest.flip, val.manifest.augmented) == (3, 1, False, False)

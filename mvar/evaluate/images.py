@@ -129,7 +129,8 @@ def write_pngs(folder: Path, recipe: Recipe, processes: Processes) -> None:
 def _claim(folder: Path, recipe: Recipe, drawn_by: Mapping[str, Any]) -> None:
     """Write the recipe, or see that the images there are of the same; and who draws what is missing of them."""
     path, drawers, npz = folder / "recipe.json", folder / "drawn_by.json", folder / "images.npz"
-    check_writable(path)
+    for written in (path, npz, folder / "evaluation.json"):
+        check_writable(written)
     for left in folder.glob(".images.npz.*"):
         left.unlink()  # by a run that was killed: 10 GB
     wanted, known = asdict(recipe), []

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint import (
 )
 
 from mvar.config import ModelConfig
+from mvar.files import make_folder
 from mvar.model import Model, from_config
 from mvar.train.distributed import World
 
@@ -64,7 +65,7 @@ class Checkpoints:
         def prepare() -> None:
             for left_over in self.folder.glob(".[0-9]*"):
                 shutil.rmtree(left_over, ignore_errors=True)
-            aside.mkdir(parents=True)
+            make_folder(aside)
 
         def write() -> None:
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)

@@ -52,7 +52,8 @@ def run(flags: Flags) -> None:
 def _run(flags: Flags, world: World) -> None:
     out = Path(flags.out)
     if world.leads:
-        check_writable(out / "model.safetensors")
+        for name in ("model.safetensors", "pictures.png"):
+            check_writable(out / name)
     data = digits_data(flags, world) if flags.preset == "digits" else read_data(flags, world)
     # Everything random follows from one number; a new one is as good as any.
     seed = world.agreed(int.from_bytes(os.urandom(4), "little") if flags.seed is None else flags.seed)
