@@ -8,6 +8,7 @@ Module names are those of the published weight files.
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,11 +17,16 @@ NORM_GROUPS = 32
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6, dtype=torch.float32)
 
 
-def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+def _conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=1, dtype=torch.float32)
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, padding: int = 1) -> nn.Conv2d:
+    """A convolution of the tokenizer, in float32 whatever torch's default."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=padding, dtype=torch.float32)
 
 
 class ResidualBlock(nn.Module):
@@ -29,11 +35,11 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = _norm(in_channels)
-        self.conv1 = _conv3x3(in_channels, out_channels)
+        self.conv1 = conv3x3(in_channels, out_channels)
         self.norm2 = _norm(out_channels)
-        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
         same_width = in_channels == out_channels
-        self.nin_shortcut = nn.Identity() if same_width else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        self.nin_shortcut = nn.Identity() if same_width else _conv1x1(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
@@ -46,8 +52,8 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
-        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+        self.qkv = _conv1x1(channels, 3 * channels)
+        self.proj_out = _conv1x1(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, h·w, 3·C)
@@ -75,7 +81,7 @@ class _DownLevel(_Level):
     def __init__(self, in_channels: int, channels: int, num_blocks: int, attention: bool, last: bool) -> None:
         super().__init__(in_channels, channels, num_blocks, attention)
         # Padding on the right and at the bottom only: the published weights expect that alignment.
-        halve = [("pad", nn.ZeroPad2d((0, 1, 0, 1))), ("conv", nn.Conv2d(channels, channels, kernel_size=3, stride=2))]
+        halve = [("pad", nn.ZeroPad2d((0, 1, 0, 1))), ("conv", conv3x3(channels, channels, stride=2, padding=0))]
         self.downsample = nn.Identity() if last else nn.Sequential(OrderedDict[str, nn.Module](halve))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ class _DownLevel(_Level):
 class UpLevel(_Level):
     def __init__(self, in_channels: int, channels: int, num_blocks: int, attention: bool, last: bool) -> None:
         super().__init__(in_channels, channels, num_blocks, attention)
-        double = [("grow", nn.Upsample(scale_factor=2, mode="nearest")), ("conv", _conv3x3(channels, channels))]
+        double = [("grow", nn.Upsample(scale_factor=2, mode="nearest")), ("conv", conv3x3(channels, channels))]
         self.upsample = nn.Identity() if last else nn.Sequential(OrderedDict[str, nn.Module](double))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,14 +119,14 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [ch] + [ch * mult for mult in ch_mult]
         lowest = len(ch_mult) - 1
-        self.conv_in = _conv3x3(3, ch)
+        self.conv_in = conv3x3(3, ch)
         self.down = nn.ModuleList(
             _DownLevel(widths[i], widths[i + 1], num_res_blocks, attention and i == lowest, last=i == lowest)
             for i in range(len(ch_mult))
         )
         self.mid = _middle(widths[-1], attention)
         self.norm_out = _norm(widths[-1])
-        self.conv_out = _conv3x3(widths[-1], code_dim)
+        self.conv_out = conv3x3(widths[-1], code_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images)
@@ -138,14 +144,14 @@ class Decoder(nn.Module):
         widths = [ch * mult for mult in ch_mult]
         widths.append(widths[-1])  # what the lowest level is given by the middle
         lowest = len(ch_mult) - 1
-        self.conv_in = _conv3x3(code_dim, widths[-1])
+        self.conv_in = conv3x3(code_dim, widths[-1])
         self.mid = _middle(widths[-1], attention)
         self.up = nn.ModuleList(  # from the full resolution to the lowest, as in the weight files
             UpLevel(widths[i + 1], widths[i], num_res_blocks + 1, attention and i == lowest, last=i == 0)
             for i in range(len(ch_mult))
         )
         self.norm_out = _norm(widths[0])
-        self.conv_out = _conv3x3(widths[0], 3)
+        self.conv_out = conv3x3(widths[0], 3)
 
     def forward(self, features: Tensor) -> Tensor:
         h = self.mid(self.conv_in(features))

@@ -51,7 +51,7 @@ class Block(nn.Module):
     def add_modulation(self, config: ModelConfig) -> None:
         vectors, C = 3 * self.branches, config.channels
         if config.shared_adaln:
-            self.ada_gss = nn.Parameter(torch.zeros(1, 1, vectors, C))
+            self.ada_gss = nn.Parameter(torch.zeros(1, 1, vectors, C, dtype=torch.float32))
         else:
             self.ada_lin = modulation_layer(C, vectors)
 

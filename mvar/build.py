@@ -22,7 +22,9 @@ def build(
     tokenizer: TokenizerConfig | None = None,
     **sizes: Any,
 ) -> tuple[Model, Tokenizer]:
-    """A model and a tokenizer that fit together, in evaluation mode, float32, initialised from `seed`.
+    """A model and a tokenizer that fit together, in evaluation mode, initialised from `seed`.
+
+    In float32 and on the CPU, whatever torch's default dtype and device.
 
     Args:
         depth: blocks; the width is 64·depth.
@@ -43,7 +45,8 @@ def build(
         code_dim=tokenizer.code_dim,
         **sizes,
     )
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):  # weights that can be trained, too
+    # Weights that can be trained, too.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reset those of all GPUs
         images = Tokenizer(tokenizer)
         model = initialise(from_config(config), seed=seed)

@@ -224,8 +224,8 @@ def _kind(value: Tensor) -> str:
 
 def _check_schedule(path: str | Path, model: Model) -> None:
     """The buffers that repeat the schedule must all say the same."""
-    scales = torch.tensor(model.config.scales)
-    levels = torch.arange(len(scales)).repeat_interleave(scales)[None]
+    scales = torch.tensor(model.config.scales, dtype=torch.int64, device="cpu")
+    levels = torch.arange(len(scales), dtype=torch.int64, device="cpu").repeat_interleave(scales)[None]
     for name, value in model.named_buffers():
         agreed = {"patch_nums": scales, "lvl_1L": levels}.get(name.rsplit(".")[-1])
         if agreed is not None and not torch.equal(value.cpu().long(), agreed):

@@ -34,7 +34,7 @@ def demo(options: argparse.Namespace) -> None:
     shared = drawing(options)
 
     count = max(options.checked, COLUMNS * digits.NUM_CLASSES)
-    labels = torch.arange(count) % digits.NUM_CLASSES
+    labels = torch.arange(count, dtype=torch.int64, device="cpu") % digits.NUM_CLASSES
     images, started = [], time.perf_counter()
     for start in tqdm(range(0, count, BATCH), desc="digits", unit="batch", disable=None):
         out = generate(model, tokenizer, labels[start : start + BATCH], first_index=start, **shared)

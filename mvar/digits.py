@@ -125,7 +125,9 @@ def _halves_distance() -> float:
     generator = torch.Generator().manual_seed(0)
     distances = []
     for _ in range(20):
-        first, second = rows[torch.randperm(len(rows), generator=generator)].tensor_split(2)
+        first, second = rows[
+            torch.randperm(len(rows), generator=generator, dtype=torch.int64, device="cpu")
+        ].tensor_split(2)
         distances.append(frechet_distance(first, second))
     return sum(distances) / len(distances)
 

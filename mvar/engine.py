@@ -236,7 +236,9 @@ def doubling_convolution(conv: nn.Conv2d) -> nn.ConvTranspose2d:
     fold = conv.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # [tap of the result][tap of conv]
     weight = torch.einsum("ocij,ki,lj->cokl", conv.weight, fold, fold)
     in_channels, out_channels = weight.shape[:2]
-    doubling = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1, device="meta")
+    doubling = nn.ConvTranspose2d(
+        in_channels, out_channels, kernel_size=4, stride=2, padding=1, dtype=weight.dtype, device="meta"
+    )
     doubling.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
     doubling.bias = conv.bias
     return doubling

@@ -148,12 +148,12 @@ def launch(
     # Where changes are not counted copies are made anew, and graphs of them would be.
     kept = not uncopied and all(counts_changes(part) for part in parts)
     B = len(rows)
-    image_index = torch.arange(first_index, first_index + B, device=device)
+    image_index = torch.arange(first_index, first_index + B, dtype=torch.int64, device=device)
     if has_graphs(device):
         # What is padded is the last image again: not finite only where that one is not.
         missing = padded_batch(B) - B
         rows, image_index = (torch.cat([t, t[-1:].expand(missing)]) for t in (rows, image_index))
-    inputs = (rows, image_index, torch.full((), seed, device=device))
+    inputs = (rows, image_index, torch.full((), seed, dtype=torch.int64, device=device))
     use_graph = (has_graphs(device) and kept and not how.return_scales) if graph is None else graph
     with _in_evaluation_mode(uncopied), true_float32(device), torch.autocast(device.type, enabled=False):
         tokens, finite, *images = (
@@ -205,7 +205,7 @@ def check_fit(model: Model, tokenizer: Tokenizer) -> None:
 
 def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.device) -> Tensor:
     try:
-        rows = torch.as_tensor(labels)
+        rows = torch.as_tensor(labels, device=labels.device if isinstance(labels, Tensor) else "cpu")
         whole = rows.dim() == 1 and len(rows) > 0 and not (rows.is_floating_point() or rows.is_complex())
     except (TypeError, ValueError, RuntimeError, OverflowError):
         whole = False

@@ -1,7 +1,7 @@
 """Random weights as VAR's trainer makes them."""
 
 import math
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mvar.layers import Mamba2
 from mvar.model import Model
 
+PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}  # where the generator draws, whatever torch's defaults
 AnyModel = TypeVar("AnyModel", bound=Model)
 
 
@@ -34,10 +35,10 @@ def initialise(
     std = ini if ini >= 0 else math.sqrt(1 / (3 * C))
 
     def normal(parameter: Tensor, std: float) -> None:
-        parameter.copy_(nn.init.trunc_normal_(torch.empty(parameter.shape), std=std, generator=generator))
+        parameter.copy_(nn.init.trunc_normal_(torch.empty(parameter.shape, **PLAIN), std=std, generator=generator))
 
     def uniform(like: Tensor) -> Tensor:
-        return torch.rand(like.shape, generator=generator).to(like)
+        return torch.rand(like.shape, generator=generator, **PLAIN).to(like)
 
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
@@ -52,7 +53,7 @@ def initialise(
         block.attn.proj.weight.div_(math.sqrt(2 * depth))
         block.ffn.fc2.weight.div_(math.sqrt(2 * depth))
         if model.config.shared_adaln:
-            block.ada_gss.copy_(torch.randn(block.ada_gss.shape, generator=generator) / math.sqrt(C))
+            block.ada_gss.copy_(torch.randn(block.ada_gss.shape, generator=generator, **PLAIN) / math.sqrt(C))
             rows = block.ada_gss.flatten()
         else:
             rows = cast(nn.Linear, block.ada_lin[1]).weight

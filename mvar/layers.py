@@ -46,12 +46,14 @@ class Attention(nn.Module):
         super().__init__()
         C = config.channels
         self.heads = config.heads
-        self.mat_qkv = Linear(C, 3 * C, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
-        self.register_buffer("zero_k_bias", torch.zeros(C))
-        self.proj = nn.Linear(C, C)
+        self.mat_qkv = Linear(C, 3 * C, bias=False, dtype=torch.float32)
+        self.q_bias = nn.Parameter(torch.zeros(C, dtype=torch.float32))
+        self.v_bias = nn.Parameter(torch.zeros(C, dtype=torch.float32))
+        self.register_buffer("zero_k_bias", torch.zeros(C, dtype=torch.float32))
+        self.proj = nn.Linear(C, C, dtype=torch.float32)
         if config.qk_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4)))
+            temperatures = torch.full((1, self.heads, 1, 1), math.log(4), dtype=torch.float32)
+            self.scale_mul_1H11 = nn.Parameter(temperatures)
 
     def qkv(self, x: Tensor) -> Tensor:
         """(B, L, C) → (B, L, 3, H, D)."""
@@ -122,13 +124,14 @@ class Mamba2(nn.Module):
         xbc = E + 2 * config.state_dim
         heads = (2, H) if config.bidirectional else (H,)
         self.state_sizes = (H, config.mixer_head_dim, config.state_dim)
-        self.in_proj = nn.Linear(C, E + xbc + directions * H, bias=False)  # z, [x, B, C], dt
-        self.conv1d = nn.Conv1d(xbc, xbc, config.conv_width, groups=xbc)  # holds the parameters; not called
-        self.dt_bias = nn.Parameter(torch.zeros(heads))
-        self.A_log = nn.Parameter(torch.zeros(heads))
-        self.D = nn.Parameter(torch.ones(H))
-        self.norm = nn.RMSNorm(E, eps=1e-5)  # holds the parameter; not called
-        self.out_proj = nn.Linear(E, C, bias=False)
+        self.in_proj = nn.Linear(C, E + xbc + directions * H, bias=False, dtype=torch.float32)  # z, [x, B, C], dt
+        # conv1d and norm hold parameters; they are not called.
+        self.conv1d = nn.Conv1d(xbc, xbc, config.conv_width, groups=xbc, dtype=torch.float32)
+        self.dt_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.ones(H, dtype=torch.float32))
+        self.norm = nn.RMSNorm(E, eps=1e-5, dtype=torch.float32)
+        self.out_proj = nn.Linear(E, C, bias=False, dtype=torch.float32)
 
     def empty_state(self, batch: int) -> mk.Mamba2State:
         channels, _, taps = self.conv1d.weight.shape
@@ -162,7 +165,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = round(config.channels * config.mlp_ratio)
-        self.fc1, self.fc2 = nn.Linear(config.channels, hidden), nn.Linear(hidden, config.channels)
+        self.fc1 = nn.Linear(config.channels, hidden, dtype=torch.float32)
+        self.fc2 = nn.Linear(hidden, config.channels, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

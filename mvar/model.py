@@ -33,17 +33,17 @@ class Model(nn.Module):
             raise ValueError(f"config.architecture: expected {self.architecture!r}, got {config.architecture!r}")
         self.config = config
         C, scales = config.channels, config.scales
-        self.class_emb = nn.Embedding(config.num_classes + 1, C)  # the last row is the unconditional one
-        self.word_embed = nn.Linear(config.code_dim, C)
-        self.pos_start = nn.Parameter(torch.empty(1, scales[0], C))
-        self.pos_1LC = nn.Parameter(torch.empty(1, config.num_tokens, C))
-        self.lvl_embed = nn.Embedding(len(scales), C)
-        levels = [torch.full((1, n), k) for k, n in enumerate(scales)]
+        self.class_emb = nn.Embedding(config.num_classes + 1, C, dtype=torch.float32)  # the last row: unconditional
+        self.word_embed = nn.Linear(config.code_dim, C, dtype=torch.float32)
+        self.pos_start = nn.Parameter(torch.empty(1, scales[0], C, dtype=torch.float32))
+        self.pos_1LC = nn.Parameter(torch.empty(1, config.num_tokens, C, dtype=torch.float32))
+        self.lvl_embed = nn.Embedding(len(scales), C, dtype=torch.float32)
+        levels = [torch.full((1, n), k, dtype=torch.int64) for k, n in enumerate(scales)]
         self.register_buffer("lvl_1L", torch.cat(levels, 1))
         self.shared_ada_lin = modulation_layer(C, 3 * self.block.branches) if config.shared_adaln else nn.Identity()
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(C)
-        self.head = nn.Linear(C, config.num_codes)
+        self.head = nn.Linear(C, config.num_codes, dtype=torch.float32)
         self.joined_modulation: JoinedModulation | None = None  # in a copy for inference, instead of the layers
 
     def forward(self, labels: Tensor, inputs: Tensor, *, backend: str = "auto") -> Tensor:
@@ -68,7 +68,7 @@ class Model(nn.Module):
         scales = self._check(labels, inputs)
         if self.training:
             if draws is None:
-                draws = torch.rand(len(labels), self.draws_per_image, device=labels.device)
+                draws = torch.rand(len(labels), self.draws_per_image, dtype=torch.float32, device=labels.device)
             labels = torch.where(draws[:, 0] < self.config.label_drop, self.config.num_classes, labels)
         cond = self.class_emb(labels)  # (B, C)
         rows = torch.cat([self.start(cond), self.word_embed(inputs.to(cond.dtype))], 1)  # (B, L, C)

@@ -23,7 +23,7 @@ class Modulation(NamedTuple):
 
 
 def modulation_layer(channels: int, vectors: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(channels, vectors * channels))
+    return nn.Sequential(nn.SiLU(), nn.Linear(channels, vectors * channels, dtype=torch.float32))
 
 
 class JoinedModulation(nn.Module):
@@ -41,14 +41,16 @@ class JoinedModulation(nn.Module):
         weight = _joined([layer.weight for layer in layers], head.weight)
         bias = _joined([layer.bias for layer in layers], head.bias)
         self.channels = weight.shape[1]
-        self.linear = nn.Linear(self.channels, len(weight), device="meta")
+        self.linear = nn.Linear(self.channels, len(weight), dtype=weight.dtype, device="meta")
         self.linear.weight = nn.Parameter(weight, requires_grad=False)
         self.linear.bias = nn.Parameter(bias, requires_grad=False)
         branches = layers[0].out_features // (3 * self.channels)
         self.branches = branches * len(offsets or layers)
         self.offsets: Tensor | None = None
         if offsets:
-            vectors = torch.arange(3 * branches + 2, device=weight.device)  # what `linear` gives: of one block
+            vectors = torch.arange(
+                3 * branches + 2, dtype=torch.int64, device=weight.device
+            )  # what `linear` gives: of one block
             gates_and_scales, scale, shifts, shift = vectors.split((2 * branches, 1, branches, 1))
             self.source = _joined([torch.cat([gates_and_scales, shifts])] * len(offsets), torch.cat([scale, shift]))
             self.offsets = _joined(offsets, torch.zeros_like(offsets[0][:2]))

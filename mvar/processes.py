@@ -48,7 +48,7 @@ def own_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros((), device=device).item()
+        torch.zeros((), dtype=torch.float32, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name!r} cannot be used: {message(error)}") from error
     return device

@@ -45,7 +45,7 @@ class _Phi(nn.Conv2d):
     """φ(x) = ½·x + ½·conv(x) in float32: (B, Cv, H, W) → (B, Cv, H, W)."""
 
     def __init__(self, code_dim: int) -> None:
-        super().__init__(code_dim, code_dim, kernel_size=3, padding=1)
+        super().__init__(code_dim, code_dim, kernel_size=3, padding=1, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None  # nn.Conv2d's type allows for none
@@ -87,11 +87,11 @@ class Quantizer(nn.Module):
         self.patch_nums = patch_nums
         self.num_codes = num_codes
         self.beta = beta
-        self.embedding = nn.Embedding(num_codes, code_dim)
+        self.embedding = nn.Embedding(num_codes, code_dim, dtype=torch.float32)
         # As in the public code: near zero, so that a fresh f̂ is near zero too
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
         self.quant_resi = _SharedPhi(num_phi, len(patch_nums), code_dim)
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(patch_nums), num_codes))
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(patch_nums), num_codes, dtype=torch.float32))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, l) int64 → (B, l, Cv) float32."""
@@ -176,10 +176,14 @@ class Quantizer(nn.Module):
             rest = features - f_hat
         dead = (self.ema_vocab_hit_SV.sum(dim=0) < threshold).nonzero().flatten()
         # As many candidates from the coarse scales, which have few rows, as from the fine ones
-        candidates = torch.stack([r[torch.randint(len(r), dead.shape, device=r.device)] for r in rows])
-        scale = torch.randint(len(rows), dead.shape, device=dead.device)
+        candidates = torch.stack(
+            [r[torch.randint(len(r), dead.shape, dtype=torch.int64, device=r.device)] for r in rows]
+        )
+        scale = torch.randint(len(rows), dead.shape, dtype=torch.int64, device=dead.device)
         codebook = self.embedding.weight.data
-        codebook[dead] = candidates[scale, torch.arange(len(dead), device=dead.device)].to(codebook.dtype)
+        codebook[dead] = candidates[scale, torch.arange(len(dead), dtype=torch.int64, device=dead.device)].to(
+            codebook.dtype
+        )
         self.ema_vocab_hit_SV[:, dead] = 1 / len(rows)  # time to prove itself
         if distributed.is_available() and distributed.is_initialized():
             distributed.broadcast(codebook, src=0)

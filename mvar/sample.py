@@ -41,7 +41,7 @@ def sample(options: argparse.Namespace) -> None:
     for path in outputs:
         check_writable(path / "000000.png" if path is options.out else path)
     model, tokenizer = load(options.weights, options.tokenizer, own_device(options.device))
-    labels = torch.tensor(options.classes).repeat_interleave(options.count)
+    labels = torch.tensor(options.classes, dtype=torch.int64, device="cpu").repeat_interleave(options.count)
     side = tokenizer.resolution
     if options.grid is not None:
         check_picture(options.grid, *grid_size(len(labels), options.count, side, side))
@@ -84,7 +84,7 @@ def sample(options: argparse.Namespace) -> None:
             if options.npz is not None:
                 save_npz(options.npz, shape, [pixels], labels)
             if options.grid is not None:
-                images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2) / 255
+                images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
                 save_picture(options.grid, grid(images, options.count))
     said_to = sys.stderr if any(map(is_standard_output, outputs)) else sys.stdout
     print(f"{len(labels)} images in {', '.join(map(str, outputs))}", file=said_to)

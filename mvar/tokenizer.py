@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mvar.autoencoder import NORM_GROUPS, Decoder, Encoder
+from mvar.autoencoder import NORM_GROUPS, Decoder, Encoder, conv3x3
 from mvar.config import SCHEDULES, check_patch_nums, is_positive_int
 from mvar.quantizer import Quantizer
 from mvar_kernels.precision import true_float32
@@ -129,8 +129,8 @@ class Tokenizer(nn.Module):
         self.quantize = Quantizer(
             config.patch_nums, config.num_codes, config.code_dim, num_phi=config.num_phi, beta=config.beta
         )
-        self.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=3, padding=1)
-        self.post_quant_conv = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=3, padding=1)
+        self.quant_conv = conv3x3(config.code_dim, config.code_dim)
+        self.post_quant_conv = conv3x3(config.code_dim, config.code_dim)
         self.patch_nums = config.patch_nums
         self.scales = tuple(side**2 for side in config.patch_nums)
         self.num_tokens = sum(self.scales)

@@ -20,7 +20,8 @@ def to_host(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     with torch.cuda.stream(stream):
         # Pinned memory, which torch keeps for the next copy: only that can be written while the host does other things.
         copies = tuple(
-            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
+            torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
+            for t in tensors
         )
         arrived = stream.record_event()
     for t in tensors:

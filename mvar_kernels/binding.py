@@ -9,7 +9,7 @@ from torch import Tensor
 # The index of a dtype in the extensions' tables (csrc/common/dtype.h).
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Where = tuple[int, int]
-Pointer = tuple[int, tuple[int, ...], int]
+Pointer = tuple[int, tuple[int, ...], int | torch.SymInt]
 
 
 def where(t: Tensor) -> Where:

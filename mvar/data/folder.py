@@ -164,8 +164,10 @@ class Crops(Dataset[Read]):
 
     def __getitems__(self, items: Sequence[int]) -> Read:
         crops = 1 if self.epochs is None else len(self.epochs)
-        images = torch.zeros(len(items), crops, 3, self.folder.resolution, self.folder.resolution)
-        pictures = torch.full((len(items),), -1)
+        images = torch.zeros(
+            *(len(items), crops, 3, self.folder.resolution, self.folder.resolution), dtype=torch.float32, device="cpu"
+        )
+        pictures = torch.full((len(items),), -1, dtype=torch.int64, device="cpu")
         failures: list[tuple[str, str]] = []
         for row, item in enumerate(items):
             for candidate in candidates(int(item), len(self.folder)):

@@ -85,7 +85,8 @@ def load(reader: Dataset[Any], batches: Iterable[Any], workers: int) -> Iterator
         # Its own, for a seed that nothing here uses: torch's global one is the training's, and part of its checkpoints.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    with torch.device("cpu"):  # where its generator is, whatever torch's default
+        return iter(loader)
 
 
 def _as_it_is(batch: Any) -> Any:

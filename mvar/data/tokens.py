@@ -184,7 +184,7 @@ class TokenStore:
         for k, file in enumerate(self._files):
             _check_header(file, len(self.manifest.items(k)), self.manifest.record)
         counts = list(self.manifest.classes.values())
-        self._labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        self._labels = torch.from_numpy(np.arange(len(counts)).repeat(counts))
 
     @property
     def classes(self) -> tuple[str, ...]:

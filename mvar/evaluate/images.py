@@ -73,7 +73,7 @@ class Recipe:
         ADM's evaluator takes the Inception score of 5,000 images after another: in order of their classes, d30's falls
         from 298 to 62 (openai/guided-diffusion #165, #153; FoundationVision/VAR #77).
         """
-        return torch.arange(self.images) % self.classes
+        return torch.arange(self.images, dtype=torch.int64, device="cpu") % self.classes
 
 
 def draw_images(

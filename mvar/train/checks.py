@@ -98,7 +98,7 @@ def _check_backend(flags: Flags, config: ModelConfig, device: torch.device) -> N
         check_name(flags.backend)
         model = from_config(replace(config, depth=1, patch_nums=(1, 2))).eval().to(device)
         tokens = torch.zeros(1, 5, dtype=torch.int64, device=device)
-        inputs = torch.zeros(1, 4, config.code_dim, device=device)
+        inputs = torch.zeros(1, 4, config.code_dim, dtype=torch.float32, device=device)
         with autocast(flags, device):
             out = Objective(model, backend=flags.backend)(tokens[:, 0], inputs, tokens)
         out.loss.backward()

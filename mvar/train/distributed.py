@@ -28,7 +28,7 @@ class World(Processes):
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
-        return bool(self.total(torch.tensor(float(flag))))
+        return bool(self.total(torch.tensor(float(flag), dtype=torch.float32, device="cpu")))
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -71,8 +71,10 @@ class Window:
         self.clear()
 
     def clear(self) -> None:
-        self.sums = torch.zeros(3, sum(self.scales), device=self.world.device)  # losses, hits, images
-        self.not_finite = torch.zeros((), device=self.world.device)  # images
+        self.sums = torch.zeros(
+            3, sum(self.scales), dtype=torch.float32, device=self.world.device
+        )  # losses, hits, images
+        self.not_finite = torch.zeros((), dtype=torch.float32, device=self.world.device)  # images
         self.used: Tensor | None = None
 
     def add(self, out: TokenLosses, tokens: Tensor) -> None:

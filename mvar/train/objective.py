@@ -138,7 +138,8 @@ class Objective(nn.Module):
         total = share / (len(labels) * self.model.config.num_tokens)
         power = 2.0 ** math.floor(math.log2(total))
         level = self.model.lvl_1L[:, : tokens.shape[1]]  # (1, L')
-        weights = torch.where(level == level[:, -1:], newest_weight, 1.0) * (total / power)
+        weights = torch.ones(level.shape, dtype=torch.float32, device=level.device)
+        weights = weights.masked_fill(level == level[:, -1:], newest_weight) * (total / power)
         out = head_cross_entropy(
             hidden.flatten(0, 1),
             self.model.head,

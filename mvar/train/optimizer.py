@@ -80,7 +80,7 @@ class Stepper:
         for i, parameter in enumerate(self.parameters):
             moments = self.optimizer.state[parameter]
             if not moments:  # before the first step: what AdamW itself begins with
-                moments["step"] = torch.zeros((), device=parameter.device)
+                moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             average = {"average": self.average[i]} if self.average else {}
             yield parameter, {"model": parameter, **moments, **average}

@@ -146,7 +146,8 @@ def new_model(flags: Flags, data: Data, seed: int) -> Model:
 
 def draw(model: Model, tokenizer: Tokenizer, flags: Flags, path: Path) -> None:
     """A grid of pictures, one row a class, classes evenly apart."""
-    classes = torch.linspace(0, model.config.num_classes - 1, min(flags.pictures, model.config.num_classes)).long()
+    last, count = model.config.num_classes - 1, min(flags.pictures, model.config.num_classes)
+    classes = torch.linspace(0, last, count, dtype=torch.float32, device="cpu").long()
     drawing: Mapping[str, Any] = digits.DRAWING if flags.preset == "digits" else {}
     rows = []
     for i, label in enumerate(classes):

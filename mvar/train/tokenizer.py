@@ -71,5 +71,5 @@ def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
     """Indices of one batch after another: every epoch in another order, its remainder left out."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(count, generator=generator)
+        order = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
         yield from order[: count - count % size].split(size)

@@ -210,7 +210,8 @@ class Trainer:
         """What decides the drops of this process's images: a function of seed, iteration and place in the batch."""
         key = hashlib.blake2b(f"drops {self.seed} {iteration}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-        draws = torch.rand(self.rows * self.world.size, self.model.draws_per_image, generator=generator)
+        size = (self.rows * self.world.size, self.model.draws_per_image)
+        draws = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu")
         return draws[self.world.rank * self.rows :][: self.rows].to(self.world.device, non_blocking=True)
 
     def _after(self, step: Step, iteration: int, stage: Stage) -> None:
@@ -269,7 +270,8 @@ class Trainer:
             rows = len(batch.labels)
             if rows == 0:  # a process without rows keeps step with the others, whose weights can be sharded
                 batch = Batch(
-                    torch.zeros(1, dtype=torch.int64), tokens=torch.zeros(1, self.tokenizer.num_tokens).long()
+                    batch.labels.new_zeros(1),
+                    tokens=torch.zeros(1, self.tokenizer.num_tokens, dtype=torch.int64, device="cpu"),
                 )
             labels, inputs, tokens = self._on_device(batch, everything)
             with autocast(self.flags, self.world.device):

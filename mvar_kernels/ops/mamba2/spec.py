@@ -94,7 +94,7 @@ def _mixer_inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
     E, heads = H * P, _heads(case)
     count = len(heads) * H  # of dt columns
-    times = torch.ones(E + 2 * N, 1)
+    times = torch.ones(E + 2 * N, 1, dtype=torch.float64, device=generator.device)
     times[E:] = case.options.get("times", {}).get("BC", 1.0)
     return {
         "zxbcdt": _normal(generator, B, L, 2 * E + 2 * N + count),
