@@ -41,7 +41,7 @@ def _read_schedule(mask: Tensor) -> tuple[int, ...] | None:
     mask = mask.detach().reshape(L, L)
     seen, hidden = (mask, ~mask) if mask.dtype == torch.bool else (mask == 0, mask == -torch.inf)
     ends = seen.sum(-1)
-    expected = torch.arange(L, device=mask.device) < ends[:, None]
+    expected = torch.arange(L, dtype=ends.dtype, device=mask.device) < ends[:, None]
     right = (seen == expected).all() & (seen | hidden).all()
     *lasts, is_right = torch.cat([ends, right[None]]).tolist()  # the one moment of waiting for the device
     rows: list[int] = []

@@ -43,7 +43,7 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
         values = 2 * torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
         values = (values.round() if case.options["ties"] else values) + offset
         if case.options["ruled_out"]:
-            chance = torch.rand(shape, generator=generator, device=generator.device)
+            chance = torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device)
             values[..., 1:].masked_fill_(chance[..., 1:] < 0.6, -torch.inf)
         return values
 
