@@ -145,6 +145,8 @@ def _call_objection(part: nn.Module, replacement: type[Replacement]) -> str | No
     """Why the part is called in another way than the replacement, or None."""
     if "forward" in vars(part):
         return "its forward has been replaced already, on the instance"
+    if any(cls.__name__ == "FSDPModule" for cls in type(part).__mro__):
+        return "it is sharded: accelerate before fully_shard"
     arguments = list(inspect.signature(type(part).forward).parameters)[1:]
     wanted, ellipsis, _ = replacement.takes.partition(", …")
     taken = ", ".join(arguments[: len(wanted.split(", "))] if ellipsis else arguments)

@@ -4,11 +4,16 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import mvar_kernels as mk
@@ -707,3 +712,50 @@ def test_mamba2_and_hooks() -> None:
     other = layer.allocate_inference_cache(2)
     out = layer.step(u[:, :2], *other)[0]
     assert len(seen) == 3 and close(other[1], state[1]) and close(out, expected[:, :2])
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def grads_of(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(LABELS, inputs).square().sum().backward()
+    found = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: g.full_tensor() if isinstance(g, DTensor) else g.clone() for n, g in found.items()}
+
+
+def test_training_under_ddp_and_fsdp(one_process: None) -> None:
+    inputs = normal(2, 4, 32)
+    expected = grads_of(plain(), inputs)
+    model = plain()
+    mk.accelerate(model)
+    found = [grads_of(DistributedDataParallel(model), inputs)]
+    mk.accelerate(wrapped := DistributedDataParallel(plain()))
+    assert len(accelerated(wrapped)) == 3
+    found.append(grads_of(wrapped, inputs))
+
+    model = plain()
+    mk.accelerate(model)
+    for sharded in (model.blocks[0].attn, model.blocks[0], model):
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))  # type: ignore[arg-type]
+    assert len(accelerated(model)) == 3
+    found.append(grads_of(model, inputs))
+    mk.restore(model)
+    assert not accelerated(model) and all(isinstance(m, FSDPModule) for m in (model.blocks[0].attn, model.blocks[0]))
+    assert isinstance(model.blocks[0].attn, SelfAttention)
+    found.append(grads_of(model, inputs))
+    for grads in found:
+        assert grads.keys() == expected.keys()
+        for name, grad in expected.items():
+            assert close(grads[name], grad, 1e-3), name
+
+    model = plain()
+    fully_shard(model.blocks[0], mesh=init_device_mesh("cpu", (1,)))
+    report = mk.accelerate(model)  # too late for what is sharded
+    assert "before fully_shard" in report.left["blocks.0"]
+    assert all(close(g, expected[n], 1e-3) for n, g in grads_of(model, inputs).items())
