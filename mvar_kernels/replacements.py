@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from mvar_kernels.checks import accumulator
@@ -58,12 +59,17 @@ class Replacement:
         raise NotImplementedError
 
     def as_tried(self: Any) -> bool:
-        """Whether nobody has put anything since the trial on what a replacement does not call: 2 µs."""
+        """Whether nobody has put anything since the trial on what a replacement does not call: 2 µs.
+
+        Nor is this a call inside of torch.func or of forward-mode differentiation, which the ops do not know.
+        """
         if self.original.forward is not self.original_forward or (
             nn_module._global_forward_hooks
             or nn_module._global_forward_pre_hooks
             or nn_module._global_backward_hooks
             or nn_module._global_backward_pre_hooks
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0
         ):
             return False
         children = self._modules
@@ -131,10 +137,8 @@ class Attention(Replacement):
         part.kv_caching(False)
 
     def forward(self: Any, x: Tensor, attn_bias: Tensor | None) -> Tensor:
-        scales = (x.shape[1],) if attn_bias is None else schedule_of(attn_bias)
-        dropped = self.training and self.attn_drop > 0
-        masked = self.caching and attn_bias is not None
-        if scales is None or sum(scales) != x.shape[1] or dropped or masked or not x.numel() or not self.as_tried():
+        scales = self._schedule(x, attn_bias)
+        if scales is None:
             out: Tensor = super().forward(x, attn_bias)  # type: ignore[misc]
             return out
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
@@ -149,6 +153,15 @@ class Attention(Replacement):
             q, k, v, scales, pattern="causal", scale=float(self.scale), log_temperature=temperature
         )
         return self.proj_drop(self.proj(attended.flatten(2)))
+
+    def _schedule(self: Any, x: Tensor, attn_bias: Tensor | None) -> tuple[int, ...] | None:
+        """Tokens per scale of a call that the kernel can take, else None."""
+        dropped = self.training and self.attn_drop > 0
+        masked = self.caching and attn_bias is not None
+        if dropped or masked or not x.numel() or not self.as_tried():
+            return None
+        scales = (x.shape[1],) if attn_bias is None else schedule_of(attn_bias)
+        return scales if scales is not None and sum(scales) == x.shape[1] else None
 
     def _cached(self: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values so far, (B, L, H, D), with new ones, which join the cache.

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
@@ -644,14 +645,34 @@ def test_odd_models() -> None:
         assert "linear layer" in mk.accelerate(model).left[part]
 
 
-def test_wrapped_models() -> None:
+def test_a_compiled_part() -> None:
+    model, inputs = plain(), (normal(2, 5, 64), normal(2, 64))
+    expected = model.head_nm(*inputs)
+    wrapped = torch.compile(model.head_nm, backend="eager", fullgraph=True)
+    for act in (mk.accelerate, mk.restore):
+        act(wrapped)
+        assert close(wrapped(*inputs), expected)
+    assert mk.accelerate(wrapped).replaced == {"_orig_mod": "adaln"} and accelerated(model) == ["head_nm"]
+
+
+def test_function_transforms() -> None:
+    """Gradients of each sample, and forward-mode differentiation: through the original."""
     model, inputs = plain(), normal(2, 4, 32)
-    expected = model(LABELS, inputs)
-    wrapped = torch.compile(model, backend="eager")
-    assert set(mk.accelerate(wrapped).replaced) == {f"_orig_mod.{n}" for n in ("blocks.0", "blocks.0.attn", "head_nm")}
-    assert close(wrapped(LABELS, inputs), expected)
-    mk.restore(wrapped)
-    assert not accelerated(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (LABELS[:1], row[None])).square().mean()
+
+    def run() -> list[Tensor]:
+        samples = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, inputs)
+        with torch.autograd.forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            dual = torch.autograd.forward_ad.make_dual(inputs, inputs)
+            tangent = torch.autograd.forward_ad.unpack_dual(model(LABELS, dual)).tangent
+        return [samples["blocks.0.attn.mat_qkv.weight"], samples["blocks.0.ada_lin.1.weight"], tangent]
+
+    expected = run()
+    mk.accelerate(model)
+    assert all(map(close, run(), expected))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
