@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
+from mvar_kernels.custom_op import custom_op
 
 _MODULES = {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"}
 _ADALN = Op("adaln", __package__, _MODULES)
@@ -82,7 +83,7 @@ def _check(op: str, eps: float, backend: str, **tensors: Tensor) -> float:
     return checks.positive(op, "eps", eps)
 
 
-@torch.library.custom_op("mvar::adaln", mutates_args=())
+@custom_op("mvar::adaln")
 def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str) -> Tensor:
     out: Tensor = _ADALN.choose(backend, x.device, x, scale, shift, eps).forward(x, scale, shift, eps)
     return out
@@ -93,7 +94,7 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str) -> Tens
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("mvar::adaln_backward", mutates_args=())
+@custom_op("mvar::adaln_backward", reference_gradients=True)
 def _adaln_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +122,7 @@ def _adaln_autograd(ctx, grad_out):  # type: ignore[no-untyped-def]
 _adaln.register_autograd(_adaln_autograd, setup_context=_adaln_setup)
 
 
-@torch.library.custom_op("mvar::gated_adaln", mutates_args=())
+@custom_op("mvar::gated_adaln")
 def _gated_adaln(
     x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@torch.library.custom_op("mvar::gated_adaln_backward", mutates_args=())
+@custom_op("mvar::gated_adaln_backward", reference_gradients=True)
 def _gated_adaln_backward(
     grads: list[Tensor], x_new: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
+from mvar_kernels.custom_op import custom_op
 
 _OP = Op("mamba2_mixer", __package__, {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"})
 
@@ -108,7 +109,7 @@ def mamba2_mixer(
     return y, Mamba2State(conv, ssm)
 
 
-@torch.library.custom_op("mvar::mamba2_mixer", mutates_args=())
+@custom_op("mvar::mamba2_mixer")
 def _mamba2_mixer(
     zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: list[int], eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +124,7 @@ def _(zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], *options: Any) 
     return y, state[0].new_empty(state[0].shape), state[1].new_empty(state[1].shape)
 
 
-@torch.library.custom_op("mvar::mamba2_mixer_backward", mutates_args=())
+@custom_op("mvar::mamba2_mixer_backward", reference_gradients=True)
 def _mamba2_mixer_backward(
     grads: list[Tensor],
     zxbcdt: Tensor,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
+from mvar_kernels.custom_op import custom_op
 
 _MODULES = {"cpu": "native", "triton": "triton", "mamba_ssm": "mamba_ssm", "reference": "reference"}
 _OP = Op("ssd_scan", __package__, _MODULES)
@@ -84,7 +85,7 @@ def ssd_scan(
     return y, state
 
 
-@torch.library.custom_op("mvar::ssd_scan", mutates_args=())
+@custom_op("mvar::ssd_scan")
 def _ssd_scan(tensors: list[Tensor], scales: list[int], backend: str) -> tuple[Tensor, Tensor]:
     y, state = _OP.choose(backend, tensors[0].device, *tensors, tuple(scales)).forward(*tensors, tuple(scales))
     return y, state
@@ -96,7 +97,7 @@ def _(tensors: list[Tensor], scales: list[int], backend: str) -> tuple[Tensor, T
     return x.new_empty(x.shape), state.new_empty(state.shape)
 
 
-@torch.library.custom_op("mvar::ssd_scan_backward", mutates_args=())
+@custom_op("mvar::ssd_scan_backward", reference_gradients=True)
 def _ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: list[int], backend: str) -> list[Tensor]:
     kernel = _OP.choose(backend, grads[0].device, *tensors, tuple(scales), backward=True)
     assert kernel.backward is not None

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
+from mvar_kernels.custom_op import custom_op
 from mvar_kernels.ops.sample_tokens.inputs import Draw
 
 _SAMPLE = Op(
@@ -165,7 +166,7 @@ def _whole(op: str, name: str, value: object, most: int) -> int:
     return known
 
 
-@torch.library.custom_op("mvar::sample_tokens", mutates_args=())
+@custom_op("mvar::sample_tokens")
 def _sample_tokens(
     cond: Tensor,
     uncond: Tensor | None,
@@ -187,7 +188,7 @@ def _(cond: Tensor, *others: Any) -> Tensor:
     return cond.new_empty(cond.shape[:2], dtype=torch.int64)
 
 
-@torch.library.custom_op("mvar::soft_embedding", mutates_args=())
+@custom_op("mvar::soft_embedding", reference_gradients=True)
 def _soft_embedding(
     codebook: Tensor,
     cond: Tensor,

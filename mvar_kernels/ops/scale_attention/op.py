@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
+from mvar_kernels.custom_op import custom_op
 from mvar_kernels.ops.scale_attention.inputs import Attention
 
 _OP = Op(
@@ -85,7 +86,7 @@ def scale_attention(
     return out
 
 
-@torch.library.custom_op("mvar::scale_attention", mutates_args=())
+@custom_op("mvar::scale_attention")
 def _scale_attention(
     q: Tensor,
     k: Tensor,
@@ -107,7 +108,7 @@ def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((B, H, Lq), dtype=checks.accumulator(q.dtype))
 
 
-@torch.library.custom_op("mvar::scale_attention_backward", mutates_args=())
+@custom_op("mvar::scale_attention_backward", reference_gradients=True)
 def _scale_attention_backward(
     grad_out: Tensor,
     out_lse: list[Tensor],
