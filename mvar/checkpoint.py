@@ -1,61 +1,56 @@
-"""Reading and writing weights: official .pth files, and safetensors of our own with the configuration inside.
-
-Pickles are read with torch's weights_only loader alone, which runs no code from the file.
-"""
+"""Reading and writing weights: official .pth files, and safetensors of our own with the configuration inside."""
 
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mvar.config import SCHEDULES, ModelConfig
 from mvar.errors import message
-from mvar.files import expanded, is_environmental, replacing
+from mvar.files import expanded, replacing
 from mvar.model import Model, from_config
+from mvar.state_dict import CheckpointError, read
 from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
 from mvar.weights import surplus, unwrapped, weights
 
 HUB = "hf://"
-CONFIG_KEY = "mvar_config"  # in the metadata of our own files
-# Where the checkpoints of VAR's and M-VAR's own trainers have what is asked for, under "trainer".
-IN_TRAINERS = {"model": ("var_wo_ddp", "mvar_wo_ddp"), "tokenizer": ("vae_local",)}
+CONFIG_KEY, CLASS_NAMES_KEY = "mvar_config", "mvar_class_names"  # in the metadata of our own files
 # Buffers of the published files that follow from the configuration and that we do not keep.
 DERIVED = ("attn_bias_for_masking",)
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class CheckpointError(ValueError):
-    """A file that is no usable set of weights; the message says which file and what is wrong."""
-
-
 @torch.inference_mode(False)  # else what is loaded could not be trained
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model:
     """An M-VAR or VAR model in evaluation mode, float32, from an official or an own file, or from hf://owner/repository/file.
 
-    A checkpoint of VAR's or M-VAR's own trainer is read too. Every size is read off the file: M-VAR from its mixers,
-    q/k norm from whether `scale_mul_1H11` is there, patch numbers from `blocks.0.attn.patch_nums` or (VAR) from
-    `lvl_1L`, the rest from shapes; our own files carry their configuration.
+    Checkpoints of trainers are read too: state dicts under any names in them ("trainer" and "var_wo_ddp" as VAR's have,
+    "model", "state_dict", "ema", which goes first), with or without "module." and "_orig_mod." in the names.
+    Every size is read off the file: M-VAR from its mixers, q/k norm from whether `scale_mul_1H11` is there, patch
+    numbers from `blocks.0.attn.patch_nums` or (VAR) from
+    `lvl_1L`, the rest from shapes; our own files carry their configuration, and
+    `class_names` where the model had them.
 
     Raises:
         OSError: no such file, or it could not be fetched.
         CheckpointError: truncated, a pickle that is more than weights, a missing or unknown name, a wrong
             shape, or a value that is not finite.
     """
-    state, stored = _read(path, "model")
+    state, stored, metadata = _read(path, "model")
 
     def config(stored: dict[str, Any]) -> ModelConfig:
         return ModelConfig(**stored) if stored else ModelConfig.from_state_dict(state)
 
     model = _filled(path, _built(path, lambda stored: from_config(config(stored)), "model", stored), state, device)
     _check_schedule(path, model)
+    model.class_names = _class_names(path, metadata, model.config.num_classes)
     return model
 
 
@@ -77,7 +72,7 @@ def load_tokenizer(
     """
     if resolution is not None:
         patch_nums = schedule(resolution, patch_nums)
-    state, stored = _read(path, "tokenizer")
+    state, stored, _ = _read(path, "tokenizer")
 
     def config(stored: dict[str, Any]) -> TokenizerConfig:
         given = {} if patch_nums is None else {"patch_nums": tuple(patch_nums)}
@@ -102,11 +97,16 @@ def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | No
     if (extra := surplus(module)) is not None:
         raise ValueError(f"{extra} is no weight of this configuration, and would be lost: remove it first")
     state = own_memory({name: t.to("cpu", dtype if t.is_floating_point() else None) for name, t in found.items()})
+    metadata = {CONFIG_KEY: json.dumps(asdict(module.config))}
+    if isinstance(module, Model) and module.class_names is not None:
+        if len(module.class_names) != module.config.num_classes:
+            raise ValueError(f"class_names: expected {module.config.num_classes} names, got {module.class_names}")
+        metadata[CLASS_NAMES_KEY] = json.dumps(module.class_names)
     with replacing(path) as aside:
         try:
-            save_file(state, aside, metadata={CONFIG_KEY: json.dumps(asdict(module.config))})
+            save_file(state, aside, metadata=metadata)
         except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+            raise OSError(f"cannot write {path}: {message(error)}") from error
 
 
 def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -118,42 +118,14 @@ def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[
     return SCHEDULES[resolution]
 
 
-def _read(path: str | Path, part: str) -> tuple[dict[str, Tensor], object]:
-    """All tensors of a file, or of one part of a trainer's, and the stored configuration, empty if there is none."""
+def _read(path: str | Path, part: str) -> tuple[dict[str, Tensor], object, Mapping[str, str]]:
+    """The tensors of one part of a file, the stored configuration, empty if there is none, and all metadata."""
     file = _local(str(path))
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}")
-    with file.open("rb") as stream:
-        # A safetensors file begins with the length of its JSON header, eight bytes, and the header's brace.
-        is_safetensors = stream.read(9)[8:] == b"{"
-    if is_safetensors:
-        try:
-            with safe_open(file, "pt") as content:
-                stored = (content.metadata() or {}).get(CONFIG_KEY)
-                state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: truncated or corrupted: {error}") from error
-        try:
-            return state, json.loads(stored) if stored is not None else {}
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{file}: its stored configuration is no JSON: {error}") from error
+    state, metadata = read(file, part)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file}: not loaded, because it is more than weights or corrupted: {message(error)}"
-        ) from error
-    except Exception as error:  # what a corrupted byte raises inside the reader is any of a dozen types
-        if is_environmental(error):
-            raise
-        raise CheckpointError(f"{file}: truncated or corrupted, or no weights: {message(error)}") from error
-    if isinstance(loaded, Mapping) and isinstance(trainer := loaded.get("trainer"), Mapping):
-        loaded = next((trainer[name] for name in IN_TRAINERS[part] if name in trainer), None)
-    if not isinstance(loaded, Mapping) or not all(
-        isinstance(n, str) and isinstance(t, Tensor) for n, t in loaded.items()
-    ):
-        raise CheckpointError(f"{file}: expected a {part}'s state dict of names and tensors")
-    return dict(loaded), {}
+        return state, json.loads(metadata.get(CONFIG_KEY, "{}")), metadata
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: its stored configuration is no JSON: {error}") from error
 
 
 def _local(path: str) -> Path:
@@ -183,6 +155,18 @@ def _built(path: str | Path, make: Callable[[dict[str, Any]], Module], kind: str
         raise CheckpointError(f"{path}: no usable sizes for a {kind}: {message(error)}") from error
 
 
+def _class_names(path: str | Path, metadata: Mapping[str, str], num_classes: int) -> tuple[str, ...] | None:
+    if CLASS_NAMES_KEY not in metadata:
+        return None
+    try:
+        names = json.loads(metadata[CLASS_NAMES_KEY])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: its stored class names are no JSON: {error}") from error
+    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(n, str) for n in names):
+        raise CheckpointError(f"{path}: its stored class names are no list of {num_classes} names")
+    return tuple(names)
+
+
 def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: str | torch.device) -> Module:
     """The module with these weights, after a check of every name, shape, kind and value."""
     expected = module.state_dict()
@@ -191,6 +175,8 @@ def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: 
         raise CheckpointError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]!r}")
     if unknown := sorted(found - expected.keys()):
         raise CheckpointError(f"{path}: {len(unknown)} unknown weights, the first is {unknown[0]!r}")
+    # No arithmetic is there for float8.
+    state = {n: t.float() if t.is_floating_point() and t.element_size() == 1 else t for n, t in state.items()}
     for name, value in expected.items():
         got, shape = state[name], list(value.shape)
         if name == HITS_KEY and got.dim() == 2:

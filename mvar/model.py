@@ -44,6 +44,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(C)
         self.head = nn.Linear(C, config.num_codes, dtype=torch.float32)
+        self.class_names: tuple[str, ...] | None = None  # where they are known; a file has them, too
         self.joined_modulation: JoinedModulation | None = None  # in a copy for inference, instead of the layers
 
     def forward(self, labels: Tensor, inputs: Tensor, *, backend: str = "auto") -> Tensor:

@@ -3,10 +3,11 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from mvar.errors import message
 
 Value = TypeVar("Value")
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torch.distributed asks for."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,66 @@ def own_device(name: str | None) -> torch.device:
     return device
 
 
+def launched() -> Processes:
+    """This process's rank among those that torchrun's variables tell of; alone, where they tell of one or of none.
+
+    Raises ValueError where they contradict one another.
+    """
+    size = _variable("WORLD_SIZE", 1)
+    if size <= 1:  # whatever else is left in the environment
+        return Processes()
+    rank = _variable("RANK", None)
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK: expected a number from 0 to below WORLD_SIZE, {size}, got {rank}")
+    return Processes(rank, size)
+
+
+def _variable(name: str, default: int | None) -> int:
+    text = os.environ.get(name, default)
+    if text is None:
+        raise ValueError(f"{name} is not set, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: start with torchrun")
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}: expected a whole number, got {text!r}") from None
+
+
 @contextmanager
 def joined(backend: str = "gloo") -> Iterator[Processes]:
-    """Join the other processes, of torch.distributed's `backend`; without torchrun's variables there is none.
+    """Join the other processes, of torch.distributed's `backend`; where the program has joined them itself, or without
+    all of torchrun's variables and more than one process, there is nothing to do.
 
     The default suits those that exchange a file's name and their presence: nothing for a GPU.
     """
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if alone and "MASTER_ADDR" not in os.environ:  # torchrun's group of one is joined: FSDP2 asks for a group
-        yield Processes()
-        return
-    dist.init_process_group(backend)
-    # torchrun ends all processes with the first that fails: as an exception, so that they tidy up.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
+    if dist.is_available() and dist.is_initialized():  # by the program that calls
         yield Processes(dist.get_rank(), dist.get_world_size())
+        return
+    expected = launched()
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing and expected.size == 1:  # torchrun's group of one is joined: FSDP2 asks for a group
+        yield expected
+        return
+    if missing:
+        raise ValueError(f"{missing[0]} is not set, and WORLD_SIZE is {expected.size}: start with torchrun")
+    dist.init_process_group(backend)
+    try:
+        # torchrun ends all processes with the first that fails: as an exception, so that they tidy up.
+        with handling({signal.SIGTERM: lambda number, frame: sys.exit(128 + number)}):
+            yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
-        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
+
+
+@contextmanager
+def handling(handlers: Mapping[signal.Signals, Callable[[int, Any], Any]]) -> Iterator[None]:
+    """Handle signals, and leave them as they were at the end. Python lets the main thread alone do that: in another
+    one nothing is done, and they are the program's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python

@@ -176,7 +176,9 @@ def _other_kind(layer: nn.Module | None, plain: nn.Module) -> str | None:
 
 def _other_settings(layer: nn.Module | None, plain: nn.Module) -> str | None:
     for name, value in vars(plain).items():
-        if not name.startswith("_") and name != "training" and (got := getattr(layer, name, None)) != value:
+        if name in ("training", "class_names") or name.startswith("_"):
+            continue
+        if (got := getattr(layer, name, None)) != value:
             return f"has {name} {got!r}, not {value!r}"
     return None
 

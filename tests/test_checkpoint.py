@@ -1,7 +1,12 @@
 """Weight files: what loads, what comes back, and what is refused with one clear error."""
 
+import argparse
+import gzip
+import io
 import json
 import pickle
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 import mvar
-from mvar.checkpoint import CONFIG_KEY
+from mvar.checkpoint import CLASS_NAMES_KEY, CONFIG_KEY
+from mvar.cli import main
+from mvar.engine import used_itself
 from mvar.files import replacing
 from tests import upstream
 
@@ -184,6 +191,135 @@ def test_weights_that_do_not_fit(files: Path, tmp_path: Path, change: object, me
     with pytest.raises(mvar.CheckpointError, match=message) as raised:
         mvar.load_model(tmp_path / "changed.pth")
     assert str(raised.value).startswith(str(tmp_path / "changed.pth")) and "\n" not in str(raised.value)
+
+
+def wrapped(kind: str, state: dict[str, torch.Tensor]) -> dict[str, object]:
+    """A state dict as other programs save it."""
+    in_front = {
+        "ddp": "module.",
+        "compiled": "_orig_mod.",
+        "ddp compiled": "module._orig_mod.",
+        "compiled ddp": "_orig_mod.module.",
+        "lightning": "model.",
+    }
+    named = {in_front.get(kind, "module._orig_mod.") + name: t for name, t in state.items()}
+    blocks = {name.replace("blocks.0.", "blocks.0._orig_mod."): t for name, t in state.items()}
+    other = {name: torch.zeros_like(t) for name, t in state.items()}
+    kinds: dict[str, dict[str, object]] = {
+        "lightning": {"epoch": 1, "state_dict": {**named, "loss.weight": torch.zeros(1)}, "callbacks": {"best": 0.5}},
+        "model": {"model": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}, "step": 7},
+        "state_dict": {"state_dict": named},
+        "ema": {"ema": state, "model": other},
+        "model and ema": {"model": other, "model_ema": {"decay": 0.99, "module": named}},
+        "names of ema": {**{f"model.{n}": t for n, t in other.items()}, **{f"ema.{n}": t for n, t in state.items()}},
+        "trainer": {"trainer": {"var_wo_ddp": named, "config": {"lr": 0.1}}},
+        "params": {"params": {"model": named}},
+        "namespace": {"args": argparse.Namespace(depth=1), "model": state},
+        "averaged": {"n_averaged": torch.tensor(3), **{f"module.{name}": t for name, t in state.items()}},
+        "a block alone": blocks,  # type: ignore[dict-item]
+    }
+    return kinds.get(kind, dict(named))
+
+
+KINDS = (
+    "ddp, compiled, ddp compiled, compiled ddp, lightning, model, state_dict, ema, model and ema, names of ema, "
+    "trainer, params, namespace, averaged, a block alone"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, dict[str, torch.Tensor]]:
+    """State dicts of a small pair."""
+    sizes = mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False)
+    model, tokenizer = mvar.build(1, num_classes=2, tokenizer=sizes)
+    return {"model": dict(model.state_dict()), "tokenizer": dict(tokenizer.state_dict())}
+
+
+@pytest.mark.parametrize("kind", KINDS.split(", "))
+def test_what_is_around_a_state_dict(kind: str, tiny: dict[str, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    loaders = {"model": mvar.load_model, "tokenizer": partial(mvar.load_tokenizer, patch_nums=(1, 2))}
+    for name, load in loaders.items():
+        torch.save(wrapped(kind, tiny[name]), tmp_path / "wrapped.pth")
+        values = load(tmp_path / "wrapped.pth").state_dict()  # type: ignore[operator]
+        assert all(torch.equal(values[n], t) for n, t in tiny[name].items())
+
+
+def test_prefixes_in_safetensors(tiny: dict[str, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    state = tiny["model"]
+    save_file({f"module.{name}": t for name, t in state.items()}, tmp_path / "m.safetensors")
+    assert torch.equal(mvar.load_model(tmp_path / "m.safetensors").head.weight, state["head.weight"])
+    torch.save({"module.head.bias": state["head.bias"], **state}, tmp_path / "twice.pth")
+    with pytest.raises(mvar.CheckpointError, match="twice.pth: two weights are called 'head.bias'"):
+        mvar.load_model(tmp_path / "twice.pth")
+
+
+def zipped(content: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("readme.txt", content)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "an empty file"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n",
+            "a Git LFS pointer, not the weights",
+        ),
+        (b"\n <!DOCTYPE html>\n<html><body>Sign in</body></html>", "an HTML page, not the weights"),
+        (gzip.compress(b"x" * 100), "compressed by gzip: unpack it first"),
+        (b'{"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}', "an index of 2 files"),
+        (b'{"x":  [{"depth": 16}]}', "JSON, not weights"),
+        (zipped(b"hello"), "a zip archive of readme.txt, not one of weights"),
+        (b"Entry not found", "truncated or corrupted, or no weights|more than weights or corrupted"),
+    ],
+)
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_what_a_file_is_that_has_no_weights(content: bytes, message: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    for load in (mvar.load_model, mvar.load_tokenizer):
+        with pytest.raises(mvar.CheckpointError, match=f"{name}: (not loaded, because it is )?({message})") as raised:
+            load(tmp_path / name)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(FileNotFoundError, match="a folder, not a file"):
+        mvar.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
+def test_weights_in_other_dtypes(dtype: torch.dtype, tiny: dict[str, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    stored = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tiny["model"].items()}
+    torch.save(stored, tmp_path / "m.pth")
+    save_file(stored, tmp_path / "m.safetensors")
+    for name in ("m.pth", "m.safetensors"):
+        model = mvar.load_model(tmp_path / name)
+        assert model.head.weight.dtype == torch.float32
+        assert torch.equal(model.head.weight, stored["head.weight"].float())
+    stored["head.bias"][:1] = torch.nan
+    torch.save(stored, tmp_path / "nan.pth")
+    with pytest.raises(mvar.CheckpointError, match="head.bias: not all values are finite"):
+        mvar.load_model(tmp_path / "nan.pth")
+
+
+def test_class_names_travel_with_the_file(tmp_path: Path) -> None:
+    sizes = mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,))
+    model, tokenizer = mvar.build(1, num_classes=2, tokenizer=sizes)
+    assert model.class_names is None
+    mvar.save(tmp_path / "without.safetensors", model)
+    assert mvar.load_model(tmp_path / "without.safetensors").class_names is None
+    model.class_names = ("cat", "Käfer")
+    mvar.save(tmp_path / "m.safetensors", model)
+    main(["convert", f"{tmp_path}/m.safetensors", f"{tmp_path}/again.safetensors"])
+    assert mvar.load_model(tmp_path / "again.safetensors").class_names == ("cat", "Käfer")
+    mvar.generate(model, tokenizer, [1], dtype=torch.float32)
+    assert used_itself(model) is None
+    model.class_names = ("cat",)
+    with pytest.raises(ValueError, match="class_names: expected 2 names"):
+        mvar.save(tmp_path / "m.safetensors", model)
+    save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={CLASS_NAMES_KEY: "["})
+    with pytest.raises(mvar.CheckpointError):
+        mvar.load_model(tmp_path / "odd.safetensors")
 
 
 def test_a_tokenizer_is_no_model(files: Path) -> None:

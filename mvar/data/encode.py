@@ -8,7 +8,6 @@ where it was; no file depends on the others, nor on the number of processes.
 import argparse
 import io
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from mvar.data.order import check_word
 from mvar.data.source import skipped_in_words
 from mvar.data.tokens import MANIFEST, MAX_CODES, Manifest, TokenStoreError, damage, fingerprint, shard_files, shard_sum
 from mvar.files import replacing
-from mvar.processes import own_device
+from mvar.processes import launched, own_device
 from mvar.tokenizer import Tokenizer
 
 SHARD = 1024
@@ -36,8 +35,8 @@ log = logging.getLogger("mvar")
 
 def tokenize(options: argparse.Namespace) -> None:
     """Write the tokens of `data_path/train`, and of `data_path/val` where there is one, into folders of these names."""
-    # torchrun's variables; without it one process does all.
-    rank, world = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+    share = launched()
+    rank, world = share.rank, share.size
     tokenizer = load_tokenizer(
         options.tokenizer,
         resolution=options.resolution,

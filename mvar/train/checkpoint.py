@@ -148,6 +148,8 @@ def read_model(path: Path) -> Model:
     facts = checkpoints.facts(path)
     model = from_config(ModelConfig(**facts["model"]))
     kind = "average" if facts["flags"]["average"] else "model"
+    names = facts.get("class_names")  # not in older ones
+    model.class_names = None if names is None else tuple(map(str, names))
     checkpoints.read(path, {f"{kind}.{name}": value.detach() for name, value in model.named_parameters()})
     return model.eval()
 

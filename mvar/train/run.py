@@ -67,6 +67,7 @@ def _run(flags: Flags, world: World) -> None:
     if world.leads:
         finished = from_config(model.config)
         finished.load_state_dict(weights)
+        finished.class_names = model.class_names
         save(out / "model.safetensors", finished.eval())
         written = [out / "model.safetensors"]
         if flags.pictures:
@@ -141,7 +142,9 @@ def new_model(flags: Flags, data: Data, seed: int) -> Model:
         num_codes=data.tokenizer.num_codes,
         code_dim=data.tokenizer.code_dim,
     )
-    return initialise(from_config(config), ini=flags.ini, hd=flags.hd, aln=flags.aln, alng=flags.alng, seed=seed)
+    model = initialise(from_config(config), ini=flags.ini, hd=flags.hd, aln=flags.aln, alng=flags.alng, seed=seed)
+    model.class_names = data.train.classes if isinstance(data.train, ImageFolder | TokenStore) else None
+    return model
 
 
 def draw(model: Model, tokenizer: Tokenizer, flags: Flags, path: Path) -> None:

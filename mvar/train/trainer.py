@@ -16,6 +16,7 @@ from torch import Tensor
 from mvar.data import Batch, Source, num_batches
 from mvar.data.tokens import fingerprint
 from mvar.model import Model
+from mvar.processes import handling
 from mvar.tokenizer import Tokenizer
 from mvar.train.checkpoint import Checkpoints
 from mvar.train.distributed import World, parallel, recompute_blocks, synchronised, whole
@@ -302,6 +303,7 @@ class Trainer:
             "stepper": self.stepper.counts(),
             "flags": asdict(self.flags),
             "model": asdict(self.model.config),
+            "class_names": self.model.class_names,
         }
         self.checkpoints.write(self.done, self._tensors(), facts)
         self.saved = self.done
@@ -336,9 +338,5 @@ class Trainer:
             elif number == signal.SIGINT and time.monotonic() - told_at > PATIENCE_S:
                 raise KeyboardInterrupt
 
-        before: dict[int, Any] = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with handling({signal.SIGTERM: handle, signal.SIGINT: handle}):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
