@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mvar.checkpoint import schedule
-from mvar.config import ModelConfig
+from mvar.config import ModelConfig, unboxed
 from mvar.initialise import initialise
 from mvar.model import Model, from_config
 from mvar.tokenizer import Tokenizer, TokenizerConfig
@@ -45,6 +45,7 @@ def build(
         code_dim=tokenizer.code_dim,
         **sizes,
     )
+    seed = unboxed(seed)
     # Weights that can be trained, too.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reset those of all GPUs

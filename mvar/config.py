@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -57,6 +57,7 @@ class ModelConfig:
     shared_adaln: bool = False
 
     def __post_init__(self) -> None:
+        unbox(self)
         object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}; got {self.architecture!r}")
@@ -164,11 +165,22 @@ def _sides(name: str, squares: list[int]) -> tuple[int, ...]:
 
 def check_patch_nums(patch_nums: Sequence[int]) -> tuple[int, ...]:
     """The side lengths as a tuple; ValueError unless they are positive whole numbers, strictly increasing."""
-    values = tuple(patch_nums)
+    values = tuple(unboxed(n) for n in patch_nums)
     rising = all(coarse < fine for coarse, fine in zip(values, values[1:], strict=False))
     if not values or not all(is_positive_int(n) for n in values) or not rising:
         raise ValueError(f"patch_nums: expected increasing positive whole numbers, got {values}")
     return values
+
+
+def unboxed(value: Any) -> Any:
+    """Python's own number of a NumPy number, or of an array or a tensor without dimensions; all else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def unbox(config: Any) -> None:
+    """The same for every field of a frozen dataclass, so that it can be written as JSON."""
+    for field in fields(config):
+        object.__setattr__(config, field.name, unboxed(getattr(config, field.name)))
 
 
 def is_positive_int(value: object) -> bool:

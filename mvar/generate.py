@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from mvar.config import unboxed
 from mvar.drawing import Drawing, draw_batch
 from mvar.engine import counts_changes, own_dtype, prepared_model, prepared_tokenizer, used_itself
 from mvar.graphs import CaptureError, Graphs, has_graphs, padded_batch, warn_of
@@ -131,6 +132,8 @@ def launch(
     check_fit(model, tokenizer)
     device = model.lvl_1L.device
     rows = _labels(labels, model.config.num_classes, device)
+    how = replace(how, **{name: unboxed(getattr(how, name)) for name in ("cfg", "top_k", "top_p")})
+    seed, first_index = unboxed(seed), unboxed(first_index)
     if isinstance(how.cfg, bool) or not isinstance(how.cfg, int | float) or not 0 <= how.cfg <= MAX_CFG:
         raise ValueError(f"cfg: expected a number from 0 to {MAX_CFG:g}, got {how.cfg!r}")
     for name, value, bits in (("seed", seed, 63), ("first_index", first_index, 32)):
@@ -211,6 +214,7 @@ def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.devi
         whole = False
     if not whole or rows.dtype == torch.bool:
         raise ValueError(f"labels: expected at least one whole number in a row, got {labels!r}")
+    rows = rows.to(torch.int64)  # of unsigned numbers torch has no extremes
     lowest, highest = torch.stack(rows.aminmax()).tolist()  # one wait, where labels are on a GPU
     if lowest < 0 or highest >= num_classes:
         raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {lowest} to {highest}")

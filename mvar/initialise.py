@@ -6,6 +6,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from mvar.config import unboxed
 from mvar.layers import Mamba2
 from mvar.model import Model
 
@@ -30,7 +31,7 @@ def initialise(
     Returns:
         The same model.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(unboxed(seed))
     C, depth = model.config.channels, model.config.depth
     std = ini if ini >= 0 else math.sqrt(1 / (3 * C))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mvar.autoencoder import NORM_GROUPS, Decoder, Encoder, conv3x3
-from mvar.config import SCHEDULES, check_patch_nums, is_positive_int
+from mvar.config import SCHEDULES, check_patch_nums, is_positive_int, unbox, unboxed
 from mvar.quantizer import Quantizer
 from mvar_kernels.precision import true_float32
 
@@ -48,11 +48,14 @@ class TokenizerConfig:
     beta: float = 0.25
 
     def __post_init__(self) -> None:
+        unbox(self)
         object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
         widths = self.ch_mult
-        if not isinstance(widths, Sequence) or not widths or not all(is_positive_int(v) for v in widths):
+        if hasattr(widths, "tolist"):
+            widths = widths.tolist()
+        if not isinstance(widths, Sequence) or not widths or not all(is_positive_int(unboxed(v)) for v in widths):
             raise ValueError(f"ch_mult must be a non-empty tuple of positive integers, got {widths!r}")
-        object.__setattr__(self, "ch_mult", tuple(widths))
+        object.__setattr__(self, "ch_mult", tuple(unboxed(v) for v in widths))
         for name in ("num_codes", "code_dim", "ch", "num_res_blocks", "num_phi"):
             if not is_positive_int(getattr(self, name)):
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
@@ -214,7 +217,7 @@ class Tokenizer(nn.Module):
         return self.quant_conv(self.encoder(images.to(self.encoder.norm_out.weight.dtype))).float()  # (B, Cv, H, W)
 
     def _true_float32(self) -> AbstractContextManager[None]:
-        return true_float32(self.quant_conv.weight.device)
+        return true_float32(self.quantize.embedding.weight.device)
 
     def _images(self, f_hat: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(f_hat.to(self.decoder.norm_out.weight.dtype))).float()
