@@ -192,6 +192,20 @@ def backends() -> dict[str, str | None]:
     return {name: unavailable(name) for name in NAMES if name != "auto"}
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def check_not_capturing(op: str, device: torch.device) -> None:
+    """Raise RuntimeError where a first call's tables would be copied to the GPU inside a CUDA graph's capture."""
+    if capturing(device):
+        raise RuntimeError(
+            f"{op}: the first call with new scales copies their tables to the GPU, which a CUDA graph cannot capture: "
+            "call it once with these sizes before the capture"
+        )
+
+
 def check_name(backend: str) -> None:
     """Raise ValueError unless `backend` is one of :data:`NAMES`."""
     if backend not in NAMES:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mvar_kernels.backends import capturing
+
 _schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mask → its version, and its schedule
 
 
@@ -27,7 +29,7 @@ def schedule_of(mask: Tensor) -> tuple[int, ...] | None:
     version = None if mask.is_inference() else (mask._version, mask.data_ptr())
     known = _schedules.get(mask)
     if known is None or version is None or known[0] != version:
-        if _capturing(mask):
+        if capturing(mask.device):
             return None
         known = _schedules[mask] = version, _read_schedule(mask)
     schedule: tuple[int, ...] | None = known[1]
@@ -92,7 +94,7 @@ def made_once(layer: nn.Module, cond: Tensor, *, anew: bool = False) -> Tensor:
     """
     weights = tuple(layer.parameters())
     repeatable = all(type(m) in _REPEATABLE and "forward" not in vars(m) for m in layer.modules())
-    if not repeatable or any(w.is_inference() for w in weights) or _capturing(cond):
+    if not repeatable or any(w.is_inference() for w in weights) or capturing(cond.device):
         return layer(cond)
     without_version = cond.is_inference()
     known: _Modulations | None = _made.get(cond)
@@ -106,7 +108,3 @@ def made_once(layer: nn.Module, cond: Tensor, *, anew: bool = False) -> Tensor:
     if anew or before is None or before.state != state:
         before = known.of[layer] = _Made(weights, state, layer(cond))
     return before.value
-
-
-def _capturing(t: Tensor) -> bool:
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -156,3 +156,13 @@ def test_an_extension_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(backends, "_extension", lambda name: load("_damaged"))
     for name in ("cpu", "cuda"):
         assert "cannot be imported: ImportError" in str(mk.backends()[name])
+
+
+def test_tables_are_not_copied_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mvar_kernels.ops.scale_attention.plan import plan
+
+    monkeypatch.setattr(backends, "capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="call it once with these sizes before the capture"):
+        plan((1, 2, 39), 42, False, False, 64, 64, torch.device("cpu"))
+    monkeypatch.undo()
+    assert plan((1, 2, 39), 42, False, False, 64, 64, torch.device("cpu")).tiles.numel()  # the error is not kept

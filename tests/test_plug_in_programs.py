@@ -272,7 +272,7 @@ def test_modulation_that_cannot_be_known_to_stay_runs_every_time() -> None:
 
 def test_under_capture_nothing_is_remembered_or_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's CUDA graph has to hold the layer, and may not wait for a mask."""
-    monkeypatch.setattr("mvar_kernels.remembered._capturing", lambda t: True)
+    monkeypatch.setattr("mvar_kernels.remembered.capturing", lambda device: True)
     layer, cond, ran = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3), []
     layer.register_forward_hook(lambda *_: ran.append(1))
     with torch.no_grad():

@@ -19,10 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mvar_kernels.backends import check_not_capturing
+
 
 @cache  # for good: a captured CUDA graph reads it where it lay at capture
 def scale_of_tokens(scales: tuple[int, ...], device: torch.device) -> Tensor:
     """(L,) int32: the number of each token's scale."""
+    check_not_capturing("ssd_scan, mamba2_mixer", device)
     numbers = [number for number, length in enumerate(scales) for _ in range(length)]
     return torch.tensor(numbers, dtype=torch.int32, device=device)
 

@@ -19,6 +19,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from mvar_kernels.backends import check_not_capturing
+
 Span = tuple[int, int, int]  # rows that share columns [lo, hi): rows, lo, hi
 
 
@@ -94,6 +96,7 @@ def plan(
     device: torch.device,
 ) -> Plan:
     """The plan of a schedule, copied to the device once."""
+    check_not_capturing("scale_attention", device)
     spans = (key_spans if rows_are_keys else query_spans)(scales, queries, causal)
     by_row = [(lo, hi) for n, lo, hi in query_spans(scales, queries, causal) for _ in range(n)]
     return Plan(
