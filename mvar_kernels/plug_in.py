@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from mvar_kernels.backends import PREFERENCE, unavailable
 from mvar_kernels.class_swap import with_ancestor
-from mvar_kernels.replacements import REPLACEMENTS, Replacement, has_hooks, kind_of
+from mvar_kernels.replacements import REPLACEMENTS, Replacement, has_hooks, kind_of, observed
 from mvar_kernels.trial import Trials
 
 
@@ -154,7 +154,9 @@ def _call_objection(part: nn.Module, replacement: type[Replacement]) -> str | No
 
 
 def _bypass_objection(part: Any, replacement: type[Replacement]) -> str | None:
-    """Which child that the replacement does not call does more than its class says, or None."""
+    """What a replacement would hide: which child that it does not call does more than its class says. Or None."""
+    if observed():
+        return "there are global hooks, torch.func or forward-mode differentiation at work, which want the original"
     for name in replacement.bypassed:
         child = part._modules.get(name)
         if child is not None and has_hooks(child):

@@ -59,18 +59,8 @@ class Replacement:
         raise NotImplementedError
 
     def as_tried(self: Any) -> bool:
-        """Whether nobody has put anything since the trial on what a replacement does not call: 2 µs.
-
-        Nor is this a call inside of torch.func or of forward-mode differentiation, which the ops do not know.
-        """
-        if self.original.forward is not self.original_forward or (
-            nn_module._global_forward_hooks
-            or nn_module._global_forward_pre_hooks
-            or nn_module._global_backward_hooks
-            or nn_module._global_backward_pre_hooks
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or forward_ad._current_level >= 0
-        ):
+        """Whether nobody has put anything since the trial on what a replacement does not call: 2 µs."""
+        if self.original.forward is not self.original_forward or observed():
             return False
         children = self._modules
         for name, tried in self.tried.items():
@@ -78,6 +68,18 @@ class Replacement:
             if child is None or kind_of(child) != tried or has_hooks(child):
                 return False
         return True
+
+
+def observed() -> bool:
+    """Whether there are hooks for all modules, or transformations that the ops lack: torch.func, forward mode."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def kind_of(module: nn.Module) -> tuple[type, bool]:

@@ -47,6 +47,7 @@ class Trials:
                     stand_in.train(training)
                     results = []
                     for stand_in.__class__ in (original, replaced):
+                        assert stand_in.__class__ is original or stand_in.as_tried(), "it would be tried with itself"
                         results.append(_results(stand_in, replacement, device, with_grads=training))
                     if not _close(*results):
                         mode = "training" if training else "evaluation"

@@ -374,9 +374,14 @@ def test_global_hooks() -> None:
     )
     try:
         model(LABELS, normal(2, 4, 32))
+        assert names.count("LayerNorm") == 3
+        names.clear()
+        report = mk.accelerate(plain())  # no trial, which would run the original twice, and the hooks
+        assert not names and not report.replaced and "global hooks" in report.left["blocks.0"]
+        assert "global hooks" in mk.accelerate(model).left["blocks.0"]
     finally:
         handle.remove()
-    assert names.count("LayerNorm") == 3
+    assert len(mk.accelerate(model).replaced) == 3
 
 
 # --- other classes ----------------------------------------------------------------------------------------------------
