@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvar_kernels.backends import Kernel
 from mvar_kernels.backends import native as import_native
 from mvar_kernels.ops.mamba2 import native as mamba2_native
 from mvar_kernels.ops.mamba2 import reference
@@ -47,7 +48,7 @@ def _run(spec: Spec, case: Case, t: dict[str, Tensor], backend: str) -> list[Ten
         tensors = list(t.values())
         outs = kernel.forward(*tensors, scales)
         return [*outs, *kernel.backward(_grads(outs), tensors, scales)]
-    inputs = (t["zxbcdt"], [t[p] for p in PARAMETERS], [t["conv"], t["ssm"]], scales, EPS)
+    inputs = ([t["zxbcdt"]], [t[p] for p in PARAMETERS], [t["conv"], t["ssm"]], scales, EPS)
     outs = kernel.forward(*inputs)
     return [*outs, *kernel.backward(_grads(outs), *inputs)]
 
@@ -123,3 +124,25 @@ def test_no_decay_is_divided_by(both: bool) -> None:
     for got, want in zip(_run(SSD_SCAN, case, t, "cpu"), exact, strict=True):
         assert got.isfinite().all()
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize(("step", "rate"), [(0.01, -1e-3), (1.0, -1e-5)])
+def test_long_sums_of_one_sign(
+    use_instruction_set: Callable[[str], None], name: str, step: float, rate: float
+) -> None:
+    """A state that sums thousands of equal tokens is as exact as the reference's, and so are the gradients."""
+    use_instruction_set(name)
+    x, B = torch.ones(1, 4096, 1, 8), torch.ones(1, 4096, 8)
+    t = [x, torch.full((1, 4096, 1), step), torch.tensor([rate]), B, B, torch.ones(1), torch.zeros(1, 1, 8, 8)]
+
+    def run(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+        tensors = [v.to(dtype) for v in t]
+        outs = kernel.forward(*tensors, (4096,))
+        assert kernel.backward is not None
+        return [*outs, *kernel.backward([torch.ones_like(o) for o in outs], tensors, (4096,))]
+
+    got, same = run(mamba2_native.ssd_scan_cpu, torch.float32), run(reference.ssd_scan_reference, torch.float32)
+    for value, near, exact in zip(got, same, run(reference.ssd_scan_reference, torch.float64), strict=True):
+        error, reference_error = ((v.double() - exact).abs().max() for v in (value, near))
+        assert error <= 2 * reference_error + torch.finfo(torch.float32).eps * exact.abs().max()

@@ -188,7 +188,7 @@ void chunk_backward(const BackwardView& b, const float* before, const float* adj
   }
   if (!next_adjoint) return;
   weigh(decays.since_start, c.C, c.bc_step, c.q, s.weighted, N_padded);
-  add_outer_products(decays.whole(), adjoint, s.weighted, b.dy, c.x_step, c.q, next_adjoint, N, N_padded, width);
+  add_outer_products(decays, adjoint, s.weighted, b.dy, c.x_step, c.q, next_adjoint, N, N_padded, width);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ constexpr int64_t kStageTokens = 256;
 struct Geometry {
   int64_t width;      // of a line of x or y of one head: P, padded
   int64_t N_padded;   // of a line of B or C
-  int64_t state;      // floats of one head's state, (N, P) transposed
+  int64_t state;      // floats of one head's state: twice (N, P), see add_outer_products
   int64_t shared;     // floats of what the heads share of a chunk
   int64_t transposed; // floats of the transposes of B or of C of a chunk, for the backward
   int64_t slots;      // lines of a segment
@@ -30,7 +30,7 @@ struct Geometry {
   Geometry(const Sizes& n, const Plan& plan, bool backward) {
     width = round_up(n.P, kWidth);
     N_padded = round_up(n.N, kWidth);
-    state = n.N * width;
+    state = 2 * n.N * width;
     transposed = backward ? n.directions * n.N * kChunk : 0;
     shared = 2 * kChunk * N_padded + n.directions * (kChunk * kChunk + n.H * kChunk) + 2 * transposed;
     slots = plan.longest_segment * kChunk;
@@ -83,7 +83,7 @@ MVAR_INLINE View view_of(const Shared& shared, const Chunk& chunk, int64_t direc
           sign * g.N_padded,
           shared.scores + direction * kChunk * kChunk,
           shared.delta + head * kChunk,
-          A[head],
+          finite_rate(A[head]),
           direction == 0};
 }
 
@@ -133,9 +133,9 @@ MVAR_INLINE const float* state_of(const States& s, int64_t b, int64_t h) {
   return s.data + b * s.batch_stride + h * s.head_stride;
 }
 
-// States lie as (P, N) outside and as (N, P) here.
+// States lie as (P, N) outside and as (N, P) here; nothing is rounded off them yet.
 void load_state(const States& from, int64_t b, int64_t h, const Sizes& n, const Geometry& g, float* state) {
-  if (g.width > n.P) __builtin_memset(state, 0, g.state * sizeof(float));
+  __builtin_memset(state, 0, g.state * sizeof(float));
   transpose(state_of(from, b, h), from.row_stride, n.P, n.N, state, g.width);
 }
 
