@@ -144,19 +144,37 @@ class Mamba2(nn.Module):
         self, x: Tensor, scales: tuple[int, ...], state: mk.Mamba2State | None, backend: str
     ) -> tuple[Tensor, mk.Mamba2State]:
         assert self.conv1d.bias is not None
+        projected, dt = self._projected(x)
         y, state = mk.mamba2_mixer(
-            self.in_proj(x),
+            projected,
             self.conv1d.weight.flatten(1),
             self.conv1d.bias,
             self.dt_bias,
             self.A_log,
             self.D,
             self.norm.weight,
+            dt=dt,
             state=state,
             scales=scales,
             backend=backend,
         )
         return self.out_proj(y), state
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[z, x, B, C, dt] and None; under autocast [z, x, B, C], and dt in float32, as its rounding moves every decay.
+
+        An in_proj that is wrapped, hooked or packed is called as the module it is.
+        """
+        layer, device = self.in_proj, x.device.type
+        plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+        hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks) if plain else 0
+        if not torch.is_autocast_enabled(device) or not plain or hooks:
+            return layer(x), None
+        columns = self.dt_bias.numel()
+        weight, of_steps = layer.weight.split([layer.out_features - columns, columns])
+        with torch.autocast(device, enabled=False):
+            dt = F.linear(x.float(), of_steps.float())
+        return F.linear(x, weight), dt.unflatten(-1, self.dt_bias.shape)
 
 
 class FeedForward(nn.Module):

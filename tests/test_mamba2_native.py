@@ -128,9 +128,7 @@ def test_no_decay_is_divided_by(both: bool) -> None:
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize(("step", "rate"), [(0.01, -1e-3), (1.0, -1e-5)])
-def test_long_sums_of_one_sign(
-    use_instruction_set: Callable[[str], None], name: str, step: float, rate: float
-) -> None:
+def test_long_sums_of_one_sign(use_instruction_set: Callable[[str], None], name: str, step: float, rate: float) -> None:
     """A state that sums thousands of equal tokens is as exact as the reference's, and so are the gradients."""
     use_instruction_set(name)
     x, B = torch.ones(1, 4096, 1, 8), torch.ones(1, 4096, 8)

@@ -45,7 +45,7 @@ def assert_right(inputs: list[list[Tensor]], scales: tuple[int, ...], dtype: tor
         (x,), params, (conv, ssm) = inputs
         rounded = [t.to(dtype).to(device, kind) for t in (x, conv)]
         single = [t.float().to(device, acc) for t in (*params, ssm)]
-        return forward(rounded[0], single[:-1], [rounded[1], single[-1]], scales, 1e-5)
+        return forward([rounded[0]], single[:-1], [rounded[1], single[-1]], scales, 1e-5)
 
     got = run(mamba2_mixer_triton.forward, dtype, DEVICE)
     same, exact = (run(reference.mamba2_mixer, kind, "cpu") for kind in (dtype, torch.float64))

@@ -26,21 +26,20 @@ States states(const Tensors& t, size_t i, const char* name, const Sizes& n) {
   return {(float*)v.data, v.batch_stride, v.row_stride, v.head_stride};
 }
 
-// Where the mixer's tensors are: zxbcdt, conv state, initial state, conv_weight, conv_bias, dt_bias, A, D, norm_weight;
-// or, in this order, their gradients.
+// Where the mixer's tensors are: [z, x, B, C], conv state, initial state, conv_weight, conv_bias, dt_bias, A, D,
+// norm_weight, dt; or, in this order, their gradients.
 struct MixerTensors {
   Tokens z, xbc, conv_state;
   StepTokens dt;
   States initial;
   float *conv_weight, *conv_bias, *dt_bias, *A, *D, *norm_weight;
 
-  // itemsize: of zxbcdt and the conv state; all else is float32
-  MixerTensors(const Tensors& t, const Sizes& n, int64_t itemsize) {
-    const int64_t E = n.H * n.P, channels = E + 2 * n.N, steps = n.directions * n.H;
-    const Tokens whole = t.tokens(0, "zxbcdt", {n.B, n.L, E + channels + steps}, itemsize);
+  // itemsize: of [z, x, B, C] and the conv state; all else is float32, but for dt where it says so
+  MixerTensors(const Tensors& t, const Sizes& n, int64_t itemsize, int64_t dt_itemsize = sizeof(float)) {
+    const int64_t E = n.H * n.P, channels = E + 2 * n.N;
+    const Tokens whole = t.tokens(0, "zxbcdt", {n.B, n.L, E + channels}, itemsize);
     z = whole;
     xbc = {(char*)whole.data + E * itemsize, whole.batch_stride, whole.row_stride};
-    dt = {(char*)whole.data + (E + channels) * itemsize, whole.batch_stride, whole.row_stride, n.H};
     conv_state = t.tokens(1, "conv state", {n.B, n.taps - 1, channels}, itemsize);
     initial = states(t, 2, "ssm state", n);
     conv_weight = t.dense<float>(3, "conv_weight", {channels, n.taps});
@@ -49,6 +48,8 @@ struct MixerTensors {
     A = per_direction(t, 6, "A_log", n);
     D = t.dense<float>(7, "D", {n.H});
     norm_weight = t.dense<float>(8, "norm_weight", {E});
+    const Tokens steps = t.tokens(9, "dt", {n.B, n.L, n.directions * n.H}, dt_itemsize);
+    dt = {steps.data, steps.batch_stride, steps.row_stride, n.H, dt_itemsize == sizeof(float)};
   }
 
   // (H), or (2, H)
@@ -57,8 +58,9 @@ struct MixerTensors {
   }
 };
 
-MixerForward mixer_inputs(const Tensors& inputs, const Sizes& n, int64_t itemsize) {
-  const MixerTensors t(inputs, n, itemsize);
+MixerForward mixer_inputs(const Tensors& inputs, const Sizes& n, int64_t itemsize,
+                          int64_t dt_itemsize = sizeof(float)) {
+  const MixerTensors t(inputs, n, itemsize, dt_itemsize);
   MixerForward a{};
   a.z = t.z;
   a.xbc = t.xbc;
@@ -90,15 +92,15 @@ int64_t mamba2_mixer_workspace(const py::tuple& where, const py::tuple& sizes) {
   return present(tables[current]->workspace_bytes[Where(where).dtype])(sizes_of(sizes, 0));
 }
 
-// where: the dtype's index and the stream; of the parameters, A_log takes the place of A; outputs: y, the two new
-// states, and a workspace
+// where: the dtype's index, the stream and the bytes of a number of dt; of the parameters, A_log takes the place of A;
+// outputs: y, the two new states, and a workspace
 void mamba2_mixer_forward(const py::tuple& where, const py::tuple& sizes, float eps, const py::tuple& inputs,
                           const py::tuple& outputs) {
   const Sizes n = sizes_of(sizes, eps);
   const Where at(where);
   const Tensors out(outputs);
-  MixerForward a = mixer_inputs(Tensors(inputs), n, kItemsizes[at.dtype]);
-  set_outputs(a, out, n, kItemsizes[at.dtype]);
+  MixerForward a = mixer_inputs(Tensors(inputs), n, at.itemsize(), entry(where, 2));
+  set_outputs(a, out, n, at.itemsize());
   char* const workspace = out.dense<char>(3, "workspace", {mamba2_mixer_workspace(where, sizes)});
   const auto forward = present(tables[current]->forward[at.dtype]);
   py::gil_scoped_release release;
@@ -153,10 +155,10 @@ struct ScanTensors {
   static StepTokens step_tokens(const Tensors& t, const Sizes& n) {
     if (n.directions == 1) {
       const Tokens v = t.tokens(1, "dt", {n.B, n.L, n.H}, sizeof(float));
-      return {v.data, v.batch_stride, v.row_stride, 0};
+      return {v.data, v.batch_stride, v.row_stride, 0, true};
     }
     const Heads v = t.heads(1, "dt", {n.B, n.L, n.directions, n.H}, sizeof(float));
-    return {v.data, v.batch_stride, v.row_stride, v.head_stride};
+    return {v.data, v.batch_stride, v.row_stride, v.head_stride, true};
   }
 };
 

@@ -36,8 +36,8 @@ struct MixerForm {
   }
 
   void fill_delta(int64_t b, const Chunk& chunk, int64_t i, int64_t d, const Shared& shared) const {
-    const T* dt = (const T*)a.dt.data + b * a.dt.batch_stride + (chunk.first + i) * a.dt.row_stride +
-                  d * a.dt.direction_stride;
+    const float* dt = (const float*)a.dt.data + b * a.dt.batch_stride + (chunk.first + i) * a.dt.row_stride +
+                      d * a.dt.direction_stride;
     for_each_vector(n.H, [&](int64_t h, auto lanes, int) MVAR_INLINE_LAMBDA {
       const Vec delta = softplus(load(dt + h, lanes) + load(a.dt_bias + d * n.H + h, lanes));
       store_delta(shared, chunk, d, h, i, delta, n);

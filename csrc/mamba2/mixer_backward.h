@@ -188,7 +188,7 @@ struct MixerBackwardForm {
     for (int64_t head = c; head < n.directions * n.H; head += n.H) {
       a.ddt_bias[head] = sum_samples(space.sums.ddt_bias, head, n.directions * n.H, n.B);
       // A = −exp(A_log)
-      a.dA_log[head] = sum_samples(space.sums.dA, head, n.directions * n.H, n.B) * A()[head];
+      a.dA_log[head] = sum_samples(space.sums.dA, head, n.directions * n.H, n.B) * finite_rate(A()[head]);
     }
   }
 

@@ -42,6 +42,7 @@ def mamba2_mixer(
     D: Tensor,
     norm_weight: Tensor,
     *,
+    dt: Tensor | None = None,
     eps: float = 1e-5,
     state: Mamba2State | None = None,
     scales: tuple[int, ...] | None = None,
@@ -52,17 +53,21 @@ def mamba2_mixer(
     E is the inner width, H the heads, P = E/H, N the state size (one group).
 
     Args:
-        zxbcdt: (B, L, 2E+2N+H): [z, x, B, C, dt]; bidirectional 2E+2N+2H, the backward dt last.
+        zxbcdt: (B, L, 2E+2N+H): [z, x, B, C, dt]; bidirectional 2E+2N+2H, the backward dt last. With `dt` given
+            (B, L, 2E+2N): [z, x, B, C].
         conv_weight, conv_bias: (E+2N, width) and (E+2N,).
         dt_bias, A_log: (H,), or (2, H) for both directions (forward first).
         D, norm_weight: (H,) and (E,). All parameters in any floating dtype, used in float32.
+        dt: (B, L, H), or (B, L, 2, H) for both directions (forward first), before dt_bias; dtype of zxbcdt, or
+            float32 beside 16-bit zxbcdt, as rounding dt moves every decay. Its gradient is of its dtype.
         eps: of the RMSNorm.
         state: from the call on the tokens before; None at the start of a sequence.
         scales: tokens per scale; needed when bidirectional, not used else.
         backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
 
     Returns:
-        (B, L, E) in the dtype of zxbcdt, and the new state. Inputs are never written to.
+        (B, L, E) in the dtype of zxbcdt, and the new state. Inputs are never written to. What a NaN reaches: as in
+        :func:`ssd_scan`, in all heads.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
@@ -85,14 +90,17 @@ def mamba2_mixer(
     E, H, xbc = sizes["E"], sizes["H"], sizes["E+2N"]
     if H < 1 or sizes["taps"] < 1 or E % H or xbc <= E or (xbc - E) % 2:
         raise ValueError(f"{op}: conv_weight: expected E+2N channels with E={E} a multiple of H={H}, got {xbc}")
-    width = E + xbc + dt_bias.numel()
+    width, columns = (E + xbc, "2E+2N") if dt is not None else (E + xbc + dt_bias.numel(), f"2E+2N+{'2' * both}H")
     if sizes["width"] != width or sizes["L"] < 1:
-        raise ValueError(
-            f"{op}: zxbcdt: expected (B, L≥1, 2E+2N+{'2' if both else ''}H={width}), got {tuple(zxbcdt.shape)}"
-        )
+        raise ValueError(f"{op}: zxbcdt: expected (B, L≥1, {columns}={width}), got {tuple(zxbcdt.shape)}")
     if state is not None and not isinstance(state, Mamba2State):
         raise TypeError(f"{op}: state: expected a Mamba2State, got {type(state).__name__}")
     acc = checks.accumulator(zxbcdt.dtype)
+    inputs = [zxbcdt]
+    if dt is not None:
+        steps = (zxbcdt.dtype,) if zxbcdt.dtype == acc else (zxbcdt.dtype, acc)
+        checks.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=zxbcdt, dtypes=steps)
+        inputs.append(dt.flatten(2))
     sizes |= {"taps-1": sizes["taps"] - 1, "P": E // H, "N": (xbc - E) // 2}
     if state is None:
         state = Mamba2State(
@@ -105,56 +113,60 @@ def mamba2_mixer(
     scales = checks.directions(op, both, scales, sizes["L"])
     check_name(backend)
     params = [conv_weight, conv_bias, dt_bias, A_log, D, norm_weight]
-    y, conv, ssm = torch.ops.mvar.mamba2_mixer(zxbcdt, params, list(state), scales, eps, backend)
+    y, conv, ssm = torch.ops.mvar.mamba2_mixer(inputs, params, list(state), scales, eps, backend)
     return y, Mamba2State(conv, ssm)
 
 
 @custom_op("mvar::mamba2_mixer")
 def _mamba2_mixer(
-    zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: list[int], eps: float, backend: str
+    inputs: list[Tensor], params: list[Tensor], state: list[Tensor], scales: list[int], eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (zxbcdt, params, state, tuple(scales), eps)
-    y, conv, ssm = _OP.choose(backend, zxbcdt.device, *inputs).forward(*inputs)
+    """inputs: [zxbcdt], or [zxbc, dt] with dt (B, L, directions·H)."""
+    args = (inputs, params, state, tuple(scales), eps)
+    y, conv, ssm = _OP.choose(backend, inputs[0].device, *args).forward(*args)
     return y, conv, ssm
 
 
 @_mamba2_mixer.register_fake
-def _(zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y = zxbcdt.new_empty(*zxbcdt.shape[:2], params[-1].shape[0])
+def _(inputs: list[Tensor], params: list[Tensor], state: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y = inputs[0].new_empty(*inputs[0].shape[:2], params[-1].shape[0])
     return y, state[0].new_empty(state[0].shape), state[1].new_empty(state[1].shape)
 
 
 @custom_op("mvar::mamba2_mixer_backward", reference_gradients=True)
 def _mamba2_mixer_backward(
     grads: list[Tensor],
-    zxbcdt: Tensor,
+    inputs: list[Tensor],
     params: list[Tensor],
     state: list[Tensor],
     scales: list[int],
     eps: float,
     backend: str,
 ) -> list[Tensor]:
-    inputs = (zxbcdt, params, state, tuple(scales), eps)
-    kernel = _OP.choose(backend, zxbcdt.device, *inputs, backward=True)
+    args = (inputs, params, state, tuple(scales), eps)
+    kernel = _OP.choose(backend, inputs[0].device, *args, backward=True)
     assert kernel.backward is not None
-    return list(kernel.backward(grads, *inputs))
+    return list(kernel.backward(grads, *args))
 
 
 @_mamba2_mixer_backward.register_fake
-def _(grads: list[Tensor], zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], *options: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (zxbcdt, *params, *state)]
+def _(
+    grads: list[Tensor], inputs: list[Tensor], params: list[Tensor], state: list[Tensor], *options: Any
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (*inputs, *params, *state)]
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    zxbcdt, params, state, *ctx.options = inputs
-    ctx.save_for_backward(zxbcdt, *params, *state)
+    tensors, params, state, *ctx.options = inputs
+    ctx.inputs = len(tensors)
+    ctx.save_for_backward(*tensors, *params, *state)
 
 
 def _autograd(ctx, *grads):  # type: ignore[no-untyped-def]
-    zxbcdt, *rest = ctx.saved_tensors
-    params, state = rest[:-2], rest[-2:]
-    first, *others = torch.ops.mvar.mamba2_mixer_backward(list(grads), zxbcdt, params, state, *ctx.options)
-    return first, others[:-2], others[-2:], None, None, None
+    count, saved = ctx.inputs, list(ctx.saved_tensors)
+    inputs, params, state = saved[:count], saved[count:-2], saved[-2:]
+    found = torch.ops.mvar.mamba2_mixer_backward(list(grads), inputs, params, state, *ctx.options)
+    return found[:count], found[count:-2], found[-2:], None, None, None
 
 
 _mamba2_mixer.register_autograd(_autograd, setup_context=_setup)

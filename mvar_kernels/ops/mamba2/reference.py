@@ -4,12 +4,16 @@ The scan is computed chunk by chunk: inside a chunk as a masked matrix product, 
 the state. The token-by-token recurrence it must equal is in the tests.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel
 from mvar_kernels.checks import accumulator
+from mvar_kernels.ops.mamba2.steps import steps_of
 
 CHUNK = 32  # the fastest of 32, 64, 128 on an AMD Zen 5 core
 
@@ -74,6 +78,7 @@ def ssd_scan(
     """y (B, L, H, P) in x's dtype and the last state (B, H, P, N). dt (B, L, 2, H) and A (2, H): bidirectional."""
     acc = accumulator(x.dtype)
     x_acc, dt, A, B, C, D = (t.to(acc) for t in (x, dt, A, B, C, D))
+    A = A.clamp(min=torch.finfo(acc).min)  # finite: where Δ is 0, so is Δ·A
     both = A.dim() == 2
     y, last = scan(x_acc, dt[:, :, 0] if both else dt, A[0] if both else A, B, C, state.to(acc))
     if both:
@@ -82,19 +87,23 @@ def ssd_scan(
 
 
 def mamba2_mixer(
-    zxbcdt: Tensor,
+    inputs: Sequence[Tensor],
     params: list[Tensor],
     state: list[Tensor],
     scales: tuple[int, ...],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, E) and the new (conv, ssm) state; params and shapes as in :func:`mvar_kernels.mamba2_mixer`."""
-    acc = accumulator(zxbcdt.dtype)
+    """y (B, L, E) and the new (conv, ssm) state; params and shapes as in :func:`mvar_kernels.mamba2_mixer`.
+
+    inputs: [zxbcdt], or [zxbc, dt].
+    """
+    first, dt = inputs[0], steps_of(inputs, params)
+    acc = accumulator(first.dtype)
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.to(acc) for p in params)
     conv_state, ssm_state = state
     E, (H,), width = norm_weight.shape[0], D.shape, conv_weight.shape[1]
     N = (conv_weight.shape[0] - E) // 2
-    z, xbc, dt = zxbcdt.split([E, E + 2 * N, dt_bias.numel()], -1)
+    z, xbc = first[..., : 2 * E + 2 * N].split([E, E + 2 * N], -1)
 
     rows = torch.cat([conv_state, xbc], 1)  # (B, width−1+L, E+2N)
     channels_first = rows.to(acc).transpose(1, 2).contiguous()  # four times as fast on a CPU as the view
@@ -103,11 +112,12 @@ def mamba2_mixer(
 
     delta = F.softplus(dt.to(acc).unflatten(-1, dt_bias.shape) + dt_bias)
     heads = x.unflatten(-1, (H, E // H))  # (B, L, H, P)
-    y, last = ssd_scan(heads, delta, -A_log.exp(), B, C, D, ssm_state, scales)
+    A = -A_log.clamp(max=math.log(torch.finfo(acc).max) - 1e-3).exp()  # finite, and so is its gradient
+    y, last = ssd_scan(heads, delta, A, B, C, D, ssm_state, scales)
 
     gated = y.flatten(2) * F.silu(z.to(acc))
     normed = gated * (gated.square().mean(-1, keepdim=True) + eps).rsqrt() * norm_weight
-    return normed.to(zxbcdt.dtype), rows[:, rows.shape[1] - width + 1 :].clone(), last
+    return normed.to(first.dtype), rows[:, rows.shape[1] - width + 1 :].clone(), last
 
 
 def ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple[int, ...]) -> list[Tensor]:
@@ -122,14 +132,20 @@ def ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple[
 
 
 def mamba2_mixer_backward(
-    grads: list[Tensor], zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: tuple[int, ...], eps: float
+    grads: list[Tensor],
+    inputs: list[Tensor],
+    params: list[Tensor],
+    state: list[Tensor],
+    scales: tuple[int, ...],
+    eps: float,
 ) -> list[Tensor]:
-    """Gradients of zxbcdt, the parameters and the two states, in that order: the forward's own derivative."""
+    """Gradients of the inputs, the parameters and the two states, in that order: the forward's own derivative."""
+    count = len(inputs)
 
     def forward(*t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return mamba2_mixer(t[0], list(t[1:-2]), list(t[-2:]), scales, eps)
+        return mamba2_mixer(t[:count], list(t[count:-2]), list(t[-2:]), scales, eps)
 
-    return list(torch.func.vjp(forward, zxbcdt, *params, *state)[1](tuple(grads)))
+    return list(torch.func.vjp(forward, *inputs, *params, *state)[1](tuple(grads)))
 
 
 ssd_scan_reference = Kernel(lambda *inputs: None, ssd_scan, ssd_scan_backward)

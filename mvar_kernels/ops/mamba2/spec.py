@@ -20,6 +20,13 @@ FLOAT32_STEPS = (
     Case("float32_steps", {"B": 1, "L": 40, "H": 2, "P": 16, "N": 16}, {"scales": None}, keeps_dtype=("dt",)),
     Case("float32_steps_both", {"B": 1, "L": 20, "H": 3, "P": 5, "N": 7}, {"scales": (4, 16)}, keeps_dtype=("dt",)),
 )
+# A sum over the whole sequence: each rounding of the state is in all that follows.
+ONE_SIGN = Case("one_sign", {"B": 1, "L": 256, "H": 1, "P": 8, "N": 8}, {"scales": None, "one_sign": True})
+# exp(A_log) is above float32's largest number in one head.
+INSTANT = tuple(
+    Case(f"instant_decay_{name}", {"B": 1, "L": L, "H": 2, "P": 64, "N": 64}, {"scales": scales, "A_log": 100.0})
+    for name, L, scales in (("short", 3, None), ("chunks", 35, None), ("both", 20, (3, 17)))
+)
 # Values whose products leave float16's range where the outputs fit: factors on the inputs.
 LARGE_SCAN = tuple(
     Case(
@@ -33,6 +40,15 @@ LARGE_SCAN = tuple(
         ("states", {"x": 3000.0, "B": 300.0, "C": 0.01}, None),
         ("states_both", {"x": 3000.0, "B": 300.0, "C": 0.01}, (2, 38)),
     )
+)
+FLOAT32_STEPS_MIXER = tuple(
+    Case(
+        f"float32_steps_{name}",
+        {"B": 2, "L": L, "H": 2, "P": 64, "N": 64},
+        {"scales": scales},
+        keeps_dtype=("dt",),
+    )
+    for name, L, scales in (("short", 5, None), ("chunks", 36, None), ("both", 20, (4, 16)))
 )
 LARGE_MIXER = tuple(
     Case(
@@ -72,16 +88,26 @@ def _log_decay_rates(generator: torch.Generator, *shape: int) -> Tensor:
     return (1 + 15 * torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)).log()
 
 
+def _with_instant(A_log: Tensor, case: Case) -> Tensor:
+    A_log[..., 0] = case.options.get("A_log", A_log[..., 0])
+    return A_log
+
+
 def _heads(case: Case) -> tuple[int, ...]:
     return (2, case.sizes["H"]) if case.options["scales"] else (case.sizes["H"],)
 
 
 def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
+    if case.options.get("one_sign"):
+        ones = {"x": (B, L, H, P), "dt": (B, L, H), "A": (H,), "B": (B, L, N), "C": (B, L, N), "D": (H,)}
+        values = {"dt": 0.01, "A": -1e-3}
+        inputs = {name: torch.full(shape, values.get(name, 1.0)).double() for name, shape in ones.items()}
+        return inputs | {"initial_state": torch.zeros(B, H, P, N, dtype=torch.float64)}
     inputs = {
         "x": _normal(generator, B, L, H, P),
         "dt": torch.nn.functional.softplus(_normal(generator, B, L, *_heads(case)) - 3),
-        "A": -_log_decay_rates(generator, *_heads(case)).exp(),
+        "A": -_with_instant(_log_decay_rates(generator, *_heads(case)), case).exp(),
         "B": _normal(generator, B, L, N),
         "C": _normal(generator, B, L, N),
         "D": 1 + 0.1 * _normal(generator, H),
@@ -96,23 +122,28 @@ def _mixer_inputs(case: Case, generator: torch.Generator) -> Inputs:
     count = len(heads) * H  # of dt columns
     times = torch.ones(E + 2 * N, 1, dtype=torch.float64, device=generator.device)
     times[E:] = case.options.get("times", {}).get("BC", 1.0)
-    return {
+    inputs = {
         "zxbcdt": _normal(generator, B, L, 2 * E + 2 * N + count),
         "conv_weight": 0.5 * times * _normal(generator, E + 2 * N, 4),
         "conv_bias": 0.1 * _normal(generator, E + 2 * N),
         "dt_bias": _normal(generator, *heads) - 3,
-        "A_log": _log_decay_rates(generator, *heads),
+        "A_log": _with_instant(_log_decay_rates(generator, *heads), case),
         "D": 1 + 0.1 * _normal(generator, H),
         "norm_weight": 1 + 0.1 * _normal(generator, E),
         "conv": _normal(generator, B, 3, E + 2 * N),
         "ssm": _normal(generator, B, H, P, N),
     }
+    if "dt" in case.keeps_dtype:  # beside the rest
+        inputs["zxbcdt"], dt = inputs["zxbcdt"].split([2 * E + 2 * N, count], -1)
+        inputs["dt"] = dt.unflatten(-1, heads)
+    return inputs
 
 
 def _call_mixer(t: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
     y, state = mamba2_mixer(
         t["zxbcdt"],
         *(t[name] for name in PARAMETERS),
+        dt=t.get("dt"),
         eps=EPS,
         state=Mamba2State(t["conv"], t["ssm"]),
         scales=case.options["scales"],
@@ -165,7 +196,7 @@ def _mixer_work_backward(case: Case, itemsize: int) -> tuple[int, int]:
 
 SSD_SCAN = Spec(
     op="ssd_scan",
-    cases=(*CASES, *FLOAT32_STEPS, *LARGE_SCAN),
+    cases=(*CASES, *FLOAT32_STEPS, *LARGE_SCAN, ONE_SIGN, *INSTANT),
     inputs=_scan_inputs,
     call=_call_scan,
     reference=lambda t, case: reference.ssd_scan(
@@ -183,14 +214,18 @@ SSD_SCAN = Spec(
 
 MAMBA2_MIXER = Spec(
     op="mamba2_mixer",
-    cases=(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64), *LARGE_MIXER),
+    cases=(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64), *FLOAT32_STEPS_MIXER, *LARGE_MIXER, *INSTANT),
     inputs=_mixer_inputs,
     call=_call_mixer,
     reference=lambda t, case: reference.mamba2_mixer(
-        t["zxbcdt"], [t[name] for name in PARAMETERS], [t["conv"], t["ssm"]], _scales(case), EPS
+        [t["zxbcdt"], *([t["dt"].flatten(2)] if "dt" in t else [])],
+        [t[name] for name in PARAMETERS],
+        [t["conv"], t["ssm"]],
+        _scales(case),
+        EPS,
     ),
     outputs=("y", "conv", "ssm"),
-    grads=("zxbcdt", *PARAMETERS, "conv", "ssm"),
+    grads=("zxbcdt", "dt", *PARAMETERS, "conv", "ssm"),
     keeps_dtype=("dt_bias", "A_log", "D", "ssm"),
     slack={f"grad of {name}": PER_HEAD_SUM for name in ("dt_bias", "A_log", "D")},
     bench=BENCH,

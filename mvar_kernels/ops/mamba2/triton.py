@@ -41,6 +41,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.backends import Kernel
 from mvar_kernels.binding import view
+from mvar_kernels.ops.mamba2.steps import steps_of
 from mvar_kernels.ops.mamba2.triton_backward import ssd_scan_backward
 from mvar_kernels.ops.mamba2.triton_forward import (
     _mamba2_mixer_fwd_kernel,
@@ -78,14 +79,22 @@ NORM = (Tile({"BLOCK_L": 2, "BLOCK_E": 1024}, 4, 1), Tile({"BLOCK_L": 4, "BLOCK_
 LARGEST_N = 256
 
 
-def _why_not(first: Tensor, *rest: Any) -> str | None:
-    """`rest` of ssd_scan: dt, A, B, C, D, state, scales; of mamba2_mixer: params, state, scales, eps."""
+def _why_not(first: Tensor, state: Tensor) -> str | None:
     reason = tiling.objection(first)
     if reason is not None:
         return reason
-    h = rest[5] if len(rest) == 7 else rest[1][1]
-    N = h.shape[-1]
+    N = state.shape[-1]
     return f"state: N={N} is above {LARGEST_N}, what a program's registers hold" if N > LARGEST_N else None
+
+
+def _why_not_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, *rest: Any
+) -> str | None:
+    return _why_not(x, state)
+
+
+def _why_not_mixer(inputs: list[Tensor], params: list[Tensor], state: list[Tensor], *rest: Any) -> str | None:
+    return _why_not(inputs[0], state[1])
 
 
 def _plan(
@@ -124,16 +133,16 @@ def _ssd_scan(
 
 
 def _mamba2_mixer(
-    zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: tuple[int, ...], eps: float
+    inputs: list[Tensor], params: list[Tensor], state: list[Tensor], scales: tuple[int, ...], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (t.contiguous() for t in params)
     conv, ssm = (t.contiguous() for t in state)
-    zxbcdt = view(zxbcdt)
+    zxbcdt, dt = view(inputs[0]), view(steps_of(inputs, params))
     (rows, L, _), (_, H, P, N) = zxbcdt.shape, ssm.shape
     E, taps, columns, both = H * P, conv_weight.shape[1], dt_bias.numel(), A_log.dim() == 2
     plan = _plan("mamba2_mixer", MIXER, L, P, N, both, zxbcdt)
     slices = triton.cdiv(P, plan["BLOCK_P"])
-    strides = zxbcdt.stride()[:2]
+    strides = (*zxbcdt.stride()[:2], *dt.stride()[:2])
     y = zxbcdt.new_empty(rows, L, E)
     inner = _inner(y.dtype)
     gated = y if inner == y.dtype else y.new_empty(y.shape, dtype=inner)
@@ -146,7 +155,7 @@ def _mamba2_mixer(
         delta, own = ssm.new_empty(rows, columns, L), ssm.new_empty(rows, L)
         tile = tiling.chosen("mamba2_mixer_prepare", f"N{N}", PREPARE, y.device)
         _mamba2_mixer_prepare_kernel[(rows * triton.cdiv(L, tile.sizes["CHUNK"]),)](
-            *(zxbcdt, conv, conv_weight, conv_bias, dt_bias, B, C, delta, own, *strides, L, E, columns),
+            *(zxbcdt, dt, conv, conv_weight, conv_bias, dt_bias, B, C, delta, own, *strides, L, E, columns),
             N=N,
             TAPS=taps,
             BLOCK_H=triton.next_power_of_2(columns),
@@ -157,7 +166,7 @@ def _mamba2_mixer(
     edges = y.new_empty(rows, H, triton.cdiv(L, plan["CHUNK"]), P, N, dtype=inner) if both else None
     scale = scale_of_tokens(scales, y.device) if both else None
     _mamba2_mixer_fwd_kernel[(rows * H * slices,)](
-        *(zxbcdt, conv, ssm, conv_weight, conv_bias, dt_bias, A_log, D, B, C, delta, own, scale, edges),
+        *(zxbcdt, dt, conv, ssm, conv_weight, conv_bias, dt_bias, A_log, D, B, C, delta, own, scale, edges),
         *(gated, squares, last_conv, last_ssm, *strides, L, H),
         TAPS=taps,
         BLOCK_TAPS=triton.next_power_of_2(max(taps - 1, 1)),
@@ -175,5 +184,5 @@ def _mamba2_mixer(
     return y, last_conv, last_ssm
 
 
-ssd_scan_triton = Kernel(_why_not, _ssd_scan, ssd_scan_backward)
-mamba2_mixer_triton = Kernel(_why_not, _mamba2_mixer, mamba2_mixer_backward)
+ssd_scan_triton = Kernel(_why_not_scan, _ssd_scan, ssd_scan_backward)
+mamba2_mixer_triton = Kernel(_why_not_mixer, _mamba2_mixer, mamba2_mixer_backward)

@@ -37,7 +37,7 @@ and dt_bias, is a head of one direction: direction·H + head.
 import triton
 import triton.language as tl
 
-from mvar_kernels.ops.mamba2.triton_parts import decay_matrix, sigmoid, softplus, split_log_decays
+from mvar_kernels.ops.mamba2.triton_parts import decay_matrix, finite_rate, sigmoid, softplus, split_log_decays
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, always, MIXER: 
             delta = tl.where(mask_t, softplus(delta), 0.0)
     if MIXER:
         A = -tl.exp(A)
-    return delta, slope, A
+    return delta, slope, finite_rate(A)
 
 
 @triton.jit
@@ -352,7 +352,7 @@ def _ssd_scan_bwd_grads_kernel(
             tl.store(sums_ptr + column, dA * A if MIXER else dA)
             tl.store(sums_ptr + DIRECTIONS * H + head, tl.sum(x_dy, 0), mask=forward)
             if MIXER:
-                tl.store(sums_ptr + (DIRECTIONS + 1) * H + column, tl.sum(ddt, 0))
+                tl.store(sums_ptr + (DIRECTIONS + 1) * H + column, tl.sum(tl.where(mask_t, ddt, 0.0), 0))
         dx_at = dx_ptr + head * P + offs_i[:, None] * (H * P) + offs_p[None, :]
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
 

@@ -31,6 +31,7 @@ from mvar_kernels.ops.mamba2.triton_parts import (
     backward_decays,
     conv_silu,
     conv_weights,
+    finite_rate,
     forward_decays,
     load_rows,
     silu,
@@ -134,11 +135,11 @@ def _ssd_scan_fwd_kernel(
     C_ptr += row * stride_Cb
     state_ptr += ((row * H + head) * P + first_p) * N
     state_out_ptr += ((row * H + head) * P + first_p) * N
-    A = tl.load(A_ptr + head).to(tl.float32)
+    A = finite_rate(tl.load(A_ptr + head).to(tl.float32))
     D = tl.load(D_ptr + head).to(tl.float32)
 
     if BOTH:
-        A_back = tl.load(A_ptr + H + head).to(tl.float32)
+        A_back = finite_rate(tl.load(A_ptr + H + head).to(tl.float32))
         edges_ptr += (row * H + head) * chunks * P * N + first_p * N
         g = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
         for left in range(chunks):
@@ -194,6 +195,7 @@ def _last_rows(
 @triton.jit(do_not_specialize=["L"])
 def _mamba2_mixer_prepare_kernel(
     zxbcdt_ptr,
+    dt_ptr,
     conv_ptr,
     weight_ptr,
     bias_ptr,
@@ -204,6 +206,8 @@ def _mamba2_mixer_prepare_kernel(
     own_ptr,
     stride_zb,
     stride_zl,
+    stride_db,
+    stride_dl,
     L,
     E,
     columns,
@@ -231,7 +235,7 @@ def _mamba2_mixer_prepare_kernel(
     tl.store(own_ptr + row * L + offs_t, tl.sum(B * C, 1), mask=offs_t < L)
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < columns
-    dt = load_rows(xbc_ptr + channels, stride_zl, start, offs_h, mask_h, L, CHUNK).to(tl.float32)
+    dt = load_rows(dt_ptr + row * stride_db, stride_dl, start, offs_h, mask_h, L, CHUNK).to(tl.float32)
     bias = tl.load(dt_bias_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
     pointers = delta_ptr + row * columns * L + offs_h[None, :] * L + offs_t[:, None]
     tl.store(pointers, softplus(dt + bias[None, :]), mask=(offs_t < L)[:, None] & mask_h[None, :])
@@ -240,6 +244,7 @@ def _mamba2_mixer_prepare_kernel(
 @triton.jit(do_not_specialize=["L"])
 def _mamba2_mixer_fwd_kernel(
     zxbcdt_ptr,
+    dt_ptr,
     conv_ptr,
     state_ptr,
     weight_ptr,
@@ -259,6 +264,8 @@ def _mamba2_mixer_fwd_kernel(
     state_out_ptr,
     stride_zb,
     stride_zl,
+    stride_db,
+    stride_dl,
     L,
     H,
     P: tl.constexpr,
@@ -289,13 +296,13 @@ def _mamba2_mixer_fwd_kernel(
     chunks = tl.cdiv(L, CHUNK)
     z_ptr = zxbcdt_ptr + row * stride_zb
     xbc_ptr = z_ptr + E
-    dt_ptr = xbc_ptr + channels + head
+    dt_ptr += row * stride_db + head
     conv_ptr += row * (TAPS - 1) * channels
     state_ptr += ((row * H + head) * P + first_p) * N
     state_out_ptr += ((row * H + head) * P + first_p) * N
     gated_ptr += row * L * E + channel
     squares_ptr += row * L * H * slices + part
-    A = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
+    A = finite_rate(-tl.exp(tl.load(A_log_ptr + head).to(tl.float32)))
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     D = tl.load(D_ptr + head).to(tl.float32)
     weights_x = conv_weights(weight_ptr, bias_ptr, channel, offs_p, mask_p, TAPS)
@@ -319,7 +326,7 @@ def _mamba2_mixer_fwd_kernel(
             _last_rows(xbc_ptr, stride_zl, conv_ptr, conv_out_ptr, channels, offs_B + N, mask_n, L, TAPS, BLOCK_TAPS)
 
     if BOTH:
-        A_back = -tl.exp(tl.load(A_log_ptr + H + head).to(tl.float32))
+        A_back = finite_rate(-tl.exp(tl.load(A_log_ptr + H + head).to(tl.float32)))
         dt_bias_back = tl.load(dt_bias_ptr + H + head).to(tl.float32)
         edges_ptr += ((row * H + head) * chunks * P + first_p) * N
         g = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -339,7 +346,7 @@ def _mamba2_mixer_fwd_kernel(
             if PREPARED:
                 delta = steps(delta_ptr + H * L, 1, start, L, CHUNK)
             else:
-                delta = softplus_steps(dt_ptr + H, stride_zl, dt_bias_back, start, L, CHUNK)
+                delta = softplus_steps(dt_ptr + H, stride_dl, dt_bias_back, start, L, CHUNK)
             scale, first, last, continues = _scales(scale_ptr, start, L, CHUNK)
             _, _, to_start, whole = backward_decays(delta, A_back, scale, first, last, CHUNK)
             g = tl.where(continues, _advance(g, whole, x, to_start, B, PRECISION), 0.0)
@@ -361,7 +368,7 @@ def _mamba2_mixer_fwd_kernel(
             delta = steps(delta_ptr, 1, start, L, CHUNK)
             own = delta * steps(own_ptr, 1, start, L, CHUNK)
         else:
-            delta = softplus_steps(dt_ptr, stride_zl, dt_bias, start, L, CHUNK)
+            delta = softplus_steps(dt_ptr, stride_dl, dt_bias, start, L, CHUNK)
             own = delta * tl.sum(B * C, 1)
         inside, from_start, until_end, whole = forward_decays(delta, A, CHUNK)
         from_right, from_end = h, from_start
@@ -370,7 +377,7 @@ def _mamba2_mixer_fwd_kernel(
             if PREPARED:
                 delta = steps(delta_ptr + H * L, 1, start, L, CHUNK)
             else:
-                delta = softplus_steps(dt_ptr + H, stride_zl, dt_bias_back, start, L, CHUNK)
+                delta = softplus_steps(dt_ptr + H, stride_dl, dt_bias_back, start, L, CHUNK)
             upper, from_end, _, _ = backward_decays(delta, A_back, scale, first, last, CHUNK)
             inside += upper
             from_right = tl.load(edges_ptr + chunk * P * N + offs_h, mask=mask_h, other=0.0)

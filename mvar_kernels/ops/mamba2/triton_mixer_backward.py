@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels import tiling
+from mvar_kernels.binding import empty
+from mvar_kernels.ops.mamba2.steps import steps_of
 from mvar_kernels.ops.mamba2.triton_backward import CHUNK, ScanGradients, rows_of
 from mvar_kernels.ops.mamba2.triton_backward_parts import edges, head_steps, prefix_sums
 from mvar_kernels.ops.mamba2.triton_parts import (
@@ -305,18 +307,25 @@ def _mamba2_mixer_bwd_conv_grads_kernel(
 
 
 def mamba2_mixer_backward(
-    grads: list[Tensor], zxbcdt: Tensor, params: list[Tensor], state: list[Tensor], scales: tuple[int, ...], eps: float
+    grads: list[Tensor],
+    inputs: list[Tensor],
+    params: list[Tensor],
+    state: list[Tensor],
+    scales: tuple[int, ...],
+    eps: float,
 ) -> list[Tensor]:
-    """Gradients of zxbcdt, the parameters and the two states from those of y and of both states."""
+    """Gradients of the inputs, the parameters and the two states from those of y and of both states."""
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.contiguous() for p in params)
     conv, initial = (s.contiguous() for s in state)
     E, (channels, taps) = norm_weight.shape[0], conv_weight.shape
-    N, width = (channels - E) // 2, zxbcdt.shape[-1]
-    batch, L = zxbcdt.shape[:2]
-    dtype, device = zxbcdt.dtype, zxbcdt.device
-    z, xbc, dt = rows_of(zxbcdt).split([E, channels, dt_bias.numel()], 1)
-    dzxbcdt = torch.empty(zxbcdt.shape, dtype=dtype, device=device)
-    dz, dxbc, ddt = dzxbcdt.view(-1, width).split([E, channels, dt_bias.numel()], 1)
+    batch, L, width = inputs[0].shape
+    N = (channels - E) // 2
+    dtype, device = inputs[0].dtype, inputs[0].device
+    z, xbc = rows_of(inputs[0])[:, : E + channels].split([E, channels], 1)
+    dt = rows_of(steps_of(inputs, params))
+    dinputs = [empty(t) for t in inputs]
+    dz, dxbc = dinputs[0].view(-1, width)[:, : E + channels].split([E, channels], 1)
+    ddt = rows_of(steps_of(dinputs, params))
     dconv, dinitial = torch.empty_like(conv), torch.empty_like(initial)
 
     def chosen(kernel: str, candidates: tuple[Tile, ...]) -> dict[str, Any]:
@@ -389,4 +398,4 @@ def mamba2_mixer_backward(
     dweight, dbias = (part.sum(0) for part in conv_sums.split([taps, 1], 1))
     given = (dweight.t(), dbias, ddt_bias, dA_log, dD, norm_sums.sum(0))
     dparams = [d.reshape(p.shape).to(p.dtype).contiguous() for d, p in zip(given, params, strict=True)]
-    return [dzxbcdt, *dparams, dconv, dinitial]
+    return [*dinputs, *dparams, dconv, dinitial]

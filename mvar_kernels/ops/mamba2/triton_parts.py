@@ -173,6 +173,12 @@ def conv_silu(
 
 
 @triton.jit
+def finite_rate(A):
+    """A = −exp(A_log) may be −∞, and 0·∞ would be NaN in rows ≥ L, whose Δ is 0."""
+    return tl.where(A < -3.4028234663852886e38, -3.4028234663852886e38, A)
+
+
+@triton.jit
 def split_log_decays(log_a):
     """l_t as a multiple of 2⁻¹⁰ and a remainder in [0, 2⁻¹⁰). Rows ≥ L must be 0."""
     log_a = tl.where(log_a < -256.0, -256.0, log_a)
