@@ -313,6 +313,21 @@ def test_nan_weights_are_not_drawn_from(owner: int, name: str) -> None:
         mvar.generate(*pair, [1], dtype=torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_codes_that_the_head_rules_out_are_not_drawn(dtype: torch.dtype) -> None:
+    model, tokenizer = small()
+    ruled_out = torch.arange(64) % 2 == 1
+    with torch.no_grad():
+        model.head.bias[ruled_out] = -torch.inf
+    for more_smooth in (False, True):
+        out = mvar.generate(model, tokenizer, [1, 7], top_k=50, more_smooth=more_smooth, dtype=dtype)
+        assert not ruled_out[out.tokens].any() and out.images.isfinite().all()
+    with torch.no_grad():
+        model.head.bias.fill_(-torch.inf)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        mvar.generate(model, tokenizer, [1], dtype=dtype)
+
+
 def test_overflow_in_float16_is_not_drawn_from() -> None:
     model, tokenizer = small()
     with torch.no_grad():

@@ -47,12 +47,17 @@ MVAR_INLINE VecInt finite_key(Vec logits) {
   return larger(smaller(key_of((VecInt)(logits + 0.0f)), splat_int(kLargest)), splat_int(kRuledOut));
 }
 
+MVAR_INLINE Vec finite(Vec logits) {
+  const Vec most = splat(__FLT_MAX__);
+  return logits <= most ? logits : most;
+}
+
 // The largest of a row of logits.
 template <typename T>
 float largest_of(const T* logits, int64_t V) {
   VecInt highest = splat_int(kRuledOut);
   for_each_vector(V, [&](int64_t v, auto lanes, int) MVAR_INLINE_LAMBDA {
-    highest = larger(highest, keep_or(kRuledOut, finite_key(load(logits + v, lanes)), lanes));
+    highest = larger(highest, keep_or(kRuledOut, key_of((VecInt)load(logits + v, lanes)), lanes));
   });
   return largest_logit(largest(highest));
 }
@@ -66,8 +71,8 @@ void read_row(Row& row, const Draw& draw, int64_t V, const T* cond, const T* unc
   for_each_vector(V, [&](int64_t v, auto lanes, int) MVAR_INLINE_LAMBDA {
     Vec logits = load(cond + v, lanes);
     if (uncond) {
-      logits = logit_of(finite_key(logits)) - cond_largest;
-      const Vec other = logit_of(finite_key(load(uncond + v, lanes))) - uncond_largest;
+      logits = finite(logits) - cond_largest;
+      const Vec other = finite(load(uncond + v, lanes)) - uncond_largest;
       const VecInt ruled_out = (logits == -__builtin_inff()) | (other == -__builtin_inff());
       logits += draw.guidance * (ruled_out ? Vec{} : logits - other);
     }

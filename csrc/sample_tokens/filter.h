@@ -19,8 +19,10 @@ constexpr int32_t kLowestKey = INT32_MIN;  // of padding
 constexpr int32_t kRuledOut = (int32_t)0x807fffff;  // −∞
 constexpr int32_t kSmallest = (int32_t)0x80800000, kLargest = 0x7f7fffff;  // of the finite ones
 
-// What a row's logits count relative to: its largest.
-MVAR_INLINE float largest_logit(int32_t highest) { return logit_of((int64_t)(highest < kSmallest ? kSmallest : highest)); }
+// What a row's logits count relative to: its largest, a finite number.
+MVAR_INLINE float largest_logit(int32_t highest) {
+  return logit_of((int64_t)(highest < kSmallest ? kSmallest : highest > kLargest ? kLargest : highest));
+}
 
 // The codes that are left, in order, and their keys; from `count` to the next whole vector the keys are
 // the lowest and the codes 0. Each array has room for a row's codes, rounded up to whole vectors, and one
