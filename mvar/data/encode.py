@@ -23,7 +23,7 @@ from mvar.data.folder import Crops, ImageFolder, Read
 from mvar.data.order import check_word
 from mvar.data.source import skipped_in_words
 from mvar.data.tokens import MANIFEST, MAX_CODES, Manifest, TokenStoreError, damage, fingerprint, shard_files, shard_sum
-from mvar.files import replacing
+from mvar.files import expanded, replacing
 from mvar.processes import launched, own_device
 from mvar.tokenizer import Tokenizer
 
@@ -99,6 +99,7 @@ def write_tokens(
         UnreadablePictures: more than 1 %.
         OSError: a file cannot be written, on a full disk for one.
     """
+    out = expanded(out)
     check_word("seed", seed)
     for name, value in (("batch", batch), ("crops", 1 if crops is None else crops)):
         if value < 1:
