@@ -202,6 +202,8 @@ def check_fit(model: Model, tokenizer: Tokenizer) -> None:
         if of_model != of_tokenizer:
             raise ValueError(f"model and tokenizer do not fit together: {name} {of_model} against {of_tokenizer}")
     devices = model.lvl_1L.device, tokenizer.quantize.embedding.weight.device
+    if "meta" in (devices[0].type, devices[1].type):
+        raise ValueError("model and tokenizer: expected weights, got modules without storage, on the meta device")
     if devices[0] != devices[1]:
         raise ValueError(f"model and tokenizer do not fit together: on devices {devices[0]} and {devices[1]}")
 

@@ -69,7 +69,7 @@ class Model(nn.Module):
         scales = self._check(labels, inputs)
         if self.training:
             if draws is None:
-                draws = torch.rand(len(labels), self.draws_per_image, dtype=torch.float32, device=labels.device)
+                draws = torch.rand(labels.shape[0], self.draws_per_image, dtype=torch.float32, device=labels.device)
             labels = torch.where(draws[:, 0] < self.config.label_drop, self.config.num_classes, labels)
         cond = self.class_emb(labels)  # (B, C)
         rows = torch.cat([self.start(cond), self.word_embed(inputs.to(cond.dtype))], 1)  # (B, L, C)
@@ -169,9 +169,9 @@ class Model(nn.Module):
         if (
             not inputs.is_floating_point()
             or end not in ends
-            or inputs.shape[::2] != (len(labels), self.config.code_dim)
+            or inputs.shape[::2] != (labels.shape[0], self.config.code_dim)
         ):
-            expected = (len(labels), self.config.num_tokens - first, self.config.code_dim)
+            expected = (labels.shape[0], self.config.num_tokens - first, self.config.code_dim)
             raise ValueError(f"inputs: expected {expected} floating point, got {tuple(inputs.shape)} {inputs.dtype}")
         return self.config.scales[: ends.index(end) + 1]
 

@@ -295,7 +295,7 @@ def test_weights_without_storage_are_named() -> None:
     tokenizer.decoder.conv_out.to("meta")
     with pytest.raises(ValueError, match="decoder.conv_out"):
         generate(model, tokenizer)
-    with pytest.raises(ValueError, match="meta"):
+    with pytest.raises(ValueError, match="expected weights, got modules without storage"):
         generate(model.to("meta"), tokenizer.to("meta"))
 
 
@@ -382,3 +382,15 @@ def test_several_threads_at_once() -> None:
         thread.join()
     for seed in range(4):
         assert torch.equal(found[seed], generate(model, tokenizer, seed=seed).tokens)
+
+
+def test_exported_with_any_batch() -> None:
+    model, _ = pair()
+    labels, inputs = torch.tensor([1, 7, 2]), torch.randn(3, model.config.num_tokens - 1, 8)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(
+        model, (labels, inputs), dynamic_shapes={"labels": {0: batch}, "inputs": {0: batch}}
+    ).module()
+    with torch.no_grad():
+        for rows in ([0, 1], [0, 1, 2], [0, 1, 2, 2, 1]):
+            torch.testing.assert_close(exported(labels[rows], inputs[rows]), model(labels[rows], inputs[rows]))
