@@ -1,10 +1,12 @@
-"""The scan's reference against the plain recurrence, and the state that is carried."""
+"""The scan's reference against the plain recurrence, the state that is carried, and the layer under autocast."""
 
 import pytest
 import torch
 from torch import Tensor
 
 import mvar_kernels as mk
+from mvar.config import ModelConfig
+from mvar.layers import Mamba2
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, PARAMETERS, SSD_SCAN
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}  # float64 arithmetic in another order
@@ -129,3 +131,26 @@ def test_errors_name_the_argument() -> None:
         mk.mamba2_mixer(t["zxbcdt"][..., 1:], *params)
     with pytest.raises(ValueError, match="state.ssm: expected shape"):
         mk.mamba2_mixer(t["zxbcdt"], *params, state=mk.Mamba2State(t["conv"], t["ssm"][:1]))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_layer_keeps_dt_in_float32_under_autocast(bidirectional: bool) -> None:
+    """The state is nearer to float64 than with dt rounded, as where in_proj has a hook and is called whole."""
+    layer = Mamba2(ModelConfig(depth=2, patch_nums=(1, 2, 4), num_classes=2, bidirectional=bidirectional))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        layer.in_proj.weight.normal_(std=layer.in_proj.in_features**-0.5)
+    x, scales = torch.randn(2, 21, layer.in_proj.in_features), (1, 4, 16)
+
+    def state(hooked: bool) -> torch.Tensor:
+        handle = layer.in_proj.register_forward_hook(lambda *_: None) if hooked else None
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            _, after = layer(x, scales, None, "reference")
+        if handle is not None:
+            handle.remove()
+        return after.ssm
+
+    kept, rounded = state(False), state(True)
+    with torch.no_grad():
+        exact = layer.double()(x.double(), scales, None, "reference")[1].ssm
+    assert (kept - exact).norm() < 0.9 * (rounded - exact).norm()
