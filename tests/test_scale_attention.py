@@ -133,3 +133,36 @@ def test_autocast_does_not_reach_inside(backend: str) -> None:
     plain = mk.scale_attention(q, k, v, (5, 9), backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(mk.scale_attention(q, k, v, (5, 9), backend=backend), plain)
+
+
+@each_backend
+@pytest.mark.parametrize("pattern", ["diagonal", "causal"])
+@pytest.mark.parametrize(("size", "value"), [(6e4, 1.0), (1.0, 3e38), (6e4, 1e30), (1e-19, 1.0)])
+def test_ends_of_the_range(backend: str, pattern: str, size: float, value: float) -> None:
+    """Scores of 1e10 and of 1e-38, values near the largest float: finite, and as in float64; so are gradients."""
+    q, k, _ = (size * t for t in qkv(D=64))
+    signs = qkv(D=64)[2].sign()
+    leaves = [q.requires_grad_(), k.requires_grad_(), (value * signs).requires_grad_()]
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)) / value
+    results = []
+    for tensors, dtype, name in ((leaves, torch.float32, backend), (leaves, torch.float64, "reference")):
+        cast = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        out = mk.scale_attention(*cast, SCALES, pattern=pattern, scale=1.0, backend=name)
+        results.append([out.detach(), *torch.autograd.grad(out, cast, grad.to(dtype))])
+    for got, want in zip(*results, strict=True):
+        assert got.isfinite().all()
+        error = (got.double() - want).abs().max()
+        assert error <= 1e-5 * want.abs().max()
+
+
+@each_backend
+def test_a_temperature_of_zero(backend: str) -> None:
+    """exp underflows: every key of a scale counts alike, and only the values have a gradient."""
+    q, k, v = (t.clone().requires_grad_() for t in qkv())
+    cold = torch.tensor([-104.0, -1e3, -torch.inf])
+    out = mk.scale_attention(q, k, v, SCALES, log_temperature=cold, backend=backend)
+    means = torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in v.split(SCALES, 1)], 1)
+    torch.testing.assert_close(out, means, **CLOSE)
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not dq.any() and not dk.any()
+    torch.testing.assert_close(dv, torch.ones_like(dv), **CLOSE)

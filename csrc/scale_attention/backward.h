@@ -113,9 +113,10 @@ double differentiate_softmax(BackwardBuffers& w, QueryBlock block, int64_t keys,
     float* scores = w.scores + r * w.stride;
     float* dweights = w.dweights + r * w.stride;
     const Vec factor = splat(log2_factor(w.query_factor[r]));
-    const Vec shift = splat(-largest(load(w.peaks + r * kWidth, All{}))) * factor;
+    const Vec most = splat(largest(load(w.peaks + r * kWidth, All{})));
+    // The difference first, as in the forward; where 2^score is 0 it is kept finite, as 0 is multiplied by it.
     const auto score_at = [&](int64_t c, auto lanes) MVAR_INLINE_LAMBDA {
-      return fma(load(scores + c, lanes), factor, shift);
+      return larger((load(scores + c, lanes) - most) * factor, splat(kLeastScore));
     };
     Sum totals, products, scored;
     for_each_vector(keys, [&](int64_t c, auto lanes, int slot) MVAR_INLINE_LAMBDA {

@@ -88,22 +88,23 @@ MVAR_INLINE void store_weights(Single, float* row, int64_t key, Vec p) { store(r
 MVAR_INLINE void store_weights(Pair, float* row, int64_t key, Vec p) { store((bf16*)row + key, p, All{}); }
 #endif
 
-// Scores become weights, in place: 2^(query_factor · score − maximum).
+// Scores become weights, in place: share · 2^(query_factor · (score − maximum)). The difference comes first: of
+// scores of 1e10 the product's rounding alone is hundreds, and would make exponents positive.
 template <typename Word>
-void weigh(ForwardBuffers<Word>& w, QueryBlock block, int64_t keys) {
+void weigh(ForwardBuffers<Word>& w, QueryBlock block, int64_t keys, float share) {
   for (int64_t r = 0; r < block.rows; ++r) {
     float* scores = w.scores + r * kScoreStride;
     const float before = w.maximum[r];
-    const float peak = largest(load(w.peaks + r * kWidth, All{})) * w.query_factor[r];
+    const float peak = largest(load(w.peaks + r * kWidth, All{}));
     const float maximum = peak > before ? peak : before;
-    const Vec factor = splat(w.query_factor[r]), shift = splat(-maximum);
+    const Vec factor = splat(w.query_factor[r]), most = splat(maximum);
     Sum total;
     for_each_vector(round_up(keys, kWidth), [&](int64_t c, auto, int slot) MVAR_INLINE_LAMBDA {
-      const Vec p = exp2(fma(load(scores + c, All{}), factor, shift));
+      const Vec p = exp2((load(scores + c, All{}) - most) * factor) * share;
       total.slot[slot] += p;
       store_weights(Word{}, scores, c, p);
     });
-    w.correction[r] = exp2(splat(before - maximum))[0];
+    w.correction[r] = exp2(splat(before - maximum) * factor)[0];
     w.total[r] = w.total[r] * w.correction[r] + total.total();
     w.maximum[r] = maximum;
   }
@@ -132,7 +133,7 @@ void add_values(const ForwardBuffers<Word>& w, QueryBlock block, int64_t first_k
 
 template <typename T, typename Word>
 void finish_queries(const ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const Sizes& n, Head at,
-                    QueryBlock block) {
+                    QueryBlock block, float share) {
   float* lse = a.lse + (at.b * n.H + at.h) * n.Lq + block.first;
   for (int64_t r = 0; r < block.rows; ++r) {
     T* out = row<T>(a.out, at.b, block.first + r, at.h);
@@ -141,7 +142,7 @@ void finish_queries(const ForwardBuffers<Word>& w, const ScaleAttentionForward& 
     for_each_vector(n.D, [&](int64_t d, auto lanes, int) MVAR_INLINE_LAMBDA {
       store(out + d, load(sums + d, lanes) * inverse, lanes);
     });
-    lse[r] = w.maximum[r] * kLog2 + __builtin_logf(w.total[r]);
+    lse[r] = w.maximum[r] * w.query_factor[r] * kLog2 + __builtin_logf(w.total[r] / share);
   }
 }
 
@@ -170,6 +171,9 @@ MVAR_INLINE void prefetch_ahead(const ScaleAttentionForward& a, const Sizes& n, 
 template <typename T, typename Word>
 void forward_part(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const Sizes& n, Head at, int64_t part,
                   int64_t parts) {
+  // A power of 2, so that weights of all keys add up to at most 1, and weighted sums stay in the values' range.
+  float share = 1.0f;
+  for (int64_t most = most_keys(n); most > 1; most = (most + 1) / 2) share *= 0.5f;
   int64_t packed = 0, number = 0;
   for_each_span(n, [&](const Span& span) {
     if (span.opens) packed = 0;
@@ -186,10 +190,10 @@ void forward_part(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const
         const int64_t count = smaller(kKeyBlock, keys - key);
         fill_offsets(w.offset, count);
         score<Word>({w.queries, w.keys, w.key_factor, w.offset, w.scores, kScoreStride, w.peaks}, block, key, count);
-        weigh(w, block, count);
+        weigh(w, block, count, share);
         add_values(w, block, key, count, n.D);
       }
-      finish_queries<T>(w, a, n, at, block);
+      finish_queries<T>(w, a, n, at, block, share);
     }
   });
 }

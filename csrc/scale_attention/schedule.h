@@ -26,6 +26,7 @@ constexpr float kLog2 = 0.6931471805599453f;
 constexpr float kMaxLogTemperature = 4.605170185988092f;  // log 100
 constexpr float kNormEps = 1e-12f;
 constexpr float kLeastFactor = 1e-37f;
+constexpr float kLeastScore = -1e4f;  // far below the exponent of any float
 
 typedef ScaleAttentionSizes Sizes;
 
