@@ -55,7 +55,9 @@ def scale_attention(
         backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
 
     Returns:
-        (B, Lq, H, D), contiguous, the dtype of q; softmax and sums in float32 (float64 for float64).
+        (B, Lq, H, D), contiguous, the dtype of q; softmax and sums in float32 (float64 for float64). A NaN or an
+        infinity in k or v reaches the queries that attend to it; of "triton" and "cuda" also queries of other scales
+        of the same sample and head, whose tile it shares.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
