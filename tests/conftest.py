@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.global_state import settings_of_the_session, unchanged_settings
-
-__all__ = ["settings_of_the_session", "unchanged_settings"]
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: its kernels then run on the CPU
+
+from tests.global_state import settings_of_the_session, unchanged_settings  # noqa: E402
+
+__all__ = ["settings_of_the_session", "unchanged_settings"]
 
 
 @pytest.fixture
