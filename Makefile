@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-avx2 lint demo bench gpu clean
+.PHONY: setup test test-avx2 test-sanitizers lint demo bench gpu clean
 
 setup: .venv/native
 
@@ -23,6 +23,11 @@ test: lint
 # The C++ kernels on a processor without AVX-512; needs qemu-x86_64 (Debian: qemu-user). Threads must not spin here.
 test-avx2: setup
 	OMP_WAIT_POLICY=passive qemu-x86_64 -cpu Haswell $(BIN)/python -m pytest -q tests/test_contract.py -k "agrees and cpu and not cuda"
+
+# The C++ kernels of every instruction set that this machine has, built with AddressSanitizer and
+# UndefinedBehaviorSanitizer (GCC's libasan and libubsan), over the specs' cases.
+test-sanitizers: setup
+	$(BIN)/python -m tests.sanitizers
 
 lint: setup
 	$(BIN)/ruff check

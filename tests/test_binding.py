@@ -80,3 +80,9 @@ def test_scales_that_do_not_add_up_are_refused() -> None:
     for scales in ((1, 2), (1, 4), (5, -1)):
         with pytest.raises(ValueError, match="scales: expected to add up"):
             extension.scale_attention_forward(False, (1, 4, 4, 1, 8), scales, False, 1.0, *given)
+
+
+def test_an_empty_tensor_of_any_strides_is_taken() -> None:
+    """torch calls it contiguous, so that no copy changes its strides."""
+    x = torch.zeros(2, 4, 16)[:, :0, ::2]
+    assert x.stride(-1) == 2 and mk.adaln(x, torch.zeros(2, 8), torch.zeros(2, 8), backend="cpu").shape == (2, 0, 8)

@@ -58,7 +58,7 @@ class Tensors {
     const View<rank> v = view(i, name, sizes, itemsize);
     int64_t expected = 1;
     for (size_t d = rank; d-- > 0; expected *= sizes[d]) {
-      if (sizes[d] > 1 && v.strides[d] != expected) refuse(name, "expected to be contiguous");
+      if (sizes[d] > 1 && v.strides[d] != expected && !empty(sizes)) refuse(name, "expected to be contiguous");
     }
     return (T*)v.data;
   }
@@ -114,7 +114,9 @@ class Tensors {
   template <size_t rank>
   View<rank> rows(size_t i, const char* name, const int64_t (&sizes)[rank], int64_t itemsize) const {
     const View<rank> v = view(i, name, sizes, itemsize);
-    if (sizes[rank - 1] > 1 && v.strides[rank - 1] != 1) refuse(name, "expected a contiguous last dimension");
+    if (sizes[rank - 1] > 1 && v.strides[rank - 1] != 1 && !empty(sizes)) {
+      refuse(name, "expected a contiguous last dimension");
+    }
     return v;
   }
 
@@ -122,16 +124,23 @@ class Tensors {
   template <size_t rank>
   static int64_t extent(const int64_t (&sizes)[rank], const int64_t (&strides)[rank], int64_t itemsize) {
     int64_t elements = 1, bytes;
-    bool empty = false, wrong = false;
+    bool wrong = false;
     for (size_t d = 0; d < rank; ++d) {
       int64_t step;
       wrong |= sizes[d] < 0 || strides[d] < 0;
-      empty |= sizes[d] == 0;
       wrong |= __builtin_mul_overflow(sizes[d] - 1, strides[d], &step);
       wrong |= __builtin_add_overflow(elements, step, &elements);
     }
     wrong |= __builtin_mul_overflow(elements, itemsize, &bytes);
-    return wrong ? -1 : empty ? 0 : bytes;
+    return wrong ? -1 : empty(sizes) ? 0 : bytes;
+  }
+
+  // Of any strides, torch calls such a tensor contiguous.
+  template <size_t rank>
+  static bool empty(const int64_t (&sizes)[rank]) {
+    bool found = false;
+    for (int64_t size : sizes) found |= size == 0;
+    return found;
   }
 
   template <size_t rank>
