@@ -203,7 +203,7 @@ def main() -> int:
         (SPECS[op], SPECS[op].bench_cuda + (SPECS[op].cases if options.all else ())) for op in options.ops or SPECS
     ]
     # The ops' door lets CPU tensors in for the interpreter only.
-    with mock.patch.object(backends, "interpreted", lambda: True):
+    with mock.patch.multiple(backends, interpreted=lambda: True, _another_mode=lambda: None):
         table = [row for arch in options.arch for spec, cases in chosen for row in compile_op(spec, cases, arch)]
     table.sort(key=lambda row: (row.kernel, row.arch, row.tile))
     for row in table:
