@@ -23,6 +23,8 @@ CASES = {
     "sample_tokens": "top_k",
     "soft_embedding": "top_k",
 }
+# Bytes at the end of a first input that no kernel reads through it: dt, three float32 numbers, is a tensor of its own.
+UNREAD = {"mamba2_mixer": 12}
 
 
 def shortened(monkeypatch: pytest.MonkeyPatch, spec: Spec, backend: str, index: int) -> int:
@@ -40,7 +42,7 @@ def shortened(monkeypatch: pytest.MonkeyPatch, spec: Spec, backend: str, index: 
             if count == index:
                 address, strides, _ = given[i]  # type: ignore[misc]
                 last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-                given[i] = (address, strides, (last + 1) * t.itemsize - 1)
+                given[i] = (address, strides, max((last + 1) * t.itemsize - 1 - UNREAD.get(spec.op, 0), 0))
             count += 1
         return tuple(given)
 

@@ -1,5 +1,7 @@
 """Cases, bytes and FLOPs of ssd_scan and mamba2_mixer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -102,8 +104,9 @@ def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
     if case.options.get("one_sign"):
         ones = {"x": (B, L, H, P), "dt": (B, L, H), "A": (H,), "B": (B, L, N), "C": (B, L, N), "D": (H,)}
         values = {"dt": 0.01, "A": -1e-3}
-        inputs = {name: torch.full(shape, values.get(name, 1.0)).double() for name, shape in ones.items()}
-        return inputs | {"initial_state": torch.zeros(B, H, P, N, dtype=torch.float64)}
+        plain: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
+        inputs = {name: torch.full(shape, values.get(name, 1.0), **plain) for name, shape in ones.items()}
+        return inputs | {"initial_state": torch.zeros(B, H, P, N, **plain)}
     inputs = {
         "x": _normal(generator, B, L, H, P),
         "dt": torch.nn.functional.softplus(_normal(generator, B, L, *_heads(case)) - 3),
