@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-avx2 test-sanitizers lint demo bench gpu clean
+.PHONY: setup test test-fast test-avx2 test-avx512 test-sanitizers lint demo bench gpu clean
 
 setup: .venv/native
 
@@ -17,8 +17,15 @@ setup: .venv/native
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
+# A worker for each core, a thread for each worker (tests/conftest.py).
+PYTEST := $(BIN)/pytest -q -n auto --dist worksteal
+
 test: lint
-	$(BIN)/pytest -q
+	$(PYTEST)
+
+# Without what takes long: kernels in Triton's interpreter but for one case each, whole runs of commands.
+test-fast: lint
+	$(PYTEST) -m "not slow"
 
 # The C++ kernels on a processor without AVX-512; needs qemu-x86_64 (Debian: qemu-user). Threads must not spin here.
 test-avx2: setup
@@ -28,6 +35,10 @@ test-avx2: setup
 # UndefinedBehaviorSanitizer (GCC's libasan and libubsan), over the specs' cases.
 test-sanitizers: setup
 	$(BIN)/python -m tests.sanitizers
+
+# The C++ kernels for AVX-512 on a processor that has AVX2 alone: each of their instructions is emulated.
+test-avx512: setup
+	$(BIN)/pytest -q -p tests.avx512_on_avx2 tests/test_contract.py -k "agrees and cpu and not cuda"
 
 lint: setup
 	$(BIN)/ruff check

@@ -155,7 +155,9 @@ def decoder_flops(config: TokenizerConfig, batch: int, prepared: bool = True) ->
     """Of the decoder's convolutions and products, as the engine prepares it or as it is published."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         decoder = Tokenizer(config)
-        decoder = prepared_tokenizer(decoder, torch.float32) if prepared else decoder.eval()
+        if prepared:  # which needs weights with storage, of any value
+            decoder = prepared_tokenizer(decoder.to_empty(device="cpu"), torch.float32).to("meta")
+        decoder.eval()
         decoder.decode_features(torch.empty(batch, config.code_dim, *2 * config.patch_nums[-1:]))
     return float(counter.get_total_flops())
 

@@ -3,6 +3,9 @@
 import os
 from collections.abc import Callable, Iterator
 
+# A thread for each worker of pytest-xdist and for each process that a test starts; read when torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
@@ -40,11 +43,3 @@ def use_instruction_set() -> Iterator[Callable[[str], None]]:
 
     yield use
     extension.use_instruction_set(before)
-
-
-@pytest.fixture(autouse=True)
-def two_threads(unchanged_settings: None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)

@@ -8,19 +8,16 @@ The sanitizers must be in the process before torch allocates: the runtime of GCC
 """
 
 import argparse
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.native_build import ROOT, build, load
+
 BUILD = ROOT / "build" / "sanitizers"
-MODULE = "mvar_kernels._native"
 # Leaks are Python's and torch's business, and so are their allocators' ways.
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0",
@@ -43,21 +40,6 @@ EDGES = {
     "sample_tokens": [{"B": 0, "l": 3, "V": 5}, {"B": 2, "l": 0, "V": 5}, {"B": 1, "l": 2, "V": 17}],
 }
 EDGES |= {"gated_adaln": EDGES["adaln"], "mamba2_mixer": EDGES["ssd_scan"], "soft_embedding": EDGES["sample_tokens"]}
-
-
-def build() -> Path:
-    """The sanitized extension, made anew where a source has changed."""
-    import pybind11
-
-    path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
-    configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-DMVAR_SANITIZE=ON"]
-    configure += ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
-    configure += [f"-DMVAR_ABSENT={';'.join(absent())}"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    for command in (configure, ["cmake", "--build", str(BUILD), "--target", "_native", "--parallel", "2"]):
-        subprocess.run(command, check=True, env=os.environ | {"PATH": path})
-    (module,) = BUILD.glob("_native*.so")
-    return module
 
 
 def absent() -> list[str]:
@@ -86,15 +68,6 @@ def runtime() -> str:
         ).stdout.strip()
         for name in names
     )
-
-
-def load(path: Path) -> None:
-    """Put the extension at `path` in the place of the one in the package."""
-    spec = importlib.util.spec_from_file_location(MODULE, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[MODULE] = module
-    spec.loader.exec_module(module)
 
 
 def run(only: str | None, sets: list[str] | None) -> None:
@@ -153,7 +126,7 @@ def main() -> None:
         load(options.module)
         run(options.op, options.sets)
         return
-    module = build()
+    module = build(BUILD, "-DMVAR_SANITIZE=ON", f"-DMVAR_ABSENT={';'.join(absent())}")
     command = [sys.executable, "-m", "tests.sanitizers", "--module", str(module)]
     command += ["--op", options.op] if options.op else []
     command += ["--sets", *options.sets] if options.sets else []

@@ -114,7 +114,9 @@ def params() -> Iterator[object]:
                 offered = partial or refusal(spec, backend, dtype, spec.cases[0]) is None
                 for case in spec.cases if offered else ():
                     if not partial or refusal(spec, backend, dtype, case) is None:
-                        yield pytest.param(spec, case, backend, dtype, id=identity(spec, backend, case, dtype))
+                        name = identity(spec, backend, case, dtype)
+                        marks = pytest.mark.slow if interprets(backend) and case is not spec.cases[0] else ()
+                        yield pytest.param(spec, case, backend, dtype, id=name, marks=marks)
 
 
 PARAMS = list(params())

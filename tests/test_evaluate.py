@@ -25,20 +25,12 @@ from mvar.evaluate.inception import FEATURES, LOGITS, WEIGHTS
 from mvar.pictures import read_npz, save_npz, to_bytes
 from mvar.processes import Processes
 from tests.test_cli import fails
+from tests.threads import threads
 
 # 40 images in 14 batches, the last one short; in float32, where a batch's size does not matter to a picture.
 ARGUMENTS = ["evaluate", "--count", "4", "--batch", "3", "--dtype", "fp32", "--device", "cpu", "--seed", "2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
 BATCHES = set(range(0, 40, 3))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the processes of `ENVIRONMENT` have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +135,8 @@ def test_other_images_in_the_folder_are_left_alone(
     before = (whole / "images.npz").read_bytes()
     error = fails(capsys, *ARGUMENTS, "--out", str(whole), "--cfg", "2")
     assert "images of another recipe: cfg 1.5 there, 2.0 asked for" in error
-    torch.set_num_threads(2)  # the last bit of a float32 pixel would be another's
-    assert "threads 1 there, 2 asked for" in fails(capsys, *ARGUMENTS, "--out", str(whole))
+    with threads(2):  # the last bit of a float32 pixel would be another's
+        assert "threads 1 there, 2 asked for" in fails(capsys, *ARGUMENTS, "--out", str(whole))
     assert (whole / "images.npz").read_bytes() == before
 
     (tmp_path / "parts").mkdir()
@@ -153,7 +145,6 @@ def test_other_images_in_the_folder_are_left_alone(
         np.save(tmp_path / "parts" / f"{start:06d}.npy", np.zeros((min(3, 40 - start), 32, 32, 3), np.uint8))
     spoilt = tmp_path / "parts" / "000006.npy"
     spoilt.write_bytes(spoilt.read_bytes()[:-100])
-    torch.set_num_threads(1)
     error = fails(capsys, *ARGUMENTS, "--out", str(tmp_path))
     assert f"{spoilt}: damaged" in error and "delete it" in error
     np.save(spoilt, np.zeros((2, 32, 32, 3), np.uint8))

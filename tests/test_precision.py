@@ -24,12 +24,6 @@ from tests.bfloat16_products import amx, reduced
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    """Bits are compared, and nothing here is large enough for two."""
-    torch.set_num_threads(1)
-
-
 def _set_matmul(value: str) -> None:
     torch.backends.mkldnn.matmul.fp32_precision = value
 

@@ -133,9 +133,11 @@ def test_zero_rows_are_normalised_like_the_reference() -> None:
     problem = PROBLEMS["large_scores"]
     t = problem.inputs(torch.float32)
     t["q"][:, 3] = t["k"][:, 5] = 0.0
-    got, want = (problem.results(kernel, t) for kernel in (scale_attention_cpu, scale_attention_reference))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    got, same = (problem.results(kernel, t) for kernel in (scale_attention_cpu, scale_attention_reference))
+    exact = problem.results(scale_attention_reference, {name: value.double() for name, value in t.items()})
+    for a, b, e in zip(got, same, exact, strict=True):
+        # The rule of test_contract.py: gradients of zero rows are 1e12 times the others.
+        assert (a - e).abs().max() <= 2 * (b - e).abs().max() + torch.finfo(a.dtype).eps * e.abs().max()
 
 
 def test_empty_batch() -> None:

@@ -21,7 +21,6 @@ from mvar.data.tokens import fingerprint
 from mvar.tokenizer import Tokenizer, TokenizerConfig
 from tests.pictures import write_pictures
 from tests.test_data import assert_same, joined, spoil
-from tests.threads import threads
 
 SMALL = TokenizerConfig(
     patch_nums=(1, 2, 4), num_codes=64, code_dim=8, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False
@@ -33,7 +32,6 @@ SEED = 5
 
 
 def small_tokenizer(seed: int = 0, **changes: Any) -> Tokenizer:
-    torch.set_num_threads(1)  # what it encodes is too small for two, and bits are compared
     torch.manual_seed(seed)
     tokenizer = Tokenizer(TokenizerConfig(**(vars(SMALL) | changes))).eval()
     torch.nn.init.normal_(tokenizer.quantize.embedding.weight)
@@ -59,8 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
 def whole(folder: ImageFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted run of one process writes."""
     out = tmp_path_factory.mktemp("tokens") / "train"
-    with threads(1):
-        assert write(folder, out) == 6
+    assert write(folder, out) == 6
     return out
 
 

@@ -20,16 +20,14 @@ from mvar.cli import main
 from mvar.train.trainer import Interrupted, Trainer
 from tests import training
 from tests.pictures import write_pictures
-from tests.threads import threads
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed, with its averaged weights beside it."""
     out = tmp_path_factory.mktemp("finished")
-    with threads(2):
-        undisturbed = training.trainer(training.flags(out))
-        undisturbed.run()
+    undisturbed = training.trainer(training.flags(out))
+    undisturbed.run()
     save_file(undisturbed.weights(), out / "weights.safetensors")
     return out
 

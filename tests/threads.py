@@ -1,4 +1,4 @@
-"""Fixtures of wider scope than a test compute in as many threads as its tests, and leave torch's number alone."""
+"""Tests compute in one thread (conftest.py), but for those that are about their number."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

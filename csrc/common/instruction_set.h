@@ -29,10 +29,14 @@ constexpr const char* kInstructionSetNames[] = {"generic", "avx2", "avx512"};
 
 inline bool supported(InstructionSet set) {
   switch (set) {
+#if !defined(MVAR_AVX512_ON_AVX2)  // else it needs what AVX2 does
     case kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512bf16");
+#else
+    case kAvx512:
+#endif
     case kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     default:
