@@ -89,7 +89,9 @@ class _Copies:
 
 
 def _version(t: Tensor) -> tuple[int, int]:
-    return (0, 0) if is_sharded(t) or t.is_inference() else (t.data_ptr(), t._version)
+    if t.is_inference():
+        return 0, 0
+    return 0 if is_sharded(t) else t.data_ptr(), t._version
 
 
 def _layers(module: nn.Module) -> list[Any]:

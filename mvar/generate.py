@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvar.config import unboxed
 from mvar.drawing import Drawing, draw_batch
 from mvar.engine import counts_changes, own_dtype, prepared_model, prepared_tokenizer, used_itself
+from mvar.errors import message
 from mvar.graphs import CaptureError, Graphs, has_graphs, padded_batch, warn_of
 from mvar.model import Model
 from mvar.tokenizer import Tokenizer
@@ -97,7 +98,8 @@ def generate(
         ValueError, TypeError: an argument out of range, a model and a tokenizer that do not fit together, or a layer
             that cannot be used, by its name.
         FloatingPointError: logits or images are not finite (NaN in the weights, or overflow).
-        RuntimeError: graph=True, and there is no GPU or the capture failed.
+        RuntimeError: graph=True, and there is no GPU or the capture failed; or a layer of its own that cannot take the
+            place of the plain one, by its name.
     """
     how = Drawing(cfg, top_k, top_p, more_smooth, return_scales, backend)
     return launch(
@@ -158,7 +160,7 @@ def launch(
         rows, image_index = (torch.cat([t, t[-1:].expand(missing)]) for t in (rows, image_index))
     inputs = (rows, image_index, torch.full((), seed, dtype=torch.int64, device=device))
     use_graph = (has_graphs(device) and kept and not how.return_scales) if graph is None else graph
-    with _in_evaluation_mode(uncopied), true_float32(device), torch.autocast(device.type, enabled=False):
+    with _used_themselves(uncopied), true_float32(device), torch.autocast(device.type, enabled=False):
         tokens, finite, *images = (
             _replayed(model, tokenizer, how, inputs, required=bool(graph))
             if use_graph
@@ -171,12 +173,19 @@ def launch(
 
 
 @contextmanager
-def _in_evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _used_themselves(modules: Sequence[Model | Tokenizer]) -> Iterator[None]:
+    """In evaluation mode. An error says which layers they are used with, as one of these may be its cause."""
     training = [layer for module in modules for layer in module.modules() if layer.training]
     for layer in training:
         layer.training = False
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+        if reasons := [reason for module in modules if (reason := used_itself(module)) is not None]:
+            raise RuntimeError(f"{'; '.join(reasons)}, and cannot generate: {message(error)}") from error
+        raise
     finally:
         for layer in training:
             layer.training = True
@@ -201,7 +210,7 @@ def check_fit(model: Model, tokenizer: Tokenizer) -> None:
         of_model, of_tokenizer = getattr(model.config, name), getattr(tokenizer, name)
         if of_model != of_tokenizer:
             raise ValueError(f"model and tokenizer do not fit together: {name} {of_model} against {of_tokenizer}")
-    devices = model.lvl_1L.device, tokenizer.quantize.embedding.weight.device
+    devices = model.lvl_1L.device, next(tokenizer.quantize.parameters()).device
     if "meta" in (devices[0].type, devices[1].type):
         raise ValueError("model and tokenizer: expected weights, got modules without storage, on the meta device")
     if devices[0] != devices[1]:

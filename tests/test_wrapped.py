@@ -178,6 +178,12 @@ def test_sharded_by_fsdp(alone: None, tmp_path: Path) -> None:
     assert torch.equal(generate(sharded, tokenizer).tokens, right.tokens)
     mvar.save(tmp_path / "m.safetensors", sharded)
     assert torch.equal(mvar.load_model(tmp_path / "m.safetensors").head.weight, model.head.weight)
+    with torch.no_grad():
+        sharded.word_embed.weight.mul_(-2)
+        model.word_embed.weight.mul_(-2)
+    after_a_step = generate(model, tokenizer).tokens
+    assert not torch.equal(after_a_step, right.tokens)
+    assert torch.equal(generate(sharded, tokenizer).tokens, after_a_step)
     sharded.blocks[1].ffn.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="model: blocks.1.ffn has a forward hook, .* sharded"):
         generate(sharded, tokenizer)
@@ -263,6 +269,14 @@ def test_a_layer_of_its_own_takes_part(name: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{layer} {said}.*: merge an adapter"):
             mvar.save(tmp_path / "m.safetensors", changed_module)
         assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_that_cannot_take_part_is_named() -> None:
+    """An adapter round the codebook, whose weight is read and which is never called."""
+    model, tokenizer = pair()
+    tokenizer.quantize.embedding = nn.Sequential(tokenizer.quantize.embedding)  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match=r"quantize.embedding is a Sequential .* no attribute 'weight'"):
+        generate(model, tokenizer)
 
 
 def test_a_hook_that_is_gone_leaves_a_copy_again() -> None:
