@@ -33,7 +33,7 @@ def build(
         sizes: further fields of :class:`mvar.ModelConfig`, such as `bidirectional=True` or `architecture="var"`.
 
     Raises:
-        ValueError: a size out of range.
+        ValueError: a size or a seed out of range.
     """
     maps = schedule(resolution, patch_nums if tokenizer is None else tokenizer.patch_nums)
     tokenizer = tokenizer or TokenizerConfig(maps)
@@ -46,6 +46,8 @@ def build(
         **sizes,
     )
     seed = unboxed(seed)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected a whole number of 64 bits, got {seed!r}")
     # Weights that can be trained, too.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reset those of all GPUs

@@ -99,8 +99,9 @@ def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | No
     state = own_memory({name: t.to("cpu", dtype if t.is_floating_point() else None) for name, t in found.items()})
     metadata = {CONFIG_KEY: json.dumps(asdict(module.config))}
     if isinstance(module, Model) and module.class_names is not None:
-        if len(module.class_names) != module.config.num_classes:
-            raise ValueError(f"class_names: expected {module.config.num_classes} names, got {module.class_names}")
+        if not _are_names(module.class_names, module.config.num_classes):
+            expected = f"a list or tuple of {module.config.num_classes} names"
+            raise ValueError(f"class_names: expected {expected}, got {module.class_names!r}")
         metadata[CLASS_NAMES_KEY] = json.dumps(module.class_names)
     with replacing(path) as aside:
         try:
@@ -162,9 +163,13 @@ def _class_names(path: str | Path, metadata: Mapping[str, str], num_classes: int
         names = json.loads(metadata[CLASS_NAMES_KEY])
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: its stored class names are no JSON: {error}") from error
-    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(n, str) for n in names):
+    if not _are_names(names, num_classes):
         raise CheckpointError(f"{path}: its stored class names are no list of {num_classes} names")
     return tuple(names)
+
+
+def _are_names(names: object, count: int) -> bool:
+    return isinstance(names, list | tuple) and len(names) == count and all(isinstance(n, str) for n in names)
 
 
 def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: str | torch.device) -> Module:

@@ -4,6 +4,7 @@ Pickles are read with torch's weights_only loader alone, which runs no code from
 """
 
 import argparse
+import codecs
 import json
 import pickle
 import re
@@ -50,7 +51,8 @@ def read(file: Path, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     Raises OSError where there is no file, CheckpointError where it has no state dict.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}")
+        other = "a folder, not a file" if file.is_dir() else "a pipe or device, not a file"
+        raise FileNotFoundError(f"{file}: {other if file.exists() else 'no such file'}")
     with file.open("rb") as stream:
         head = stream.read(1024)
     if (kind := _kind(file, head)) is not None:
@@ -80,14 +82,16 @@ def _kind(file: Path, head: bytes) -> str | None:
     for magic, words in MAGIC.items():
         if head.startswith(magic):
             return words
-    text = head.lstrip().lower()
     if not head:
         return "an empty file"
-    if text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
+    if head[257:262] == b"ustar":
+        return "a tar archive: unpack it first"
+    text = b"" if b"\0" in head else head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"<"):
         return "an HTML page, not the weights: download the file itself"
-    if text.startswith((b"{", b"[")) and b"\0" not in head:
+    if text.startswith((b"{", b"[")):
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
         except ValueError:
             return None
         if isinstance(content, dict) and isinstance(shards := content.get("weight_map"), dict):
@@ -116,7 +120,9 @@ def _unpickled(file: Path) -> Any:
     except Exception as error:  # what a corrupted byte raises inside the reader is any of a dozen types
         if is_environmental(error):
             raise
-        raise CheckpointError(f"{file}: truncated or corrupted, or no weights: {message(error)}") from error
+        # Of a file in torch's oldest format, a tar archive, torch advises to run what is in it.
+        why = "no format that is read as weights alone" if "weights_only" in str(error) else message(error)
+        raise CheckpointError(f"{file}: truncated or corrupted, or no weights: {why}") from error
 
 
 def _state_dicts(content: object, part: str, depth: int = 0) -> Iterator[dict[str, Tensor]]:

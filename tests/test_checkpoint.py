@@ -269,6 +269,10 @@ def zipped(content: bytes) -> bytes:
             "a Git LFS pointer, not the weights",
         ),
         (b"\n <!DOCTYPE html>\n<html><body>Sign in</body></html>", "an HTML page, not the weights"),
+        (b"\xef\xbb\xbf<!-- saved --><html></html>", "an HTML page, not the weights"),
+        (b"\xef\xbb\xbf[]", "JSON, not weights"),
+        (b"w.pth".ljust(257, b"\0") + b"ustar\x0000" + b"\0" * 2000, "a tar archive: unpack it first"),
+        (b"\0" * 5000, "truncated or corrupted, or no weights: (no format that is read|.*header)"),
         (gzip.compress(b"x" * 100), "compressed by gzip: unpack it first"),
         (b'{"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}', "an index of 2 files"),
         (b'{"x":  [{"depth": 16}]}', "JSON, not weights"),
@@ -284,8 +288,9 @@ def test_what_a_file_is_that_has_no_weights(content: bytes, message: str, name: 
         with pytest.raises(mvar.CheckpointError, match=f"{name}: (not loaded, because it is )?({message})") as raised:
             load(tmp_path / name)
         assert "\n" not in str(raised.value)
-    with pytest.raises(FileNotFoundError, match="a folder, not a file"):
-        mvar.load_model(tmp_path)
+    for path, said in ((tmp_path, "a folder, not a file"), ("/dev/null", "a pipe or device, not a file")):
+        with pytest.raises(FileNotFoundError, match=said):
+            mvar.load_model(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
@@ -315,9 +320,11 @@ def test_class_names_travel_with_the_file(tmp_path: Path) -> None:
     assert mvar.load_model(tmp_path / "again.safetensors").class_names == ("cat", "Käfer")
     mvar.generate(model, tokenizer, [1], dtype=torch.float32)
     assert used_itself(model) is None
-    model.class_names = ("cat",)
-    with pytest.raises(ValueError, match="class_names: expected 2 names"):
-        mvar.save(tmp_path / "m.safetensors", model)
+    for unusable in (("cat",), "ab", (1, 2), {0: "cat", 1: "dog"}):
+        model.class_names = unusable  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="class_names: expected a list or tuple of 2 names"):
+            mvar.save(tmp_path / "m.safetensors", model)
+    assert mvar.load_model(tmp_path / "m.safetensors").class_names == ("cat", "Käfer")
     save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={CLASS_NAMES_KEY: "["})
     with pytest.raises(mvar.CheckpointError):
         mvar.load_model(tmp_path / "odd.safetensors")

@@ -42,3 +42,6 @@ def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
         mvar.ModelConfig(np.True_, (1, 2))
     with pytest.raises(ValueError, match="patch_nums"):
         mvar.ModelConfig(1, np.array([1.0, 2.0]))
+    for seed in ("1", 1.5, np.True_, 2**64):
+        with pytest.raises(ValueError, match="seed: expected a whole number"):
+            mvar.build(1, num_classes=3, seed=seed, tokenizer=sizes)  # type: ignore[arg-type]
