@@ -269,6 +269,13 @@ def test_other_models_and_memory_plans(changed: dict, finished: Path, tmp_path: 
         assert losses == training.losses(finished)
 
 
+def test_defaults_of_the_caller_change_nothing(tmp_path: Path) -> None:
+    """AdamW makes its count of steps on torch's default device."""
+    with torch.device("meta"), torch.inference_mode():
+        main(["train", *training.arguments(tmp_path, seed=0)])
+    assert training.losses(tmp_path)[-1] < training.losses(tmp_path)[0] - 0.5
+
+
 def test_images_are_encoded_on_the_way(tmp_path: Path) -> None:
     from mvar import digits
     from mvar.data import tensor_source

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,10 +44,18 @@ def run(flags: Flags) -> None:
         with (
             locked(Path(flags.out), world),
             float32_products(world.device, fast=flags.tf32),
+            _optimizers_device(),
+            torch.inference_mode(False),  # with gradients, whatever the caller has switched off
             torch.random.fork_rng(devices=[]),  # weights are made by the global generator before they are initialised
         ):
             _run(flags, world)
             world.meet()
+
+
+def _optimizers_device() -> AbstractContextManager[object]:
+    """In here torch's default device, on which its AdamW counts steps, is the CPU; where it is, no mode costs time."""
+    cpu = torch.device("cpu")
+    return nullcontext() if torch.get_default_device() == cpu else cpu
 
 
 def _run(flags: Flags, world: World) -> None:
