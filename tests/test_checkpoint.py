@@ -279,7 +279,20 @@ def zipped(content: bytes) -> bytes:
         (zipped(b"hello"), "a zip archive of readme.txt, not one of weights"),
         (b"Entry not found", "truncated or corrupted, or no weights|more than weights or corrupted"),
     ],
-    ids=["empty", "lfs", "html", "gzip", "index", "json", "zip", "words"],  # contents hold the time they were made
+    ids=[
+        "empty",
+        "lfs",
+        "html",
+        "html comment",
+        "json mark",
+        "tar",
+        "zeros",
+        "gzip",
+        "index",
+        "json",
+        "zip",
+        "words",
+    ],  # contents hold the time they were made
 )
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_what_a_file_is_that_has_no_weights(content: bytes, message: str, name: str, tmp_path: Path) -> None:
