@@ -16,6 +16,30 @@ from tests.global_state import settings_of_the_session, unchanged_settings  # no
 
 __all__ = ["settings_of_the_session", "unchanged_settings"]
 
+# Left out by `make test-fast`, beside tests marked where they stand: kernels interpreted and compiled, whole runs.
+SLOW = {
+    "test_adaln_triton",
+    "test_bench",
+    "test_compile_ahead",
+    "test_cuda_on_cpu",
+    "test_cuda_resources",
+    "test_mamba2_triton",
+    "test_sample",
+    "test_sample_tokens_triton",
+    "test_scale_attention_triton",
+    "test_throughput",
+    "test_train",
+    "test_train_disk",
+    "test_train_distributed",
+    "test_training_benchmark",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:

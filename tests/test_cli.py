@@ -135,6 +135,7 @@ def test_bad_use(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_demo_writes_its_pictures_and_passes_its_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["demo", "--out", str(tmp_path), "--dtype", "fp32"])
     out = capsys.readouterr().out
@@ -143,6 +144,7 @@ def test_demo_writes_its_pictures_and_passes_its_checks(tmp_path: Path, capsys: 
     assert Image.open(tmp_path / "scales.png").size[0] == len(digits.pretrained()[1].scales) * 130 + 2
 
 
+@pytest.mark.slow
 def test_the_bidirectional_model_passes_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["demo", "--out", str(tmp_path), "--dtype", "fp32", "--bidirectional"])
     assert capsys.readouterr().out.count("ok  ") == 4
@@ -153,6 +155,7 @@ def test_shipped_weights_are_small() -> None:
     assert sum(p.stat().st_size for p in assets.iterdir()) <= 8 * 2**20
 
 
+@pytest.mark.slow
 def test_training_learns_and_writes_loadable_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A sixtieth of the preset: the loss falls, and what was written generates."""
     main(["train", "--preset", "digits", "--out", str(tmp_path), "--shorten", "0.015"])
