@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mvar_kernels as mk
+from mvar_kernels.backends import interpreted
 
 SCALES = (1, 4, 9, 16)
 STARTS = (0, 1, 5, 14, 30)
@@ -15,6 +16,9 @@ STARTS = (0, 1, 5, 14, 30)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 BACKENDS = [name for name in ("reference", "cpu") if mk.backends()[name] is None]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+# With Triton where it runs on the CPU, interpreted.
+WITH_TRITON = [*BACKENDS, *(["triton"] if interpreted() else [])]
+each_or_triton = pytest.mark.parametrize("backend", WITH_TRITON)
 
 
 def qkv(L: int = 30, B: int = 2, H: int = 3, D: int = 16) -> tuple[Tensor, ...]:
@@ -135,7 +139,7 @@ def test_autocast_does_not_reach_inside(backend: str) -> None:
         assert torch.equal(mk.scale_attention(q, k, v, (5, 9), backend=backend), plain)
 
 
-@each_backend
+@each_or_triton
 @pytest.mark.parametrize("pattern", ["diagonal", "causal"])
 @pytest.mark.parametrize(("size", "value"), [(6e4, 1.0), (1.0, 3e38), (6e4, 1e30), (1e-19, 1.0)])
 def test_ends_of_the_range(backend: str, pattern: str, size: float, value: float) -> None:
@@ -155,7 +159,7 @@ def test_ends_of_the_range(backend: str, pattern: str, size: float, value: float
         assert error <= 1e-5 * want.abs().max()
 
 
-@each_backend
+@each_or_triton
 def test_a_temperature_of_zero(backend: str) -> None:
     """exp underflows: every key of a scale counts alike, and only the values have a gradient."""
     q, k, v = (t.clone().requires_grad_() for t in qkv())
@@ -166,3 +170,19 @@ def test_a_temperature_of_zero(backend: str) -> None:
     dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
     assert not dq.any() and not dk.any()
     torch.testing.assert_close(dv, torch.ones_like(dv), **CLOSE)
+
+
+@each_or_triton
+def test_temperatures_beyond_the_bound(backend: str) -> None:
+    """As at log 100, up to infinity, and without a gradient; with rows of zeros, whose norms count as 1e-12."""
+    q, k, v = qkv()
+    q, k = q.clone(), k.clone()
+    q[:, 3], k[:, 7] = 0.0, 0.0
+    bound = torch.full((3,), 100.0).log()
+    want = mk.scale_attention(q, k, v, SCALES, log_temperature=bound, backend="reference")
+    temperature = torch.tensor([4.7, 1e3, torch.inf], requires_grad=True)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = mk.scale_attention(*leaves, SCALES, log_temperature=temperature, backend=backend)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+    *grads, dtemperature = torch.autograd.grad(out.sum(), (*leaves, temperature))
+    assert not dtemperature.any() and all(t.isfinite().all() for t in grads)

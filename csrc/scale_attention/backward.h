@@ -140,7 +140,9 @@ double differentiate_softmax(BackwardBuffers& w, QueryBlock block, int64_t keys,
       store(scores + c, p, lanes);
       store(dweights + c, change * scale * load(w.key_factor + c, lanes), lanes);
     });
-    dlog_temperature += kLog2 * along.total() / total;
+    // Of a factor too small for powers of 2 the scores are those of the least one: 0 where the factor is.
+    const float true_part = w.query_factor[r] * kLog2E / factor[0];
+    dlog_temperature += kLog2 * true_part * along.total() / total;
     for (int64_t d = 0; d < D; d += kWidth) {
       store(w.grad_rows.at(r, d), load_words<Single>(w.grads + r * D + d, D - d) * inverse, All{});
     }

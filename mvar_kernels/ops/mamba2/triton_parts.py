@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels.backends import check_not_capturing
+from mvar_kernels.triton_math import exp
 
 
 @cache  # for good: a captured CUDA graph reads it where it lay at capture
@@ -28,23 +29,6 @@ def scale_of_tokens(scales: tuple[int, ...], device: torch.device) -> Tensor:
     check_not_capturing("ssd_scan, mamba2_mixer", device)
     numbers = [number for number, length in enumerate(scales) for _ in range(length)]
     return torch.tensor(numbers, dtype=torch.int32, device=device)
-
-
-@triton.jit
-def exp(v):
-    """exp of v ≤ 0 to 1 ulp, for the few factors (one a token) that make h, a float32 output.
-
-    Hardware computes exp2(v·log₂e), and the product's rounding alone costs |v|·2⁻²⁴. Here v = n·ln 2 + r with
-    ln 2 in two parts, the first of 9 bits, and a polynomial of degree 7 in |r| ≤ 0.35, good to 2⁻²⁷.
-    """
-    n = tl.floor(v * 1.4426950408889634 + 0.5)
-    r = (v - n * 0.693359375) + n * 2.12194440054690583e-4
-    series = 1.0 / 720.0 + r * (1.0 / 5040.0)
-    series = 1.0 / 120.0 + r * series
-    series = 1.0 / 24.0 + r * series
-    series = 1.0 / 6.0 + r * series
-    series = 0.5 + r * series
-    return tl.exp2(n) * (1.0 + (r + r * r * series))
 
 
 @triton.jit

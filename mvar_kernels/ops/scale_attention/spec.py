@@ -9,6 +9,10 @@ from mvar_kernels.specs import PER_HEAD_SUM, Case, Inputs, Spec
 
 VAR_256 = tuple(n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 SMALL = (1, 4, 9, 16)
+# One head below the bound of log 100 and one above: the latter's temperature is clamped and gets no gradient.
+HOT = (4.605, 5.0)
+# exp underflows: scores of 0, and no gradient.
+COLD = (-104.0, -1e3)
 
 
 def _case(name: str, scales: tuple[int, ...], B: int, H: int, D: int, **options: object) -> Case:
@@ -26,6 +30,17 @@ CASES = (
     _case("packed", SMALL, 2, 3, 64, packed=True),
     _case("last_scales", SMALL, 2, 2, 128, query_scales=2, packed=True, norm=True),
     _case("d16_256", VAR_256, 1, 2, 64, norm=True),
+    # The ends of the softmax and of the numbers, see _values.
+    _case("saturated", SMALL, 1, 2, 64, values="one_key_ahead", scale=1.0),
+    _case(
+        "saturated_causal_norm", SMALL, 1, 2, 64, values="one_key_ahead", pattern="causal", norm=True, heat=(2.5, 3.0)
+    ),
+    _case("equal_keys", SMALL, 1, 2, 64, values="equal_keys"),
+    _case("equal_keys_norm", SMALL, 1, 2, 64, values="equal_keys", norm=True, heat=HOT),
+    _case("hottest", SMALL, 1, 2, 64, norm=True, heat=HOT),
+    _case("coldest", SMALL, 1, 2, 64, norm=True, heat=COLD),
+    _case("large_scores", SMALL, 1, 2, 64, values="large_scores", scale=1.0),
+    _case("large_values", SMALL, 1, 2, 64, values="large_values"),
 )
 BENCH = (
     _case("d16_256", VAR_256, 2, 16, 64, packed=True),
@@ -41,6 +56,25 @@ BENCH_CUDA = (
 )
 
 
+def _set_values(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Make of the case's normal q, k and v what its option `values` says, in place."""
+    match case.options.get("values"):
+        case "one_key_ahead":
+            # The first key of every scale scores some 15 (half of the heads) or 50 above the others.
+            q.mul_(0.5)[..., 0] = 8.0
+            k.mul_(0.125)[..., 0] = 0.0
+            starts = [sum(case.options["scales"][:i]) for i in range(len(case.options["scales"]))]
+            k[:, starts] = 0.0
+            k[:, starts, ::2, 0], k[:, starts, 1::2, 0] = 2.0, 6.0
+        case "equal_keys":
+            k.copy_(k[:, :1].expand_as(k))
+        case "large_scores":
+            q.mul_(6e3)  # with keys as large, scores of 1e10
+            k.mul_(6e3)
+        case "large_values":
+            v.copy_(torch.where(v < 0, -6e4, 6e4))
+
+
 def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, H, D = (case.sizes[d] for d in "BHD")
     scales = case.options["scales"]
@@ -49,12 +83,15 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     packed = 2.0 * torch.randn(B, L, 3, H, D, generator=generator, dtype=torch.float64, device=device)
     # q, k, v leave here as views into the packed projection; the test keeps their strides for "packed".
     q, k, v = packed.unbind(2)
+    _set_values(case, q, k, v)
     inputs = {"q": q[:, L - Lq :], "k": k, "v": v}
     if not case.options.get("packed"):
         inputs = {name: t.contiguous() for name, t in inputs.items()}
     if case.options["norm"]:
         # One head above the bound of log 100: its temperature is clamped and gets no gradient.
-        inputs["log_temperature"] = torch.linspace(1.0, 5.0, H, dtype=torch.float64, device=device)
+        evenly = torch.linspace(1.0, 5.0, H, dtype=torch.float64, device=device)
+        heat = case.options.get("heat")
+        inputs["log_temperature"] = evenly if heat is None else evenly.new_tensor(heat)
     return inputs
 
 

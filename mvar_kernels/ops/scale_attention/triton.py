@@ -3,22 +3,24 @@
 Forward. A program takes one tile of queries of one head and goes through the blocks of keys that its plan names,
 keeping of each row the largest score so far m, the sum of weights l and the sum of weights times values a (float32):
 
-    s = q·kᵀ · c,   m' = max(m, max s),   p = 2^(s − m'),   l' = l·2^(m − m') + Σ p,   a' = a·2^(m − m') + p v
+    s = q·kᵀ,   m' = max(m, max s),   p = 2^(c (s − m')),   l' = l·2^(c (m − m')) + Σ p,   a' = a·2^(c (m − m')) + p v
 
-so that a/l is the output and (m + log2 l)·ln 2 the log of the sum of exponentials; c is all that multiplies q·k, and
-log2 e. Blocks that the whole tile sees take no mask, the others the spans of their rows. The tile is the fastest index
-of the grid, the longest first: the tiles of a scale read its keys at the same time, from L2, and what is left at the
-end of the launch are the short tiles of the last heads.
+so that a/l is the output and (c m + log2 l)·ln 2 the log of the sum of exponentials; c is all that multiplies q·k, and
+log2 e. p takes a power of 2, too, with which all keys' weights add up to at most 1: values may be 3e38. Blocks that the
+whole tile sees take no mask, the others the spans of their rows. The tile is the fastest index of the grid, the longest
+first: the tiles of a scale read its keys at the same time, from L2, and what is left at the end of the launch are the
+short tiles of the last heads.
 
 Query and key norms. A tile holds whole rows, so their lengths are summed from the very tile that is multiplied; no
 normalised copy is written. In 16 bits q and k go to the tensor cores as they came and 1/‖q‖, the temperature, the scale
 and 1/‖k‖ stay in float32 outside the product.
 
-Backward. With P = 2^(s − lse) the weights, c the scale times the temperature, and unit rows where there is a norm:
+Backward. With P the weights over their sum, c the scale times the temperature, and unit rows where there is a norm:
 
-    δ = Σ dO·O,   dS = c P (dO·vᵀ − δ),   dv = Pᵀ dO,   dq = dS k,   dk = dSᵀ q,   dτ = Σ dS·S/c
+    δ = Σ P·(dO·vᵀ),   dS = c P (dO·vᵀ − δ),   dv = Pᵀ dO,   dq = dS k,   dk = dSᵀ q,   dτ = Σ dS·S/c
 
-1. dq: a program is a tile of queries, as in the forward; it also writes δ and its part of dτ.
+1. dq: a program is a tile of queries, as in the forward, and goes through the keys twice: first for m, l and δ,
+   which it also writes, then for dq and its part of dτ.
 2. dk and dv: a program is a tile of keys and goes through the blocks of queries that see them, squares of scores
    transposed, so that Pᵀ and dSᵀ are left operands straight from registers.
 3. dτ: a program adds the parts of one head in their order.
@@ -26,11 +28,13 @@ Backward. With P = 2^(s − lse) the weights, c the scale times the temperature,
 Every output has one program that writes it, and every sum an order that the shapes alone decide: no atomics. The
 gradient through a row's norm needs the whole row, which is there: dx = (g − x̂(x̂·g))/‖x‖.
 
-P is only as exact as lse, which is rounded at the size of the scores. In float32 the dq kernel therefore also sums the
-weights and both kernels divide by that sum; in 16 bits it is far below the rounding of P. dτ: with δ from the rounded
-output Σ dS is not zero, and a common offset of the scores, 100 or more, would be multiplied by it; what is summed is
-Σ dS·S − Σ dS · Σ P·S. A query with one key alone has weight 1 whatever its score: dS is set to zero, not computed as
-the difference of two equal sums.
+Nothing is taken from the forward. P from the log of the sum of exponentials is only as exact as that was rounded, at
+the size of the scores, and δ = Σ dO·O as the output: where one key is far ahead dO·vᵀ − δ is a small difference of
+large numbers, and a δ from a float16 output put the gradients 60 to 3,000 times out of tolerance. From the very
+products that δ is the mean of, it is exactly 0 where a weight is 1. The rows of dS add up to 0, so that what keys have
+in common cancels in dq: there dS goes to the tensor cores in parts that hold its float32 bits. Both kernels must find
+the same scores where rounding them matters (1e10), see _through_queries. dτ takes scores from the largest one on, small
+numbers where the weights are not: a common offset of 100 would be multiplied by what rounding leaves of Σ dS.
 """
 
 from mvar_kernels import tiling

@@ -9,10 +9,15 @@ from mvar_kernels import tiling
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.plan import plan
 from mvar_kernels.ops.scale_attention.triton_parts import (
+    ABSENT,
+    LEAST_FACTOR,
     LN_2,
     LOG2_E,
+    LOWEST,
     MAX_LOG_TEMPERATURE,
     candidates,
+    exponents_of,
+    inverse_norm,
     load_rows,
     load_spans,
     load_tile,
@@ -28,14 +33,10 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     unit_rows,
 )
 
-# The exponent of a weight that is not there: finite, as the temperature's gradient multiplies it by zero.
-ABSENT = tl.constexpr(-1e30)
-
-
 # By the padded head dimension. Of the side that is walked through, 32 rows a step: with 64 the norms' gradients spill
 # on sm_80, and on sm_90 two blocks fit on a multiprocessor instead of three.
 HALVES = {
-    64: (tile(64, 32, 4, 2), tile(128, 32, 8, 2)),
+    64: (tile(64, 32, 8, 2), tile(128, 32, 8, 2)),
     128: (tile(32, 32, 4, 2),),
     256: (tile(32, 32, 8, 1),),
 }
@@ -44,18 +45,14 @@ SINGLE = {64: (tile(32, 32, 8, 1),), 128: (tile(16, 16, 4, 1),), 256: (tile(16, 
 
 
 @triton.jit
-def _through_keys(
+def _sum_weights(
     q,
     q_factor,
-    factor,
     grad,
-    lse,
-    delta,
-    dq,
+    peak,
     total,
-    slope,
-    drift,
-    level,
+    product,
+    largest,
     k_ptr,
     v_ptr,
     spans_ptr,
@@ -72,46 +69,96 @@ def _through_keys(
     NORM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys: dq and the rows' sums of dS·x, of dS and of P·x, with it."""
+    """One block of keys: the rows' largest score, sums of weights and of weights times dO·v, and largest |dO·v|."""
+    offs_n = start + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, offs_n, stride_kl, hi, HEAD_DIM, BLOCK_D, MASKED)
+    v = load_rows(v_ptr, offs_n, stride_vl, hi, HEAD_DIM, BLOCK_D, MASKED)
+    scores = scores_of(q, k, NORM)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, mask_m)
+        seen = (offs_n[None, :] >= key_lo[:, None]) & (offs_n[None, :] < key_hi[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(exponents_of(scores, new_peak[:, None], q_factor[:, None]))
+    shrink = tl.exp2(exponents_of(peak, new_peak, q_factor))
+    dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    total = total * shrink + tl.sum(weights, 1)
+    product = product * shrink + tl.sum(weights * dweights, 1)
+    largest = tl.maximum(largest, tl.max(tl.abs(dweights), 1))
+    return new_peak, total, product, largest
+
+
+@triton.jit
+def add_product(x, y, acc):
+    """acc + x y with x in float32 to its last bits: the rows of dS add up to 0, and what all keys have in common must
+    cancel in dq. A product on 16-bit tensor cores takes x as a sum of as many parts as hold 22 bits of it."""
+    part = x.to(y.dtype)
+    acc = tl.dot(part, y, acc, input_precision="ieee")
+    if y.dtype != tl.float32:
+        x -= part.to(tl.float32)
+        part = x.to(y.dtype)
+        acc = tl.dot(part, y, acc)
+    if y.dtype == tl.bfloat16:
+        x -= part.to(tl.float32)
+        acc = tl.dot(x.to(y.dtype), y, acc)
+    return acc
+
+
+@triton.jit
+def _through_keys(
+    q,
+    q_factor,
+    grad,
+    peak,
+    delta,
+    ds_factor,
+    dq,
+    slope,
+    k_ptr,
+    v_ptr,
+    spans_ptr,
+    stride_kl,
+    stride_vl,
+    start,
+    hi,
+    offs_m,
+    mask_m,
+    Lq,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of keys: dq and the rows' sums of dS times the exponent, with it."""
     offs_n = start + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, offs_n, stride_kl, hi, HEAD_DIM, BLOCK_D, MASKED)
     v = load_rows(v_ptr, offs_n, stride_vl, hi, HEAD_DIM, BLOCK_D, MASKED)
     k_rows = k
     if NORM:
         k_rows = unit_rows(k)  # at once: later it would keep k in registers until then
-    scores = scores_of(q, k, NORM) * q_factor[:, None]  # [BLOCK_M, BLOCK_N]
-    exponents = scores - lse[:, None]
+    exponents = exponents_of(scores_of(q, k, NORM), peak[:, None], q_factor[:, None])  # [BLOCK_M, BLOCK_N]
     if MASKED:
         key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, mask_m)
         seen = (offs_n[None, :] >= key_lo[:, None]) & (offs_n[None, :] < key_hi[:, None])
         exponents = tl.where(seen, exponents, ABSENT)
-    weights = tl.exp2(exponents)
-    if NORM:
-        level += tl.sum(weights * scores, 1)
     dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-    dscores = weights * (dweights * factor - delta[:, None])
-    if MASKED:
-        dscores = tl.where((key_hi - key_lo == 1)[:, None], 0.0, dscores)
-    if q.dtype == tl.float32:
-        total += tl.sum(weights, 1)
+    changes = tl.exp2(exponents) * (dweights - delta[:, None])
     if NORM:
-        slope += tl.sum(dscores * scores, 1)
-        drift += tl.sum(dscores, 1)
-    dq = tl.dot(dscores.to(k.dtype), k_rows, dq, input_precision="ieee")
-    return dq, total, slope, drift, level
+        slope += tl.sum(changes * exponents, 1)
+    dq = add_product(changes * ds_factor[:, None], k_rows, dq)
+    return dq, slope
 
 
 @triton.jit(do_not_specialize=["Lq"])
 def _scale_attention_dq_kernel(
     grad_ptr,
-    out_ptr,
-    lse_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
     log_temperature_ptr,
     dq_ptr,
-    delta_ptr,
+    rows_ptr,
     partials_ptr,
     tiles_ptr,
     spans_ptr,
@@ -140,43 +187,56 @@ def _scale_attention_dq_kernel(
     v_ptr += b * stride_vb + h * stride_vh
     offs_m = row + tl.arange(0, BLOCK_M)
     mask_m = offs_m < row + rows
-    offs_lse = (b * H + h) * Lq + offs_m
+    offs_rows = (b * H + h) * Lq + offs_m
     offs_out = (b * Lq * H + h) * HEAD_DIM + row_offsets(offs_m, H * HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     mask_out = row_mask(mask_m, HEAD_DIM, BLOCK_D)
 
     grad = tl.load(grad_ptr + offs_out, mask=mask_out, other=0.0)
-    out = tl.load(out_ptr + offs_out, mask=mask_out, other=0.0)
     factor = score_factor(scale, log_temperature_ptr, h, NORM)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1) * factor
-    tl.store(delta_ptr + offs_lse, delta, mask=mask_m)
-    lse = tl.load(lse_ptr + offs_lse, mask=mask_m, other=0.0) * LOG2_E
     q = load_rows(q_ptr, offs_m, stride_ql, row + rows, HEAD_DIM, BLOCK_D, True)
-    q, q_factor = operand(q, factor * LOG2_E, NORM)
+    q, q_factor = operand(q, factor, NORM)
+
+    sum_factor = tl.maximum(q_factor, LEAST_FACTOR)
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    product = tl.zeros([BLOCK_M], tl.float32)
+    largest = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(lo, full_hi, BLOCK_N):
+        peak, total, product, largest = _sum_weights(
+            *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl),
+            *(start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, False),
+        )
+    for start in range(full_hi, hi, BLOCK_N):
+        peak, total, product, largest = _sum_weights(
+            *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl),
+            *(start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, True),
+        )
+    total = tl.where(mask_m, total, 1.0)
+    inverse, delta = tl.div_rn(1.0, total), tl.div_rn(product, total)
+    kind = H.to(tl.int64) * B * Lq  # from one of a row's numbers to the next
+    tl.store(rows_ptr + offs_rows, peak, mask=mask_m)
+    tl.store(rows_ptr + kind + offs_rows, inverse, mask=mask_m)
+    tl.store(rows_ptr + 2 * kind + offs_rows, delta, mask=mask_m)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
     slope = tl.zeros([BLOCK_M], tl.float32)
-    drift = tl.zeros([BLOCK_M], tl.float32)
-    level = tl.zeros([BLOCK_M], tl.float32)
+    # With it |dS| is at most 2, so that neither it nor its last part leaves float16's range.
+    ds_factor = tl.div_rn(1.0, tl.maximum(largest, 1e-30))
     for start in range(lo, full_hi, BLOCK_N):
-        dq, total, slope, drift, level = _through_keys(
-            *(q, q_factor, factor, grad, lse, delta, dq, total, slope, drift, level, k_ptr, v_ptr, spans_ptr),
+        dq, slope = _through_keys(
+            *(q, q_factor, grad, peak, delta, ds_factor, dq, slope, k_ptr, v_ptr, spans_ptr),
             *(stride_kl, stride_vl, start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, False),
         )
     for start in range(full_hi, hi, BLOCK_N):
-        dq, total, slope, drift, level = _through_keys(
-            *(q, q_factor, factor, grad, lse, delta, dq, total, slope, drift, level, k_ptr, v_ptr, spans_ptr),
+        dq, slope = _through_keys(
+            *(q, q_factor, grad, peak, delta, ds_factor, dq, slope, k_ptr, v_ptr, spans_ptr),
             *(stride_kl, stride_vl, start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, True),
         )
 
-    if q.dtype == tl.float32:
-        total = tl.div_rn(1.0, tl.where(mask_m, total, 1.0))
-        tl.store(delta_ptr + H.to(tl.int64) * B * Lq + offs_lse, total, mask=mask_m)
-        dq *= total[:, None]
-        slope, drift, level = slope * total, drift * total, level * total
+    dq *= (tl.maximum(largest, 1e-30) * inverse * factor)[:, None]
     if NORM:
         part = (h * B + b) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(partials_ptr + part, tl.sum(slope - drift * level, 0) * LN_2 / factor)
+        tl.store(partials_ptr + part, tl.sum(tl.where(mask_m, slope * inverse, 0.0), 0) * LN_2)
         # Loaded again, after a store, rather than kept in registers through the loops.
         dq = through_norm(dq, load_rows(q_ptr, offs_m, stride_ql, row + rows, HEAD_DIM, BLOCK_D, True))
     tl.store(dq_ptr + offs_out, dq.to(dq_ptr.dtype.element_ty), mask=mask_out)
@@ -185,20 +245,18 @@ def _scale_attention_dq_kernel(
 @triton.jit
 def _through_queries(
     k,
-    k_rows,
-    k_factor,
+    k_inverse,
     factor,
     v,
     dk,
     dv,
     grad_ptr,
-    lse_ptr,
-    delta_ptr,
+    rows_ptr,
     q_ptr,
     spans_ptr,
     stride_gl,
     stride_ql,
-    stride_total,
+    kind,
     start,
     hi,
     offs_n,
@@ -214,33 +272,37 @@ def _through_queries(
     q = load_rows(q_ptr, offs_m, stride_ql, hi, HEAD_DIM, BLOCK_D, MASKED)
     grad = load_rows(grad_ptr, offs_m, stride_gl, hi, HEAD_DIM, BLOCK_D, MASKED)
     if MASKED:
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < hi, other=0.0) * LOG2_E
-        delta = tl.load(delta_ptr + offs_m, mask=offs_m < hi, other=0.0)
+        peak = tl.load(rows_ptr + offs_m, mask=offs_m < hi, other=0.0)
+        inverse = tl.load(rows_ptr + kind + offs_m, mask=offs_m < hi, other=0.0)
+        delta = tl.load(rows_ptr + 2 * kind + offs_m, mask=offs_m < hi, other=0.0)
     else:
-        lse = tl.load(lse_ptr + offs_m) * LOG2_E
-        delta = tl.load(delta_ptr + offs_m)
+        peak = tl.load(rows_ptr + offs_m)
+        inverse = tl.load(rows_ptr + kind + offs_m)
+        delta = tl.load(rows_ptr + 2 * kind + offs_m)
     q_rows = q
     if NORM:
         q_rows = unit_rows(q)
-    if q.dtype == tl.float32:
-        # Transposed afterwards: to the last bit the scores that `total` was summed from.
-        rows, _ = operand(q, factor * LOG2_E, NORM)
-        scores = tl.trans(scores_of(rows, k, NORM))
+    if q.dtype == tl.bfloat16:
+        # Tensor cores add in the order of the columns, whichever operand is the left one.
+        q_factor = tl.full([q.shape[0]], factor * LOG2_E, tl.float32)
+        scores = tl.dot(k, tl.trans(q))
+        if NORM:
+            q_factor *= inverse_norm(q)
+            scores *= k_inverse[:, None]
+        dweights = tl.dot(v, tl.trans(grad))
     else:
-        scores = scores_of(k_rows, q, NORM) * k_factor[:, None]
-    exponents = scores - lse[None, :]  # [BLOCK_N, BLOCK_M]
+        # Transposed afterwards: to the last bit those that `peak` and δ are from. At 1e10 rounding is hundreds.
+        rows, q_factor = operand(q, factor, NORM)
+        scores = tl.trans(scores_of(rows, k, NORM))
+        dweights = tl.trans(tl.dot(grad, tl.trans(v), input_precision="ieee"))
+    exponents = exponents_of(scores, peak[None, :], q_factor[None, :])  # [BLOCK_N, BLOCK_M]
     if MASKED:
         key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, offs_m < hi)
         seen = (offs_n[:, None] >= key_lo[None, :]) & (offs_n[:, None] < key_hi[None, :])
         exponents = tl.where(seen, exponents, ABSENT)
-    weights = tl.exp2(exponents)
-    if q.dtype == tl.float32:
-        weights *= tl.load(delta_ptr + stride_total + offs_m, mask=offs_m < hi, other=0.0)[None, :]
+    weights = tl.exp2(exponents) * inverse[None, :]
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
-    dweights = tl.dot(v, tl.trans(grad), input_precision="ieee")
-    dscores = weights * (dweights * factor - delta[None, :])
-    if MASKED:
-        dscores = tl.where((key_hi - key_lo == 1)[None, :], 0.0, dscores)
+    dscores = weights * (dweights - delta[None, :]) * factor
     dk = tl.dot(dscores.to(q.dtype), q_rows, dk, input_precision="ieee")
     return dk, dv
 
@@ -248,8 +310,7 @@ def _through_queries(
 @triton.jit(do_not_specialize=["Lq", "L"])
 def _scale_attention_dkdv_kernel(
     grad_ptr,
-    lse_ptr,
-    delta_ptr,
+    rows_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -283,30 +344,29 @@ def _scale_attention_dkdv_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     grad_ptr += (b * Lq * H + h) * HEAD_DIM
-    lse_ptr += (b * H + h) * Lq
-    delta_ptr += (b * H + h) * Lq
+    rows_ptr += (b * H + h) * Lq
     offs_n = row + tl.arange(0, BLOCK_N)
-    stride_total = tl.num_programs(2).to(tl.int64) * H * Lq
+    kind = tl.num_programs(2).to(tl.int64) * H * Lq
 
     k = load_rows(k_ptr, offs_n, stride_kl, row + rows, HEAD_DIM, BLOCK_D, True)
     v = load_rows(v_ptr, offs_n, stride_vl, row + rows, HEAD_DIM, BLOCK_D, True)
     factor = score_factor(scale, log_temperature_ptr, h, NORM)
-    k_rows, k_factor = operand(k, factor * LOG2_E, NORM)
+    k_inverse = inverse_norm(k)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(full_lo, full_hi, BLOCK_M):
         dk, dv = _through_queries(
-            *(k, k_rows, k_factor, factor, v, dk, dv, grad_ptr, lse_ptr, delta_ptr, q_ptr, spans_ptr),
-            *(H * HEAD_DIM, stride_ql, stride_total, start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, False),
+            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, spans_ptr, H * HEAD_DIM, stride_ql, kind),
+            *(start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, False),
         )
     # What needs a mask lies before and after: packed scales begin to be seen at different queries.
     before, after = full_lo - lo, hi - full_hi
     for i in range(0, before + after, BLOCK_M):
         start = tl.where(i < before, lo + i, full_hi + i - before)
         dk, dv = _through_queries(
-            *(k, k_rows, k_factor, factor, v, dk, dv, grad_ptr, lse_ptr, delta_ptr, q_ptr, spans_ptr),
-            *(H * HEAD_DIM, stride_ql, stride_total, start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, True),
+            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, spans_ptr, H * HEAD_DIM, stride_ql, kind),
+            *(start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, True),
         )
 
     offs_out = (b * L * H + h) * HEAD_DIM + row_offsets(offs_n, H * HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -339,14 +399,14 @@ def backward(grad_out: Tensor, out: Tensor, lse: Tensor, call: Attention) -> lis
     B, Lq, H, D = q.shape
     L, device, shapes = k.shape[1], q.device, shape_class(q)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))
-    delta = torch.empty((2, *lse.shape), dtype=torch.float32, device=device)
+    rows = torch.empty((3, B, H, Lq), dtype=torch.float32, device=device)  # of each query: m, 1/l, δ
     sizes = {"HEAD_DIM": D, "BLOCK_D": tiling.product_block(D), "NORM": temperature is not None}
 
     chosen = tiling.chosen("scale_attention_dq", shapes, candidates(q, HALVES, SINGLE), device)
     made = plan(scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], device)
     partials = torch.empty((H, B, len(made.tiles)), dtype=torch.float32, device=device)
     _scale_attention_dq_kernel[(len(made.tiles), H, B)](
-        *(grad_out, out, lse, q, k, v, temperature, dq, delta, partials, made.tiles, made.spans),
+        *(grad_out, q, k, v, temperature, dq, rows, partials, made.tiles, made.spans),
         *(*strides(q, k, v), scale, Lq),
         **sizes,
         **chosen.arguments(),
@@ -355,7 +415,7 @@ def backward(grad_out: Tensor, out: Tensor, lse: Tensor, call: Attention) -> lis
     chosen = tiling.chosen("scale_attention_dkdv", shapes, candidates(q, KEY_HALVES, SINGLE), device)
     made = plan(scales, Lq, causal, True, chosen.sizes["BLOCK_N"], chosen.sizes["BLOCK_M"], device)
     _scale_attention_dkdv_kernel[(len(made.tiles), H, B)](
-        *(grad_out, lse, delta, q, k, v, temperature, dk, dv, made.tiles, made.spans),
+        *(grad_out, rows, q, k, v, temperature, dk, dv, made.tiles, made.spans),
         *(*strides(q, k, v), scale, Lq, L),
         **sizes,
         **chosen.arguments(),

@@ -9,9 +9,11 @@ from mvar_kernels import tiling
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.plan import plan
 from mvar_kernels.ops.scale_attention.triton_parts import (
+    LEAST_FACTOR,
     LN_2,
-    LOG2_E,
+    LOWEST,
     candidates,
+    exponents_of,
     load_rows,
     load_spans,
     load_tile,
@@ -24,10 +26,6 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     strides,
     tile,
 )
-
-# Below every score, and finite: a row whose first block of keys is all masked has no NaN.
-LOWEST = tl.constexpr(-1e30)
-
 
 # By the padded head dimension. 64 rows waste least on 100 and 169 tokens, and in 128 registers four such blocks fit on
 # a multiprocessor: with one to four blocks of keys a program, its beginning and end are hidden by the others'.
@@ -44,6 +42,7 @@ SINGLE = {64: (tile(64, 32, 8, 1), tile(32, 32, 4, 1)), 128: (tile(32, 16, 8, 1)
 def _attend(
     q,
     q_factor,
+    share,
     acc,
     total,
     peak,
@@ -72,10 +71,11 @@ def _attend(
         key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, mask_m)
         seen = (offs_n[None, :] >= key_lo[:, None]) & (offs_n[None, :] < key_hi[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    # The row's factor is positive: it is left to the subtraction, with which it is one instruction.
-    new_peak = tl.maximum(peak, tl.max(scores, 1) * q_factor)
-    weights = tl.exp2(scores * q_factor[:, None] - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(exponents_of(scores, new_peak[:, None], q_factor[:, None]))
+    if v.dtype != tl.float16:
+        weights *= share
+    shrink = tl.exp2(exponents_of(peak, new_peak, q_factor))
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_peak
@@ -118,26 +118,32 @@ def _scale_attention_fwd_kernel(
     mask_m = offs_m < row + rows
 
     q = load_rows(q_ptr, offs_m, stride_ql, row + rows, HEAD_DIM, BLOCK_D, True)
-    q, q_factor = operand(q, score_factor(scale, log_temperature_ptr, h, NORM) * LOG2_E, NORM)
+    q, q_factor = operand(q, score_factor(scale, log_temperature_ptr, h, NORM), NORM)
+    q_factor = tl.maximum(q_factor, LEAST_FACTOR)
 
+    # With it weights of all keys add up to at most 1, and sums stay in the range of the values: up to 3e38, but in
+    # float16, where smaller weights would be rounded away. A power of 2, it rounds nothing itself.
+    share = 1.0
+    if v_ptr.dtype.element_ty != tl.float16:
+        share = tl.exp2(-tl.ceil(tl.log2((hi - lo).to(tl.float32))))
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     # Queries' whole blocks come first: where a tile has any, its rows see the same keys from lo on.
     for start in range(lo, full_hi, BLOCK_N):
         acc, total, peak = _attend(
-            *(q, q_factor, acc, total, peak, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl, start, hi),
+            *(q, q_factor, share, acc, total, peak, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl, start, hi),
             *(offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, False),
         )
     for start in range(full_hi, hi, BLOCK_N):
         acc, total, peak = _attend(
-            *(q, q_factor, acc, total, peak, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl, start, hi),
+            *(q, q_factor, share, acc, total, peak, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl, start, hi),
             *(offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, True),
         )
 
     out_ptrs = out_ptr + (b * Lq * H + h) * HEAD_DIM + row_offsets(offs_m, H * HEAD_DIM, BLOCK_D)
     tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=row_mask(mask_m, HEAD_DIM, BLOCK_D))
-    tl.store(lse_ptr + (b * H + h) * Lq + offs_m, (peak + tl.log2(total)) * LN_2, mask=mask_m)
+    tl.store(lse_ptr + (b * H + h) * Lq + offs_m, (peak * q_factor + tl.log2(total / share)) * LN_2, mask=mask_m)
 
 
 def forward(call: Attention) -> tuple[Tensor, Tensor]:

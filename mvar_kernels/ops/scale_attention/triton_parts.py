@@ -7,11 +7,18 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels.tiling import Tile, product_block
+from mvar_kernels.triton_math import exp
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MAX_LOG_TEMPERATURE = tl.constexpr(4.605170185988092)  # log 100
 NORM_EPS = tl.constexpr(1e-12)
+# Of float32: a row of which no key was seen yet has its largest score here, and no difference with it is NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Of exponents, where it may be 0: −∞ times it must stay −∞.
+LEAST_FACTOR = tl.constexpr(1e-37)
+# The exponent of a weight that is not there: finite, as the temperature's gradient multiplies it by zero.
+ABSENT = tl.constexpr(-1e30)
 
 
 def tile(m: int, n: int, warps: int, stages: int) -> Tile:
@@ -103,18 +110,19 @@ def unit_rows(x):
 
 @triton.jit
 def operand(q, factor, NORM: tl.constexpr):
-    """A product's left operand, and what multiplies the product's rows: `factor`, over the rows' lengths.
+    """A product's left operand, and what makes exponents of 2 of the product's rows: `factor` and log2 e, over the
+    rows' lengths.
 
     Rows in 16 bits stay as they came: rounded unit vectors would cost a score of 100 half a unit. In float32 the
-    operand takes it all, as the reference does it: every factor less is a rounding of the scores less.
+    operand takes all but log2 e, as the reference does it: every factor less is a rounding of the scores less.
     """
     if q.dtype == tl.float32:
         if NORM:
             q = unit_rows(q)
         q *= factor
-        factors = tl.full([q.shape[0]], 1.0, tl.float32)
+        factors = tl.full([q.shape[0]], LOG2_E, tl.float32)
     else:
-        factors = tl.full([q.shape[0]], factor, tl.float32)
+        factors = tl.full([q.shape[0]], factor * LOG2_E, tl.float32)
         if NORM:
             factors *= inverse_norm(q)
     return q, factors
@@ -134,6 +142,13 @@ def scores_of(rows, columns, NORM: tl.constexpr):
 
 
 @triton.jit
+def exponents_of(scores, peak, factor):
+    """log2 of the weights, at most 0. The difference comes first: of scores of 1e10 the product's rounding alone is
+    hundreds, and would make exponents positive."""
+    return (scores - peak) * factor
+
+
+@triton.jit
 def through_norm(grad, x):
     """The gradient of rows x, from that of x/max(‖x‖, eps): without its part along x, where ‖x‖ is above eps."""
     inverse = inverse_norm(x)[:, None]
@@ -148,7 +163,8 @@ def score_factor(scale, log_temperature_ptr, h, NORM: tl.constexpr):
     factor = scale
     if NORM:
         temperature = tl.load(log_temperature_ptr + h).to(tl.float32)
-        factor *= tl.exp(tl.minimum(temperature, MAX_LOG_TEMPERATURE))
+        # Below -110 it is 0. Scores of 100 multiply its error: hardware's exp would cost weights 1e-5.
+        factor *= exp(tl.maximum(tl.minimum(temperature, MAX_LOG_TEMPERATURE), -110.0))
     return factor
 
 
