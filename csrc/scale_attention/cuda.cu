@@ -20,7 +20,7 @@
 //
 // Of each row a warp keeps the largest score so far m, the sum of weights l and of weights times values a, in float32:
 //
-//     m' = max(m, max s),   p = 2^(s − m'),   l' = l·2^(m − m') + Σ p,   a' = a·2^(m − m') + p v
+//     m' = max(m, max s),   p = 2^(c (s − m')),   l' = l·2^(c (m − m')) + Σ p,   a' = a·2^(c (m − m')) + p v
 //
 // with log2 e in c. The accumulators of s = q kᵀ have the very layout that p needs as left operand of p v. q and k go
 // to the tensor cores as they came; c and 1/‖k‖ stay outside of the product, in float32, which a score of 100 needs.
@@ -204,20 +204,21 @@ struct Rows {
     }
   }
 
-  // Scores become weights, relative to the new peak, to which all sums so far are brought, too.
+  // Scores become weights, relative to the new peak, to which all sums so far are brought, too. The difference comes
+  // before the factor: of scores of 1e10 the product's rounding alone is hundreds, and would make exponents positive.
   __device__ void online_softmax(float (&s)[kProducts][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float highest = fmaxf(s[0][2 * half], s[0][2 * half + 1]);
       for (int n = 1; n < kProducts; ++n) highest = fmaxf(highest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-      const float new_peak = fmaxf(peak[half], quad_max(highest) * factor[half]);
-      const float shrink = exp2_approximate(peak[half] - new_peak);
+      const float new_peak = fmaxf(peak[half], quad_max(highest));
+      const float shrink = exp2_approximate((peak[half] - new_peak) * factor[half]);
       peak[half] = new_peak;
       total[half] *= shrink;
 #pragma unroll
       for (int n = 0; n < kProducts; ++n) {
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          s[n][i] = exp2_approximate(fmaf(s[n][i], factor[half], -new_peak));
+          s[n][i] = exp2_approximate((s[n][i] - new_peak) * factor[half]);
           total[half] += s[n][i];
         }
       }
@@ -304,7 +305,7 @@ __global__ void __launch_bounds__(kBlock, blocks_at_once(kD))
       memcpy(memory.q.at(i, d).at + lane % 4 * 2, &pair, 4);
     }
     if (lane % 4 == 0 && i < rows) {
-      a.lse[(b * n.H + h) * n.Lq + row + i] = (mine.peak[half] + log2f(total)) * kLn2;
+      a.lse[(b * n.H + h) * n.Lq + row + i] = (mine.peak[half] * mine.factor[half] + log2f(total)) * kLn2;
     }
   }
   __syncwarp();
