@@ -46,7 +46,7 @@ def _process(rank: int, port: int, out: Path) -> None:
 
 def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(()))
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(()))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert own_device(None) == own_device("cuda") == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "3")
