@@ -25,6 +25,7 @@ from mvar.evaluate.inception import FEATURES, LOGITS, WEIGHTS
 from mvar.pictures import read_npz, save_npz, to_bytes
 from mvar.processes import Processes
 from tests.test_cli import fails
+from tests.test_tokens import small_tokenizer
 from tests.threads import threads
 
 # 40 images in 14 batches, the last one short; in float32, where a batch's size does not matter to a picture.
@@ -222,12 +223,14 @@ def test_a_file_of_images_is_read_in_batches(tmp_path: Path) -> None:
 
 
 def test_weights_are_told_apart_by_every_bit() -> None:
-    layer = torch.nn.Linear(3, 2).requires_grad_(False)
-    before = command.fingerprint(layer)
-    layer.bias[1] = torch.nextafter(layer.bias[1], torch.tensor(9.0))
-    assert command.fingerprint(layer) != before
-    layer.bias[1] = torch.nextafter(layer.bias[1], torch.tensor(-9.0))
-    assert command.fingerprint(layer) == before
+    tokenizer = small_tokenizer().requires_grad_(False)
+    bias = tokenizer.decoder.conv_out.bias
+    assert bias is not None
+    before = command.fingerprint(tokenizer)
+    bias[1] = torch.nextafter(bias[1], torch.tensor(9.0))
+    assert command.fingerprint(tokenizer) != before
+    bias[1] = torch.nextafter(bias[1], torch.tensor(-9.0))
+    assert command.fingerprint(tokenizer) == before
 
 
 # What it measures, and what it says where it cannot
