@@ -17,7 +17,7 @@ from mvar.files import expanded, replacing
 from mvar.model import Model, from_config
 from mvar.state_dict import CheckpointError, read
 from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
-from mvar.weights import surplus, unwrapped, weights
+from mvar.weights import surplus, unwrapped, weights, without_storage
 
 HUB = "hf://"
 CONFIG_KEY, CLASS_NAMES_KEY = "mvar_config", "mvar_class_names"  # in the metadata of our own files
@@ -150,7 +150,7 @@ def _built(path: str | Path, make: Callable[[dict[str, Any]], Module], kind: str
     try:
         if not isinstance(stored, dict):
             raise TypeError(f"its stored configuration is no table of names: {stored!r}")
-        with torch.device("meta"):
+        with without_storage():
             return make(stored)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
         raise CheckpointError(f"{path}: no usable sizes for a {kind}: {message(error)}") from error

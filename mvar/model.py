@@ -38,8 +38,10 @@ class Model(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, scales[0], C, dtype=torch.float32))
         self.pos_1LC = nn.Parameter(torch.empty(1, config.num_tokens, C, dtype=torch.float32))
         self.lvl_embed = nn.Embedding(len(scales), C, dtype=torch.float32)
-        levels = [torch.full((1, n), k, dtype=torch.int64) for k, n in enumerate(scales)]
-        self.register_buffer("lvl_1L", torch.cat(levels, 1))
+        levels = torch.empty(1, config.num_tokens, dtype=torch.int64)
+        for k, level in enumerate(levels.split(scales, 1)):
+            level.fill_(k)
+        self.register_buffer("lvl_1L", levels)
         self.shared_ada_lin = modulation_layer(C, 3 * self.block.branches) if config.shared_adaln else nn.Identity()
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(C)

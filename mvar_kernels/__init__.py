@@ -3,13 +3,17 @@
 Importing this package imports torch, and never Triton until a Triton kernel is asked for.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from mvar_kernels.backends import BackendError, backends
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
 from mvar_kernels.ops.mamba2.mixer import Mamba2State, mamba2_mixer
 from mvar_kernels.ops.mamba2.scan import ssd_scan
 from mvar_kernels.ops.sample_tokens.op import sample_tokens, soft_embedding
 from mvar_kernels.ops.scale_attention.op import scale_attention
-from mvar_kernels.plug_in import Report, accelerate, restore
+
+if TYPE_CHECKING:
+    from mvar_kernels.plug_in import Report, accelerate, restore
 
 __all__ = [
     "BackendError",
@@ -26,3 +30,13 @@ __all__ = [
     "soft_embedding",
     "ssd_scan",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch.compiler.disable, at its first use: it imports torch._dynamo, and that sympy and Triton, which
+    made up 1.9 of the 4.3 s of `import mvar_kernels` (AMD EPYC, Zen 3)."""
+    if name in ("Report", "accelerate", "restore"):
+        from mvar_kernels import plug_in
+
+        return getattr(plug_in, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
