@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mvar.autoencoder import UpLevel
-from mvar.layers import FeedForward
+from mvar.layers import FeedForward, Mamba2
 from mvar.model import Model
 from mvar.modulation import JoinedModulation
 from mvar.packed import PackedFeedForward, PackedLinear, packs
@@ -19,7 +19,7 @@ from mvar_kernels.backends import fastest_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Parameters of the recurrence, which is computed in float32: rounding them would move every decay.
-FLOAT32_PARAMETERS = ("dt_bias", "A_log", "D", "scale_mul_1H11")
+FLOAT32_PARAMETERS = ("dt_bias", "dt_proj.weight", "A_log", "D", "scale_mul_1H11")
 SETTINGS = (int, float, str, tuple, type(None))
 
 
@@ -157,11 +157,12 @@ def _check_usable(module: Model | Tokenizer, dtype: torch.dtype, reason: str) ->
 
 def _copy_model(model: Model, dtype: torch.dtype) -> Model:
     copy = skeleton(model)
-    state = {
-        name: _as(t, torch.float32 if name.endswith(FLOAT32_PARAMETERS) else dtype)
-        for name, t in weights(model, copy).items()
-    }
-    copy.load_state_dict(state, assign=True)
+    state = weights(model, copy)
+    if dtype != torch.float32:
+        _split_steps(copy, state)
+    for name, t in state.items():
+        state[name] = _as(t, torch.float32 if name.endswith(FLOAT32_PARAMETERS) else dtype)
+    copy.requires_grad_(False).load_state_dict(state, assign=True)
     del state  # of which the copy need not keep everything
     _join_modulation(copy)
     for block in copy.typed_blocks():
@@ -169,6 +170,19 @@ def _copy_model(model: Model, dtype: torch.dtype) -> Model:
     if packs(model.lvl_1L.device, dtype):
         _pack(copy)
     return copy
+
+
+def _split_steps(skeleton: Model, state: dict[str, Tensor]) -> None:
+    """Make of each mixer's in_proj one without the rows of dt, and a dt_proj of these."""
+    for name, layer in skeleton.named_modules():
+        if not isinstance(layer, Mamba2):
+            continue
+        columns, features = layer.dt_bias.numel(), layer.in_proj.in_features
+        rest = layer.in_proj.out_features - columns
+        layer.in_proj = nn.Linear(features, rest, bias=False, dtype=torch.float32, device="meta")
+        layer.dt_proj = nn.Linear(features, columns, bias=False, dtype=torch.float32, device="meta")
+        whole = state[f"{name}.in_proj.weight"]
+        state[f"{name}.in_proj.weight"], state[f"{name}.dt_proj.weight"] = whole.split([rest, columns])
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -117,6 +117,8 @@ class CausalAttention(Attention):
 class Mamba2(nn.Module):
     """M-VAR's mixer over the whole sequence: Mamba-2 (arXiv 2405.21060), with its state carried."""
 
+    dt_proj: nn.Linear | None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         C, E, H = config.channels, config.inner_width, config.mixer_heads
@@ -125,6 +127,8 @@ class Mamba2(nn.Module):
         heads = (2, H) if config.bidirectional else (H,)
         self.state_sizes = (H, config.mixer_head_dim, config.state_dim)
         self.in_proj = nn.Linear(C, E + xbc + directions * H, bias=False, dtype=torch.float32)  # z, [x, B, C], dt
+        # The rows of dt in a copy for inference in 16 bits (engine.py), whose in_proj is without them.
+        self.register_module("dt_proj", None)
         # conv1d and norm hold parameters; they are not called.
         self.conv1d = nn.Conv1d(xbc, xbc, config.conv_width, groups=xbc, dtype=torch.float32)
         self.dt_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
@@ -161,10 +165,13 @@ class Mamba2(nn.Module):
         return self.out_proj(y), state
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[z, x, B, C, dt] and None; under autocast [z, x, B, C], and dt in float32, as its rounding moves every decay.
+        """[z, x, B, C, dt] and None; with dt_proj and under autocast [z, x, B, C], and dt in float32, as its rounding
+        moves every decay.
 
         An in_proj that is wrapped, hooked or packed is called as the module it is.
         """
+        if self.dt_proj is not None:
+            return self.in_proj(x), self.dt_proj(x.float()).unflatten(-1, self.dt_bias.shape)
         layer, device = self.in_proj, x.device.type
         plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
         hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks) if plain else 0

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mvar
+import mvar_kernels as mk
 from mvar.engine import doubling_convolution, prepared_model, prepared_tokenizer
 from mvar.layers import FeedForward, Linear
 from mvar.packed import PackedFeedForward, PackedLinear, packs
@@ -84,6 +85,33 @@ def test_a_copy_leaves_its_model_alone() -> None:
         assert prepared is not model and prepared.pos_1LC.dtype == dtype
     assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
     assert isinstance(model.blocks[0].ffn, FeedForward)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_mixer_s_steps_stay_in_float32(
+    dtype: torch.dtype, bidirectional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside 16-bit x, B and C: rounding dt moves every decay."""
+    model, _ = mvar.build(2, width=64, bidirectional=bidirectional)
+    layer = prepared_model(model, dtype).get_submodule("blocks.0.mamba")
+    exact = model.get_submodule("blocks.0.mamba")
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    mixer = mk.mamba2_mixer
+
+    def noted(projected: torch.Tensor, *params: Any, dt: torch.Tensor, **options: Any) -> Any:
+        given.append((projected, dt))
+        return mixer(projected, *params, dt=dt, **options)
+
+    monkeypatch.setattr(mk, "mamba2_mixer", noted)
+    x = torch.randn(2, 5, 64).to(dtype)
+    with torch.no_grad():
+        layer(x, (1, 4), None, "reference")
+        want = exact.in_proj.double()(x.double())
+    ((projected, dt),) = given
+    assert projected.dtype == dtype and dt.dtype == torch.float32
+    assert (dt.flatten(2) - want[..., projected.shape[-1] :]).abs().max() < 1e-6
+    assert (projected - want[..., : projected.shape[-1]]).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
 
 
 def test_weights_made_in_inference_mode_are_never_stale() -> None:

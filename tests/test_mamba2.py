@@ -1,5 +1,7 @@
 """The scan's reference against the plain recurrence, the state that is carried, and the layer under autocast."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -134,23 +136,26 @@ def test_errors_name_the_argument() -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_the_layer_keeps_dt_in_float32_under_autocast(bidirectional: bool) -> None:
-    """The state is nearer to float64 than with dt rounded, as where in_proj has a hook and is called whole."""
-    layer = Mamba2(ModelConfig(depth=2, patch_nums=(1, 2, 4), num_classes=2, bidirectional=bidirectional))
+def test_the_layer_keeps_dt_in_float32_under_autocast(bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside 16-bit x, B and C; an in_proj with a hook is called whole, and rounds dt."""
     torch.manual_seed(0)
-    with torch.no_grad():
-        layer.in_proj.weight.normal_(std=layer.in_proj.in_features**-0.5)
+    layer = Mamba2(ModelConfig(depth=2, patch_nums=(1, 2, 4), num_classes=2, bidirectional=bidirectional))
     x, scales = torch.randn(2, 21, layer.in_proj.in_features), (1, 4, 16)
+    given: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    mixer = mk.mamba2_mixer
 
-    def state(hooked: bool) -> torch.Tensor:
-        handle = layer.in_proj.register_forward_hook(lambda *_: None) if hooked else None
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            _, after = layer(x, scales, None, "reference")
-        if handle is not None:
-            handle.remove()
-        return after.ssm
+    def noted(projected: torch.Tensor, *params: Any, dt: torch.Tensor | None, **options: Any) -> Any:
+        given.append((projected, dt))
+        return mixer(projected, *params, dt=dt, **options)
 
-    kept, rounded = state(False), state(True)
+    monkeypatch.setattr(mk, "mamba2_mixer", noted)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(x, scales, None, "reference")
+        layer.in_proj.register_forward_hook(lambda *_: None)
+        layer(x, scales, None, "reference")
+    (projected, dt), (whole, none) = given
     with torch.no_grad():
-        exact = layer.double()(x.double(), scales, None, "reference")[1].ssm
-    assert (kept - exact).norm() < 0.9 * (rounded - exact).norm()
+        exact = layer.in_proj.double()(x.double())[..., projected.shape[-1] :]
+    assert projected.dtype == whole.dtype == torch.bfloat16 and dt is not None and none is None
+    assert dt.dtype == torch.float32 and (dt.flatten(2) - exact).abs().max() < 1e-6
+    assert (whole[..., projected.shape[-1] :] - exact).abs().max() > 1e-4
