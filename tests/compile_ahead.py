@@ -1,10 +1,10 @@
 """Compile every Triton kernel for GPUs that are not here: `python tests/compile_ahead.py [op …] [--arch sm_90 …]`.
 
 The ops run on CPU tensors in bfloat16, forward and backward, on their specs' cases of GPU benchmarks (with --all on
-every case), once for each tile that can be chosen; each launch compiles the kernel, specialised as on a GPU, and does
-not run it. So nothing is listed by hand and no kernel can be forgotten. Prints, and with --write writes to a file, what
-each kernel needs; exits with 1 on a spill, on more shared memory than a block may have, or on a product of 16-bit tiles
-without tensor cores.
+every case), once for each tile that can be chosen (with --tiles first, once); each launch compiles the kernel,
+specialised as on a GPU, and does not run it. So nothing is listed by hand and no kernel can be forgotten. Prints, and
+with --write writes to a file, what each kernel needs; exits with 1 on a spill, on more shared memory than a block may
+have, or on a product of 16-bit tiles without tensor cores.
 
 In a process of its own: Triton must not interpret here.
 """
@@ -178,12 +178,12 @@ def run_case(spec: Spec, case: Case) -> None:
             torch.autograd.grad(outs, wanted, [torch.zeros_like(o) for o in outs])
 
 
-def compile_op(spec: Spec, cases: Sequence[Case], arch: str) -> list[Needs]:
-    """Every kernel that the cases launch, with every candidate; none where the op has no Triton kernel."""
+def compile_op(spec: Spec, cases: Sequence[Case], arch: str, every_tile: bool) -> list[Needs]:
+    """Every kernel that the cases launch, with every tile or the first; none where the op has no Triton kernel."""
     found: dict[str, Any] = {}
     for case in cases:
         candidate, most = 0, [1]
-        while candidate < most[0]:
+        while candidate < (most[0] if every_tile else 1):
             with compiling(arch, candidate, found) as most:
                 run_case(spec, case)
             candidate += 1
@@ -195,6 +195,7 @@ def main() -> int:
     parser.add_argument("ops", nargs="*", choices=[*SPECS, []], help="default: all with a Triton kernel")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--all", action="store_true", help="every case, not the benchmarks' alone")
+    parser.add_argument("--tiles", choices=("every", "first"), default="every", help="first: those of no tuning")
     parser.add_argument("--write", type=Path, help="a JSON file for the table")
     options = parser.parse_args()
     if backends.interpreted():
@@ -204,7 +205,8 @@ def main() -> int:
     ]
     # The ops' door lets CPU tensors in for the interpreter only.
     with mock.patch.multiple(backends, interpreted=lambda: True, _another_mode=lambda: None):
-        table = [row for arch in options.arch for spec, cases in chosen for row in compile_op(spec, cases, arch)]
+        every = options.tiles == "every"
+        table = [row for arch in options.arch for spec, cases in chosen for row in compile_op(spec, cases, arch, every)]
     table.sort(key=lambda row: (row.kernel, row.arch, row.tile))
     for row in table:
         print(

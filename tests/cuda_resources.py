@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,19 +53,19 @@ def nvcc_version() -> str:
     return found[1] if found else "of unknown version"
 
 
-def needs(source: Path) -> list[Needs]:
-    """Every kernel of a source on every architecture. RuntimeError, in nvcc's words, where it does not compile."""
+def needs(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> list[Needs]:
+    """Every kernel of a source on each architecture. RuntimeError, in nvcc's words, where it does not compile."""
     compiler = nvcc()
     assert compiler is not None
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder)
-        targets = [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in ARCHITECTURES]
+        targets = [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in architectures]
         command = [compiler, "-std=c++17", "-O3", f"-I{CSRC}", "-DMVAR_CUDA_MODULE=_cuda", "-Xptxas=-v", *targets]
-        command += ["--keep", f"--keep-dir={kept}", "--threads=0", "-c", "-o", str(kept / "out.o"), str(source)]
+        command += ["--keep", f"--keep-dir={kept}", "--threads=0", "-fatbin", "-o", str(kept / "out"), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[-4000:])
-        ptx = {arch: "".join(p.read_text() for p in kept.glob(f"*compute_{arch[3:]}*.ptx")) for arch in ARCHITECTURES}
+        ptx = {arch: "".join(p.read_text() for p in kept.glob(f"*compute_{arch[3:]}*.ptx")) for arch in architectures}
     return [_needs(match, ptx[match["arch"]]) for match in KERNEL.finditer(done.stderr)]
 
 

@@ -140,6 +140,7 @@ def planted(fault: Fault, folder: Path) -> Path:
         output = words.index("-o") + 1
         if Path(entry["file"]).resolve() == source.resolve():
             words[output] = str(folder / "cuda.o")
+            words[words.index("-O2")] = "-O0"  # compiled for one run
             if fault.file == source.name:
                 words[words.index(entry["file"])] = str(faulty)
             subprocess.run([words[0], f"-I{folder}", *words[1:]], check=True, cwd=entry["directory"])

@@ -89,7 +89,7 @@ def test_weights_and_noise_to_the_last_bit() -> None:
     assert ((near / exponential).log().abs()).max() < 2.0**-11
 
 
-@pytest.mark.parametrize("V", [1, 5, 259])
+@pytest.mark.parametrize("V", [1, 259])
 def test_tokens_are_the_reference_s(V: int) -> None:
     generator = torch.Generator().manual_seed(V)
     cond = torch.cat([finite_rows(V, 1, generator), infinite_rows(V, 1, generator)])

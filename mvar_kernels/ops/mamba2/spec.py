@@ -47,11 +47,11 @@ LARGE_SCAN = tuple(
 FLOAT32_STEPS_MIXER = tuple(
     Case(
         f"float32_steps_{name}",
-        {"B": 2, "L": L, "H": 2, "P": 64, "N": 64},
+        {"B": B, "L": L, "H": 2, "P": 64, "N": 64},
         {"scales": scales},
         keeps_dtype=("dt",),
     )
-    for name, L, scales in (("short", 5, None), ("chunks", 36, None), ("both", 20, (4, 16)))
+    for name, B, L, scales in (("short", 2, 5, None), ("chunks", 1, 36, None), ("both", 1, 20, (4, 16)))
 )
 LARGE_MIXER = tuple(
     Case(
@@ -64,10 +64,10 @@ LARGE_MIXER = tuple(
 )
 CASES = (
     _case("one_token", 2, 1, 2, 64, 64),
-    _case("odd", 3, 13, 3, 5, 7),
+    _case("odd", 2, 13, 3, 5, 7),
     _case("chunks", 1, 150, 2, 64, 64),
     _case("bidirectional", 2, 30, 2, 64, 64, scales=(1, 4, 9, 16)),
-    _case("bidirectional_odd", 1, 75, 3, 5, 7, scales=(2, 1, 72)),
+    _case("bidirectional_odd", 1, 75, 2, 5, 7, scales=(2, 1, 72)),
 )
 VAR_256 = tuple(n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 BENCH = (
