@@ -83,8 +83,8 @@ FAULTS = (
         "missing_barrier",
         "sample_tokens",
         "sample_tokens",
-        "    __syncthreads();\n    count = (int)total;",
-        "    count = (int)total;",
+        "memory.warps[threadIdx.x / kWarpSize] = x;\n    __syncthreads();",
+        "memory.warps[threadIdx.x / kWarpSize] = x;",
     ),
     Fault(
         "off_by_one",

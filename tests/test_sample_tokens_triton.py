@@ -121,9 +121,9 @@ def test_guided_tokens_are_the_reference_s(guidance: float) -> None:
 def test_near_winners_are_told_apart() -> None:
     """Two codes whose scores differ by a rounding or not at all, small ones and ones of few fractional bits."""
     index = torch.tensor([1, -1])
-    values = noise.gumbel(index, (2, 40, 2), SCALE, SEED)
+    values = noise.gumbel(index, (2, 16, 2), SCALE, SEED)
     for offset in (0.0, 2.0**20):
-        cond = torch.stack([torch.zeros(2, 40), values[..., 0] - values[..., 1]], -1) + offset
+        cond = torch.stack([torch.zeros(2, 16), values[..., 0] - values[..., 1]], -1) + offset
         call = Draw(cond, None, index, 0.0, 0, 1.0, SEED, SCALE)
         want = reference.sample_tokens(call)
         assert 0 < want.sum() < want.numel()
@@ -133,9 +133,9 @@ def test_near_winners_are_told_apart() -> None:
 def test_guidance_to_the_last_bit() -> None:
     """The same with two codes whose guided logits differ by their noise: any bit of a guided logit decides."""
     index = torch.tensor([1, -1])
-    values = noise.gumbel(index, (2, 40, 2), SCALE, SEED)
-    uncond = torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(0))
-    cond = torch.stack([torch.zeros(2, 40), values[..., 0] - values[..., 1]], -1)
+    values = noise.gumbel(index, (2, 16, 2), SCALE, SEED)
+    uncond = torch.randn(2, 16, 2, generator=torch.Generator().manual_seed(0))
+    cond = torch.stack([torch.zeros(2, 16), values[..., 0] - values[..., 1]], -1)
     cond = (cond + 1.3 * uncond) / 2.3
     call = Draw(cond, uncond, index, 1.3, 0, 1.0, SEED, SCALE)
     want = reference.sample_tokens(call)
