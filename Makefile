@@ -38,7 +38,7 @@ test-sanitizers: setup
 
 # The C++ kernels for AVX-512 on a processor that has AVX2 alone: each of their instructions is emulated.
 test-avx512: setup
-	$(BIN)/pytest -q -p tests.avx512_on_avx2 tests/test_contract.py -k "agrees and cpu and not cuda"
+	$(BIN)/python -m pytest -q -p tests.avx512_on_avx2 tests/test_contract.py -k "agrees and cpu and not cuda"
 
 lint: setup
 	$(BIN)/ruff check
