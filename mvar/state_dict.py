@@ -10,9 +10,12 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from datetime import date, datetime, timedelta, timezone
+from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,6 +28,12 @@ MARKS = {"model": "word_embed.weight", "tokenizer": "quantize.embedding.weight"}
 AVERAGES = re.compile(r"ema|shadow|averag")
 WRAPPING = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 MAX_NESTING = 4
+NUMPY = ("numpy._core", "numpy.core")
+PATHS = {
+    f"{pure}{kind}Path": cls
+    for kind, cls in (("Posix", PurePosixPath), ("Windows", PureWindowsPath))
+    for pure in ("", "Pure")
+}
 MAGIC = {
     b"version https://git-lfs": "a Git LFS pointer, not the weights: fetch them with git lfs pull",
     b"\x1f\x8b": "compressed by gzip: unpack it first",
@@ -109,9 +118,22 @@ def _kind(file: Path, head: bytes) -> str | None:
     return None
 
 
+@cache
+def _inert() -> list[Any]:
+    """What trainers keep beside weights and what only holds values: times, paths, NumPy's numbers and arrays."""
+    types = {type(np.dtype(code)) for code in np.typecodes["All"] if code != np.dtype(object).char}
+    makers: list[Any] = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
+    # In one module or another, by the version of NumPy and of Python; the paths of another system can only be pure.
+    numpy = [(make, f"{module}.multiarray.{make.__name__}") for make in makers for module in NUMPY]
+    paths = [(PATHS[name], f"{module}.{name}") for name in PATHS for module in ("pathlib", "pathlib._local")]
+    others: list[Any] = [(lambda *_: {}, "collections.defaultdict")]  # torch's loader fills no other table than a dict
+    plain = [argparse.Namespace, datetime, date, timedelta, timezone, frozenset, range, slice]
+    return [*plain, list, dict, int, float, np.ndarray, np.dtype, *types, *numpy, *paths, *others]
+
+
 def _unpickled(file: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # which trainers keep beside the weights
+        with torch.serialization.safe_globals(_inert()):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's own words advise to run it

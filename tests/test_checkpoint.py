@@ -6,9 +6,12 @@ import io
 import json
 import pickle
 import zipfile
+from collections import defaultdict
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -214,7 +217,9 @@ def wrapped(kind: str, state: dict[str, torch.Tensor]) -> dict[str, object]:
         "names of ema": {**{f"model.{n}": t for n, t in other.items()}, **{f"ema.{n}": t for n, t in state.items()}},
         "trainer": {"trainer": {"var_wo_ddp": named, "config": {"lr": 0.1}}},
         "params": {"params": {"model": named}},
-        "namespace": {"args": argparse.Namespace(depth=1), "model": state},
+        "namespace": {"args": argparse.Namespace(depth=1, data=Path("images")), "model": state},
+        "values": {"best": np.float64(1.5), "step": np.int64(3), "rng": np.random.get_state(), "model": state},
+        "records": {"at": datetime(2026, 1, 2), "log": defaultdict(list, a=[1]), "seen": slice(3), "model": state},
         "averaged": {"n_averaged": torch.tensor(3), **{f"module.{name}": t for name, t in state.items()}},
         "a block alone": blocks,  # type: ignore[dict-item]
     }
@@ -223,7 +228,7 @@ def wrapped(kind: str, state: dict[str, torch.Tensor]) -> dict[str, object]:
 
 KINDS = (
     "ddp, compiled, ddp compiled, compiled ddp, lightning, model, state_dict, ema, model and ema, names of ema, "
-    "trainer, params, namespace, averaged, a block alone"
+    "trainer, params, namespace, values, records, averaged, a block alone"
 )
 
 
