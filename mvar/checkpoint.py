@@ -85,7 +85,7 @@ def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | No
     """Write safetensors with the configuration inside; floating weights in `dtype`, None as they are.
 
     Wrapped, sharded, parametrized and pruned modules are written as the plain ones that :func:`load_model` and
-    :func:`load_tokenizer` make of the file.
+    :func:`load_tokenizer` make of the file. Hooks are not in it.
 
     Raises:
         TypeError: no model or tokenizer, or a wrapper that cannot be looked through.

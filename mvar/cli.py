@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import NoReturn
 
 from mvar.errors import message
 from mvar.files import expanded
+from mvar.signals import handling
 from mvar.terminal import tolerant_output
 from mvar.train.flags import add_flags, parsed, token_maps
 
-# torch takes a second to import: `mvar --help` and bad use are answered before it.
+# What one command alone needs is imported where it begins.
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
 SUITES = ("parity", "throughput", "ops", "data", "train", "digits", "plug_in")
@@ -45,8 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _main(arguments: Sequence[str] | None) -> None:
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
+    # As an exception, so that a command tidies up; torchrun ends all processes in this way, with the first that fails.
+    ended = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), lambda number, frame: sys.exit(128 + number))
     try:
-        run(options)
+        with handling(ended):
+            run(options)
     except Exception as error:
         if options.traceback:
             raise
@@ -83,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "mvar demo\nmvar demo --bidirectional --out digits",
     )
     demo.add_argument(
-        "--out", type=expanded, default=Path("demo"), help="folder for samples.png and scales.png (default: demo)"
+        "--out", type=_path, default=Path("demo"), help="folder for samples.png and scales.png (default: demo)"
     )
     demo.add_argument("--bidirectional", action="store_true", help="the model with the bidirectional mixer")
     demo.add_argument(
@@ -103,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "--classes 0-999 --count 50 --npz fid.npz",
     )
     _weights(sample)
-    sample.add_argument("--classes", type=_classes, required=True, help="such as 3 or 1,5,7-9")
+    sample.add_argument("--classes", type=_classes, required=True, help="such as 3, 1,5,7-9 or, by name, cat,dog")
     sample.add_argument("--count", type=int, default=1, metavar="N", help="images a class (default: 1)")
     sample.add_argument(
         "--batch",
@@ -112,14 +117,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images at a time; leaves their random numbers as they are (default: 16)",
     )
-    sample.add_argument("--out", type=expanded, help="folder for one PNG an image, without those of an earlier run")
+    sample.add_argument("--out", type=_path, help="folder for one PNG an image, without those of an earlier run")
     sample.add_argument("--overwrite", action="store_true", help="remove an earlier run's images from --out")
     sample.add_argument(
         "--grid",
-        type=expanded,
+        type=_path,
         help="picture of all images, one row a class: .png, .jpg, .webp or .bmp; PNG without suffix, as to /dev/stdout",
     )
-    sample.add_argument("--npz", type=expanded, help="npz with all images as the ADM evaluator reads them")
+    sample.add_argument("--npz", type=_path, help="npz with all images as the ADM evaluator reads them")
     sample.add_argument("--smooth", action="store_true", help="soft codes: nicer pictures, not for FID")
     _compile_decoder(sample)
     _drawing(sample, cfg=1.5, top_k=900, top_p=0.96)
@@ -137,17 +142,17 @@ def _parser() -> argparse.ArgumentParser:
     _weights(evaluate)
     evaluate.add_argument(
         "--out",
-        type=expanded,
+        type=_path,
         required=True,
         help="folder for images.npz and evaluation.json; what is there already is kept and gone on with",
     )
     evaluate.add_argument("--count", type=int, default=50, metavar="N", help="images a class (default: 50)")
     evaluate.add_argument("--batch", type=int, default=50, metavar="N", help="images at a time (default: 50)")
     evaluate.add_argument("--png", action="store_true", help="also one PNG an image")
-    evaluate.add_argument("--reference", type=expanded, help="ADM's reference npz, or any npz with images or moments")
+    evaluate.add_argument("--reference", type=_path, help="ADM's reference npz, or any npz with images or moments")
     evaluate.add_argument(
         "--inception",
-        type=expanded,
+        type=_path,
         help="torch-fidelity's Inception weights (default: where torch.hub keeps them; nothing is ever fetched)",
     )
     _compile_decoder(evaluate)
@@ -177,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "source", help="official or own file, checkpoint of VAR's or M-VAR's trainer, or of a run of mvar train"
     )
     convert.add_argument(
-        "target", type=expanded, help=".pth for a state dict as published, .safetensors for our own format"
+        "target", type=_path, help=".pth for a state dict as published, .safetensors for our own format"
     )
     convert.add_argument("--part", choices=("model", "tokenizer"), default="model", help="(default: model)")
     convert.add_argument(
@@ -197,14 +202,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     tokenize.add_argument(
         "--data_path",
-        type=expanded,
+        type=_path,
         required=True,
         help="folder with train/class/picture and, if wanted, val/class/picture",
     )
     tokenize.add_argument("--tokenizer", required=True, help="official or own file, or hf://owner/repository/file")
     tokenize.add_argument(
         "--out",
-        type=expanded,
+        type=_path,
         required=True,
         help="folder for train/ and val/; what is there already is kept and gone on with",
     )
@@ -283,14 +288,23 @@ def _machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda where there is one)")
 
 
-def _classes(text: str) -> list[int]:
-    """ "1,5,7-9" → [1, 5, 7, 8, 9]"""
-    classes: list[int] = []
+def _path(text: str) -> Path:
+    if not text:  # an unset variable of a shell; to Path it is the current folder
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return expanded(text)
+
+
+def _classes(text: str) -> list[int | str]:
+    """ "1,5,7-9" → [1, 5, 7, 8, 9]; what is no number is a name."""
+    classes: list[int | str] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None and part.strip():
+            classes.append(part)
+            continue
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
-            raise argparse.ArgumentTypeError(f"expected classes such as 3 or 1,5,7-9, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected classes such as 3, 1,5,7-9 or cat,dog, got {text!r}")
         classes += range(first, last + 1)
     return classes
 

@@ -1,13 +1,10 @@
 """The processes of a run that torchrun started: which device and share is whose, and where they wait for each other."""
 
 import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -100,23 +97,6 @@ def joined(backend: str = "gloo") -> Iterator[Processes]:
         raise ValueError(f"{missing[0]} is not set, and WORLD_SIZE is {expected.size}: start with torchrun")
     dist.init_process_group(backend)
     try:
-        # torchrun ends all processes with the first that fails: as an exception, so that they tidy up.
-        with handling({signal.SIGTERM: lambda number, frame: sys.exit(128 + number)}):
-            yield Processes(dist.get_rank(), dist.get_world_size())
+        yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def handling(handlers: Mapping[signal.Signals, Callable[[int, Any], Any]]) -> Iterator[None]:
-    """Handle signals, and leave them as they were at the end. Python lets the main thread alone do that: in another
-    one nothing is done, and they are the program's."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python

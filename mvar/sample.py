@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,9 @@ def sample(options: argparse.Namespace) -> None:
     for path in outputs:
         check_writable(path / "000000.png" if path is options.out else path)
     model, tokenizer = load(options.weights, options.tokenizer, own_device(options.device))
-    labels = torch.tensor(options.classes, dtype=torch.int64, device="cpu").repeat_interleave(options.count)
+    labels = torch.tensor(
+        _numbers(options.classes, model.class_names), dtype=torch.int64, device="cpu"
+    ).repeat_interleave(options.count)
     side = tokenizer.resolution
     if options.grid is not None:
         check_picture(options.grid, *grid_size(len(labels), options.count, side, side))
@@ -88,6 +90,19 @@ def sample(options: argparse.Namespace) -> None:
                 save_picture(options.grid, grid(images, options.count))
     said_to = sys.stderr if any(map(is_standard_output, outputs)) else sys.stdout
     print(f"{len(labels)} images in {', '.join(map(str, outputs))}", file=said_to)
+
+
+def _numbers(classes: Sequence[int | str], names: Sequence[str] | None) -> list[int]:
+    """Classes by their numbers, those given by name looked up. ValueError where there is no such name, or two."""
+    if names is None:
+        known, names = "has no class names, only numbers", ()
+    else:
+        known = f"names {', '.join(names[:5])}{', …' * (len(names) > 5)}"
+    for name in classes:
+        if isinstance(name, str) and names.count(name) != 1:
+            found = "two classes" if name in names else "no class"
+            raise ValueError(f"--classes: {found} {name!r}; the model's file {known}")
+    return [names.index(c) if isinstance(c, str) else c for c in classes]
 
 
 def _claim(folder: Path, *, overwrite: bool) -> None:

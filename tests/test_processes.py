@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from mvar.processes import TORCHRUN, Processes, handling, joined, launched
+from mvar.processes import TORCHRUN, Processes, joined, launched
+from mvar.signals import handling
 from mvar.train.trainer import Trainer
 
 
@@ -74,6 +75,16 @@ def test_handlers_are_put_back() -> None:
         assert signal.getsignal(signal.SIGTERM) is not before
         raise RuntimeError
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        with handling({signal.SIGHUP: lambda *_: None}):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`mvar sample` in several processes, and one batch ahead of the host."""
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import mvar
+from mvar import digits
 from mvar import sample as sampling
 from mvar.batches import drawn_batches
 from mvar.cli import main
@@ -72,6 +74,39 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
 
     monkeypatch.setattr(sampling, "launch", launched)
     return seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a queue or a closed terminal ends it; the array that batches are gathered in is on the disk by then."""
+
+    def launched(*_: object, **__: object) -> Launched:
+        assert len(list(tmp_path.iterdir())) == 1
+        os.kill(os.getpid(), number)
+        raise AssertionError("goes on")
+
+    monkeypatch.setattr(sampling, "launch", launched)
+    with pytest.raises(SystemExit) as exit:
+        main(["sample", *ARGUMENTS, "--npz", f"{tmp_path}/all.npz"])
+    assert exit.value.code == 128 + number and list(tmp_path.iterdir()) == []
+
+
+def test_classes_by_name(
+    launches: list[Asked], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = digits.pretrained()
+    model.class_names = ("cat", "dog", "eel", "eel", "fox 2", "5", "6", "7", "8", "9")
+    monkeypatch.setattr(sampling, "load", lambda *_: (model, tokenizer))
+    main(["sample", "--classes", "dog,fox 2,7-8,cat", "--npz", f"{tmp_path}/all.npz"])
+    assert launches[0][0] == [1, 4, 7, 8, 0]
+    error = fails(capsys, "sample", "--classes", "1,cow", "--npz", f"{tmp_path}/all.npz")
+    assert "--classes: no class 'cow'; the model's file names cat, dog, eel, eel, fox 2, …" in error
+    assert "two classes 'eel'" in fails(capsys, "sample", "--classes", "eel", "--npz", f"{tmp_path}/all.npz")
+    model.class_names = None
+    error = fails(capsys, "sample", "--classes", "cat", "--npz", f"{tmp_path}/all.npz")
+    assert "no class 'cat'; the model's file has no class names, only numbers" in error
 
 
 def test_each_batch_is_one_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: list[Asked]) -> None:

@@ -139,7 +139,9 @@ class Flags:
 
     def __post_init__(self) -> None:
         for name in ("data_path", "tokens", "tokenizer", "out"):
-            if (path := getattr(self, name)) is not None and "://" not in path:
+            path = getattr(self, name)
+            require(path != "", name, "a path", "an empty text")
+            if path is not None and "://" not in path:
                 object.__setattr__(self, name, str(expanded(path)))
         for name in ("depth", "bs", "ac", "ep", "save_every", "log_every", "skips"):
             require(getattr(self, name) >= 1, name, "a whole number of at least 1", getattr(self, name))

@@ -16,7 +16,7 @@ from torch import Tensor
 from mvar.data import Batch, Source, num_batches
 from mvar.data.tokens import fingerprint
 from mvar.model import Model
-from mvar.processes import handling
+from mvar.signals import handling
 from mvar.tokenizer import Tokenizer
 from mvar.train.checkpoint import Checkpoints
 from mvar.train.distributed import World, parallel, recompute_blocks, synchronised, whole
