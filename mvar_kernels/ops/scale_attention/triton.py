@@ -22,7 +22,7 @@ Backward. With P the weights over their sum, c the scale times the temperature, 
 1. dq: a program is a tile of queries, as in the forward, and goes through the keys twice: first for m, l and δ,
    which it also writes, then for dq and its part of dτ.
 2. dk and dv: a program is a tile of keys and goes through the blocks of queries that see them, squares of scores
-   transposed, so that Pᵀ and dSᵀ are left operands straight from registers.
+   transposed: in bfloat16 they are made so, and Pᵀ and dSᵀ are left operands straight from registers.
 3. dτ: a program adds the parts of one head in their order.
 
 Every output has one program that writes it, and every sum an order that the shapes alone decide: no atomics. The

@@ -33,8 +33,8 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     unit_rows,
 )
 
-# By the padded head dimension. Of the side that is walked through, 32 rows a step: with 64 the norms' gradients spill
-# on sm_80, and on sm_90 two blocks fit on a multiprocessor instead of three.
+# By the padded head dimension. Of the side that is walked through, 32 rows a step: with norms these take all 255
+# registers on sm_80, and 174 to 200 on sm_90 (docs/kernels.md).
 HALVES = {
     64: (tile(64, 32, 8, 2), tile(128, 32, 8, 2)),
     128: (tile(32, 32, 4, 2),),
