@@ -65,7 +65,7 @@ LARGE_MIXER = tuple(
 CASES = (
     _case("one_token", 2, 1, 2, 64, 64),
     _case("odd", 2, 13, 3, 5, 7),
-    _case("chunks", 1, 150, 2, 64, 64),
+    _case("chunks", 1, 100, 2, 64, 64),
     _case("bidirectional", 2, 30, 2, 64, 64, scales=(1, 4, 9, 16)),
     _case("bidirectional_odd", 1, 75, 2, 5, 7, scales=(2, 1, 72)),
 )
