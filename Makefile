@@ -23,7 +23,8 @@ PYTEST := $(BIN)/pytest -q -n auto --dist worksteal
 test: lint
 	$(PYTEST)
 
-# Without what takes long: kernels in Triton's interpreter but for one case each, whole runs of commands.
+# Without what takes long: CUDA kernels on the CPU, Triton's in the interpreter but for one case each, whole runs of
+# commands.
 test-fast: lint
 	$(PYTEST) -m "not slow"
 

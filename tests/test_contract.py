@@ -115,7 +115,8 @@ def params() -> Iterator[object]:
                 for case in spec.cases if offered else ():
                     if not partial or refusal(spec, backend, dtype, case) is None:
                         name = identity(spec, backend, case, dtype)
-                        marks = pytest.mark.slow if interprets(backend) and case is not spec.cases[0] else ()
+                        slow = backend == CUDA_ON_CPU or (interprets(backend) and case is not spec.cases[0])
+                        marks = pytest.mark.slow if slow else ()
                         yield pytest.param(spec, case, backend, dtype, id=name, marks=marks)
 
 

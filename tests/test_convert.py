@@ -45,6 +45,7 @@ def test_out_of_a_public_trainer(name: str, tmp_path: Path) -> None:
     assert torch.equal(tokenizer.quantize.embedding.weight, codes["quantize.embedding.weight"])
 
 
+@pytest.mark.slow
 def test_out_of_our_own_run(tmp_path: Path) -> None:
     run = training.trainer(training.flags(tmp_path), items=128)
     run.run()

@@ -339,6 +339,7 @@ def test_overflow_in_float16_is_not_drawn_from() -> None:
         mvar.generate(model, tokenizer, [1], dtype=torch.float16)
 
 
+@pytest.mark.slow
 def test_the_model_trains_compiled_and_under_autocast() -> None:
     """One graph with label and branch dropping on; under autocast gradients stay near float32's."""
     model, _ = small(drop_path=0.3)

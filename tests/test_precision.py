@@ -265,6 +265,7 @@ def test_training_has_true_float32_and_leaves_the_settings(
     assert max(found) < MAX_ERROR and torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.slow
 def test_the_digits_tokenizer_learns_with_amx_as_without(tmp_path: Path) -> None:
     """Bit for bit, and the caller's random numbers go on where they were."""
     files = [tmp_path / name for name in ("without", "with")]

@@ -70,6 +70,7 @@ def test_streams_are_as_they_were_at_the_end() -> None:
 CODE = "import sys; from mvar.cli import main; main(sys.argv[1:])"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", ["| head -c 1 > /dev/null; exit ${PIPESTATUS[0]}", ">&- 2>&-"])
 def test_help_into_what_does_not_take_it(redirection: str) -> None:
     """In ASCII: a pipe whose reader leaves, and no streams at all."""

@@ -161,6 +161,7 @@ write(ImageFolder(sys.argv[1], 8, flip=True), out, tokenizer, workers=workers)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("files", "workers"), [(1, 0), (3, 1)])
 def test_a_killed_run_goes_on(folder: ImageFolder, whole: Path, tmp_path: Path, files: int, workers: int) -> None:
     arguments = [sys.executable, "-c", STOPPING, str(folder.path), str(tmp_path), str(files), str(workers)]

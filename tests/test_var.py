@@ -107,6 +107,7 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     assert out.images.isfinite().all()
 
 
+@pytest.mark.slow
 def test_it_trains_compiled() -> None:
     model, _ = mvar.build(2, num_classes=10, patch_nums=(1, 2, 3), architecture="var", shared_adaln=True, drop_path=0.3)
     compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
