@@ -4,7 +4,6 @@ import argparse
 import os
 import platform
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import NoReturn
 
 from mvar.errors import message
 from mvar.files import expanded
-from mvar.signals import handling
 from mvar.terminal import tolerant_output
 from mvar.train.flags import add_flags, parsed, token_maps
 
@@ -47,11 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _main(arguments: Sequence[str] | None) -> None:
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
-    # As an exception, so that a command tidies up; torchrun ends all processes in this way, with the first that fails.
-    ended = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), lambda number, frame: sys.exit(128 + number))
     try:
-        with handling(ended):
-            run(options)
+        run(options)
     except Exception as error:
         if options.traceback:
             raise

@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mvar.signals import tidying
+
 _DESCRIPTORS = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 _MAX_LINKS = 40  # as Linux
 _OF_THE_FILE = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ENXIO, errno.EOVERFLOW)
@@ -116,12 +118,16 @@ def _create_aside(target: Path) -> Path:
 
 @contextmanager
 def beside(path: str | Path) -> Iterator[Path]:
-    """An empty file in the same folder, gone at the end. Raises OSError naming `path` where it cannot be made."""
-    aside = _create_aside(expanded(path))
-    try:
-        yield aside
-    finally:
-        aside.unlink(missing_ok=True)
+    """An empty file in the same folder, gone at the end, also where a signal ends the process (:func:`tidying`).
+
+    Raises OSError naming `path` where it cannot be made.
+    """
+    with tidying():
+        aside = _create_aside(expanded(path))
+        try:
+            yield aside
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 @contextmanager

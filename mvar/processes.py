@@ -60,7 +60,7 @@ def launched() -> Processes:
     Raises ValueError where they contradict one another.
     """
     size = _variable("WORLD_SIZE", 1)
-    if size <= 1:  # whatever else is left in the environment
+    if size <= 1 and any(name not in os.environ for name in TORCHRUN):  # whatever is left in the environment
         return Processes()
     rank = _variable("RANK", None)
     if not 0 <= rank < size:

@@ -1,9 +1,10 @@
 """Signals handled meanwhile, and left as they were at the end."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 
@@ -23,3 +24,12 @@ def handling(handlers: Mapping[signal.Signals, Callable[[int, Any], Any]]) -> It
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
+
+
+def tidying() -> AbstractContextManager[None]:
+    """SIGTERM and SIGHUP, where they would end the process at once, end it by SystemExit(128 + number).
+
+    For as long as there is something to tidy up, and no longer: Python waits with it for native code to return.
+    """
+    fatal = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    return handling(dict.fromkeys(fatal, lambda number, frame: sys.exit(128 + number)))

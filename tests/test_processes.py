@@ -46,6 +46,11 @@ def test_what_is_left_in_the_environment_makes_no_group(
         ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR is not set, and WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "10.0.0.1"}, "MASTER_PORT is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: expected a number from 0 to below WORLD_SIZE, 2, got 2"),
+        # The group of one would wait half an hour for its first process.
+        (
+            {"WORLD_SIZE": "1", "RANK": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "RANK: expected a number from 0 to below WORLD_SIZE, 1, got 3",
+        ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a whole number, got 'two'"),
         ({"WORLD_SIZE": "2", "RANK": ""}, "RANK: expected a whole number, got ''"),
     ],
