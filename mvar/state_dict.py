@@ -10,12 +10,10 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from datetime import date, datetime, timedelta, timezone
 from functools import cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,11 +27,7 @@ AVERAGES = re.compile(r"ema|shadow|averag")
 WRAPPING = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 MAX_NESTING = 4
 NUMPY = ("numpy._core", "numpy.core")
-PATHS = {
-    f"{pure}{kind}Path": cls
-    for kind, cls in (("Posix", PurePosixPath), ("Windows", PureWindowsPath))
-    for pure in ("", "Pure")
-}
+PATHS = ("pathlib", "pathlib._local")
 MAGIC = {
     b"version https://git-lfs": "a Git LFS pointer, not the weights: fetch them with git lfs pull",
     b"\x1f\x8b": "compressed by gzip: unpack it first",
@@ -118,17 +112,32 @@ def _kind(file: Path, head: bytes) -> str | None:
     return None
 
 
+class _Value:
+    """Stands for a value beside the weights that nothing here reads: it is not made, since a crafted one can crash
+    NumPy."""
+
+    def __init__(self, *parts: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 @cache
 def _inert() -> list[Any]:
-    """What trainers keep beside weights and what only holds values: times, paths, NumPy's numbers and arrays."""
-    types = {type(np.dtype(code)) for code in np.typecodes["All"] if code != np.dtype(object).char}
-    makers: list[Any] = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
-    # In one module or another, by the version of NumPy and of Python; the paths of another system can only be pure.
-    numpy = [(make, f"{module}.multiarray.{make.__name__}") for make in makers for module in NUMPY]
-    paths = [(PATHS[name], f"{module}.{name}") for name in PATHS for module in ("pathlib", "pathlib._local")]
+    """What trainers keep beside weights: times, paths, NumPy's numbers and arrays, tables with defaults."""
+    names = [f"{module}.multiarray.{name}" for module in NUMPY for name in ("scalar", "_reconstruct")]
+    names += [
+        f"{module}.{pure}{kind}Path" for module in PATHS for pure in ("", "Pure") for kind in ("Posix", "Windows")
+    ]
+    names += [
+        "numpy.ndarray",
+        "numpy.dtype",
+        *(f"builtins.{name}" for name in ("list", "dict", "int", "float", "slice")),
+    ]
+    names += [f"datetime.{name}" for name in ("datetime", "date", "timedelta", "timezone")]
     others: list[Any] = [(lambda *_: {}, "collections.defaultdict")]  # torch's loader fills no other table than a dict
-    plain = [argparse.Namespace, datetime, date, timedelta, timezone, frozenset, range, slice]
-    return [*plain, list, dict, int, float, np.ndarray, np.dtype, *types, *numpy, *paths, *others]
+    return [argparse.Namespace, *others, *((_Value, name) for name in names)]
 
 
 def _unpickled(file: Path) -> Any:
