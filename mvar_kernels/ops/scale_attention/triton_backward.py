@@ -18,9 +18,11 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     candidates,
     exponents_of,
     inverse_norm,
+    load_keys,
     load_rows,
     load_spans,
     load_tile,
+    next_weights,
     operand,
     row_mask,
     row_offsets,
@@ -31,6 +33,7 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     through_norm,
     tile,
     unit_rows,
+    where_seen,
 )
 
 # By the padded head dimension. Of the side that is walked through, 32 rows a step: with norms these take all 255
@@ -70,17 +73,10 @@ def _sum_weights(
     MASKED: tl.constexpr,
 ):
     """One block of keys: the rows' largest score, sums of weights and of weights times dO·v, and largest |dO·v|."""
-    offs_n = start + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, stride_kl, hi, HEAD_DIM, BLOCK_D, MASKED)
-    v = load_rows(v_ptr, offs_n, stride_vl, hi, HEAD_DIM, BLOCK_D, MASKED)
+    k, v, offs_n = load_keys(k_ptr, v_ptr, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
     scores = scores_of(q, k, NORM)  # [BLOCK_M, BLOCK_N]
-    if MASKED:
-        key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, mask_m)
-        seen = (offs_n[None, :] >= key_lo[:, None]) & (offs_n[None, :] < key_hi[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(exponents_of(scores, new_peak[:, None], q_factor[:, None]))
-    shrink = tl.exp2(exponents_of(peak, new_peak, q_factor))
+    scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
+    weights, shrink, new_peak = next_weights(scores, peak, q_factor)
     dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     total = total * shrink + tl.sum(weights, 1)
     product = product * shrink + tl.sum(weights * dweights, 1)
@@ -131,17 +127,12 @@ def _through_keys(
     MASKED: tl.constexpr,
 ):
     """One block of keys: dq and the rows' sums of dS times the exponent, with it."""
-    offs_n = start + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, stride_kl, hi, HEAD_DIM, BLOCK_D, MASKED)
-    v = load_rows(v_ptr, offs_n, stride_vl, hi, HEAD_DIM, BLOCK_D, MASKED)
+    k, v, offs_n = load_keys(k_ptr, v_ptr, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
     k_rows = k
     if NORM:
         k_rows = unit_rows(k)  # at once: later it would keep k in registers until then
     exponents = exponents_of(scores_of(q, k, NORM), peak[:, None], q_factor[:, None])  # [BLOCK_M, BLOCK_N]
-    if MASKED:
-        key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, mask_m)
-        seen = (offs_n[None, :] >= key_lo[:, None]) & (offs_n[None, :] < key_hi[:, None])
-        exponents = tl.where(seen, exponents, ABSENT)
+    exponents = where_seen(exponents, ABSENT, spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
     dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     changes = tl.exp2(exponents) * (dweights - delta[:, None])
     if NORM:

@@ -13,10 +13,10 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     LN_2,
     LOWEST,
     candidates,
-    exponents_of,
+    load_keys,
     load_rows,
-    load_spans,
     load_tile,
+    next_weights,
     operand,
     row_mask,
     row_offsets,
@@ -25,6 +25,7 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     shape_class,
     strides,
     tile,
+    where_seen,
 )
 
 # By the padded head dimension. 64 rows waste least on 100 and 169 tokens, and of blocks of 4 warps a multiprocessor of
@@ -64,19 +65,12 @@ def _attend(
     MASKED: tl.constexpr,
 ):
     """One block of keys: (acc, total, peak) with it, sums of weights times v, of weights, and the largest score."""
-    offs_n = start + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, stride_kl, hi, HEAD_DIM, BLOCK_D, MASKED)
-    v = load_rows(v_ptr, offs_n, stride_vl, hi, HEAD_DIM, BLOCK_D, MASKED)
+    k, v, offs_n = load_keys(k_ptr, v_ptr, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
     scores = scores_of(q, k, NORM)  # [BLOCK_M, BLOCK_N]
-    if MASKED:
-        key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, mask_m)
-        seen = (offs_n[None, :] >= key_lo[:, None]) & (offs_n[None, :] < key_hi[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(exponents_of(scores, new_peak[:, None], q_factor[:, None]))
+    scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
+    weights, shrink, new_peak = next_weights(scores, peak, q_factor)
     if v.dtype != tl.float16:
         weights *= share
-    shrink = tl.exp2(exponents_of(peak, new_peak, q_factor))
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_peak

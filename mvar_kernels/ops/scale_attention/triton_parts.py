@@ -174,3 +174,42 @@ def load_spans(spans_ptr, Lq, offs_m, mask_m):
     lo = tl.load(spans_ptr + offs_m, mask=mask_m, other=0)
     hi = tl.load(spans_ptr + Lq + offs_m, mask=mask_m, other=0)
     return lo, hi  # [BLOCK_M]
+
+
+@triton.jit
+def load_keys(
+    k_ptr,
+    v_ptr,
+    stride_kl,
+    stride_vl,
+    start,
+    hi,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of keys and values from row `start` on, and the numbers of its rows."""
+    offs_n = start + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, offs_n, stride_kl, hi, HEAD_DIM, BLOCK_D, MASKED)
+    v = load_rows(v_ptr, offs_n, stride_vl, hi, HEAD_DIM, BLOCK_D, MASKED)
+    return k, v, offs_n
+
+
+@triton.jit
+def where_seen(scores, absent, spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED: tl.constexpr):
+    """Scores [BLOCK_M, BLOCK_N], `absent` where the query does not see the key."""
+    if MASKED:
+        key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, mask_m)
+        seen = (offs_n[None, :] >= key_lo[:, None]) & (offs_n[None, :] < key_hi[:, None])
+        scores = tl.where(seen, scores, absent)
+    return scores
+
+
+@triton.jit
+def next_weights(scores, peak, factor):
+    """Weights against the largest score so far, what earlier ones shrink by, and that score; from the block's scores
+    and the largest one before."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(exponents_of(scores, new_peak[:, None], factor[:, None]))
+    return weights, tl.exp2(exponents_of(peak, new_peak, factor)), new_peak
