@@ -38,6 +38,7 @@ class Model(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, scales[0], C, dtype=torch.float32))
         self.pos_1LC = nn.Parameter(torch.empty(1, config.num_tokens, C, dtype=torch.float32))
         self.lvl_embed = nn.Embedding(len(scales), C, dtype=torch.float32)
+        # By fill_, as torch.cat without storage would import torch._dynamo (weights.without_storage).
         levels = torch.empty(1, config.num_tokens, dtype=torch.int64)
         for k, level in enumerate(levels.split(scales, 1)):
             level.fill_(k)

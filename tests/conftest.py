@@ -1,7 +1,9 @@
 """What all tests share."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # A thread for each worker of pytest-xdist and for each process that a test starts; read when torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,6 +17,9 @@ if not torch.cuda.is_available():
 from tests.global_state import settings_of_the_session, unchanged_settings  # noqa: E402
 
 __all__ = ["settings_of_the_session", "unchanged_settings"]
+
+# A script's background is started to ignore SIGINT; what tests send is heard, as in the foreground.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Left out by `make test-fast`, beside tests marked where they stand: kernels interpreted and compiled, whole runs.
 SLOW = {
@@ -53,6 +58,21 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def mixer_inputs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """What each call of mamba2_mixer was given: the projection, and dt where it came apart from it."""
+    import mvar_kernels as mk  # as below
+
+    mixer, given = mk.mamba2_mixer, []
+
+    def noted(projected: torch.Tensor, *params: Any, dt: torch.Tensor | None, **options: Any) -> Any:
+        given.append((projected, dt))
+        return mixer(projected, *params, dt=dt, **options)
+
+    monkeypatch.setattr(mk, "mamba2_mixer", noted)
+    return given
 
 
 @pytest.fixture

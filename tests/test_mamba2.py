@@ -136,24 +136,16 @@ def test_errors_name_the_argument() -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_the_layer_keeps_dt_in_float32_under_autocast(bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layer_keeps_dt_in_float32_under_autocast(bidirectional: bool, mixer_inputs: list[Any]) -> None:
     """Beside 16-bit x, B and C; an in_proj with a hook is called whole, and rounds dt."""
     torch.manual_seed(0)
     layer = Mamba2(ModelConfig(depth=2, patch_nums=(1, 2, 4), num_classes=2, bidirectional=bidirectional))
     x, scales = torch.randn(2, 21, layer.in_proj.in_features), (1, 4, 16)
-    given: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-    mixer = mk.mamba2_mixer
-
-    def noted(projected: torch.Tensor, *params: Any, dt: torch.Tensor | None, **options: Any) -> Any:
-        given.append((projected, dt))
-        return mixer(projected, *params, dt=dt, **options)
-
-    monkeypatch.setattr(mk, "mamba2_mixer", noted)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         layer(x, scales, None, "reference")
         layer.in_proj.register_forward_hook(lambda *_: None)
         layer(x, scales, None, "reference")
-    (projected, dt), (whole, none) = given
+    (projected, dt), (whole, none) = mixer_inputs
     with torch.no_grad():
         exact = layer.in_proj.double()(x.double())[..., projected.shape[-1] :]
     assert projected.dtype == whole.dtype == torch.bfloat16 and dt is not None and none is None
