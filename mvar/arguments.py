@@ -13,6 +13,18 @@ from mvar.tokenizer import Tokenizer
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+MAX_IMAGES = 10**8  # of a run: at 256×256 20 TB
+
+
+def check_images(options: argparse.Namespace, classes: int) -> None:
+    """Raise ValueError unless `count` images of so many classes can be drawn, `batch` at a time."""
+    for name in ("count", "batch"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if classes * options.count > MAX_IMAGES:
+        raise ValueError(f"--count: expected at most {MAX_IMAGES} images of all classes, got {classes * options.count}")
+
+
 def drawing(options: argparse.Namespace) -> dict[str, Any]:
     """The options that `generate` shares with the command line."""
     names = ("cfg", "top_k", "top_p", "seed", "backend", "graph")

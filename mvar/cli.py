@@ -3,11 +3,10 @@
 import argparse
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mvar.errors import message
 from mvar.files import expanded
@@ -23,6 +22,13 @@ BACKEND_HELP = "backend of every op, see `mvar info` (default: auto)"
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Nothing is left over: a subcommand's parser is asked by its parent in this way, and would not object."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -103,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         "--classes 0-999 --count 50 --npz fid.npz",
     )
     _weights(sample)
-    sample.add_argument("--classes", type=_classes, required=True, help="such as 3, 1,5,7-9 or, by name, cat,dog")
+    sample.add_argument(
+        "--classes", required=True, help="""such as 3, 1,5,7-9 or, by name, cat,dog or '"a name, with a comma",cat'"""
+    )
     sample.add_argument("--count", type=int, default=1, metavar="N", help="images a class (default: 1)")
     sample.add_argument(
         "--batch",
@@ -174,7 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         "mvar convert ar-ckpt-last.pth tokenizer.pth --part tokenizer",
     )
     convert.add_argument(
-        "source", help="official or own file, checkpoint of VAR's or M-VAR's trainer, or of a run of mvar train"
+        "source",
+        type=_source,
+        help="official or own file, checkpoint of VAR's or M-VAR's trainer, or of a run of mvar train",
     )
     convert.add_argument(
         "target", type=_path, help=".pth for a state dict as published, .safetensors for our own format"
@@ -201,7 +211,9 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="folder with train/class/picture and, if wanted, val/class/picture",
     )
-    tokenize.add_argument("--tokenizer", required=True, help="official or own file, or hf://owner/repository/file")
+    tokenize.add_argument(
+        "--tokenizer", type=_source, required=True, help="official or own file, or hf://owner/repository/file"
+    )
     tokenize.add_argument(
         "--out",
         type=_path,
@@ -248,9 +260,10 @@ def _parser() -> argparse.ArgumentParser:
 def _weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
+        type=_source,
         help="model: official or own file, or hf://owner/repository/file (default: the digits inside the package)",
     )
-    parser.add_argument("--tokenizer", help="tokenizer that belongs to it, likewise")
+    parser.add_argument("--tokenizer", type=_source, help="tokenizer that belongs to it, likewise")
 
 
 def _compile_decoder(parser: argparse.ArgumentParser) -> None:
@@ -283,25 +296,15 @@ def _machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda where there is one)")
 
 
-def _path(text: str) -> Path:
+def _source(text: str) -> str:
+    """A path, or an hf:// address, which is none."""
     if not text:  # an unset variable of a shell; to Path it is the current folder
         raise argparse.ArgumentTypeError("expected a path, got an empty text")
-    return expanded(text)
+    return text
 
 
-def _classes(text: str) -> list[int | str]:
-    """ "1,5,7-9" → [1, 5, 7, 8, 9]; what is no number is a name."""
-    classes: list[int | str] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None and part.strip():
-            classes.append(part)
-            continue
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
-            raise argparse.ArgumentTypeError(f"expected classes such as 3, 1,5,7-9 or cat,dog, got {text!r}")
-        classes += range(first, last + 1)
-    return classes
+def _path(text: str) -> Path:
+    return expanded(_source(text))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -17,12 +17,14 @@ from mvar_kernels.backends import backends, fastest_dtype
 
 COLUMNS = 10
 BATCH = 100
+MAX_CHECKED = 100_000  # all of them are kept in memory, 12 KiB each
 
 
 def demo(options: argparse.Namespace) -> None:
     """Write samples.png and scales.png, print speed and checks; exit code 1 where a check fails."""
-    if options.checked < 2 * digits.NUM_CLASSES:
-        raise ValueError(f"--checked: expected at least {2 * digits.NUM_CLASSES}, got {options.checked}")
+    if not 2 * digits.NUM_CLASSES <= options.checked <= MAX_CHECKED:
+        expected = f"from {2 * digits.NUM_CLASSES} to {MAX_CHECKED}"
+        raise ValueError(f"--checked: expected {expected}, got {options.checked}")
     check_writable(options.out / "samples.png")
     device = own_device(options.device)
     for name, value in digits.DRAWING.items():

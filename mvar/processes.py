@@ -1,6 +1,7 @@
 """The processes of a run that torchrun started: which device and share is whose, and where they wait for each other."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from mvar.errors import message
 Value = TypeVar("Value")
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torch.distributed asks for."""
+POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,12 @@ class Processes:
         return self.rank == 0
 
     def meet(self) -> None:
-        """Wait for all others to come here, too."""
+        """Wait for all others to come here, too; signals are handled meanwhile, which dist.barrier() does not."""
         if self.size > 1:
-            dist.barrier()
+            arrival = dist.barrier(async_op=True)
+            while not arrival.is_completed():
+                time.sleep(POLL_SECONDS)
+            arrival.wait()  # raises what went wrong
 
     def agreed(self, value: Value) -> Value:
         """The first process's value."""
@@ -95,6 +100,8 @@ def joined(backend: str = "gloo") -> Iterator[Processes]:
         return
     if missing:
         raise ValueError(f"{missing[0]} is not set, and WORLD_SIZE is {expected.size}: start with torchrun")
+    if not 0 <= _variable("MASTER_PORT", 0) < 1 << 16:
+        raise ValueError(f"MASTER_PORT: expected a port, below {1 << 16}, got {os.environ['MASTER_PORT']!r}")
     dist.init_process_group(backend)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())

@@ -1,9 +1,10 @@
 """`mvar sample`: images from any weights, into PNG files, a grid or an npz; alone, or in every process of torchrun."""
 
 import argparse
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mvar.arguments import drawing, load
+from mvar.arguments import check_images, drawing, load
 from mvar.batches import drawn_batches
+from mvar.classes import numbers, parsed
 from mvar.drawing import Drawing
 from mvar.files import beside, check_writable, is_standard_output
 from mvar.generate import Launched, launch
@@ -32,18 +34,16 @@ def sample(options: argparse.Namespace) -> None:
     """
     if not (options.out or options.grid or options.npz):
         raise ValueError("nowhere to write to: give --out, --grid or --npz")
-    for name in ("count", "batch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    wanted = parsed(options.classes)
+    check_images(options, sum(map(len, wanted)))
     outputs = [path for path in (options.out, options.grid, options.npz) if path is not None]
     if options.grid is not None:
         check_picture(options.grid)
     for path in outputs:
         check_writable(path / "000000.png" if path is options.out else path)
     model, tokenizer = load(options.weights, options.tokenizer, own_device(options.device))
-    labels = torch.tensor(
-        _numbers(options.classes, model.class_names), dtype=torch.int64, device="cpu"
-    ).repeat_interleave(options.count)
+    classes = torch.tensor(numbers(wanted, model), dtype=torch.int64, device="cpu")
+    labels = classes.repeat_interleave(options.count)
     side = tokenizer.resolution
     if options.grid is not None:
         check_picture(options.grid, *grid_size(len(labels), options.count, side, side))
@@ -92,19 +92,6 @@ def sample(options: argparse.Namespace) -> None:
     print(f"{len(labels)} images in {', '.join(map(str, outputs))}", file=said_to)
 
 
-def _numbers(classes: Sequence[int | str], names: Sequence[str] | None) -> list[int]:
-    """Classes by their numbers, those given by name looked up. ValueError where there is no such name, or two."""
-    if names is None:
-        known, names = "has no class names, only numbers", ()
-    else:
-        known = f"names {', '.join(names[:5])}{', …' * (len(names) > 5)}"
-    for name in classes:
-        if isinstance(name, str) and names.count(name) != 1:
-            found = "two classes" if name in names else "no class"
-            raise ValueError(f"--classes: {found} {name!r}; the model's file {known}")
-    return [names.index(c) if isinstance(c, str) else c for c in classes]
-
-
 def _claim(folder: Path, *, overwrite: bool) -> None:
     """See that no image of an earlier run, which may have had more of them, is left among those to come."""
     earlier = sorted(path for path in folder.glob("*.png") if IMAGE.fullmatch(path.name))
@@ -124,9 +111,15 @@ def _gathered(target: Path | None, shape: tuple[int, ...], processes: Processes)
     if target is None:
         yield partial(_opened, None)
         return
+    processes.meet()  # before there is a file: where they agree on its name none waits for another, deaf to signals
     with beside(target) if processes.leads else nullcontext(target) as path:
         if processes.leads:
             np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+            with path.open("r+b") as file:  # for a file that the disk does not hold, writing to its memory would crash
+                try:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                except OSError as error:
+                    raise OSError(f"cannot write {target}: {error.strerror}") from error
         yield partial(_opened, processes.agreed(path))
 
 

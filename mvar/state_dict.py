@@ -28,6 +28,12 @@ WRAPPING = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 MAX_NESTING = 4
 NUMPY = ("numpy._core", "numpy.core")
 PATHS = ("pathlib", "pathlib._local")
+BUILTINS = (bool, bytes, dict, float, frozenset, int, list, range, slice, str, tuple)
+OTHERS = (
+    *("datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "datetime.timezone"),
+    *("decimal.Decimal", "fractions.Fraction", "types.SimpleNamespace", "uuid.SafeUUID", "uuid.UUID"),
+    "torch.torch_version.TorchVersion",
+)
 MAGIC = {
     b"version https://git-lfs": "a Git LFS pointer, not the weights: fetch them with git lfs pull",
     b"\x1f\x8b": "compressed by gzip: unpack it first",
@@ -133,10 +139,11 @@ def _inert() -> list[Any]:
     names += [
         "numpy.ndarray",
         "numpy.dtype",
-        *(f"builtins.{name}" for name in ("list", "dict", "int", "float", "slice")),
+        *(f"builtins.{kind.__name__}" for kind in BUILTINS),
+        *OTHERS,
     ]
-    names += [f"datetime.{name}" for name in ("datetime", "date", "timedelta", "timezone")]
-    others: list[Any] = [(lambda *_: {}, "collections.defaultdict")]  # torch's loader fills no other table than a dict
+    # torch's loader fills no other table than a dict, and no other sequence than a list.
+    others: list[Any] = [(lambda *_: {}, "collections.defaultdict"), (lambda *_: [], "collections.deque")]
     return [argparse.Namespace, *others, *((_Value, name) for name in names)]
 
 
@@ -147,6 +154,8 @@ def _unpickled(file: Path) -> Any:
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's own words advise to run it
         why = f"it asks for {asked[1]}; save a state_dict() alone" if asked else "it is no plain pickle of tensors"
+        if "Unsupported operand" in str(error):
+            why = "it has no pickle of torch.save's own protocol, 2"
         raise CheckpointError(f"{file}: not loaded, because it is more than weights or corrupted: {why}") from error
     except Exception as error:  # what a corrupted byte raises inside the reader is any of a dozen types
         if is_environmental(error):

@@ -6,10 +6,12 @@ import io
 import json
 import pickle
 import zipfile
-from collections import defaultdict
-from datetime import datetime
+from collections import defaultdict, deque
+from datetime import datetime, time
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -220,6 +222,8 @@ def wrapped(kind: str, state: dict[str, torch.Tensor]) -> dict[str, object]:
         "namespace": {"args": argparse.Namespace(depth=1, data=Path("images")), "model": state},
         "values": {"best": np.float64(1.5), "step": np.int64(3), "rng": np.random.get_state(), "model": state},
         "records": {"at": datetime(2026, 1, 2), "log": defaultdict(list, a=[1]), "seen": slice(3), "model": state},
+        "empty": {"a": np.empty(0), "b": b"", "c": frozenset(), "d": deque([1]), "e": range(3), "model": state},
+        "library": {"at": time(1), "id": UUID(int=1), "of": Decimal(1), "on": torch.__version__, "model": state},
         "averaged": {"n_averaged": torch.tensor(3), **{f"module.{name}": t for name, t in state.items()}},
         "a block alone": blocks,  # type: ignore[dict-item]
     }
@@ -228,7 +232,7 @@ def wrapped(kind: str, state: dict[str, torch.Tensor]) -> dict[str, object]:
 
 KINDS = (
     "ddp, compiled, ddp compiled, compiled ddp, lightning, model, state_dict, ema, model and ema, names of ema, "
-    "trainer, params, namespace, values, records, averaged, a block alone"
+    "trainer, params, namespace, values, records, empty, library, averaged, a block alone"
 )
 
 

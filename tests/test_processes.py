@@ -52,6 +52,14 @@ def test_what_is_left_in_the_environment_makes_no_group(
             "RANK: expected a number from 0 to below WORLD_SIZE, 1, got 3",
         ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a whole number, got 'two'"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+            "MASTER_PORT: expected a whole number, got 'x'",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "65536"},
+            "MASTER_PORT: expected a port, below 65536, got '65536'",
+        ),
         ({"WORLD_SIZE": "2", "RANK": ""}, "RANK: expected a whole number, got ''"),
     ],
 )

@@ -1,10 +1,13 @@
 """`mvar sample` in several processes, and one batch ahead of the host."""
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -49,16 +52,6 @@ def test_images_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
         assert np.array_equal(np.asarray(Image.open(path)), contents[0]["arr_0"][i])
 
 
-def test_a_process_that_fails_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """Class 11 is in the second batch alone, the second process's."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mvar.sample"]
-    arguments = ["--classes", "1,11", "--batch", "1", "--device", "cpu", "--npz", f"{tmp_path}/all.npz"]
-    environment = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode != 0 and "labels: expected classes from 0 to 9, got 11 to 11" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
 Asked = tuple[list[int], Drawing, dict[str, object]]
 
 
@@ -74,6 +67,91 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
 
     monkeypatch.setattr(sampling, "launch", launched)
     return seen
+
+
+PLANTED = """
+import os, sys, time
+from mvar import sample
+from mvar.cli import main
+from mvar.processes import Processes
+
+launch, meet = sample.launch, Processes.meet
+
+def launched(*args, first_index, **options):
+    if first_index == 1:
+        {planted}
+    return launch(*args, first_index=first_index, **options)
+
+def met(processes):
+    print("meets", flush=True)
+    meet(processes)
+
+sample.launch, Processes.meet = launched, met
+main(["sample", "--classes", "1,2", "--batch", "1", "--device", "cpu", "--npz", sys.argv[1]])
+"""
+"""A program whose second batch, the second process's, does what is planted."""
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Iterator[Callable[[str], list[subprocess.Popen[str]]]]:
+    """Start such a program in two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared["PYTHONPATH"] = str(Path(mvar.__file__).parent.parent)
+    with ExitStack() as running:
+
+        def start(planted: str) -> list[subprocess.Popen[str]]:
+            command = [sys.executable, "-c", PLANTED.format(planted=planted), f"{tmp_path}/all.npz"]
+            started = []
+            for rank in range(2):
+                process = subprocess.Popen(
+                    command,
+                    env=os.environ | shared | {"RANK": str(rank)},
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+                running.callback(process.communicate)
+                running.callback(process.kill)
+                started.append(process)
+            return started
+
+        yield start
+
+
+def test_a_process_that_fails_leaves_nothing_half_written(
+    planted: Callable[[str], list[subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    first, second = planted("raise ValueError('planted')")
+    assert "mvar sample: error: planted" in second.communicate(timeout=100)[1] and second.returncode == 2
+    assert "mvar sample: error: " in first.communicate(timeout=100)[1] and first.returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_is_heard_while_a_process_waits_for_another(
+    planted: Callable[[str], list[subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    """For the third time it meets the other one when its own batch is done."""
+    first, _ = planted("time.sleep(600)")
+    assert first.stdout is not None
+    for _ in range(3):
+        assert first.stdout.readline() == "meets\n"
+    assert len(list(tmp_path.iterdir())) == 1
+    first.terminate()
+    assert first.wait(timeout=100) == 128 + signal.SIGTERM and list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_does_not_hold_all_images_is_told_before_they_are_drawn(
+    launches: list[Asked], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    error = fails(capsys, "sample", *ARGUMENTS, "--npz", f"{tmp_path}/all.npz")
+    assert f"cannot write {tmp_path}/all.npz: No space left on device" in error
+    assert launches == [] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -97,16 +175,16 @@ def test_classes_by_name(
     launches: list[Asked], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = digits.pretrained()
-    model.class_names = ("cat", "dog", "eel", "eel", "fox 2", "5", "6", "7", "8", "9")
+    model.class_names = ("cat", "dog", "eel", "eel", "fox 2", "5", "6, or six", "7", "Käfer", "5")
     monkeypatch.setattr(sampling, "load", lambda *_: (model, tokenizer))
-    main(["sample", "--classes", "dog,fox 2,7-8,cat", "--npz", f"{tmp_path}/all.npz"])
-    assert launches[0][0] == [1, 4, 7, 8, 0]
+    main(["sample", "--classes", 'dog, fox 2,7-8,"6, or six",cat,5,Käfer', "--npz", f"{tmp_path}/all.npz"])
+    assert launches[0][0] == [1, 4, 7, 8, 6, 0, 5, 8]
     error = fails(capsys, "sample", "--classes", "1,cow", "--npz", f"{tmp_path}/all.npz")
     assert "--classes: no class 'cow'; the model's file names cat, dog, eel, eel, fox 2, …" in error
     assert "two classes 'eel'" in fails(capsys, "sample", "--classes", "eel", "--npz", f"{tmp_path}/all.npz")
     model.class_names = None
     error = fails(capsys, "sample", "--classes", "cat", "--npz", f"{tmp_path}/all.npz")
-    assert "no class 'cat'; the model's file has no class names, only numbers" in error
+    assert "no class 'cat'; the model's file has numbers alone" in error
 
 
 def test_each_batch_is_one_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: list[Asked]) -> None:

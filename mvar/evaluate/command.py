@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import mvar
-from mvar.arguments import drawing, load
+from mvar.arguments import check_images, drawing, load
 from mvar.drawing import Drawing
 from mvar.evaluate.images import Recipe, draw_images, write_pngs
 from mvar.evaluate.inception import Sources, check, figures, sources
@@ -28,12 +28,11 @@ PACKAGES = ("numpy", "triton", "torchvision", "torch-fidelity")
 
 def evaluate(options: argparse.Namespace) -> None:
     """Draw `count` images a class, go on where a run was stopped, measure them, write evaluation.json."""
-    for name in ("count", "batch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    check_images(options, 1)
     found = sources(options.inception, options.reference)
     device = own_device(options.device)
     model, tokenizer = load(options.weights, options.tokenizer, device)
+    check_images(options, model.config.num_classes)
     shared = drawing(options)
     how = Drawing(
         more_smooth=False,
