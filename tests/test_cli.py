@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it writes, and one plain line with exit code 2 on bad use."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -175,10 +176,10 @@ def test_shipped_weights_are_small() -> None:
 def test_training_learns_and_writes_loadable_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A hundredth of the preset: the loss falls, and what was written generates."""
     main(["train", "--preset", "digits", "--out", str(tmp_path), "--shorten", "0.01"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
-    for name in ("tokenizer", "model"):
-        losses = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)]
-        assert losses[-1] < losses[0] - 0.1
+    out = capsys.readouterr().out
+    for name, expected in (("tokenizer: step", 7), ("model: iteration", 2)):
+        losses = [float(loss) for loss in re.findall(rf"^{name} .*?\bloss ([0-9.]+)", out, re.MULTILINE)]
+        assert len(losses) == expected and losses[-1] < losses[0] - 0.1 and max(losses[1:]) < losses[0]
     model = mvar.load_model(tmp_path / "model.safetensors")
     tokenizer = mvar.load_tokenizer(tmp_path / "tokenizer.safetensors")
     assert mvar.generate(model, tokenizer, [3], dtype=torch.float32).images.shape == (1, 3, 32, 32)

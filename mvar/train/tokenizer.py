@@ -19,6 +19,8 @@ CONFIG = TokenizerConfig(
 )
 STEPS, BATCH, RATE, WARM_UP, AVERAGE = 700, 64, 6e-3, 50, 0.98
 REVIVE_EVERY = 25
+# Not shortened with the steps: after a warm-up of 2 the loss jumps from 0.8 to as much as 1.6, and which way a run of 7
+# then ends, 0.33 to 0.83 for twelve seeds, is left to roundings. After the same steps of this one it is 0.33 to 0.46.
 
 
 def train_digits_tokenizer(path: Path, *, seed: int = 0, shorten: float = 1.0) -> None:
@@ -35,7 +37,6 @@ def train_digits_tokenizer(path: Path, *, seed: int = 0, shorten: float = 1.0) -
 
 def _trained(seed: int, shorten: float) -> Tokenizer:
     images, steps = digits.load()[0].images, max(round(STEPS * shorten), 1)
-    warm_up = min(WARM_UP, -(-steps // 5))
     tokenizer = Tokenizer(CONFIG).train()
     parameters = list(tokenizer.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0)
@@ -45,7 +46,7 @@ def _trained(seed: int, shorten: float) -> Tokenizer:
     for step in progress:
         decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / warm_up) * decay
+            group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * decay
         batch = images[next(order)]
         if step % REVIVE_EVERY == 0 and step < 0.8 * steps:
             tokenizer.revive_dead_codes(batch)
