@@ -1,6 +1,5 @@
 """Timing side by side, and results as files."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ import torch
 import mvar
 from mvar.bench import ALLOCATOR
 from mvar.files import write_json
+from mvar.machine import cpu_model, cpuinfo, version
 from mvar_kernels.backends import architecture, native
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,12 +99,12 @@ def machine() -> dict[str, Any]:
     """What a figure depends on: processor, threads, versions, commit."""
     extension = native()
     return {
-        "processor": _cpuinfo().get("model name", platform.processor()),
+        "processor": cpuinfo().get("model name", platform.processor()),
         "cpu_model": cpu_model(),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "architecture": architecture(DEVICE),
         "cuda": torch.version.cuda,
-        "triton": triton_version(),
+        "triton": version("triton"),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -113,39 +113,6 @@ def machine() -> dict[str, Any]:
         "compiler": extension.build_info()["compiler"] if extension else None,
         "commit": _commit(),
     }
-
-
-def triton_version() -> str | None:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_model() -> str:
-    """What tells CPUs apart, as "AMD EPYC, family 26, avx512": on rented machines many share one name.
-
-    Of instruction sets it has the widest one, AMX, and what ONEDNN_MAX_CPU_ISA leaves of them to oneDNN.
-    """
-    facts = _cpuinfo()
-    features = set(facts.get("flags", "").split())
-    widest = next((name for flag, name in (("avx512f", "avx512"), ("avx2", "avx2")) if flag in features), None)
-    described = (
-        facts.get("model name", platform.processor() or platform.machine()),
-        "cpu family" in facts and f"family {facts['cpu family']}",
-        widest,
-        "amx_tile" in features and "amx",
-        (limit := os.environ.get("ONEDNN_MAX_CPU_ISA")) and f"oneDNN up to {limit}",
-    )
-    return ", ".join(part for part in described if part)
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Of the first CPU, where the system tells."""
-    path = Path("/proc/cpuinfo")
-    first = path.read_text().split("\n\n")[0] if path.exists() else ""
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def _commit() -> str:

@@ -1,8 +1,7 @@
-"""The command line: `mvar demo | sample | evaluate | train | convert | tokenize | bench | info`."""
+"""The command line: `mvar demo | sample | evaluate | train | convert | tokenize | bench | check | info`."""
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -253,6 +252,18 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--report", action="store_true", help="then make tables, plots and page from the result files")
     bench.add_argument("arguments", nargs="*", help="after --: of the suite, see python -m benchmarks.NAME --help")
 
+    check = command(
+        "check",
+        _check,
+        "hold every kernel that runs on this machine to float64, forward and backward, and print a table of its errors",
+        "mvar check\nmvar check scale_attention --backend triton --out check.jsonl\n"
+        "mvar check --only-failed check.jsonl",
+    )
+    check.add_argument("ops", nargs="*", metavar="op", help="such as scale_attention (default: all)")
+    check.add_argument("--backend", default=None, help="this one alone (default: all but the reference)")
+    check.add_argument("--out", type=_path, help="file for a line of JSON each case, as it is done")
+    check.add_argument("--only-failed", type=_path, metavar="FILE", help="the cases that were wrong in such a file")
+
     command("info", _info, "tell versions, devices and backends, and why a backend is missing", "mvar info")
     return parser
 
@@ -354,27 +365,16 @@ def _bench(options: argparse.Namespace) -> None:
     bench(options)
 
 
+def _check(options: argparse.Namespace) -> None:
+    from mvar.check.command import check
+
+    check(options)
+
+
 def _info(options: argparse.Namespace) -> None:
-    import torch
+    from mvar import machine
 
-    import mvar
-    from mvar_kernels.backends import backends, fastest_dtype, native
-
-    print(
-        f"mvar {mvar.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
-    )
-    print(f"cpu: {torch.get_num_threads()} threads, fastest dtype {fastest_dtype(torch.device('cpu'))}")
-    for i in range(torch.cuda.device_count()):
-        device = torch.device("cuda", i)
-        memory_gib = torch.cuda.get_device_properties(i).total_memory / 2**30
-        print(f"{device}: {torch.cuda.get_device_name(i)}, {memory_gib:.0f} GiB, fastest dtype {fastest_dtype(device)}")
-    extension = native()
-    if extension is not None:
-        facts = ", ".join(f"{name} {value}" for name, value in extension.build_info().items())
-        print(f"extension: runs {extension.instruction_set()}; {facts}")
-    print("backends:")
-    for name, reason in backends().items():
-        print(f"  {name:<11} {'available' if reason is None else f'not available: {reason}'}")
+    print(*machine.lines(), sep="\n")
 
 
 if __name__ == "__main__":

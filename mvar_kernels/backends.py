@@ -255,6 +255,10 @@ def guarded(kernel: Kernel, device: torch.device) -> Kernel:
     return Kernel(kernel.why_not, inside(kernel.forward), kernel.backward and inside(kernel.backward))
 
 
+OPS: dict[str, "Op"] = {}
+"""Every op by its name, from when its module is imported."""
+
+
 class Op:
     """The kernels of one op: `modules` maps a backend to its module inside the op's package.
 
@@ -264,6 +268,7 @@ class Op:
 
     def __init__(self, name: str, package: str, modules: Mapping[str, str]) -> None:
         self.name, self.package, self.modules = name, package, dict(modules)
+        OPS[name] = self
 
     # Looked up at every call of an op; ops are made once, with their modules, and live as long as the process.
     @cache  # noqa: B019

@@ -1,8 +1,6 @@
 """What an op's `spec.py` says of it: cases, inputs, slack, bytes and FLOPs.
 
-Read by the contract test and by the benchmarks, so that what is timed is what is proved. The
-tolerance is one rule for all: against the float64 reference, a kernel's error is at most twice that
-of the same-dtype reference plus one rounding, for every output and every gradient.
+Read by the contract (contract.py) and by the benchmarks, so that what is timed is what is proved.
 """
 
 from collections.abc import Callable, Mapping

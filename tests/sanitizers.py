@@ -104,7 +104,7 @@ def calls(spec: "Spec") -> Iterator[Callable[[], object]]:  # type: ignore[name-
 
     import torch
 
-    from tests.test_contract import evaluate, every_other, prepared, transposed
+    from mvar_kernels.contract import evaluate, every_other, prepared, transposed
 
     cases = [case for case in spec.cases if case.name != "d16_256"]  # nothing new in minutes
     base = next(case for case in cases if case.name in ("odd", "top_k"))

@@ -1,8 +1,4 @@
-"""Every op × backend × case × dtype, from the specs alone.
-
-Tolerance, one rule for all: against the float64 reference a kernel's error is at most twice that of the
-same-dtype reference plus one rounding at the magnitude of the tensor; slack is a number in spec.py
-with its reason. Outputs that are whole numbers must be equal to the same-dtype reference's.
+"""Every op × backend × case × dtype, from the specs alone, by the rule of mvar_kernels/contract.py.
 
 Where there is no GPU, Triton interprets its kernels, and the CUDA kernels run on the CPU (tests/cuda_on_cpu).
 """
@@ -15,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvar_kernels import contract
 from mvar_kernels.backends import PEERS, Op, backends, interpreted
 from mvar_kernels.catalogue import SPECS
+from mvar_kernels.contract import every_other, transposed
 from mvar_kernels.specs import Case, Inputs, Spec
 from tests import cuda_on_cpu
 
@@ -24,11 +22,7 @@ CUDA_ON_CPU = "cuda-on-cpu"
 AVAILABLE = [name for name, reason in backends().items() if reason is None]
 if not torch.cuda.is_available():
     AVAILABLE.append(CUDA_ON_CPU)
-GPU = "cuda" if torch.cuda.is_available() else "cpu"
-DEVICE = {"cuda": "cuda", "triton": GPU} | dict.fromkeys(PEERS, GPU)
 OPERATORS = {name: getattr(torch.ops.mvar, name).default for name in SPECS}
-# Backend → ops without a backward there.
-FORWARD_ONLY = dict.fromkeys(("cuda", CUDA_ON_CPU), {"mamba2_mixer", "scale_attention"})
 
 
 @contextmanager
@@ -64,41 +58,15 @@ def interprets(backend: str) -> bool:
     return backend == "triton" and interpreted()
 
 
-def differentiable(spec: Spec, backend: str | None) -> tuple[str, ...]:
-    """The inputs that get gradients there."""
-    return () if spec.op in FORWARD_ONLY.get(backend or "", ()) else spec.grads
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
-
-
 def prepared(spec: Spec, case: Case, dtype: torch.dtype, backend: str = "reference") -> Inputs:
-    """The case's inputs in `dtype`, strides kept, on the backend's device."""
-    kept = torch.float64 if dtype == torch.float64 else torch.float32
-    inputs, keeps = spec.inputs(case, seeded()), (*spec.keeps_dtype, *case.keeps_dtype)
-    device = DEVICE.get(backend, "cpu")
-    return {name: t.to(device, kept if name in keeps else dtype) for name, t in inputs.items()}
+    """The case's inputs on the backend's device."""
+    return contract.prepared(spec, case, dtype, contract.device_of(backend))
 
 
 def evaluate(spec: Spec, case: Case, inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
-    """Outputs and, with seeded cotangents, gradients; backend None is the plain PyTorch reference."""
-    wanted = [name for name in differentiable(spec, backend) if name in inputs]
-    leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in inputs.items()}
-    if backend is None:
-        outs = spec.reference(leaves, case)
-    else:
-        with named(backend) as name:
-            outs = spec.call(leaves, case, name)
-    results = dict(zip(spec.outputs, (o.detach() for o in outs), strict=True))
-    if wanted:
-        generator = seeded()
-        normal = (torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outs)
-        cotangents = [(case.cotangents * t).to(o) for t, o in zip(normal, outs, strict=True)]
-        with named(backend or "reference"):
-            grads = torch.autograd.grad(outs, [leaves[n] for n in wanted], cotangents)
-        results |= {f"grad of {n}": g for n, g in zip(wanted, grads, strict=True)}
-    return results
+    """Outputs and gradients; backend None is the plain PyTorch reference."""
+    with named(backend or "reference") as name:
+        return contract.evaluate(spec, case, inputs, backend and name)
 
 
 def identity(spec: Spec, backend: str, case: Case, dtype: torch.dtype) -> str:
@@ -125,20 +93,8 @@ PARAMS = list(params())
 
 def compare(spec: Spec, got: dict[str, Tensor], same: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     assert got.keys() <= same.keys() == exact.keys() and set(spec.outputs) <= got.keys()
-    for name, value in got.items():
-        value = value.cpu()
-        assert value.shape == exact[name].shape and value.dtype == same[name].dtype, name
-        if not value.dtype.is_floating_point:
-            assert torch.equal(value, same[name]), name
-            continue
-        assert value.isfinite().all(), f"{name} is not finite"
-        error = (value.double() - exact[name]).abs().max()
-        reference_error = (same[name].double() - exact[name]).abs().max()
-        rounding = torch.finfo(value.dtype).eps * exact[name].abs().max()
-        slack = spec.slack.get(name, (1.0, ""))[0]
-        assert error <= slack * (2 * reference_error + rounding), (
-            f"{name}: {error:.3g}, reference {reference_error:.3g}"
-        )
+    shares = contract.shares(spec, got, same, exact)
+    assert all(share <= 1 for share in shares.values()), f"error over tolerance: {shares}"
 
 
 @pytest.mark.parametrize(("spec", "case", "backend", "dtype"), PARAMS)
@@ -161,19 +117,6 @@ def test_agrees_with_float64(spec: Spec, case: Case, backend: str, dtype: torch.
     compare(spec, got, same, exact)
     for layout in () if slow else (every_other, transposed):
         compare(spec, evaluate(spec, case, {n: layout(t) for n, t in inputs.items()}, backend), same, exact)
-
-
-def every_other(t: Tensor) -> Tensor:
-    """The same values with every stride doubled."""
-    wide = t.new_full([2 * s for s in t.shape], torch.nan if t.is_floating_point() else 0)
-    view = wide[(slice(None, None, 2),) * t.dim()]
-    view.copy_(t)
-    return view
-
-
-def transposed(t: Tensor) -> Tensor:
-    """The same values with the memory order reversed."""
-    return t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
 
 
 def scattered(t: Tensor) -> Tensor:
@@ -201,7 +144,7 @@ def test_opcheck(spec: Spec, case: Case, backend: str, dtype: torch.dtype, monke
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.mvar, spec.op, lambda *args: captured.append(args) or OPERATORS[spec.op](*args))
         inputs = prepared(spec, case, dtype, backend)
-        wanted = differentiable(spec, backend)
+        wanted = contract.differentiable(spec, backend)
         spec.call({n: t.requires_grad_(n in wanted) for n, t in inputs.items()}, case, backend)
     torch.library.opcheck(OPERATORS[spec.op], captured[0])
 

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import platform
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from mvar.evaluate.images import Recipe, draw_images, write_pngs
 from mvar.evaluate.inception import Sources, check, figures, sources
 from mvar.files import write_json
 from mvar.generate import Launched, launch
+from mvar.machine import version
 from mvar.model import Model
 from mvar.processes import joined, own_device
 from mvar.tokenizer import Tokenizer
@@ -119,15 +119,10 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {
+    return {
         "mvar": mvar.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        **{name: version(name) for name in PACKAGES},
     }
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found

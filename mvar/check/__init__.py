@@ -1,0 +1,1 @@
+"""`mvar check`: the kernels on this machine, held to their contract."""

@@ -1,0 +1,114 @@
+"""`mvar check`: every kernel that runs on this machine against float64, as a table that a bug report should carry."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mvar import machine
+from mvar.check.jobs import Job, run
+from mvar.files import check_writable
+from mvar_kernels.backends import OPS, PEERS, backends
+from mvar_kernels.catalogue import SPECS
+from mvar_kernels.check import Row
+
+DTYPES = ("bfloat16", "float16", "float32")  # what is used most goes first
+SECONDS = 120.0  # of one case, in which a GPU's kernels may have to be compiled
+
+
+def check(options: argparse.Namespace) -> None:
+    """Check, print the table, and exit with 1 if anything is wrong."""
+    if options.out is not None:
+        check_writable(options.out)
+    jobs = planned(options.ops or tuple(SPECS), options.backend, options.only_failed)
+    cases = sum(len(job.cases) for job in jobs)
+    print(*machine.lines(), "", sep="\n")
+    print(f"{cases} cases of {len({job.op for job in jobs})} ops: a minute or two", flush=True)
+    rows: list[Row] = []
+    processes = os.cpu_count() or 1
+    for row in tqdm(run(jobs, processes=processes, seconds=SECONDS), total=cases, unit="case", disable=None):
+        rows.append(row)
+        if options.out is not None:
+            with options.out.open("a" if len(rows) > 1 else "w") as file:
+                print(json.dumps(asdict(row)), file=file)
+    print(*table(rows), sep="\n")
+    wrong = [row for row in rows if not row.right]
+    print(f"{len(wrong)} of {len(rows)} cases are wrong" if wrong else "all right")
+    if wrong:
+        sys.exit(1)
+
+
+def planned(ops: Sequence[str], backend: str | None, only_failed: Path | None) -> list[Job]:
+    """A job for each op, backend that is available here and dtype; of an earlier run's file what was wrong there.
+
+    Raises ValueError for an unknown op or backend, and where there is nothing to check.
+    """
+    if unknown := sorted(set(ops) - set(SPECS)):
+        raise ValueError(f"op: expected any of {', '.join(SPECS)}, got {unknown[0]!r}")
+    found = [name for name, reason in backends().items() if reason is None and name not in ("reference", *PEERS)]
+    if backend is not None and backend not in found:
+        raise ValueError(f"--backend: expected one of {', '.join(found) or 'none that is available'}, got {backend!r}")
+    failed = None if only_failed is None else {key(row) for row in read(only_failed) if not row.right}
+    jobs = []
+    for dtype in DTYPES:
+        for name in [backend] if backend is not None else found:
+            for op in ops:
+                if name not in OPS[op].modules:
+                    continue
+                cases = [case.name for case in SPECS[op].cases]
+                if failed is not None:
+                    cases = [case for case in cases if (op, name, dtype, case) in failed]
+                if cases:
+                    jobs.append(Job(op, name, dtype, cases, {"OMP_NUM_THREADS": "1"}))
+    if not jobs:
+        raise ValueError("nothing to check: no such kernel is available here, or none was wrong")
+    return jobs
+
+
+def key(row: Row) -> tuple[str, str, str, str]:
+    return row.op, row.backend, row.dtype, row.case
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file that was written before. Raises ValueError where it is none."""
+    try:
+        return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: no rows of `mvar check --out`: {error}") from error
+
+
+def verdict(worst: float) -> str:
+    """What an error over its tolerance is likely to be."""
+    if worst <= 1:
+        return "right"
+    return "arithmetic" if worst <= 5 else "fault" if worst >= 30 else "unclear"
+
+
+def table(rows: Iterable[Row]) -> list[str]:
+    """A line for each op, backend and dtype, and one for each case that is wrong."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.op, row.backend, row.dtype), []).append(row)
+    lines = [f"{'op':16s} {'backend':8s} {'dtype':9s} {'right':>7s}  worst error / tolerance", ""]
+    wrong = []
+    for group, found in sorted(groups.items()):
+        offered = [row for row in found if row.refused is None]
+        begin = " ".join(f"{text:{width}s}" for text, width in zip(group, (16, 8, 9), strict=True))
+        if not offered:
+            why = (found[0].refused or "").rpartition("asked for, but: ")[2]
+            lines.append(f"{begin}       –  not offered: {why}")
+            continue
+        worst = max(offered, key=lambda row: row.worst)
+        right = sum(row.right for row in offered)
+        lines.append(f"{begin} {right:3d}/{len(offered):<3d}  {worst.worst:8.3g}  {verdict(worst.worst)}: {worst.case}")
+        wrong += [row for row in offered if not row.right]
+    for row in wrong:
+        beyond = {name: share for name, share in row.shares.items() if not share <= 1}
+        said = ([row.fault] if row.fault else []) + [f"{name} {share:.3g}" for name, share in beyond.items()]
+        lines.append(f"WRONG {' '.join(key(row))}: {'; '.join(said)}")
+    return lines

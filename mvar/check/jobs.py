@@ -1,0 +1,160 @@
+"""Cases of the contract in processes of their own, several at a time: one that dies takes no other case with it."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import IO
+
+from mvar_kernels.check import BEGINS, BROKEN, Row
+
+MAX_DEATHS = 4  # of one job's processes, after which the rest of its cases is given up
+
+
+@dataclass(frozen=True)
+class Job:
+    """Cases that one process checks, one after the other.
+
+    environment: added to the process's. command: starts it, before the arguments of `mvar_kernels.check`.
+    """
+
+    op: str
+    backend: str
+    dtype: str
+    cases: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    command: Sequence[str] = (sys.executable, "-m", "mvar_kernels.check")
+
+    def fault(self, case: str, what: str) -> Row:
+        return Row(self.op, self.backend, self.dtype, case, fault=what)
+
+
+def run(jobs: Sequence[Job], *, processes: int, seconds: float) -> Iterator[Row]:
+    """The row of every case as it comes, `processes` jobs at a time; a case that takes longer than `seconds` is ended.
+
+    When the caller stops, so do all processes.
+    """
+    rows: queue.SimpleQueue[Row | BaseException | None] = queue.SimpleQueue()
+    running = _Running()
+
+    def work(job: Job) -> None:
+        try:
+            for row in _rows(job, seconds, running):
+                rows.put(row)
+        except BaseException as error:
+            rows.put(error)
+        finally:
+            rows.put(None)
+
+    pool = ThreadPoolExecutor(processes)
+    try:
+        left = len([pool.submit(work, job) for job in jobs])
+        while left:
+            row = rows.get()
+            if isinstance(row, BaseException):
+                raise row
+            if row is None:
+                left -= 1
+            else:
+                yield row
+    finally:
+        running.stop()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Running:
+    """The processes that run, which end with the run."""
+
+    def __init__(self) -> None:
+        self._lock, self._processes, self._stopped = threading.Lock(), set[subprocess.Popen[str]](), False
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], errors: IO[str]) -> subprocess.Popen[str]:
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError("stopped")
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | environment,
+                start_new_session=True,  # killed with all that it started
+            )
+            self._processes.add(process)
+            return process
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                kill(process)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a process that leads a session, and all that it started."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _rows(job: Job, seconds: float, running: _Running) -> Iterator[Row]:
+    """A row for each of the job's cases; after one that ended its process another process goes on."""
+    left = list(job.cases)
+    for _ in range(MAX_DEATHS + 1):
+        with tempfile.TemporaryFile("w+", errors="replace") as errors:
+            command = [*job.command, job.op, job.backend, job.dtype, *left]
+            process = running.start(command, job.environment, errors)
+            case, hung = None, threading.Event()
+            assert process.stdout is not None
+            for line in _lines(process, process.stdout, seconds, hung):
+                if line.startswith(BEGINS):
+                    case = line.removeprefix(BEGINS).strip()
+                elif line.startswith("{") and case is not None:
+                    yield Row(**json.loads(line))
+                    left.remove(case)
+                    case = None
+            code = process.wait()
+            if not left:
+                return
+            if code != BROKEN:
+                errors.seek(0)
+                said = [line.strip() for line in errors if line.strip()]
+                how = f"no answer for {seconds:.0f} s" if hung.is_set() else f"the process ended with {_status(code)}"
+                yield job.fault(case or left[0], how + (f": {said[-1][:500]}" if said else ""))
+                left.remove(case or left[0])
+        if not left:
+            return
+    for name in left:
+        yield job.fault(name, f"not tried: {MAX_DEATHS + 1} processes of this op, backend and dtype ended before it")
+
+
+def _lines(process: subprocess.Popen[str], output: IO[str], seconds: float, hung: threading.Event) -> Iterator[str]:
+    """What the process prints; it is ended, and `hung` set, when no line comes for so long."""
+
+    def end() -> None:
+        hung.set()
+        kill(process)
+
+    while True:
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            line = output.readline()
+        finally:
+            timer.cancel()
+        if not line:
+            return
+        yield line
+
+
+def _status(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"status {code}"

@@ -1,0 +1,97 @@
+"""The contract that holds for every op, backend, case and dtype, and how far from it an answer is.
+
+Against the reference in float64, a kernel's error is at most twice that of the reference in its own dtype plus one
+rounding at the largest value of the tensor, for every output and every gradient; slack is a number in spec.py with its
+reason. Outputs that are whole numbers are the reference's. Read by the tests and by `mvar check`.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mvar_kernels.backends import OPS, PEERS
+from mvar_kernels.specs import Case, Inputs, Spec
+
+Results = Mapping[str, Tensor]
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's kernels run on this machine: Triton's and peers' on the CPU, where there is no GPU."""
+    gpu = backend == "cuda" or (backend in ("triton", *PEERS) and torch.cuda.is_available())
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def differentiable(spec: Spec, backend: str) -> tuple[str, ...]:
+    """The inputs that get gradients from a backend: none where its kernel has no backward."""
+    op = OPS[spec.op]
+    return () if backend in op.modules and op.kernel(backend).backward is None else spec.grads
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def prepared(spec: Spec, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+    """The case's inputs in `dtype`, strides kept; those that keep theirs in float32, or in float64 beside float64."""
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    keeps = {*spec.keeps_dtype, *case.keeps_dtype}
+    return {n: t.to(device, kept if n in keeps else dtype) for n, t in spec.inputs(case, _seeded()).items()}
+
+
+def evaluate(spec: Spec, case: Case, inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
+    """Outputs by name and, with seeded cotangents, "grad of" inputs; backend None is the plain PyTorch reference."""
+    grads = spec.grads if backend is None else differentiable(spec, backend)
+    wanted = [name for name in grads if name in inputs]
+    leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in inputs.items()}
+    outs = spec.reference(leaves, case) if backend is None else spec.call(leaves, case, backend)
+    results = dict(zip(spec.outputs, (o.detach() for o in outs), strict=True))
+    if wanted:
+        generator = _seeded()
+        normal = (torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outs)
+        cotangents = [(case.cotangents * t).to(o) for t, o in zip(normal, outs, strict=True)]
+        found = torch.autograd.grad(outs, [leaves[n] for n in wanted], cotangents)
+        results |= {f"grad of {n}": g for n, g in zip(wanted, found, strict=True)}
+    return results
+
+
+def shares(spec: Spec, got: Results, same: Results, exact: Results) -> dict[str, float]:
+    """The share of its tolerance that each output and gradient uses up: at most 1 where it is right.
+
+    same, exact: the reference's, in the dtype of `got` and in float64, on the CPU. Infinite is the share of what is not
+    finite, of another shape or dtype, or of whole numbers that differ.
+    """
+    found = {}
+    for name, value in got.items():
+        value, expected = value.cpu(), exact[name]
+        if value.shape != expected.shape or value.dtype != same[name].dtype:
+            found[name] = math.inf
+        elif not value.dtype.is_floating_point:
+            found[name] = 0.0 if torch.equal(value, same[name]) else math.inf
+        elif not bool(value.isfinite().all()):
+            found[name] = math.inf
+        elif value.numel() == 0:
+            found[name] = 0.0
+        else:
+            error, of_reference = (float((t.double() - expected).abs().max()) for t in (value, same[name]))
+            rounding = torch.finfo(value.dtype).eps * float(expected.abs().max())
+            tolerance = spec.slack.get(name, (1.0, ""))[0] * (2 * of_reference + rounding)
+            found[name] = error / tolerance if tolerance else (math.inf if error else 0.0)
+    return found
+
+
+def every_other(t: Tensor) -> Tensor:
+    """The same values with every stride doubled."""
+    wide = t.new_full([2 * s for s in t.shape], torch.nan if t.is_floating_point() else 0)
+    view = wide[(slice(None, None, 2),) * t.dim()]
+    view.copy_(t)
+    return view
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values with the memory order reversed."""
+    return t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
+
+
+LAYOUTS = (every_other, transposed)

@@ -1,0 +1,178 @@
+"""`mvar check`: what it says of right and wrong kernels, and that a process that dies takes no other case with it."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvar.check import command
+from mvar.check.command import planned, read, table, verdict
+from mvar.check.jobs import MAX_DEATHS, Job, run
+from mvar.cli import main
+from mvar_kernels import check as worker
+from mvar_kernels.backends import OPS
+from mvar_kernels.catalogue import SPECS
+from mvar_kernels.check import Row, tried
+from mvar_kernels.contract import LAYOUTS
+from tests.test_cli import fails
+
+ODD = next(case for case in SPECS["adaln"].cases if case.name == "odd")
+STAND_IN = """
+import json, os, signal, sys, time
+
+op, backend, dtype, *cases = sys.argv[1:]
+for case in cases:
+    print(f"begins: {case}", flush=True)
+    print("a library's own words", flush=True)
+    if case == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if case == "hang":
+        time.sleep(600)
+    if case == "exit":
+        sys.exit("no such thing")
+    print(json.dumps({"op": op, "backend": backend, "dtype": dtype, "case": case, "shares": {"y": 0.5}}), flush=True)
+    if case == "broken":
+        sys.exit(99)
+"""
+
+
+def stand_in(*cases: str) -> Job:
+    return Job("op", "backend", "dtype", cases, command=(sys.executable, "-c", STAND_IN))
+
+
+def test_a_process_that_dies_takes_no_other_case_with_it() -> None:
+    jobs = [stand_in("first", "crash", "broken", "hang", "exit", "last"), stand_in("alone")]
+    rows = {row.case: row for row in run(jobs, processes=2, seconds=2)}
+    assert list(rows) != [] and set(rows) == {"first", "crash", "broken", "hang", "exit", "last", "alone"}
+    faults = {case: row.fault for case, row in rows.items() if row.fault is not None}
+    assert faults == {
+        "crash": "the process ended with SIGSEGV",
+        "hang": "no answer for 2 s",
+        "exit": "the process ended with status 1: no such thing",
+    }
+    assert all(row.right == (case not in faults) for case, row in rows.items())
+
+
+def test_a_job_that_keeps_dying_is_given_up() -> None:
+    rows = list(run([stand_in(*["crash"] * (MAX_DEATHS + 3))], processes=1, seconds=20))
+    assert [row.fault for row in rows[MAX_DEATHS:]] == [
+        "the process ended with SIGSEGV",
+        *["not tried: 5 processes of this op, backend and dtype ended before it"] * 2,
+    ]
+
+
+def test_processes_end_with_the_run() -> None:
+    """The generator is closed while one hangs: closing would wait for it otherwise."""
+    rows = run([stand_in("first", "hang")], processes=1, seconds=600)
+    assert next(rows).case == "first"
+    rows.close()  # type: ignore[attr-defined]
+
+
+def test_a_kernel_s_row() -> None:
+    row, answers = tried(SPECS["adaln"], ODD, "cpu", torch.float32)
+    assert answers and row.right and row.fault is row.refused is None
+    kinds = ["", *(f", {layout.__name__}" for layout in LAYOUTS)]
+    names = ("out", "grad of x", "grad of scale", "grad of shift")
+    assert row.shares.keys() == {name + kind for name in names for kind in kinds}
+    assert 0 < row.worst <= 1
+    row, _ = tried(SPECS["adaln"], ODD, "cpu", torch.float16)
+    assert row.right and row.refused is not None and "dtype float16" in row.refused
+
+
+@pytest.mark.parametrize(
+    ("plant", "fault", "share"),
+    [
+        (lambda x, calls: x.add_(1).clone(), "another answer in a second run: out; inputs written to: x", 0),
+        (lambda x, calls: x.add(calls * 1e-7), "another answer in a second run: out", 0),
+        (lambda x, calls: x + torch.nan, "another answer in a second run: out", math.inf),
+        (lambda x, calls: x.new_empty(x.shape), "another answer", math.inf),
+        (lambda x, calls: 1 / 0, "ZeroDivisionError: division by zero", 0),
+        (lambda x, calls: x * 1.001, None, 100),
+        (lambda x, calls: x.double(), None, math.inf),
+    ],
+    ids=["writes", "moves", "nan", "unwritten", "raises", "wrong", "dtype"],
+)
+def test_what_is_wrong_with_a_kernel(
+    plant: object, fault: str | None, share: float, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    spec, calls = SPECS["adaln"], iter(range(100))
+
+    def evaluated(spec: object, case: object, inputs: Mapping[str, torch.Tensor], backend: str | None) -> object:
+        x = inputs["x"]
+        if backend is None:
+            return {"out": x.clone()}
+        return {"out": plant(x, next(calls))}  # type: ignore[operator]
+
+    monkeypatch.setattr(worker, "evaluate", evaluated)
+    row, _ = tried(spec, ODD, "cpu", torch.float32)
+    assert not row.right and (row.fault or "").startswith(fault or "") and (fault is None) == (row.fault is None)
+    assert share == 0 or max(row.shares.values()) >= share
+
+
+def test_the_table() -> None:
+    rows = [
+        Row("adaln", "cpu", "float32", "odd", {"out": 0.25, "grad of x": 0.5}),
+        Row("adaln", "cpu", "float32", "even", {"out": 3.0, "grad of x": math.inf}, "inputs written to: x"),
+        Row("adaln", "cpu", "float16", "odd", refused="adaln: backend 'cpu' asked for, but: dtype float16 is not here"),
+        Row("ssd_scan", "triton", "bfloat16", "odd", {"y": 4.0}),
+    ]
+    lines = table(rows)
+    assert any(
+        line.split()[:4] == ["adaln", "cpu", "float16", "–"] and "dtype float16 is not here" in line for line in lines
+    )
+    assert any(line.split() == ["adaln", "cpu", "float32", "1/2", "inf", "fault:", "even"] for line in lines)
+    assert any(line.split()[-2:] == ["arithmetic:", "odd"] for line in lines)
+    assert "WRONG adaln cpu float32 even: inputs written to: x; out 3; grad of x inf" in lines
+    assert [verdict(x) for x in (0, 1, 1.5, 12, 30, math.inf)] == [
+        "right",
+        "right",
+        "arithmetic",
+        "unclear",
+        "fault",
+        "fault",
+    ]
+
+
+def test_rows_are_written_as_they_come_and_only_failed_ones_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    wrong = Row("adaln", "cpu", "float32", "odd", {"out": 7.0})
+    right = Row("adaln", "cpu", "float32", "one_token", {"out": 0.5})
+
+    def stopped(jobs: object, **_: object) -> object:
+        yield right
+        yield wrong
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", stopped)
+    with pytest.raises(SystemExit) as exit:
+        main(["check", "adaln", "--out", str(file)])
+    assert exit.value.code == 130 and read(file) == [right, wrong]
+    assert [job.cases for job in planned(["adaln"], "cpu", file)] == [["odd"]]
+    monkeypatch.setattr(command, "run", lambda jobs, **_: iter([wrong]))
+    with pytest.raises(SystemExit) as exit:
+        main(["check", "--only-failed", str(file)])
+    assert exit.value.code == 1 and "1 of 1 cases are wrong" in capsys.readouterr().out
+    file.write_text(json.dumps(asdict(right)) + "\n")
+    assert "nothing to check" in fails(capsys, "check", "--only-failed", str(file))
+    file.write_text("no rows")
+    assert f"{file}: no rows of `mvar check --out`" in fails(capsys, "check", "--only-failed", str(file))
+    assert "op: expected any of adaln, " in fails(capsys, "check", "layer_norm")
+    assert "--backend: expected one of cpu" in fails(capsys, "check", "--backend", "cuda")
+
+
+@pytest.mark.slow
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", "adaln", "--backend", "cpu"])
+    out = capsys.readouterr().out
+    assert "30 cases of 1 ops" in out and out.rstrip().endswith("all right") and "torch 2" in out
+
+
+def test_every_op_has_its_kernels_by_name() -> None:
+    assert OPS.keys() == SPECS.keys()
