@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-fast test-avx2 test-avx512 test-sanitizers lint demo bench gpu clean
+.PHONY: setup test test-fast test-avx2 test-avx512 test-sanitizers lint demo bench gpu-check gpu-bench gpu-tune clean
 
 setup: .venv/native
 
@@ -54,10 +54,17 @@ bench: setup
 	-$(BIN)/python tests/cuda_resources.py --write benchmarks/results/cuda_kernels.json > /dev/null
 	$(BIN)/python -m benchmarks.report
 
-# All that needs a GPU, in one go of at most nine minutes and without network, in the Python at hand (torch for CUDA,
-# Triton, mvar's dependencies, pytest, pybind11, cmake, ninja, matplotlib). The steps and their limits: benchmarks/gpu.py.
-gpu:
-	$(PYTHON) -m benchmarks.gpu
+# What needs a GPU, in three stages, without a build and without network, in the Python at hand (torch for CUDA, Triton,
+# mvar's dependencies): which kernels are right (100 s), how fast they are (150 s), their tiles (60 s). Each ends in time
+# and leaves what it found.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
+
+gpu-bench:
+	$(PYTHON) -m benchmarks.gpu_bench
+
+gpu-tune:
+	$(PYTHON) -m benchmarks.tune --seconds 60
 
 clean:
 	rm -rf .venv build demo dist *.egg-info mvar_kernels/_native*.so

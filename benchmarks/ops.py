@@ -28,8 +28,8 @@ Results = tuple[Tensor, ...]
 Forward = Callable[[Inputs], Results]
 
 
-def forwards(spec: Spec, case: Case, inputs: Inputs) -> dict[str, Forward]:
-    """Our backends that take the op, its rivals, and torch.compile of the first rival."""
+def forwards(spec: Spec, case: Case, inputs: Inputs, *, compiled: bool = True) -> dict[str, Forward]:
+    """Our backends that take the op, its rivals, and if wanted torch.compile of the first rival."""
     sides: dict[str, Forward] = {}
     for backend, reason in backends().items():
         if reason is None and backend != "reference":
@@ -45,10 +45,12 @@ def forwards(spec: Spec, case: Case, inputs: Inputs) -> dict[str, Forward]:
     for name, rival in rivals.items():
         if rival.takes is None or rival.takes(inputs, case):
             sides[name] = lambda t, rival=rival: rival.run(t, case)  # type: ignore[misc]
-    if rivals and spec.op != "sample_tokens":  # a draw has no deterministic answer to hold the compiled one against
+    if (
+        compiled and rivals and spec.op != "sample_tokens"
+    ):  # a draw has no deterministic answer to hold the compiled one against
         first = next(iter(rivals.values()))
-        compiled = torch.compile(first.run, dynamic=False)
-        sides["torch.compile"] = lambda t: compiled(t, case)
+        whole = torch.compile(first.run, dynamic=False)
+        sides["torch.compile"] = lambda t: whole(t, case)
     return sides
 
 
@@ -75,7 +77,7 @@ def fault_of_draw(got: Results, expected: Results) -> str | None:
 
 
 def checked(
-    spec: Spec, case: Case, dtype: torch.dtype, backward: bool
+    spec: Spec, case: Case, dtype: torch.dtype, backward: bool, *, compiled: bool = True
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """The sides whose answer is right, compiled, and what is wrong with the others."""
     generator = torch.Generator().manual_seed(0)
@@ -104,7 +106,7 @@ def checked(
 
     same = reference(inputs)
     if spec.op == "sample_tokens":
-        for name, forward in forwards(spec, case, inputs).items():
+        for name, forward in forwards(spec, case, inputs, compiled=compiled).items():
             ours = name.startswith("mvar")  # another's draw has no answer to hold it against
             enter(
                 name,
@@ -119,7 +121,7 @@ def checked(
         if backward:
             exact = gradients(spec, exact_inputs, reference, cotangents)()
             same = gradients(spec, inputs, reference, rounded)()
-        for name, forward in forwards(spec, case, inputs).items():
+        for name, forward in forwards(spec, case, inputs, compiled=compiled).items():
             enter(
                 name,
                 lambda forward=forward: (  # type: ignore[misc]
@@ -130,8 +132,10 @@ def checked(
     return sides, wrong
 
 
-def row(spec: Spec, case: Case, dtype: torch.dtype, backward: bool, seconds: float) -> dict[str, Any]:
-    sides, wrong = checked(spec, case, dtype, backward)
+def row(
+    spec: Spec, case: Case, dtype: torch.dtype, backward: bool, seconds: float, *, compiled: bool = True
+) -> dict[str, Any]:
+    sides, wrong = checked(spec, case, dtype, backward, compiled=compiled)
     moved, flops = (spec.work_backward if backward else spec.work)(case, dtype.itemsize)
     sides["copy"] = copy(moved)
     calls = dict.fromkeys(sides, 1)
@@ -171,6 +175,7 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(SPECS)}; default: all")
     parser.add_argument("--passes", nargs="+", choices=("forward", "backward"), default=["forward", "backward"])
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on timing each row, at least")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile, which takes seconds a row")
     parser.add_argument("--untimed", action="store_true", help="compile and check all sides, so that caches are warm")
     options = parser.parse_args()
     if unknown := set(options.ops) - set(SPECS):
@@ -179,9 +184,8 @@ def main() -> None:
     use_own_stream()
     torch._functorch.config.donated_buffer = False  # a compiled backward is timed many times
     failed: list[str] = []
-    for op, spec in SPECS.items():
-        if op not in (options.ops or SPECS):
-            continue
+    for op in options.ops or SPECS:
+        spec = SPECS[op]
         cases = spec.bench if DEVICE.type == "cpu" else spec.bench_cuda
         passes = [p for p in options.passes if p == "forward" or spec.grads]
         runs = [(c, d, p == "backward") for c in cases for d in DTYPES[DEVICE.type] for p in passes]
@@ -192,7 +196,7 @@ def main() -> None:
                 if options.untimed:
                     checked(spec, case, dtype, backward)
                 else:
-                    rows.append(row(spec, case, dtype, backward, options.seconds))
+                    rows.append(row(spec, case, dtype, backward, options.seconds, compiled=not options.eager))
                     write(op, rows)
             except Exception as error:  # the rows before and after stand
                 failed.append(f"{op}, {case.name}: {type(error).__name__}: {error}".splitlines()[0])

@@ -115,6 +115,7 @@ def main() -> None:
         "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="added to those that this machine and commit have"
     )
     parser.add_argument("--untimed", action="store_true", help="only fill the caches of compiled code on disk")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile, which takes a minute to compile")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = ["--depth", str(options.depth), "--batch", str(options.batch)]
@@ -131,6 +132,7 @@ def main() -> None:
     # Each in a process of its own: what one step of d16 takes, 10 GB, this one would keep.
     for dtype in options.dtypes:
         command = [sys.executable, "-m", "benchmarks.train", *sizes, "--rounds", str(options.rounds), "--dtypes", dtype]
+        command += ["--eager"] * options.eager
         subprocess.run(command, check=True)
 
 
@@ -141,12 +143,14 @@ def measure(options: argparse.Namespace, sizes: list[str]) -> None:
     peaks: dict[str, float] = {}
     if DEVICE.type == "cpu":  # first, in processes of their own, while this one holds next to nothing
         own = partial(in_a_process_of_its_own, "benchmarks.train", *sizes, "--dtypes", name, "--memory-of")
-        peaks = {side: own(side) for side in SIDES}
+        peaks = {side: own(side) for side in SIDES if not (options.eager and side == COMPILED)}
     steps = Steps(options.depth, options.batch)
+    if options.eager:
+        del steps.sides[COMPILED]
     differences = steps.gradient_differences()
     print(f"gradients agree: {differences}", flush=True)
-    peaks = peaks or {side: steps.peak(side, dtype) for side in SIDES}
-    timed = interleaved({s: partial(steps.step, s, dtype) for s in SIDES}, rounds=options.rounds, seconds=0)
+    peaks = peaks or {side: steps.peak(side, dtype) for side in steps.sides}
+    timed = interleaved({s: partial(steps.step, s, dtype) for s in steps.sides}, rounds=options.rounds, seconds=0)
     gflop = steps.batch * flops_per_image(steps.model) / 1e9
     rate = 1e3 * best_tflops(dtype)[0]
     run = {

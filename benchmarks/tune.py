@@ -1,11 +1,16 @@
 """Measure the tiles of every Triton kernel on this GPU and write mvar_kernels/tiles.json: `python -m benchmarks.tune`.
 
-Each kernel that the ops' GPU cases launch is timed with each of its candidates, the others at their first one. The
-first candidate is kept unless another is faster by more than the noise; what other architectures have stays.
+Each kernel that the ops' GPU cases launch and that has several candidates is timed with each of them, the others at
+their first one. The first candidate is kept unless another is faster by more than the noise, gives the same bits in 50
+launches, and an answer within a few roundings of the first one's (sums in another order). `--seconds` ends it: what was
+not reached keeps its tile, as does what other architectures have.
 """
 
+import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from unittest import mock
@@ -13,7 +18,7 @@ from unittest import mock
 import torch
 
 from benchmarks.measure import DEVICE, graphed, interleaved, use_own_stream
-from benchmarks.ops import SPECS, gradients
+from benchmarks.ops import SPECS, Results, gradients
 from mvar.files import replacing
 from mvar_kernels import tiling
 from mvar_kernels.backends import BackendError, architecture
@@ -21,6 +26,7 @@ from mvar_kernels.specs import Case, Spec
 from mvar_kernels.tiling import Tile
 
 NOISE = 0.02  # a candidate has to win by more than two runs of the same one differ
+LAUNCHES, ROUNDINGS = 50, 4  # of bfloat16, in which it is tuned
 Key = tuple[str, str]  # kernel, shape class
 
 
@@ -51,7 +57,7 @@ def using(forced: dict[Key, int], seen: dict[Key, Sequence[Tile]]) -> Iterator[N
         yield
 
 
-def calls(spec: Spec, case: Case) -> Iterator[Callable[[], object]]:
+def calls(spec: Spec, case: Case) -> Iterator[Callable[[], Results]]:
     """The op's forward, and its backward alone, on random inputs in bfloat16."""
     inputs = {
         n: t.to(DEVICE, torch.float32 if n in spec.keeps_dtype else torch.bfloat16)
@@ -63,39 +69,75 @@ def calls(spec: Spec, case: Case) -> Iterator[Callable[[], object]]:
         yield gradients(spec, inputs, lambda t: spec.call(t, case, "triton"), tuple(torch.randn_like(o) for o in outs))
 
 
-def measure(run: Callable[[], object], found: dict[Key, Found]) -> None:
+def measure(run: Callable[[], Results], found: dict[Key, Found], end: float) -> None:
     seen: dict[Key, Sequence[Tile]] = {}
     with using({}, seen):
-        run()
+        first = run()
     for key, candidates in seen.items():
+        if len(candidates) == 1 or time.monotonic() > end:
+            continue
+        entry = found.setdefault(key, Found(candidates))
         sides: dict[str, Callable[[], object]] = {}
         for i in range(len(candidates)):
             with using({key: i}, {}):
-                sides[str(i)] = graphed(run)
+                if i and (wrong := unlike(run, first)):
+                    print(f"{key[0]}, {key[1]}: {candidates[i]}: {wrong}", flush=True)
+                    entry.ms[i] = math.inf
+                else:
+                    sides[str(i)] = graphed(run)
         times = interleaved(sides, rounds=15, seconds=0)
-        entry = found.setdefault(key, Found(candidates))
-        entry.ms = [total + times[str(i)] for i, total in enumerate(entry.ms)]
+        entry.ms = [total + times.get(str(i), math.inf) for i, total in enumerate(entry.ms)]
+
+
+def unlike(run: Callable[[], Results], first: Results) -> str | None:
+    """What is wrong with a tile's answers beside those of the first tile, or None."""
+    got = run()
+    for launch in range(2, LAUNCHES + 1):
+        if not all(torch.equal(a, b) for a, b in zip(run(), got, strict=True)):
+            return f"another answer in launch {launch}"
+    for a, b in zip(got, first, strict=True):
+        if not a.is_floating_point() and not torch.equal(a, b):
+            return "another answer than the first tile's"
+        if a.is_floating_point():
+            off = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30))
+            if not off <= ROUNDINGS * max(torch.finfo(a.dtype).eps, torch.finfo(torch.bfloat16).eps):
+                return f"off from the first tile's answer by {off:.1e} of the largest value"
+    return None
 
 
 @torch.no_grad()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all of it (default: no limit)")
+    options = parser.parse_args()
     if DEVICE.type != "cuda":
         raise SystemExit("tiles are measured on a GPU, and there is none here")
+    end = time.monotonic() + options.seconds
+    print(f"{options.seconds:.0f} s at most: kernels with several tiles of {len(SPECS)} ops", flush=True)
     use_own_stream()
     found: dict[Key, Found] = {}
     for spec in SPECS.values():
         for case in spec.bench_cuda:
             try:
                 for run in calls(spec, case):
-                    measure(run, found)
+                    measure(run, found, end)
+                    write(found)
             except BackendError as error:
                 print(f"{spec.op}, {case.name}: {error}")
+    for (kernel, shape_class), entry in sorted(found.items()):
+        print(f"{kernel}, {shape_class}: {entry.best()}; ms {', '.join(f'{ms:.4f}' for ms in entry.ms)}")
+
+
+def write(found: Mapping[Key, Found]) -> None:
+    """Put the best tiles into the table, which is written whole; other kernels' stay."""
     kernels: dict[str, dict[str, dict[str, object]]] = {}
     for (kernel, shape_class), entry in sorted(found.items()):
         best = entry.best()
         kernels.setdefault(kernel, {})[shape_class] = asdict(best)
-        print(f"{kernel}, {shape_class}: {best}; ms {', '.join(f'{ms:.4f}' for ms in entry.ms)}")
-    table = json.loads(tiling.TABLE.read_text()) | {architecture(DEVICE): kernels}
+    table = json.loads(tiling.TABLE.read_text())
+    here = table.setdefault(architecture(DEVICE), {})
+    for kernel, classes in kernels.items():
+        here.setdefault(kernel, {}).update(classes)
     with replacing(tiling.TABLE) as aside:
         aside.write_text(json.dumps(table, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""Hold one op on one backend in one dtype to the contract: `python -m mvar_kernels.check OP BACKEND DTYPE CASE …`.
+"""Hold an op on a backend in a dtype to its contract: `python -m mvar_kernels.check [options] OP BACKEND DTYPE CASE …`.
 
 A process of its own, for a fault in a kernel can end it. It prints a case's name when it begins and a line of JSON (see
 `Row`) when it is done, each at once, so that whoever started it knows where it ended. Exit status `BROKEN`: the GPU
@@ -11,17 +11,20 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch's deterministic algorithms, below
 
 import torch
+from torch import Tensor
 
+from mvar_kernels import tiling
 from mvar_kernels.backends import BackendError, interpreted
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.contract import LAYOUTS, device_of, evaluate, prepared, shares
-from mvar_kernels.specs import Case, Spec
+from mvar_kernels.specs import Case, Inputs, Spec
 
 BROKEN = 99
 BEGINS = "begins: "
@@ -32,7 +35,8 @@ class Row:
     """What came of one case.
 
     shares: the share of its tolerance that each output and gradient uses up, infinite for what is wrong altogether.
-    fault: what else is wrong; refused: why the backend does not take the case.
+    fault: what else is wrong; refused: why the backend does not take the case. compiled, cached: Triton kernels that
+    were compiled for it, and that were found in Triton's cache.
     """
 
     op: str
@@ -43,6 +47,8 @@ class Row:
     fault: str | None = None
     refused: str | None = None
     seconds: float = 0.0
+    compiled: int = 0
+    cached: int = 0
 
     @property
     def worst(self) -> float:
@@ -54,7 +60,17 @@ class Row:
         return self.worst <= 1
 
 
-def check(spec: Spec, case: Case, backend: str, dtype: torch.dtype) -> tuple[dict[str, float], str | None]:
+@dataclass(frozen=True)
+class How:
+    """How a case is tried: how often it is run again for the same bits, in which layouts of the inputs besides its own,
+    and whether its forward is also replayed from a CUDA graph."""
+
+    again: int = 1
+    layouts: Sequence[Callable[[Tensor], Tensor]] = LAYOUTS
+    graph: bool = False
+
+
+def check(spec: Spec, case: Case, backend: str, dtype: torch.dtype, how: How) -> tuple[dict[str, float], str | None]:
     """The shares of tolerance of all outputs and gradients, in every layout of the inputs, and a fault or None."""
     inputs = prepared(spec, case, dtype, device_of(backend))
     originals = {n: t.clone() for n, t in inputs.items()}
@@ -63,23 +79,40 @@ def check(spec: Spec, case: Case, backend: str, dtype: torch.dtype) -> tuple[dic
     exact = evaluate(spec, case, {n: t.double() for n, t in on_cpu.items()}, None)
     got = evaluate(spec, case, inputs, backend)
     found, faults = shares(spec, got, same, exact), []
-    if not (backend == "triton" and interpreted()):  # a run takes seconds there, and has one answer
+    for run in range(how.again):
         again = evaluate(spec, case, inputs, backend)
         if differ := [n for n in got if not torch.equal(got[n], again[n])]:
-            faults.append(f"another answer in a second run: {', '.join(differ)}")
-        for layout in LAYOUTS:
-            moved = evaluate(spec, case, {n: layout(t) for n, t in inputs.items()}, backend)
-            found |= {f"{n}, {layout.__name__}": share for n, share in shares(spec, moved, same, exact).items()}
+            faults.append(f"another answer in run {run + 2}: {', '.join(differ)}")
+            break
+    for layout in how.layouts:
+        moved = evaluate(spec, case, {n: layout(t) for n, t in inputs.items()}, backend)
+        found |= {f"{n}, {layout.__name__}": share for n, share in shares(spec, moved, same, exact).items()}
+    if how.graph:
+        replayed = _replayed(spec, case, inputs, backend)
+        if differ := [n for n in replayed if not torch.equal(got[n], replayed[n])]:
+            faults.append(f"another answer from a CUDA graph: {', '.join(differ)}")
     if written := [n for n, t in inputs.items() if not torch.equal(t, originals[n])]:
         faults.append(f"inputs written to: {', '.join(written)}")
     return found, "; ".join(faults) or None
 
 
-def tried(spec: Spec, case: Case, backend: str, dtype: torch.dtype) -> tuple[Row, bool]:
+def _replayed(spec: Spec, case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
+    """The outputs of a CUDA graph's second replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with torch.cuda.graph(graph):
+            outs = spec.call(inputs, case, backend)
+        for _ in range(2):
+            graph.replay()
+    return dict(zip(spec.outputs, outs, strict=True))
+
+
+def tried(spec: Spec, case: Case, backend: str, dtype: torch.dtype, how: How = How()) -> tuple[Row, bool]:
     """The case's row, whatever is raised, and whether the device still answers."""
     start, found, fault, refused, answers = time.monotonic(), dict[str, float](), None, None, True
+    hits = _noted() if backend == "triton" else []
     try:
-        found, fault = check(spec, case, backend, dtype)
+        found, fault = check(spec, case, backend, dtype, how)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
     except BackendError as error:
@@ -88,7 +121,26 @@ def tried(spec: Spec, case: Case, backend: str, dtype: torch.dtype) -> tuple[Row
         fault = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         answers = _answers()
     name = str(dtype).removeprefix("torch.")
-    return Row(spec.op, backend, name, case.name, found, fault, refused, time.monotonic() - start), answers
+    row = Row(spec.op, backend, name, case.name, found, fault, refused, time.monotonic() - start)
+    return replace(row, compiled=hits.count(False), cached=hits.count(True)), answers
+
+
+def _noted() -> list[bool]:
+    """A list that gets, for each kernel that Triton prepares from now on, whether its cache had it."""
+    from triton import knobs
+
+    hits: list[bool] = []
+
+    def note(*, cache_hit: bool, **_: Any) -> None:
+        hits.append(cache_hit)
+
+    knobs.compilation.listener = note
+    return hits
+
+
+def timed(spec: Spec) -> tuple[Case, ...]:
+    """What is timed on a GPU, at a batch of 2, of which the CPU has the float64 answer in seconds."""
+    return tuple(replace(case, sizes={**case.sizes, "B": 2}) for case in spec.bench_cuda)
 
 
 def _answers() -> bool:
@@ -104,17 +156,28 @@ def _answers() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--timed", action="store_true", help="cases of the GPU's benchmarks, at batch 2")
+    parser.add_argument("--again", type=int, default=1, metavar="N", help="more runs, of the same bits (default: 1)")
+    parser.add_argument("--graph", action="store_true", help="replay the forward from a CUDA graph, too")
+    parser.add_argument("--stages", type=int, metavar="N", help="of the software pipeline of every Triton kernel")
     parser.add_argument("op", choices=SPECS)
     parser.add_argument("backend")
     parser.add_argument("dtype", help="such as bfloat16")
     parser.add_argument("cases", nargs="+", metavar="case", help="names in the op's spec.py")
     options = parser.parse_args()
     spec = SPECS[options.op]
-    cases = {case.name: case for case in spec.cases}
+    cases = {case.name: case for case in (timed(spec) if options.timed else spec.cases)}
+    # Interpreted, a run takes seconds, and one program after the other has one answer.
+    once = options.backend == "triton" and interpreted()
+    graph = options.graph and torch.cuda.is_available()
+    how = How(again=0, layouts=()) if once else How(options.again, () if options.timed else LAYOUTS, graph)
+    if options.stages is not None:
+        chosen = tiling.chosen
+        tiling.chosen = lambda *asked: replace(chosen(*asked), stages=options.stages)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN, so that an unwritten output shows
     for name in options.cases:
         print(f"{BEGINS}{name}", flush=True)
-        row, answers = tried(spec, cases[name], options.backend, getattr(torch, options.dtype))
+        row, answers = tried(spec, cases[name], options.backend, getattr(torch, options.dtype), how)
         print(json.dumps(asdict(row)), flush=True)
         if not answers:
             sys.exit(BROKEN)

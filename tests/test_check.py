@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ ODD = next(case for case in SPECS["adaln"].cases if case.name == "odd")
 STAND_IN = """
 import json, os, signal, sys, time
 
-op, backend, dtype, *cases = sys.argv[1:]
+op, backend, dtype, *cases = (a for a in sys.argv[1:] if not a.startswith("--") and not a.isdecimal())
 for case in cases:
     print(f"begins: {case}", flush=True)
     print("a library's own words", flush=True)
@@ -47,7 +48,7 @@ def stand_in(*cases: str) -> Job:
 
 def test_a_process_that_dies_takes_no_other_case_with_it() -> None:
     jobs = [stand_in("first", "crash", "broken", "hang", "exit", "last"), stand_in("alone")]
-    rows = {row.case: row for row in run(jobs, processes=2, seconds=2)}
+    rows = {row.case: row for _, row in run(jobs, processes=2, seconds=2)}
     assert list(rows) != [] and set(rows) == {"first", "crash", "broken", "hang", "exit", "last", "alone"}
     faults = {case: row.fault for case, row in rows.items() if row.fault is not None}
     assert faults == {
@@ -59,7 +60,7 @@ def test_a_process_that_dies_takes_no_other_case_with_it() -> None:
 
 
 def test_a_job_that_keeps_dying_is_given_up() -> None:
-    rows = list(run([stand_in(*["crash"] * (MAX_DEATHS + 3))], processes=1, seconds=20))
+    rows = [row for _, row in run([stand_in(*["crash"] * (MAX_DEATHS + 3))], processes=1, seconds=20)]
     assert [row.fault for row in rows[MAX_DEATHS:]] == [
         "the process ended with SIGSEGV",
         *["not tried: 5 processes of this op, backend and dtype ended before it"] * 2,
@@ -67,10 +68,14 @@ def test_a_job_that_keeps_dying_is_given_up() -> None:
 
 
 def test_processes_end_with_the_run() -> None:
-    """The generator is closed while one hangs: closing would wait for it otherwise."""
+    """The generator is closed while one hangs, or comes to its end: it would wait for ten minutes otherwise."""
     rows = run([stand_in("first", "hang")], processes=1, seconds=600)
-    assert next(rows).case == "first"
+    assert next(rows)[1].case == "first"
     rows.close()  # type: ignore[attr-defined]
+    begin = time.monotonic()
+    assert [row.case for _, row in run([stand_in("first", "hang")], processes=1, seconds=600, until=begin + 2)] == [
+        "first"
+    ]
 
 
 def test_a_kernel_s_row() -> None:
@@ -87,9 +92,9 @@ def test_a_kernel_s_row() -> None:
 @pytest.mark.parametrize(
     ("plant", "fault", "share"),
     [
-        (lambda x, calls: x.add_(1).clone(), "another answer in a second run: out; inputs written to: x", 0),
-        (lambda x, calls: x.add(calls * 1e-7), "another answer in a second run: out", 0),
-        (lambda x, calls: x + torch.nan, "another answer in a second run: out", math.inf),
+        (lambda x, calls: x.add_(1).clone(), "another answer in run 2: out; inputs written to: x", 0),
+        (lambda x, calls: x.add(calls * 1e-7), "another answer in run 2: out", 0),
+        (lambda x, calls: x + torch.nan, "another answer in run 2: out", math.inf),
         (lambda x, calls: x.new_empty(x.shape), "another answer", math.inf),
         (lambda x, calls: 1 / 0, "ZeroDivisionError: division by zero", 0),
         (lambda x, calls: x * 1.001, None, 100),
@@ -146,8 +151,8 @@ def test_rows_are_written_as_they_come_and_only_failed_ones_tried_again(
     right = Row("adaln", "cpu", "float32", "one_token", {"out": 0.5})
 
     def stopped(jobs: object, **_: object) -> object:
-        yield right
-        yield wrong
+        yield jobs, right
+        yield jobs, wrong
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "run", stopped)
@@ -155,7 +160,7 @@ def test_rows_are_written_as_they_come_and_only_failed_ones_tried_again(
         main(["check", "adaln", "--out", str(file)])
     assert exit.value.code == 130 and read(file) == [right, wrong]
     assert [job.cases for job in planned(["adaln"], "cpu", file)] == [["odd"]]
-    monkeypatch.setattr(command, "run", lambda jobs, **_: iter([wrong]))
+    monkeypatch.setattr(command, "run", lambda jobs, **_: iter([(jobs, wrong)]))
     with pytest.raises(SystemExit) as exit:
         main(["check", "--only-failed", str(file)])
     assert exit.value.code == 1 and "1 of 1 cases are wrong" in capsys.readouterr().out

@@ -4,7 +4,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,18 +30,22 @@ def check(options: argparse.Namespace) -> None:
     cases = sum(len(job.cases) for job in jobs)
     print(*machine.lines(), "", sep="\n")
     print(f"{cases} cases of {len({job.op for job in jobs})} ops: a minute or two", flush=True)
-    rows: list[Row] = []
-    processes = os.cpu_count() or 1
-    for row in tqdm(run(jobs, processes=processes, seconds=SECONDS), total=cases, unit="case", disable=None):
-        rows.append(row)
-        if options.out is not None:
-            with options.out.open("a" if len(rows) > 1 else "w") as file:
-                print(json.dumps(asdict(row)), file=file)
+    found = (row for _, row in run(jobs, processes=os.cpu_count() or 1, seconds=SECONDS))
+    rows = list(tqdm(recorded(found, options.out), total=cases, unit="case", disable=None))
     print(*table(rows), sep="\n")
     wrong = [row for row in rows if not row.right]
     print(f"{len(wrong)} of {len(rows)} cases are wrong" if wrong else "all right")
     if wrong:
         sys.exit(1)
+
+
+def recorded(rows: Iterable[Row], path: Path | None) -> Iterator[Row]:
+    """The same rows, each written to the file when it comes."""
+    with nullcontext() if path is None else path.open("w") as file:
+        for row in rows:
+            if file is not None:
+                print(json.dumps(asdict(row)), file=file, flush=True)
+            yield row
 
 
 def planned(ops: Sequence[str], backend: str | None, only_failed: Path | None) -> list[Job]:

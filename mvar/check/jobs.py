@@ -1,6 +1,7 @@
 """Cases of the contract in processes of their own, several at a time: one that dies takes no other case with it."""
 
 import json
+import math
 import os
 import queue
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,18 +39,19 @@ class Job:
         return Row(self.op, self.backend, self.dtype, case, fault=what)
 
 
-def run(jobs: Sequence[Job], *, processes: int, seconds: float) -> Iterator[Row]:
+def run(jobs: Sequence[Job], *, processes: int, seconds: float, until: float = math.inf) -> Iterator[tuple[Job, Row]]:
     """The row of every case as it comes, `processes` jobs at a time; a case that takes longer than `seconds` is ended.
 
-    When the caller stops, so do all processes.
+    When the caller stops, or time.monotonic() comes to `until`, all processes end, and what they had not done has no
+    row.
     """
-    rows: queue.SimpleQueue[Row | BaseException | None] = queue.SimpleQueue()
+    rows: queue.SimpleQueue[tuple[Job, Row] | BaseException | None] = queue.SimpleQueue()
     running = _Running()
 
     def work(job: Job) -> None:
         try:
             for row in _rows(job, seconds, running):
-                rows.put(row)
+                rows.put((job, row))
         except BaseException as error:
             rows.put(error)
         finally:
@@ -58,7 +61,10 @@ def run(jobs: Sequence[Job], *, processes: int, seconds: float) -> Iterator[Row]
     try:
         left = len([pool.submit(work, job) for job in jobs])
         while left:
-            row = rows.get()
+            try:
+                row = rows.get(timeout=None if until == math.inf else max(until - time.monotonic(), 0))
+            except queue.Empty:
+                return
             if isinstance(row, BaseException):
                 raise row
             if row is None:

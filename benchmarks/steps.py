@@ -1,0 +1,59 @@
+"""Commands with limits: each is a process of its own, killed with all that it started when its time is over."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LOGS = ROOT / "build" / "gpu"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command and the seconds that it may take."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    result: str
+    seconds: float
+    log: Path
+
+    def line(self) -> str:
+        said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"{self.name:40s} {self.result:12s} {self.seconds:5.0f} s  {said[-1][:120] if said else ''}".rstrip()
+
+
+def together(steps: Sequence[Step], end: float) -> Iterator[Outcome]:
+    """Start all steps at once; each is killed, with what it started, at its limit or at `end` (of time.monotonic)."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    start, running = time.monotonic(), []
+    for step in steps:
+        log = LOGS / f"{step.name.replace(' ', '_')}.txt"
+        with log.open("wb") as out:
+            process = subprocess.Popen(step.command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        running.append((step, process, log))
+    while running:
+        for entry in list(running):
+            step, process, log = entry
+            code, taken = process.poll(), time.monotonic() - start
+            if code is None and (taken > step.seconds or time.monotonic() > end):
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                result = "cut"
+            elif code is not None:
+                result = "done" if code == 0 else f"failed ({code})"
+            else:
+                continue
+            running.remove(entry)
+            yield Outcome(step.name, result, taken, log)
+        time.sleep(0.05)

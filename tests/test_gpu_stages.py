@@ -1,0 +1,123 @@
+"""The stages of a GPU's check and benchmarks: what one step does to the others, what a cut leaves, and what is told."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_bench, gpu_check, steps, tune
+from benchmarks.steps import Step, together
+from mvar.check.command import read
+from mvar.check.jobs import Job
+from mvar_kernels.catalogue import SPECS
+from tests.test_check import STAND_IN
+
+
+def python(name: str, code: str, seconds: float = 20) -> Step:
+    return Step(name, [sys.executable, "-c", code], seconds)
+
+
+@pytest.fixture(autouse=True)
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "LOGS", tmp_path / "logs")
+
+
+def test_a_step_takes_no_other_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """One fails, one hangs with a child that holds its output, and one is not there; that after them runs."""
+    hangs = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    begin = time.monotonic()
+    plan = [python("fails", "raise SystemExit(3)"), python("hangs", hangs, 1), python("works", "print('here')")]
+    assert not gpu_bench.run(plan, 60)
+    assert time.monotonic() - begin < 30
+    said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "failed (3)" in said["fails"] and " cut " in said["hangs"]
+    assert " done " in said["works"] and said["works"].endswith("here")
+
+
+def test_what_there_is_no_time_for_is_not_begun(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not gpu_bench.run([python("long", "raise SystemExit(0)")], seconds=1)
+    assert "long" in (said := capsys.readouterr().out) and "no time left" in said
+    assert gpu_bench.run([python("short", "")], seconds=60)
+    (cut,) = together([python("cut", "import time; time.sleep(60)", 60)], time.monotonic() + 1)
+    assert cut.result == "cut"
+
+
+def test_no_op_is_forgotten() -> None:
+    assert set(gpu_bench.OPS) == set(SPECS)
+    assert sum(step.seconds for step in gpu_bench.plan()) <= gpu_bench.SECONDS
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The check with a stand-in for its workers and the generation; the folder that it runs in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    worker = (sys.executable, "-c", STAND_IN)
+    jobs = [Job("adaln", "cpu", "float32", ["odd", "crash", "one_token"], command=worker)]
+    monkeypatch.setattr(gpu_check, "planned", lambda *_: jobs)
+    monkeypatch.setattr(gpu_check, "timed_jobs", lambda *_: [Job("adaln", "cpu", "float32", ["d16"], command=worker)])
+    monkeypatch.setattr(gpu_check, "WORKER", worker)
+    monkeypatch.setattr(gpu_check, "generation", lambda _: python("generation", "print('the same tokens')"))
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--seconds", "60"])
+    return tmp_path / "build" / "rehearsal"
+
+
+def test_the_check_says_what_is_wrong_and_tries_it_again(stand_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        gpu_check.main()
+    assert exit.value.code == 1
+    out = capsys.readouterr().out
+    assert "60 s at most: 3 cases by 1 processes" in out
+    assert "WRONG adaln cpu float32 crash: the process ended with SIGSEGV" in out
+    for way in ("without wgmma", "with one stage", "launch by launch"):
+        assert f"adaln cpu float32 crash, {way}: the process ended with SIGSEGV" in out
+    assert "the same tokens" in out and "1 wrong, 0 not done" in out
+    assert [row.case for row in read(stand_in / "check.jsonl")] == ["odd", "crash", "one_token"]
+    assert [row.case for row in read(stand_in / "timed.jsonl")] == ["d16"]
+
+
+def test_the_check_that_is_right(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [Job("adaln", "cpu", "float32", ["odd"], command=(sys.executable, "-c", STAND_IN))]
+    monkeypatch.setattr(gpu_check, "planned", lambda *_: jobs)
+    with pytest.raises(SystemExit) as exit:
+        gpu_check.main()
+    assert exit.value.code == 0 and "0 wrong, 0 not done" in capsys.readouterr().out
+
+
+def test_a_cut_leaves_the_rows_that_were_done(stand_in: Path) -> None:
+    """The real command, killed as soon as there is a row; whole lines are left, and its workers end."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(steps.ROOT)}
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "adaln"]
+    process = subprocess.Popen(command, cwd=stand_in.parent.parent, env=environment, stdout=subprocess.DEVNULL)
+    rows = stand_in / "check.jsonl"
+    begin = time.monotonic()
+    while not (rows.exists() and rows.stat().st_size) and time.monotonic() - begin < 100:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert all(row.op == "adaln" for row in read(rows)) and rows.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (lambda i: torch.ones(3), None),
+        (lambda i: torch.ones(3) * (1 + 2**-7), None),
+        (lambda i: torch.ones(3) + i, "another answer in launch 2"),
+        (lambda i: torch.ones(3) * 1.1, "off from the first tile's answer by 1.0e-01"),
+        (lambda i: torch.ones(3) * torch.nan, "another answer in launch 2"),
+        (lambda i: torch.ones(3, dtype=torch.int64) * 2, "another answer than the first tile's"),
+    ],
+)
+def test_a_tile_s_answers_are_those_of_the_first(answers: Any, said: str | None) -> None:
+    calls = iter(range(100))
+    got = tune.unlike(lambda: (answers(next(calls)),), (torch.ones(3).to(answers(0).dtype),))
+    assert got is None if said is None else got is not None and got.startswith(said)
