@@ -59,6 +59,11 @@ class Block(nn.Module):
         """Gates, then scales, then shifts of all branches, each (B, C), from the class embedding (B, C) or what the
         shared layer made of it (B, vectors·C)."""
         shared = hasattr(self, "ada_gss")
+        if not shared and hasattr(weight := self.ada_lin[1].weight, "full_tensor") and not _shards(self.ada_lin):
+            raise RuntimeError(
+                "ada_lin: its weight is a DTensor, for it is called before its block: shard it by itself, "
+                f"fully_shard(block.ada_lin), before fully_shard(block); got {type(weight).__name__}"
+            )
         return (cond + self.ada_gss.flatten() if shared else self.ada_lin(cond)).chunk(3 * self.branches, -1)
 
     def empty_state(self, batch: int) -> State:
@@ -85,6 +90,11 @@ class Block(nn.Module):
             x, h = _add(x, mixed, follows, backend)
         x, h = _add(x, self.ffn(h), after_ffn, backend)
         return x, h, state
+
+
+def _shards(layer: nn.Module) -> bool:
+    """Whether fully_shard was called with this very layer, which then gathers its own weights."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__)
 
 
 class MVARBlock(Block):

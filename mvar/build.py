@@ -4,12 +4,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mvar.checkpoint import schedule
 from mvar.config import ModelConfig, unboxed
 from mvar.initialise import initialise
 from mvar.model import Model, from_config
 from mvar.tokenizer import Tokenizer, TokenizerConfig
+
+
+class _Seeded(TorchFunctionMode):
+    """torch.nn.init draws from a generator of its own: the global one is the program's, and that of all threads."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__module__", None) == nn.init.__name__ and "generator" in kwargs:
+            kwargs["generator"] = self.generator
+        return func(*args, **kwargs)
 
 
 def build(
@@ -49,8 +67,8 @@ def build(
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected a whole number of 64 bits, got {seed!r}")
     # Weights that can be trained, too.
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reset those of all GPUs
-        images = Tokenizer(tokenizer)
-        model = initialise(from_config(config), seed=seed)
+    with torch.inference_mode(False), torch.device("cpu"):
+        with _Seeded(seed):
+            images, model = Tokenizer(tokenizer), from_config(config)
+        initialise(model, seed=seed)
     return model.eval(), images.eval()

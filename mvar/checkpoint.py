@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +19,13 @@ from mvar.state_dict import CheckpointError, read
 from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
 from mvar.weights import surplus, unwrapped, weights, without_storage
 
+CONFIGS: Mapping[str, type[Any]] = {"model": ModelConfig, "tokenizer": TokenizerConfig}
 HUB = "hf://"
 CONFIG_KEY, CLASS_NAMES_KEY = "mvar_config", "mvar_class_names"  # in the metadata of our own files
 # Buffers of the published files that follow from the configuration and that we do not keep.
 DERIVED = ("attn_bias_for_masking",)
+
+STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -88,15 +91,16 @@ def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | No
     :func:`load_tokenizer` make of the file. Hooks are not in it.
 
     Raises:
-        TypeError: no model or tokenizer, or a wrapper that cannot be looked through.
-        ValueError: a layer whose weights would not come back, by its name.
+        TypeError: no model or tokenizer, a wrapper that cannot be looked through, or another `dtype` than those of
+            :data:`STORED`.
+        ValueError: a layer whose weights would not come back, or that are not finite in `dtype`, by its name.
         OSError: the file cannot be written.
     """
     module = unwrapped(module, Model, Tokenizer)
     found = weights(module)
     if (extra := surplus(module)) is not None:
         raise ValueError(f"{extra} is no weight of this configuration, and would be lost: remove it first")
-    state = own_memory({name: t.to("cpu", dtype if t.is_floating_point() else None) for name, t in found.items()})
+    state = own_memory({name: t.cpu() for name, t in converted(found, dtype).items()})
     metadata = {CONFIG_KEY: json.dumps(asdict(module.config))}
     if isinstance(module, Model) and module.class_names is not None:
         if not _are_names(module.class_names, module.config.num_classes):
@@ -108,6 +112,18 @@ def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | No
             save_file(state, aside, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {message(error)}") from error
+
+
+def converted(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The floating weights in `dtype`, None as they are. Raises as :func:`save`."""
+    if dtype not in (None, *STORED):
+        names = ", ".join(str(known).removeprefix("torch.") for known in STORED)
+        raise TypeError(f"dtype: expected one of {names} or None, got {dtype}")
+    found = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    for name, t in found.items():
+        if t.is_floating_point() and not bool(t.float().isfinite().all()):
+            raise ValueError(f"{name}: not all values are finite in {str(t.dtype).removeprefix('torch.')}")
+    return found
 
 
 def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -150,6 +166,9 @@ def _built(path: str | Path, make: Callable[[dict[str, Any]], Module], kind: str
     try:
         if not isinstance(stored, dict):
             raise TypeError(f"its stored configuration is no table of names: {stored!r}")
+        for other, config in CONFIGS.items():
+            if other != kind and stored and stored.keys() == {field.name for field in fields(config)}:
+                raise ValueError(f"it is a {other}'s file")
         with without_storage():
             return make(stored)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:

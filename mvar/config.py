@@ -174,7 +174,10 @@ def check_patch_nums(patch_nums: Sequence[int]) -> tuple[int, ...]:
 
 def unboxed(value: Any) -> Any:
     """Python's own number of a NumPy number, or of an array or a tensor without dimensions; all else as it is."""
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    value = value.item()
+    return float(value) if hasattr(value, "item") else value  # NumPy's longdouble is its own item
 
 
 def unbox(config: Any) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mvar.arguments import DTYPES
-from mvar.checkpoint import load_model, load_tokenizer, save
+from mvar.checkpoint import converted, load_model, load_tokenizer, save
 from mvar.files import check_writable, expanded, replacing
 from mvar.model import Model
 from mvar.tokenizer import Tokenizer
@@ -29,22 +29,23 @@ def convert(options: argparse.Namespace) -> None:
     if options.target.suffix == ".safetensors":
         save(options.target, module, dtype=dtype)
     else:
-        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in official_state_dict(module).items()}
-        with replacing(options.target) as aside:
-            torch.save(state, aside)
+        state = official_state_dict(module, dtype)
+        # Into an open file: torch then names no path in it, and does not hide why it cannot be written.
+        with replacing(options.target) as aside, aside.open("wb") as file:
+            torch.save(state, file)
     print(f"written: {options.target}")
 
 
-def official_state_dict(module: Model | Tokenizer) -> dict[str, Tensor]:
+def official_state_dict(module: Model | Tokenizer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """All that the published code's load_state_dict(strict=True) asks for, with the mask that we do not keep.
 
-    Raises ValueError for a model that the published code does not have.
+    Raises ValueError for a model that the published code does not have, and as :func:`mvar.save`.
     """
-    state = weights(module)
+    state = converted(weights(module), dtype)
     if isinstance(module, Model):
         if module.config.bidirectional:
             raise ValueError("a model with a bidirectional mixer has no published format; write .safetensors")
         level = module.lvl_1L
         seen = level.T >= level if module.architecture == "var" else level.T == level
-        state["attn_bias_for_masking"] = torch.where(seen, 0.0, -torch.inf)[None, None]
+        state["attn_bias_for_masking"] = torch.where(seen, 0.0, -torch.inf)[None, None].to(dtype)
     return state

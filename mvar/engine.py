@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mvar.autoencoder import UpLevel
+from mvar.errors import message
 from mvar.layers import FeedForward, Mamba2
 from mvar.model import Model
 from mvar.modulation import JoinedModulation
@@ -118,7 +120,12 @@ _copies: weakref.WeakKeyDictionary[nn.Module, _Copies] = weakref.WeakKeyDictiona
 
 def _known(module: Model | Tokenizer) -> _Copies:
     """Its copies, none of them if there is no telling that the weights are still the same."""
-    if not counts_changes(module):
+    try:
+        counted = counts_changes(module)
+    except ValueError as error:  # torch's, of a parameter that has no values yet
+        lazy = next((name for name, t in module.named_parameters() if is_lazy(t)), "a weight")
+        raise ValueError(f"{type(module).__name__}: {lazy} has no values yet: {message(error)}; {REMEDY}") from error
+    if not counted:
         return _Copies(module)
     known = _copies.get(module)
     if known is None or not known.are_of(module):

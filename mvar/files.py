@@ -122,12 +122,14 @@ def beside(path: str | Path) -> Iterator[Path]:
 
     Raises OSError naming `path` where it cannot be made.
     """
-    with tidying():
+    with tidying() as unfinished:
         aside = _create_aside(expanded(path))
+        unfinished.add(aside)
         try:
             yield aside
         finally:
             aside.unlink(missing_ok=True)
+            unfinished.discard(aside)
 
 
 @contextmanager

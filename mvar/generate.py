@@ -219,6 +219,8 @@ def check_fit(model: Model, tokenizer: Tokenizer) -> None:
 
 def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.device) -> Tensor:
     try:
+        if isinstance(labels, list | tuple):  # torch takes no list of some of NumPy's numbers
+            labels = [unboxed(label) for label in labels]
         rows = torch.as_tensor(labels, device=labels.device if isinstance(labels, Tensor) else "cpu")
         whole = rows.dim() == 1 and len(rows) > 0 and not (rows.is_floating_point() or rows.is_complex())
     except (TypeError, ValueError, RuntimeError, OverflowError):

@@ -114,12 +114,12 @@ def _gathered(target: Path | None, shape: tuple[int, ...], processes: Processes)
     processes.meet()  # before there is a file: where they agree on its name none waits for another, deaf to signals
     with beside(target) if processes.leads else nullcontext(target) as path:
         if processes.leads:
-            np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-            with path.open("r+b") as file:  # for a file that the disk does not hold, writing to its memory would crash
-                try:
+            try:
+                np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+                with path.open("r+b") as file:  # else a full disk would crash who writes to the memory
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-                except OSError as error:
-                    raise OSError(f"cannot write {target}: {error.strerror}") from error
+            except OSError as error:
+                raise OSError(f"cannot write {target}: {error.strerror}") from error
         yield partial(_opened, processes.agreed(path))
 
 

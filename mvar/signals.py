@@ -1,10 +1,12 @@
 """Signals handled meanwhile, and left as they were at the end."""
 
+import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 
@@ -26,10 +28,27 @@ def handling(handlers: Mapping[signal.Signals, Callable[[int, Any], Any]]) -> It
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
-def tidying() -> AbstractContextManager[None]:
-    """SIGTERM and SIGHUP, where they would end the process at once, end it by SystemExit(128 + number).
+_unfinished: set[Path] = set()
+
+
+@contextmanager
+def tidying() -> Iterator[set[Path]]:
+    """Files to add to, which SIGTERM and SIGHUP remove before they end the process, where they would end it at once.
 
     For as long as there is something to tidy up, and no longer: Python waits with it for native code to return.
     """
     fatal = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    return handling(dict.fromkeys(fatal, lambda number, frame: sys.exit(128 + number)))
+    with handling(dict.fromkeys(fatal, partial(_end, os.getpid()))):
+        yield _unfinished
+
+
+def _end(owner: int, number: int, _: object) -> None:
+    """As the signal itself, and not by an exception: on its way out it would wait for processes that do not answer.
+
+    A process that was forked meanwhile leaves the files to their owner.
+    """
+    for path in list(_unfinished) if os.getpid() == owner else ():
+        with suppress(OSError):
+            path.unlink()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

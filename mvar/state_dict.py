@@ -24,6 +24,7 @@ from mvar.files import is_environmental
 MARKS = {"model": "word_embed.weight", "tokenizer": "quantize.embedding.weight"}
 """A weight that only this part has: by it a part is found among others, and the name in front of it is taken off."""
 AVERAGES = re.compile(r"ema|shadow|averag")
+OPTIMIZERS = re.compile(r"optim|exp_avg|moment|grad")  # whose tables can have the weights' names
 WRAPPING = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 MAX_NESTING = 4
 NUMPY = ("numpy._core", "numpy.core")
@@ -172,7 +173,7 @@ def _state_dicts(content: object, part: str, depth: int = 0) -> Iterator[dict[st
     if content and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in content.items()):
         yield from _parts(content, MARKS[part])
         return
-    for name in sorted(content, key=lambda name: not _is_average(name)):
+    for name in sorted(content, key=_rank):
         yield from _state_dicts(content[name], part, depth + 1)
 
 
@@ -189,6 +190,13 @@ def _parts(state: Mapping[str, Tensor], mark: str) -> Iterator[dict[str, Tensor]
     fronts = [name.removesuffix(mark) for name in plain if name == mark or name.endswith("." + mark)]
     for front in sorted(fronts or [""], key=lambda front: not _is_average(front)):
         yield {name.removeprefix(front): value for name, value in plain.items() if name.startswith(front)}
+
+
+def _rank(name: object) -> int:
+    """Averages go first, and what an optimizer keeps goes last."""
+    if isinstance(name, str) and OPTIMIZERS.search(name.lower()) is not None:
+        return 2
+    return 0 if _is_average(name) else 1
 
 
 def _is_average(name: object) -> bool:

@@ -231,7 +231,8 @@ class Tokenizer(nn.Module):
         _check_token_dtype(tokens)
         if tokens.dim() != 2 or tokens.shape[1] != self.num_tokens:
             raise ValueError(f"tokens must have shape (B, {self.num_tokens}), got {tuple(tokens.shape)}")
-        if bool(((tokens < 0) | (tokens >= self.num_codes)).any()):
+        # Their values are not there while a graph is traced.
+        if not torch.compiler.is_compiling() and bool(((tokens < 0) | (tokens >= self.num_codes)).any()):
             found = f"{int(tokens.min())} to {int(tokens.max())}"
             raise ValueError(f"tokens must lie in [0, {self.num_codes}), got {found}")
 

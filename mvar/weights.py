@@ -123,7 +123,7 @@ def weights(module: Model | Tokenizer, plain: nn.Module | None = None, *, omit: 
 
 
 def surplus(module: Model | Tokenizer) -> str | None:
-    """The first parameter that a plain module of this configuration does not have, or None: a file would lose it."""
+    """The first weight that a plain module of this configuration does not have, or None: a file would lose it."""
     plain = dict(_named(skeleton(module)))
     for name, layer in _named(module):
         counterpart = plain.get(name)
@@ -131,8 +131,8 @@ def surplus(module: Model | Tokenizer) -> str | None:
             if extra := next(iter(layer.state_dict()), None):
                 return f"{name}.{extra}"
         elif not _reweighted(layer):
-            for key, value in layer.named_parameters(recurse=False):
-                if value is not None and getattr(counterpart, key, None) is None:
+            for key in _names(layer):
+                if key not in layer._non_persistent_buffers_set and getattr(counterpart, key, None) is None:
                     return f"{name}.{key}" if name else key
     return None
 

@@ -224,6 +224,7 @@ def wrapped(kind: str, state: dict[str, torch.Tensor]) -> dict[str, object]:
         "records": {"at": datetime(2026, 1, 2), "log": defaultdict(list, a=[1]), "seen": slice(3), "model": state},
         "empty": {"a": np.empty(0), "b": b"", "c": frozenset(), "d": deque([1]), "e": range(3), "model": state},
         "library": {"at": time(1), "id": UUID(int=1), "of": Decimal(1), "on": torch.__version__, "model": state},
+        "moments": {"optimizer": {"exp_avg": other, "ema": other}, "exp_avg_sq": other, "model": state},
         "averaged": {"n_averaged": torch.tensor(3), **{f"module.{name}": t for name, t in state.items()}},
         "a block alone": blocks,  # type: ignore[dict-item]
     }
@@ -232,7 +233,7 @@ def wrapped(kind: str, state: dict[str, torch.Tensor]) -> dict[str, object]:
 
 KINDS = (
     "ddp, compiled, ddp compiled, compiled ddp, lightning, model, state_dict, ema, model and ema, names of ema, "
-    "trainer, params, namespace, values, records, empty, library, averaged, a block alone"
+    "trainer, params, namespace, values, records, empty, library, moments, averaged, a block alone"
 )
 
 
@@ -352,7 +353,14 @@ def test_class_names_travel_with_the_file(tmp_path: Path) -> None:
         mvar.load_model(tmp_path / "odd.safetensors")
 
 
-def test_a_tokenizer_is_no_model(files: Path) -> None:
+def test_a_tokenizer_is_no_model(files: Path, tmp_path: Path) -> None:
+    sizes = mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,))
+    for name, module in zip(("m", "t"), mvar.build(1, num_classes=2, tokenizer=sizes), strict=True):
+        mvar.save(tmp_path / f"{name}.safetensors", module)
+    with pytest.raises(mvar.CheckpointError, match="no usable sizes for a model: it is a tokenizer's file"):
+        mvar.load_model(tmp_path / "t.safetensors")
+    with pytest.raises(mvar.CheckpointError, match="no usable sizes for a tokenizer: it is a model's file"):
+        mvar.load_tokenizer(tmp_path / "m.safetensors")
     with pytest.raises(mvar.CheckpointError, match="not the weights of an M-VAR or VAR model"):
         mvar.load_model(files / "tokenizer.pth")
     with pytest.raises(mvar.CheckpointError, match="not the weights of a tokenizer"):

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mvar_kernels import contract
 from mvar_kernels.backends import PEERS, Op, backends, interpreted
@@ -163,6 +164,24 @@ def test_compiles_whole(spec: Spec, case: Case, backend: str, dtype: torch.dtype
 
     got = evaluate(Compiled, case, inputs, backend)  # type: ignore[arg-type]
     assert all(torch.equal(got[n], eager[n]) for n in eager)
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_traces_with_symbolic_sizes(op: str) -> None:
+    """make_fx of the public function and of its gradients gives the eager answer."""
+    spec = SPECS[op]
+    case = spec.cases[1]
+    inputs = prepared(spec, case, torch.float32)
+
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        leaves = {n: t.detach().requires_grad_(n in spec.grads) for n, t in inputs.items()}
+        outs = spec.call(leaves, case, "auto")
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        return (*outs, *(torch.autograd.grad([out.sum() for out in outs], wanted) if wanted else ()))
+
+    traced = make_fx(run, tracing_mode="symbolic")(inputs)
+    for got, right in zip(traced(inputs), run(inputs), strict=True):
+        torch.testing.assert_close(got, right)
 
 
 def test_every_op_has_a_reference_and_a_spec() -> None:

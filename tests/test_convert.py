@@ -2,7 +2,9 @@
 
 import math
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from mvar.cli import main
 from mvar.convert import official_state_dict
 from mvar.model import from_config
 from tests import training, upstream
+from tests.test_cli import fails
 
 
 @pytest.mark.parametrize("name", ["mvar_wo_ddp", "var_wo_ddp"])
@@ -61,12 +64,31 @@ def test_out_of_our_own_run(tmp_path: Path) -> None:
         assert torch.equal(half.state_dict()[name], value.half().float() if value.is_floating_point() else value)
 
 
+def test_equal_conversions_are_equal_files(tmp_path: Path) -> None:
+    model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
+    mvar.save(tmp_path / "source.safetensors", model)
+    for name in ("a.pth", "b.pth"):
+        main(["convert", f"{tmp_path}/source.safetensors", f"{tmp_path}/{name}", "--dtype", "fp16"])
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+
+
+def test_weights_beyond_float16_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
+    with torch.no_grad():
+        model.head.bias[1] = 1e5
+    mvar.save(tmp_path / "source.safetensors", model)
+    for name in ("m.pth", "m.safetensors"):
+        error = fails(capsys, "convert", f"{tmp_path}/source.safetensors", f"{tmp_path}/{name}", "--dtype", "fp16")
+        assert "head.bias: not all values are finite in float16" in error and not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
 def test_a_full_disk_leaves_the_old_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(state: object, path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def full(state: object, path: Path | BinaryIO, **_: object) -> None:
+        with path.open("wb") if isinstance(path, Path) else nullcontext(path) as file:
+            file.write(b"half")
         raise OSError(28, "No space left on device")
 
     model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
@@ -82,7 +104,7 @@ def test_a_full_disk_leaves_the_old_file(
 
 def test_masks_of_the_two_models() -> None:
     for architecture in ("mvar", "var"):
-        model = from_config(mvar.ModelConfig(depth=1, patch_nums=(1, 2), architecture=architecture))
+        model = mvar.initialise(from_config(mvar.ModelConfig(depth=1, patch_nums=(1, 2), architecture=architecture)))
         mask = official_state_dict(model)["attn_bias_for_masking"]
         assert mask.shape == (1, 1, 5, 5) and mask[0, 0, 0, :2].tolist() == [0.0, -torch.inf]
         assert mask[0, 0, 1, 0] == (0.0 if architecture == "var" else -torch.inf)

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,18 @@ def test_random_weights_follow_from_the_seed_alone() -> None:
     torch.manual_seed(2)
     assert all(torch.equal(a, b) for a, b in zip(weights(2), first, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(weights(3), first, strict=True))
+
+
+def test_random_weights_do_not_depend_on_other_threads() -> None:
+    def weights(seed: int) -> Tensor:
+        sizes = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
+        return mvar.build(1, num_classes=2, tokenizer=sizes, seed=seed)[1].encoder.conv_in.weight
+
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(weights, [0, 1] * 8))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(weight, weights(i % 2)) for i, weight in enumerate(found))
 
 
 def test_tokens_are_drawn_from_the_head_s_logits_as_asked() -> None:

@@ -30,9 +30,9 @@ def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
     assert mvar.load_model(tmp_path / "model.safetensors").config == model.config
     how: dict[str, Any] = {"cfg": 1.5, "top_k": 3, "top_p": 0.75, "seed": 7, "first_index": 2}
     right = mvar.generate(*plain, [0, 2], **how, dtype=torch.float32).tokens
-    for number in (np.float64, np.array, torch.tensor):
+    for number in (np.float64, np.longdouble, np.array, torch.tensor):
         given = {name: number(value) if isinstance(value, float) else np.int32(value) for name, value in how.items()}
-        for labels in (np.array([0, 2], dtype=np.uint16), [np.int64(0), np.int64(2)], torch.tensor([0, 2])):
+        for labels in (np.array([0, 2], dtype=np.uint16), [np.int64(0), np.uint64(2)], torch.tensor([0, 2])):
             got = mvar.generate(model, tokenizer, labels, **given, dtype=torch.float32).tokens
             assert torch.equal(got, right)
     for name in how:

@@ -139,7 +139,7 @@ def test_a_signal_is_heard_while_a_process_waits_for_another(
         assert first.stdout.readline() == "meets\n"
     assert len(list(tmp_path.iterdir())) == 1
     first.terminate()
-    assert first.wait(timeout=100) == 128 + signal.SIGTERM and list(tmp_path.iterdir()) == []
+    assert first.wait(timeout=25) == -signal.SIGTERM and list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_does_not_hold_all_images_is_told_before_they_are_drawn(
@@ -154,21 +154,27 @@ def test_a_disk_that_does_not_hold_all_images_is_told_before_they_are_drawn(
     assert launches == [] and list(tmp_path.iterdir()) == []
 
 
+ENDED = """
+import os, sys
+from mvar import sample
+from mvar.cli import main
+
+def launched(*_, **__):
+    print(len(os.listdir(sys.argv[1])), flush=True)
+    os.kill(os.getpid(), int(sys.argv[2]))
+
+sample.launch = launched
+main(["sample", "--classes", "3", "--npz", f"{sys.argv[1]}/all.npz"])
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_nothing_half_written(
-    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_leaves_nothing_half_written(number: signal.Signals, tmp_path: Path) -> None:
     """As a queue or a closed terminal ends it; the array that batches are gathered in is on the disk by then."""
-
-    def launched(*_: object, **__: object) -> Launched:
-        assert len(list(tmp_path.iterdir())) == 1
-        os.kill(os.getpid(), number)
-        raise AssertionError("goes on")
-
-    monkeypatch.setattr(sampling, "launch", launched)
-    with pytest.raises(SystemExit) as exit:
-        main(["sample", *ARGUMENTS, "--npz", f"{tmp_path}/all.npz"])
-    assert exit.value.code == 128 + number and list(tmp_path.iterdir()) == []
+    environment = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
+    command = [sys.executable, "-c", ENDED, str(tmp_path), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert (done.returncode, done.stdout) == (-number, "1\n") and list(tmp_path.iterdir()) == []
 
 
 def test_classes_by_name(

@@ -140,6 +140,18 @@ def test_zero_rows_are_normalised_like_the_reference() -> None:
         assert (a - e).abs().max() <= 2 * (b - e).abs().max() + torch.finfo(a.dtype).eps * e.abs().max()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_whose_norm_is_no_float_are_normalised_like_the_reference(causal: bool) -> None:
+    problem = PROBLEMS["large_scores"]._replace(causal=causal)
+    t = problem.inputs(torch.float32)
+    t["k"][:, 5:9] *= 1e19
+    t["q"][:, 3] *= 1e19
+    got, same = (problem.results(kernel, t) for kernel in (scale_attention_cpu, scale_attention_reference))
+    for a, b in zip(got[:2], same[:2], strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(a.isfinite().all() for a in got)
+
+
 def test_empty_batch() -> None:
     problem = PROBLEMS["tails"]
     t = {n: x[:0] for n, x in problem.inputs(torch.float32).items()}

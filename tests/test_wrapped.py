@@ -184,6 +184,15 @@ def test_sharded_by_fsdp(alone: None, tmp_path: Path) -> None:
     after_a_step = generate(model, tokenizer).tokens
     assert not torch.equal(after_a_step, right.tokens)
     assert torch.equal(generate(sharded, tokenizer).tokens, after_a_step)
+    labels, inputs = torch.tensor([1]), torch.randn(1, model.config.num_tokens - 1, model.config.code_dim)
+    with pytest.raises(RuntimeError, match=r"fully_shard\(block.ada_lin\), before fully_shard\(block\); got DTensor"):
+        sharded(labels, inputs)
+    trained = copy.deepcopy(model)
+    for block in trained.blocks:
+        fully_shard(block.ada_lin, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(trained, mesh=mesh)
+    assert torch.equal(trained(labels, inputs), model(labels, inputs))
     sharded.blocks[1].ffn.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="model: blocks.1.ffn has a forward hook, .* sharded"):
         generate(sharded, tokenizer)
@@ -299,9 +308,48 @@ def test_a_file_loses_no_weight(tmp_path: Path) -> None:
     model.blocks[0].ffn.gain = nn.Parameter(torch.ones(1))  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"blocks.0.ffn.gain is no weight"):
         mvar.save(tmp_path / "m.safetensors", model)
+    del model.blocks[0].ffn.gain
+    model.blocks[0].register_buffer("mean", torch.zeros(3))
+    with pytest.raises(ValueError, match=r"blocks.0.mean is no weight"):
+        mvar.save(tmp_path / "m.safetensors", model)
+    del model.blocks[0].mean
+    model.blocks[0].register_buffer("cache", torch.zeros(3), persistent=False)
+    mvar.save(tmp_path / "m.safetensors", model)
+    (tmp_path / "m.safetensors").unlink()
     with pytest.raises(TypeError, match="expected an mvar.Model or mvar.Tokenizer, got a Linear"):
         mvar.save(tmp_path / "m.safetensors", nn.Linear(2, 2))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e8m0fnu])
+def test_a_file_in_a_dtype_that_holds_no_weights_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="dtype: expected one of float32, float16, .* or None, got torch"):
+        mvar.save(tmp_path / "m.safetensors", pair()[0], dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(1e5, torch.float16), (torch.nan, None), (torch.inf, None), (torch.nan, torch.float8_e4m3fn)]
+)
+def test_a_file_that_could_not_be_loaded_again_is_not_written(
+    value: float, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    model, _ = pair()
+    mvar.save(tmp_path / "m.safetensors", model, dtype=dtype)
+    mvar.load_model(tmp_path / "m.safetensors")
+    with torch.no_grad():
+        model.head.weight[3, 2] = value
+    before = (tmp_path / "m.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="head.weight: not all values are finite in float"):
+        mvar.save(tmp_path / "m.safetensors", model, dtype=dtype)
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+
+
+def test_lazy_layers_are_named() -> None:
+    model, tokenizer = pair()
+    model.head = nn.LazyLinear(64)
+    with pytest.raises(ValueError, match="MVAR: head.weight has no values yet"):
+        generate(model, tokenizer)
 
 
 def test_weights_without_storage_are_named() -> None:
@@ -396,6 +444,27 @@ def test_several_threads_at_once() -> None:
         thread.join()
     for seed in range(4):
         assert torch.equal(found[seed], generate(model, tokenizer, seed=seed).tokens)
+
+
+def test_a_tokenizer_compiled_whole_and_exported() -> None:
+    _, tokenizer = pair()
+    tokens = torch.randint(tokenizer.num_codes, (3, tokenizer.num_tokens))
+    torch.compiler.reset()
+    for method in (tokenizer.decode, tokenizer.teacher_forcing_inputs):
+        whole = torch.compile(method, fullgraph=True, backend="eager")
+        torch.testing.assert_close(whole(tokens), method(tokens))
+
+    class Decoding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = tokenizer
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.tokenizer.decode(tokens)
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(Decoding(), (tokens,), dynamic_shapes={"tokens": {0: batch}}).module()
+    torch.testing.assert_close(exported(tokens[:2]), tokenizer.decode(tokens[:2]))
 
 
 def test_exported_with_any_batch() -> None:

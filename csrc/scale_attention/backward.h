@@ -68,7 +68,9 @@ void pack_keys(BackwardBuffers& w, const ScaleAttentionBackward& a, const Sizes&
     pack_columns<Single>(w.key_columns, i, rows, key, n.D);
     pack_columns<Single>(w.value_columns, i, rows, value, n.D);
     for (int64_t j = 0; j < rows; ++j) pack_word<Single, T>(w.key_rows, i + j, key(j), nullptr, n.D);
-    store(w.key_factor + i, key_factors<Single>(n, w.key_columns, i), All{});
+    const Vec factor = key_factors<Single>(n, w.key_columns, i);
+    store(w.key_factor + i, factor, All{});
+    drop_columns(w.key_columns, i, factor);
   }
 }
 
@@ -81,7 +83,8 @@ void begin_queries(BackwardBuffers& w, const ScaleAttentionBackward& a, const Si
     pack_row<Single>(w.queries + r * n.D, q, n.D);
     pack_row<Single>(w.grads + r * n.D, grad, n.D);
     pack_word<Single, T>(w.query_rows, r, q, nullptr, n.D);
-    w.query_factor[r] = query_factor<Single>(n, heat, q);
+    const float factor = w.query_factor[r] = query_factor<Single>(n, heat, q);
+    if (factor == 0.0f) __builtin_memset(w.queries + r * n.D, 0, n.D * sizeof(float));
   }
   // Rows that only fill a tile: anything finite will do.
   const int64_t fill = block.tiled_rows() - block.rows;
@@ -187,9 +190,9 @@ MVAR_INLINE void finish_row(T* out, const float* d, const T* x, bool normed, int
       products.slot[slot] = fma(value, load(d + i, lanes), products.slot[slot]);
       squares.slot[slot] = fma(value, value, squares.slot[slot]);
     });
-    // Below kNormEps it was divided by a constant.
+    // Below kNormEps it was divided by a constant, and above the largest float by infinity.
     const float square = squares.total();
-    along = square < kNormEps * kNormEps ? 0.0f : products.total() / square;
+    along = square < kNormEps * kNormEps || square > __FLT_MAX__ ? 0.0f : products.total() / square;
   }
   for_each_vector(D, [&](int64_t i, auto lanes, int) MVAR_INLINE_LAMBDA {
     store(out + i, fma(splat(-along), load(x + i, lanes), load(d + i, lanes)), lanes);

@@ -59,7 +59,9 @@ void pack_keys(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const Si
       const T* second = j + 1 < rows ? value(j + 1) : nullptr;
       pack_word<Word>(w.values, (i + j) / Word::kDepth, value(j), second, n.D);
     }
-    store(w.key_factor + i, key_factors<Word>(n, w.keys, i), All{});
+    const Vec factor = key_factors<Word>(n, w.keys, i);
+    store(w.key_factor + i, factor, All{});
+    drop_columns(w.keys, i, factor);
   }
 }
 
@@ -71,7 +73,9 @@ void begin_queries(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, cons
   for (int64_t r = 0; r < block.rows; ++r) {
     const T* q = row<T>(a.q, at.b, block.first + r, at.h);
     pack_row<Word>(w.queries + r * depth, q, n.D);
-    w.query_factor[r] = log2_factor(query_factor<Word>(n, heat, q));
+    const float factor = query_factor<Word>(n, heat, q);
+    if (factor == 0.0f) __builtin_memset(w.queries + r * depth, 0, depth * sizeof(float));
+    w.query_factor[r] = log2_factor(factor);
     w.maximum[r] = -__builtin_inff();
     w.total[r] = 0.0f;
   }

@@ -122,7 +122,7 @@ MVAR_INLINE Vec square_root(Vec v) {
 #endif
 }
 
-// 1/‖x‖, from the sum of the squares. A norm below kNormEps counts as kNormEps.
+// 1/‖x‖, from the sum of the squares. A norm below kNormEps counts as kNormEps; of squares whose sum is no float, 0.
 MVAR_INLINE Vec inverse_norm(Vec squares) {
   const Vec x = larger(squares, splat(kNormEps * kNormEps));
   const Vec y = 1.0f / square_root(x);
@@ -131,7 +131,7 @@ MVAR_INLINE Vec inverse_norm(Vec squares) {
   const Vec xy = x * y;
   const Vec lost = fma(x, y, -xy);
   const Vec error = fma(-xy, y, splat(1.0f)) - lost * y;
-  return fma(0.5f * y, error, y);
+  return squares > splat(__FLT_MAX__) ? Vec{} : fma(0.5f * y, error, y);  // where y is 0, and x·y is not a number
 }
 
 template <typename Word, typename T>
@@ -166,6 +166,15 @@ template <typename Word, typename T>
 MVAR_INLINE float query_factor(const Sizes& n, float temperature, const T* row) {
   const float factor = n.scale * temperature;
   return n.log_temperature ? factor * inverse_norm<Word>(row, n.D) : factor;
+}
+
+// Rows whose factor is 0 are zeros: other products with them may be infinite, and 0 times that is not a number.
+MVAR_INLINE void drop_columns(const Panels& columns, int64_t first, Vec factor) {
+  if (largest(-factor) < 0.0f) return;
+  for (int64_t w = 0; w < columns.depth; ++w) {
+    float* words = columns.at(w, first);
+    store(words, factor == 0.0f ? Vec{} : load(words, All{}), All{});
+  }
 }
 
 // The factor for powers of 2. It is above 0, however small the scale: -∞ times it must stay -∞.

@@ -72,7 +72,7 @@ def scale_attention(
     if log_temperature is not None:
         checks.tensor(op, "log_temperature", log_temperature, "H", sizes, like=q)
     scales = checks.scale_lengths(op, scales, k.shape[1])
-    if q.shape[1] not in {sum(scales[i:]) for i in range(len(scales))}:
+    if not any(q.shape[1] == sum(scales[i:]) for i in range(len(scales))):  # symbolic sizes are in no set
         raise ValueError(f"{op}: q: expected L or the length of the last few of scales {scales}, got Lq={q.shape[1]}")
     if pattern not in PATTERNS:
         raise ValueError(f"{op}: pattern: expected one of {', '.join(PATTERNS)}; got {pattern!r}")
@@ -80,7 +80,7 @@ def scale_attention(
     if q.shape[-1] < 1:
         raise ValueError(f"{op}: q: expected head dimension D of at least 1, got shape {tuple(q.shape)}")
     if scale is None:
-        scale = 1.0 if log_temperature is not None else 0.25 * q.shape[-1] ** -0.5
+        scale = 1.0 if log_temperature is not None else 0.25 * int(q.shape[-1]) ** -0.5
     scale = checks.positive(op, "scale", scale)
     out: Tensor = torch.ops.mvar.scale_attention(q, k, v, log_temperature, scales, pattern == "causal", scale, backend)[
         0
