@@ -47,7 +47,7 @@ def main() -> None:
         f"### {name}\n\n" + "\n".join(part.markdown() for part in parts) for name, parts in sections.items()
     )
     if all(on_cpu):
-        text += "\nOn a GPU: not yet measured (`make gpu` does it).\n"
+        text += "\nOn a GPU: not yet measured (`make gpu-bench` does it).\n"
     with replacing(README) as aside:
         aside.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
     with replacing(PAGE) as aside:
