@@ -20,6 +20,7 @@ from benchmarks.products import DTYPES
 from benchmarks.rivals import RIVALS
 from mvar_kernels.backends import PEERS, BackendError, backends
 from mvar_kernels.catalogue import SPECS
+from mvar_kernels.contract import prepared
 from mvar_kernels.precision import float32_products
 from mvar_kernels.specs import Case, Inputs, Spec
 
@@ -80,11 +81,7 @@ def checked(
     spec: Spec, case: Case, dtype: torch.dtype, backward: bool, *, compiled: bool = True
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """The sides whose answer is right, compiled, and what is wrong with the others."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        n: t.to(DEVICE, torch.float32 if n in spec.keeps_dtype else dtype)
-        for n, t in spec.inputs(case, generator).items()
-    }
+    generator, inputs = torch.Generator().manual_seed(0), prepared(spec, case, dtype, DEVICE)
     sides: dict[str, Callable[[], Any]] = {}
     wrong: dict[str, str] = {}
 

@@ -22,6 +22,7 @@ from benchmarks.ops import SPECS, Results, gradients
 from mvar.files import replacing
 from mvar_kernels import tiling
 from mvar_kernels.backends import BackendError, architecture
+from mvar_kernels.contract import prepared
 from mvar_kernels.specs import Case, Spec
 from mvar_kernels.tiling import Tile
 
@@ -59,10 +60,7 @@ def using(forced: dict[Key, int], seen: dict[Key, Sequence[Tile]]) -> Iterator[N
 
 def calls(spec: Spec, case: Case) -> Iterator[Callable[[], Results]]:
     """The op's forward, and its backward alone, on random inputs in bfloat16."""
-    inputs = {
-        n: t.to(DEVICE, torch.float32 if n in spec.keeps_dtype else torch.bfloat16)
-        for n, t in spec.inputs(case, torch.Generator().manual_seed(0)).items()
-    }
+    inputs = prepared(spec, case, torch.bfloat16, DEVICE)
     yield lambda: spec.call(inputs, case, "triton")
     if spec.grads:
         outs = spec.call(inputs, case, "triton")

@@ -1,7 +1,8 @@
 """Compile every Triton kernel for GPUs that are not here: `python tests/compile_ahead.py [op …] [--arch sm_90 …]`.
 
-The ops run on CPU tensors in bfloat16, forward and backward, on their specs' cases of GPU benchmarks (with --all on
-every case), once for each tile that can be chosen (with --tiles first, once); each launch compiles the kernel,
+The ops run on CPU tensors in bfloat16 (or in --dtypes), forward and backward, on their specs' cases of GPU benchmarks
+(with --all on every case, in every layout that the contract has), once for each tile that can be chosen (with --tiles
+first, once); each launch compiles the kernel,
 specialised as on a GPU, and does not run it. So nothing is listed by hand and no kernel can be forgotten. Prints, and
 with --write writes to a file, what each kernel needs; exits with 1 on a spill, on more shared memory than a block may
 have, or on a product of 16-bit tiles without tensor cores.
@@ -32,13 +33,18 @@ from triton.runtime.jit import JITFunction
 from mvar_kernels import tiling
 from mvar_kernels.backends import BackendError
 from mvar_kernels.catalogue import SPECS
+from mvar_kernels.contract import LAYOUTS
 from mvar_kernels.specs import Case, Inputs, Spec
 
 # The package's name `backends` is the public function, not this module.
 backends = importlib.import_module("mvar_kernels.backends")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
+NARROW_LOAD = re.compile(r"\bld\.global(?:\.[a-z]\w*(?:::\w+)*)*\.[bsu](?:8|16) ")
 PRODUCT_OF_HALVES = re.compile(r"tt\.dot .*: tensor<\w+x(?:bf16|f16)>")
+
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -61,16 +67,22 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Needs:
-    """What one compiled kernel needs. Occupancy: resident warps of those a multiprocessor can hold, by arithmetic."""
+    """What one compiled kernel needs.
+
+    narrow_loads: instructions that load one number of 16 bits or fewer from memory. occupancy: resident warps of those
+    that a multiprocessor can hold, by arithmetic.
+    """
 
     kernel: str
     tile: str
+    dtype: str
     arch: str
     warps: int
     stages: int
     registers: int
     stack_bytes: int
     shared_bytes: int
+    narrow_loads: int
     tensor_cores: bool
     should_use_tensor_cores: bool
     occupancy: float
@@ -101,7 +113,7 @@ class AbsentGPU:
         return 0
 
 
-def needs(arch: str, compiled: Any) -> Needs:
+def needs(arch: str, dtype: torch.dtype, compiled: Any) -> Needs:
     """Read a compiled kernel's resources off its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -124,12 +136,14 @@ def needs(arch: str, compiled: Any) -> Needs:
     return Needs(
         kernel=meta.name,
         tile=tile,
+        dtype=str(dtype).removeprefix("torch."),
         arch=arch,
         warps=meta.num_warps,
         stages=meta.num_stages,
         registers=registers,
         stack_bytes=stack,
         shared_bytes=meta.shared,
+        narrow_loads=len(NARROW_LOAD.findall(compiled.asm["ptx"])),
         tensor_cores=bool(TENSOR_CORES.search(compiled.asm["ptx"])),
         should_use_tensor_cores=bool(PRODUCT_OF_HALVES.search(compiled.asm["ttir"])),
         occupancy=blocks * threads / machine.threads,
@@ -156,21 +170,21 @@ def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list
         yield most
 
 
-def inputs_of(spec: Spec, case: Case) -> Inputs:
-    """The case's inputs in bfloat16, every row of the batch the same one: nothing is computed with them."""
+def inputs_of(spec: Spec, case: Case, dtype: torch.dtype) -> Inputs:
+    """The case's inputs in `dtype`, every row of the batch the same one: nothing is computed with them."""
     one, two = (
         spec.inputs(replace(case, sizes={**case.sizes, "B": B}), torch.Generator().manual_seed(0)) for B in (1, 2)
     )
     inputs = {}
     for name, t in one.items():
         whole = t.expand(case.sizes["B"], *t.shape[1:]) if t.shape != two[name].shape else t
-        inputs[name] = whole.to(torch.float32 if name in spec.keeps_dtype else torch.bfloat16)
+        inputs[name] = whole.to(torch.float32 if name in (*spec.keeps_dtype, *case.keeps_dtype) else dtype)
     return inputs
 
 
-def run_case(spec: Spec, case: Case) -> None:
+def run_case(spec: Spec, case: Case, inputs: Inputs) -> None:
     """Forward and backward of one case; what comes out is not computed."""
-    inputs = {n: t.requires_grad_(n in spec.grads) for n, t in inputs_of(spec, case).items()}
+    inputs = {n: t.detach().requires_grad_(n in spec.grads) for n, t in inputs.items()}
     wanted = [t for t in inputs.values() if t.requires_grad]
     with contextlib.suppress(BackendError):  # an op without a Triton kernel, or without one for the backward
         outs = spec.call(inputs, case, "triton")
@@ -178,23 +192,29 @@ def run_case(spec: Spec, case: Case) -> None:
             torch.autograd.grad(outs, wanted, [torch.zeros_like(o) for o in outs])
 
 
-def compile_op(spec: Spec, cases: Sequence[Case], arch: str, every_tile: bool) -> list[Needs]:
+def compile_op(
+    spec: Spec, cases: Sequence[Case], dtype: torch.dtype, arch: str, *, every_tile: bool, layouts: bool
+) -> list[Needs]:
     """Every kernel that the cases launch, with every tile or the first; none where the op has no Triton kernel."""
     found: dict[str, Any] = {}
     for case in cases:
-        candidate, most = 0, [1]
-        while candidate < (most[0] if every_tile else 1):
-            with compiling(arch, candidate, found) as most:
-                run_case(spec, case)
-            candidate += 1
-    return [needs(arch, compiled) for compiled in found.values()]
+        inputs = inputs_of(spec, case, dtype)
+        for layout in (torch.Tensor.detach, *(LAYOUTS if layouts and case in spec.cases else ())):
+            moved = {name: layout(t) for name, t in inputs.items()}
+            candidate, most = 0, [1]
+            while candidate < (most[0] if every_tile else 1):
+                with compiling(arch, candidate, found) as most:
+                    run_case(spec, case, moved)
+                candidate += 1
+    return [needs(arch, dtype, compiled) for compiled in found.values()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", choices=[*SPECS, []], help="default: all with a Triton kernel")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--all", action="store_true", help="every case, not the benchmarks' alone")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="(default: bfloat16)")
+    parser.add_argument("--all", action="store_true", help="every case and layout, not the benchmarks' alone")
     parser.add_argument("--tiles", choices=("every", "first"), default="every", help="first: those of no tuning")
     parser.add_argument("--write", type=Path, help="a JSON file for the table")
     options = parser.parse_args()
@@ -206,13 +226,20 @@ def main() -> int:
     # The ops' door lets CPU tensors in for the interpreter only.
     with mock.patch.multiple(backends, interpreted=lambda: True, _another_mode=lambda: None):
         every = options.tiles == "every"
-        table = [row for arch in options.arch for spec, cases in chosen for row in compile_op(spec, cases, arch, every)]
-    table.sort(key=lambda row: (row.kernel, row.arch, row.tile))
+        table = [
+            row
+            for arch in options.arch
+            for spec, cases in chosen
+            for dtype in options.dtypes
+            for row in compile_op(spec, cases, getattr(torch, dtype), arch, every_tile=every, layouts=options.all)
+        ]
+    table.sort(key=lambda row: (row.kernel, row.arch, row.dtype, row.tile))
     for row in table:
         print(
-            f"{row.kernel:36s} {row.arch:6s} {row.registers:3d} registers, {row.shared_bytes:6d} B shared, "
+            f"{row.kernel:36s} {row.arch:6s} {row.dtype:8s} {row.registers:3d} registers, "
+            f"{row.shared_bytes:6d} B shared, "
             f"{row.warps} warps, {row.stages} stages, occupancy {row.occupancy:.0%}"
-            f"{', tensor cores' * row.tensor_cores}: {row.tile} "
+            f"{', tensor cores' * row.tensor_cores}, {row.narrow_loads} narrow loads: {row.tile} "
             + "; ".join(f"FAULT {fault}" for fault in row.faults())
         )
     if options.write:

@@ -31,7 +31,7 @@ def test_kernels_compile_and_fit(arch: str, tmp_path: Path) -> None:
     assert table.exists(), done.stderr
     rows = json.loads(table.read_text())["rows"]
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAULT" in line)
-    again = Counter((row["kernel"], row["tile"], row["warps"], row["stages"]) for row in rows)
+    again = Counter((row["kernel"], row["dtype"], row["tile"], row["warps"], row["stages"]) for row in rows)
     assert not [row for row, times in again.items() if times > 1]
     for op in OPS:
         assert any(op in row["kernel"] for row in rows), f"no kernel of {op} was compiled"

@@ -192,7 +192,7 @@ def _last_rows(
     tl.store(out_ptr + offs * channels + offs_c[None, :], tl.where(rows < TAPS - 1, old, tile), mask=mask)
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "stride_dl", "columns"])
 def _mamba2_mixer_prepare_kernel(
     zxbcdt_ptr,
     dt_ptr,
@@ -241,7 +241,7 @@ def _mamba2_mixer_prepare_kernel(
     tl.store(pointers, softplus(dt + bias[None, :]), mask=(offs_t < L)[:, None] & mask_h[None, :])
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "stride_dl", "H"])
 def _mamba2_mixer_fwd_kernel(
     zxbcdt_ptr,
     dt_ptr,
@@ -390,7 +390,7 @@ def _mamba2_mixer_fwd_kernel(
     tl.store(state_out_ptr + offs_h, h, mask=mask_h)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _mamba2_mixer_norm_kernel(
     gated_ptr,
     squares_ptr,
