@@ -1,6 +1,7 @@
 """Which kernels are right on this GPU, within 100 s: `python -m benchmarks.gpu_check` (`make gpu-check`).
 
-From the tree, nothing is built. In order, each with its share of the time:
+From the tree, nothing is built; kernels that were carried (carry.py) are not compiled. In order, each with its share of
+the time:
 
 1. every case of every op, in 16 bits first, as `mvar check` does, a process for each op, backend and dtype;
 2. of what failed, one case of each process again: without wgmma, with one pipeline stage, launch by launch, and under
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.carry import ARCHIVE, CACHE, unpack
 from benchmarks.measure import DEVICE, RESULTS, folder
 from benchmarks.steps import Step, together
 from mvar import machine
@@ -101,6 +103,9 @@ def main() -> None:
     if DEVICE.type != "cuda" and not interpreted():
         raise SystemExit("no CUDA device; with TRITON_INTERPRET=1 this is rehearsed on the CPU")
     start = time.monotonic()
+    if ARCHIVE.exists():
+        print(f"{unpack(ARCHIVE, CACHE)} compiled kernels unpacked into {CACHE}")
+        os.environ["TRITON_CACHE_DIR"] = str(CACHE)
     results = RESULTS / folder() if DEVICE.type == "cuda" else Path("build") / "rehearsal"
     make_folder(results)
     ops = options.ops or list(SPECS)

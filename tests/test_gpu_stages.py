@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_bench, gpu_check, steps, tune
+from benchmarks import carry, gpu_bench, gpu_check, steps, tune
 from benchmarks.steps import Step, together
 from mvar.check.command import read
 from mvar.check.jobs import Job
@@ -61,6 +61,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     worker = (sys.executable, "-c", STAND_IN)
     jobs = [Job("adaln", "cpu", "float32", ["odd", "crash", "one_token"], command=worker)]
     monkeypatch.setattr(gpu_check, "planned", lambda *_: jobs)
+    monkeypatch.setattr(gpu_check, "ARCHIVE", tmp_path / "none")
     monkeypatch.setattr(gpu_check, "timed_jobs", lambda *_: [Job("adaln", "cpu", "float32", ["d16"], command=worker)])
     monkeypatch.setattr(gpu_check, "WORKER", worker)
     monkeypatch.setattr(gpu_check, "generation", lambda _: python("generation", "print('the same tokens')"))
@@ -104,6 +105,20 @@ def test_a_cut_leaves_the_rows_that_were_done(stand_in: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert all(row.op == "adaln" for row in read(rows)) and rows.stat().st_size
+
+
+def test_what_is_carried_is_what_a_launch_reads(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name in ("A/k.cubin", "A/k.json", "A/__grp__k.json", "A/k.ptx", "A/k.ttir", "B/m.cubin"):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_text(name)
+    assert carry.pack(cache, tmp_path / "carried" / "cache.tar.xz") == 2
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "own.cubin").write_text("own")
+    assert carry.unpack(tmp_path / "carried" / "cache.tar.xz", tmp_path / "there") == 2
+    found = {str(path.relative_to(tmp_path / "there")) for path in (tmp_path / "there").rglob("*") if path.is_file()}
+    assert found == {"own.cubin", "A/k.cubin", "A/k.json", "A/__grp__k.json", "B/m.cubin"}
+    assert (tmp_path / "there" / "A" / "k.json").read_text() == "A/k.json"
 
 
 @pytest.mark.parametrize(
