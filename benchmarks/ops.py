@@ -6,6 +6,7 @@ calls, so that what is timed is the device; a side that waits for the device run
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from mvar_kernels.contract import prepared
 from mvar_kernels.precision import float32_products
 from mvar_kernels.specs import Case, Inputs, Spec
 
+JUDGED_BATCH = 2
 WRONG = 16  # roundings of the input's dtype that a side may be off by, besides twice what the reference is off by
 Results = tuple[Tensor, ...]
 Forward = Callable[[Inputs], Results]
@@ -77,56 +79,81 @@ def fault_of_draw(got: Results, expected: Results) -> str | None:
     return None if torch.equal(got[0].cpu(), expected[0].cpu()) else "draws other tokens than the reference"
 
 
+def preparations(
+    spec: Spec, case: Case, inputs: Inputs, cotangents: Results | None, *, compiled: bool
+) -> dict[str, Callable[[], Callable[[], Results]]]:
+    """What makes a run of each side on these inputs: its forward or, with cotangents, its backward alone."""
+
+    def prepare(forward: Forward) -> Callable[[], Results]:
+        return partial(forward, inputs) if cotangents is None else gradients(spec, inputs, forward, cotangents)
+
+    sides = forwards(spec, case, inputs, compiled=compiled)
+    return {name: partial(prepare, forward) for name, forward in sides.items()}
+
+
 def checked(
     spec: Spec, case: Case, dtype: torch.dtype, backward: bool, *, compiled: bool = True
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The sides whose answer is right, compiled, and what is wrong with the others."""
-    generator, inputs = torch.Generator().manual_seed(0), prepared(spec, case, dtype, DEVICE)
-    sides: dict[str, Callable[[], Any]] = {}
-    wrong: dict[str, str] = {}
+    """The sides whose answer is right, compiled, and what is wrong with the others: not timed.
 
-    def enter(name: str, prepare: Callable[[], Callable[[], Any]], judge: Callable[[Results], str | None]) -> None:
-        """A wrong answer is not timed; nor does a side that raises stop the others."""
+    Answers are judged at a batch of 2 at most, whose float64 reference a GPU has memory for beside other work.
+    """
+    judged = replace(case, sizes={**case.sizes, "B": min(case.sizes["B"], JUDGED_BATCH)})
+    inputs = prepared(spec, judged, dtype, DEVICE)
+    same, exact = (spec.reference(t, judged) for t in (inputs, {n: t.double() for n, t in inputs.items()}))
+    cotangents = _cotangents(same) if backward else None
+    if cotangents is not None:
+        wide = ({n: t.double() for n, t in inputs.items()}, tuple(t.double() for t in cotangents))
+        reference = partial(_reference, spec, judged)
+        same, exact = (gradients(spec, t, reference, c)() for t, c in ((inputs, cotangents), wide))
+    makers, wrong = preparations(spec, judged, inputs, cotangents, compiled=compiled), dict[str, str]()
+    sides: dict[str, Callable[[], Any]] = {}
+
+    def enter(name: str, judge: Callable[[Results], str | None]) -> None:
+        """A side that raises does not stop the others."""
         try:
-            run = prepare()
+            run = makers[name]()
             found = judge(run())
         except Exception as error:
             found = f"{type(error).__name__}: {error}".splitlines()[0]
         if found is None:
             sides[name] = run
         else:
+            sides.pop(name, None)
             wrong[name] = found
             print(f"{spec.op}, {case.name}: {name}: {found}")
 
-    def reference(t: Inputs) -> Results:
-        return spec.reference(t, case)
+    def judge(name: str, got: Results) -> str | None:
+        if spec.op != "sample_tokens":
+            return fault(got, same, exact, torch.finfo(dtype).eps)
+        # Another's draw has no answer to hold it against.
+        return fault_of_draw(got, same) if name.startswith("mvar") else None
 
-    same = reference(inputs)
-    if spec.op == "sample_tokens":
-        for name, forward in forwards(spec, case, inputs, compiled=compiled).items():
-            ours = name.startswith("mvar")  # another's draw has no answer to hold it against
-            enter(
-                name,
-                lambda forward=forward: partial(forward, inputs),  # type: ignore[misc]
-                lambda got, ours=ours: fault_of_draw(got, same) if ours else None,  # type: ignore[misc]
-            )
-    else:
-        exact_inputs = {n: t.double() for n, t in inputs.items()}
-        exact = reference(exact_inputs)
-        cotangents = tuple(torch.randn(o.shape, generator=generator).to(o) for o in exact)
-        rounded = tuple(c.to(o.dtype) for c, o in zip(cotangents, same, strict=True))
-        if backward:
-            exact = gradients(spec, exact_inputs, reference, cotangents)()
-            same = gradients(spec, inputs, reference, rounded)()
-        for name, forward in forwards(spec, case, inputs, compiled=compiled).items():
-            enter(
-                name,
-                lambda forward=forward: (  # type: ignore[misc]
-                    gradients(spec, inputs, forward, rounded) if backward else partial(forward, inputs)
-                ),
-                lambda got: fault(got, same, exact, torch.finfo(dtype).eps),
-            )
+    for name in makers:
+        enter(name, partial(judge, name))
+    if judged.sizes != case.sizes:
+        right = list(sides)
+        inputs = prepared(spec, case, dtype, DEVICE)
+        cotangents = _cotangents(_fake_outputs(spec, case, inputs)) if backward else None
+        makers = preparations(spec, case, inputs, cotangents, compiled=compiled)
+        for name in right:
+            enter(name, lambda got: None)
     return sides, wrong
+
+
+def _reference(spec: Spec, case: Case, inputs: Inputs) -> Results:
+    return spec.reference(inputs, case)
+
+
+def _fake_outputs(spec: Spec, case: Case, inputs: Inputs) -> Results:
+    """What the reference gives, without its values: computed on the meta device."""
+    outs = spec.reference({n: t.to("meta") for n, t in inputs.items()}, case)
+    return tuple(torch.empty_like(out, device=DEVICE) for out in outs)
+
+
+def _cotangents(outs: Results) -> Results:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(out.shape, generator=generator).to(out) for out in outs)
 
 
 def row(

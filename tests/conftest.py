@@ -7,6 +7,7 @@ from typing import Any
 
 # A thread for each worker of pytest-xdist and for each process that a test starts; read when torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch's deterministic algorithms on a GPU
 
 import pytest
 import torch
