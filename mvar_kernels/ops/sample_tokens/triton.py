@@ -40,6 +40,7 @@ from mvar_kernels.ops.sample_tokens.triton_parts import (
     row_noise,
 )
 from mvar_kernels.tiling import Tile
+from mvar_kernels.triton_math import divide, exp
 
 MAX_CODES = 2**15
 LEAST_BLOCK = 128
@@ -209,8 +210,9 @@ def _soft_embedding_fwd_kernel(
     )
     noise = row_noise(position, scale, image, key_low, key_high, BLOCK_V)
     scores = tl.div_rn(logits * sharpness + noise, temperature)
-    weights = tl.exp(scores - tl.max(scores, 0))
-    weights = weights / tl.sum(weights, 0)
+    EXACT: tl.constexpr = cond_ptr.dtype.element_ty == tl.float32
+    weights = exp(scores - tl.max(scores, 0), EXACT)
+    weights = divide(weights, tl.sum(weights, 0), EXACT)
     offs_v = tl.arange(0, BLOCK_V)
     weights_ptr += tl.program_id(0).to(tl.int64) * codes
     tl.store(weights_ptr + offs_v, weights, mask=offs_v < codes)

@@ -11,8 +11,6 @@ from mvar_kernels.ops.scale_attention.plan import plan
 from mvar_kernels.ops.scale_attention.triton_parts import (
     ABSENT,
     LEAST_FACTOR,
-    LN_2,
-    LOG2_E,
     LOWEST,
     MAX_LOG_TEMPERATURE,
     candidates,
@@ -35,6 +33,7 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     unit_rows,
     where_seen,
 )
+from mvar_kernels.triton_math import LN_2, LOG2_E, exp2
 
 # By the padded head dimension. Of the side that is walked through, 32 rows a step: with norms these take all 255
 # registers on sm_80, and 174 to 200 on sm_90 (docs/kernels.md).
@@ -76,7 +75,7 @@ def _sum_weights(
     k, v, offs_n = load_keys(k_ptr, v_ptr, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
     scores = scores_of(q, k, NORM)  # [BLOCK_M, BLOCK_N]
     scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
-    weights, shrink, new_peak = next_weights(scores, peak, q_factor)
+    weights, shrink, new_peak = next_weights(scores, peak, q_factor, q.dtype == tl.float32)
     dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     total = total * shrink + tl.sum(weights, 1)
     product = product * shrink + tl.sum(weights * dweights, 1)
@@ -134,7 +133,7 @@ def _through_keys(
     exponents = exponents_of(scores_of(q, k, NORM), peak[:, None], q_factor[:, None])  # [BLOCK_M, BLOCK_N]
     exponents = where_seen(exponents, ABSENT, spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
     dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-    changes = tl.exp2(exponents) * (dweights - delta[:, None])
+    changes = exp2(exponents, q.dtype == tl.float32) * (dweights - delta[:, None])
     if NORM:
         slope += tl.sum(changes * exponents, 1)
     dq = add_product(changes * ds_factor[:, None], k_rows, dq)
@@ -291,7 +290,7 @@ def _through_queries(
         key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, offs_m < hi)
         seen = (offs_n[:, None] >= key_lo[None, :]) & (offs_n[:, None] < key_hi[None, :])
         exponents = tl.where(seen, exponents, ABSENT)
-    weights = tl.exp2(exponents) * inverse[None, :]
+    weights = exp2(exponents, q.dtype == tl.float32) * inverse[None, :]
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
     dscores = weights * (dweights - delta[None, :]) * factor
     dk = tl.dot(dscores.to(q.dtype), q_rows, dk, input_precision="ieee")

@@ -10,7 +10,6 @@ from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.plan import plan
 from mvar_kernels.ops.scale_attention.triton_parts import (
     LEAST_FACTOR,
-    LN_2,
     LOWEST,
     candidates,
     load_keys,
@@ -27,6 +26,7 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
     tile,
     where_seen,
 )
+from mvar_kernels.triton_math import LN_2, divide
 
 # By the padded head dimension. 64 rows waste least on 100 and 169 tokens, and of blocks of 4 warps a multiprocessor of
 # sm_90 holds four (126 registers), with norms three (158; docs/kernels.md): with one to four blocks of keys a program,
@@ -68,7 +68,7 @@ def _attend(
     k, v, offs_n = load_keys(k_ptr, v_ptr, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
     scores = scores_of(q, k, NORM)  # [BLOCK_M, BLOCK_N]
     scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
-    weights, shrink, new_peak = next_weights(scores, peak, q_factor)
+    weights, shrink, new_peak = next_weights(scores, peak, q_factor, q.dtype == tl.float32)
     if v.dtype != tl.float16:
         weights *= share
     total = total * shrink + tl.sum(weights, 1)
@@ -137,7 +137,8 @@ def _scale_attention_fwd_kernel(
         )
 
     out_ptrs = out_ptr + (b * Lq * H + h) * HEAD_DIM + row_offsets(offs_m, H * HEAD_DIM, BLOCK_D)
-    tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=row_mask(mask_m, HEAD_DIM, BLOCK_D))
+    out = divide(acc, total[:, None], q.dtype == tl.float32).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=row_mask(mask_m, HEAD_DIM, BLOCK_D))
     tl.store(lse_ptr + (b * H + h) * Lq + offs_m, (peak * q_factor + tl.log2(total / share)) * LN_2, mask=mask_m)
 
 

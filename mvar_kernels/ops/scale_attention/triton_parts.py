@@ -7,10 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels.tiling import Tile, product_block
-from mvar_kernels.triton_math import exp
+from mvar_kernels.triton_math import LOG2_E, exp, exp2
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 MAX_LOG_TEMPERATURE = tl.constexpr(4.605170185988092)  # log 100
 NORM_EPS = tl.constexpr(1e-12)
 # Of float32: a row of which no key was seen yet has its largest score here, and no difference with it is NaN.
@@ -207,9 +205,9 @@ def where_seen(scores, absent, spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED: tl
 
 
 @triton.jit
-def next_weights(scores, peak, factor):
+def next_weights(scores, peak, factor, EXACT: tl.constexpr):
     """Weights against the largest score so far, what earlier ones shrink by, and that score; from the block's scores
     and the largest one before."""
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(exponents_of(scores, new_peak[:, None], factor[:, None]))
-    return weights, tl.exp2(exponents_of(peak, new_peak, factor)), new_peak
+    weights = exp2(exponents_of(scores, new_peak[:, None], factor[:, None]), EXACT)
+    return weights, exp2(exponents_of(peak, new_peak, factor), EXACT), new_peak
