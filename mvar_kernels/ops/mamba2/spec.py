@@ -12,6 +12,9 @@ from mvar_kernels.ops.mamba2.scan import ssd_scan
 from mvar_kernels.specs import PER_HEAD_SUM, Case, Inputs, Spec
 
 EPS = 1e-5
+# Of 16-bit inputs tensor cores make it of three tf32 products, which keep 23 of the 24 bits of each factor; few tokens
+# leave the float32 reference less than one rounding.
+LAST_STATE = (1.5, "made of products that keep 23 bits of each factor")
 PARAMETERS = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
 
 
@@ -221,7 +224,7 @@ SSD_SCAN = Spec(
     outputs=("y", "state"),
     grads=("x", "dt", "A", "B", "C", "D", "initial_state"),
     keeps_dtype=("A", "D", "initial_state"),
-    slack={"grad of A": PER_HEAD_SUM, "grad of D": PER_HEAD_SUM},
+    slack={"state": LAST_STATE, "grad of A": PER_HEAD_SUM, "grad of D": PER_HEAD_SUM},
     bench=BENCH,
     bench_cuda=BENCH_CUDA,
     work=_scan_work,
@@ -243,7 +246,7 @@ MAMBA2_MIXER = Spec(
     outputs=("y", "conv", "ssm"),
     grads=("zxbcdt", "dt", *PARAMETERS, "conv", "ssm"),
     keeps_dtype=("dt_bias", "A_log", "D", "ssm"),
-    slack={f"grad of {name}": PER_HEAD_SUM for name in ("dt_bias", "A_log", "D")},
+    slack={"ssm": LAST_STATE} | {f"grad of {name}": PER_HEAD_SUM for name in ("dt_bias", "A_log", "D")},
     bench=BENCH,
     bench_cuda=BENCH_CUDA_MIXER,
     work=_mixer_work,

@@ -9,8 +9,8 @@ mamba2_mixer takes three launches:
    programs of one launch cannot wait for one another.
 
 Why not 1. inside 2. Counted in the machine code for sm_90 (P = N = 64, chunks of 16, a program for each head): a
-chunk of a head takes 4 warps · 1,071 instructions with B and C prepared, and 8 · 1,269 where each head convolves them
-for itself (with 4 warps the registers spill): 5,900 more. An H200 issues at most 132 · 4 · 1.75 GHz = 0.92·10¹² a
+chunk of a head takes 4 warps · 1,067 instructions with B and C prepared, and 8 · 1,296 where each head convolves them
+for itself (with 4 warps the registers spill): 6,100 more. An H200 issues at most 132 · 4 · 1.75 GHz = 0.92·10¹² a
 second, so that at d16 (32 heads) each row's chunk costs at least 0.2 µs more. The launch moves 836 bytes a token and
 takes perhaps 3 µs, hidden by nothing. Batch 8 with guidance, 16 rows: 3.3 µs more against 3 at up to 16 tokens, 52 µs
 against 4 at 256; batch 50: 20 against 3, and 330 against 8. So one launch is ahead only for a few rows of few tokens,

@@ -25,10 +25,12 @@ The direction inside the scales is the mirror image: its pairs fill the other tr
 state comes to a chunk from the right, and a scale that ends cuts it off. Both directions share the
 launches. Tokens' own terms (s = t) pass over no step and are kept apart.
 
-Precision, by the dtype of the inputs. float32: all products in float32. float16: those that a float32 gradient
-depends on (of A, D, dt_bias, the state) as three tf32 products (PRECISE = tf32x3), the others as one (COARSE = tf32:
-float32's range, and no coarser than float16). bfloat16: tf32, whose rounding is an eighth of that of dy as it
-is given, and bfloat16 operands where only a bfloat16 gradient comes of it.
+Precision, by the dtype of the inputs. float32: all products in float32, and no fast exponentials and quotients
+(EXACT, mvar_kernels/triton_math.py). float16: products that a float32 gradient depends on (of A, D, dt_bias, the state)
+as three tf32 products (PRECISE = tf32x3), the others as one (COARSE = tf32: float32's range, and no coarser than
+float16). bfloat16: tf32, whose rounding is an eighth of that of dy as it is given, and bfloat16 operands where only a
+bfloat16 gradient comes of it. Tensor cores cut tf32 operands off instead of rounding them: emulated, the errors of
+float32 gradients are at most 0.8 of the tolerance (tests/test_gpu_arithmetic.py).
 
 Every tensor is passed as rows of all batch rows, b·L + t, with one row stride. A column of dt, and an entry of A
 and dt_bias, is a head of one direction: direction·H + head.
@@ -37,11 +39,19 @@ and dt_bias, is a head of one direction: direction·H + head.
 import triton
 import triton.language as tl
 
-from mvar_kernels.ops.mamba2.triton_parts import decay_matrix, finite_rate, sigmoid, softplus, split_log_decays
+from mvar_kernels.ops.mamba2.triton_parts import (
+    clamped,
+    decay_matrix,
+    finite_rate,
+    sigmoids,
+    softplus,
+    split_log_decays,
+)
+from mvar_kernels.triton_math import exp
 
 
 @triton.jit
-def head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, always, MIXER: tl.constexpr):
+def head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, always, MIXER: tl.constexpr, EXACT: tl.constexpr):
     """Δ (0 where masked), the slope of Δ in dt, and A. The mixer's dt is before softplus, and A_ptr holds A_log.
 
     `always` is true: the branch keeps the compiler from computing softplus anew for every register layout.
@@ -54,10 +64,10 @@ def head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, always, MIXER: 
         slope = tl.where(mask_t, 1.0, 0.0)
         if MIXER:
             delta += tl.load(bias_ptr + column).to(tl.float32)
-            slope *= sigmoid(delta)
+            slope *= sigmoids(clamped(delta), EXACT)[0]
             delta = tl.where(mask_t, softplus(delta), 0.0)
     if MIXER:
-        A = -tl.exp(A)
+        A = -exp(A)
     return delta, slope, finite_rate(A)
 
 
@@ -112,6 +122,7 @@ def _ssd_scan_bwd_sweep_kernel(
     Adds Σ_t weight_t from_t ⊗ to_t: from and to are x and B, or dy and C. Program ids: batch row and head, rows of
     P, direction. From left to right where direction = ADJOINT.
     """
+    EXACT: tl.constexpr = PRECISE == "ieee"
     sequence = tl.program_id(0).to(tl.int64)
     b, h = sequence // H, sequence % H
     direction = tl.program_id(2)
@@ -132,12 +143,11 @@ def _ssd_scan_bwd_sweep_kernel(
         tl.store(states_ptr + ((before_b * chunks + chunk) * H + h) * P * N + offs_state, state, mask=mask_state)
         mask_t = chunk * CHUNK + offs_i < L
         row = b * L + chunk * CHUNK
-        at = dt_ptr + row * dt_stride
-        column = direction * H + h
-        delta, _, A = head_steps(at, bias_ptr, A_ptr, offs_i * dt_stride, mask_t, column, chunk * CHUNK < L, MIXER)
+        at, column, always = dt_ptr + row * dt_stride, direction * H + h, chunk * CHUNK < L
+        delta, _, A = head_steps(at, bias_ptr, A_ptr, offs_i * dt_stride, mask_t, column, always, MIXER, EXACT)
         coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, direction)
-        weight = tl.exp(tl.where(rightwards, (all_coarse - coarse) + (all_fine - fine), coarse + fine))
-        whole = tl.exp(all_coarse + all_fine)
+        weight = exp(tl.where(rightwards, (all_coarse - coarse) + (all_fine - fine), coarse + fine), EXACT)
+        whole = exp(all_coarse + all_fine, EXACT)
         if BOTH:
             scale, before, after = edges(scale_ptr, chunk, L, CHUNK)
             weight = tl.where((direction == 0) | (scale == (after if ADJOINT else before)), weight, 0.0)
@@ -193,10 +203,11 @@ def _direction_grads(
     Nor is a sum over heads the accumulator of a product: Triton would lay it out with every warp's rows twice.
     Returns dB, dC and dx with their parts added, and the gradients of Δ and of A, all without tokens' own terms.
     """
+    EXACT: tl.constexpr = PRECISE == "ieee"
     coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, direction)
-    entering = tl.exp(coarse + fine)
-    leaving = tl.exp((all_coarse - coarse) + (all_fine - fine))
-    whole = tl.exp(all_coarse + all_fine)
+    entering = exp(coarse + fine, EXACT)
+    leaving = exp((all_coarse - coarse) + (all_fine - fine), EXACT)
+    whole = exp(all_coarse + all_fine, EXACT)
     offs = tl.arange(0, delta.shape[0])
     # [t, u]: whether what comes to t passes over step u; if not, what goes from there may.
     passes = offs[:, None] >= offs[None, :]
@@ -230,7 +241,7 @@ def _direction_grads(
 
     G = product_of_loaded(B_at, mask_bc, C_at, mask_bc, once, True, tl.float32, PRECISE)  # [s, t]
     scores_grad = product_of_loaded(x_at, mask_x, dy_at, mask_x, once, True, tl.float32, PRECISE)  # [s, t]
-    decay = decay_matrix(-coarse, -fine, pairs)  # [s, t]
+    decay = decay_matrix(-coarse, -fine, pairs, EXACT)  # [s, t]
     slopes = scores_grad * G * decay  # [s, t]: the gradient of Δ_s
     ddelta = left + tl.sum(slopes, 1)
     over = tl.zeros([delta.shape[0], delta.shape[0]], tl.float32)  # [s, u]
@@ -289,6 +300,7 @@ def _ssd_scan_bwd_grads_kernel(
 
     Program ids: chunk of a batch row, group of heads. MIXER: through softplus and A = −exp(A_log), too.
     """
+    EXACT: tl.constexpr = PRECISE == "ieee"
     DIRECTIONS: tl.constexpr = 2 if BOTH else 1
     KINDS: tl.constexpr = DIRECTIONS * (2 if MIXER else 1) + 1
     chunks = tl.cdiv(L, CHUNK)
@@ -331,7 +343,7 @@ def _ssd_scan_bwd_grads_kernel(
         dx = tl.zeros([CHUNK, BLOCK_P], tl.float32)
         for direction in tl.range(DIRECTIONS, disable_licm=True):
             column = direction * H + head
-            delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, always, MIXER)
+            delta, slope, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, always, MIXER, EXACT)
             dB, dC, dx, ddelta, dA = _direction_grads(
                 x_at, dy_at, B_at, C_at, h_at + direction * direction_states, adjoint_at + direction * direction_states,
                 mask_x, mask_bc, mask_state, dB, dC, dx, delta, A, direction, scale, before, after, once,

@@ -40,6 +40,7 @@ from mvar_kernels.ops.mamba2.triton_parts import (
     steps,
     store_rows,
 )
+from mvar_kernels.triton_math import divide, exp
 
 
 @triton.jit
@@ -118,6 +119,7 @@ def _ssd_scan_fwd_kernel(
     CHUNK: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
     slices: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     pid = tl.program_id(0)
     head = (pid // slices) % H
@@ -150,7 +152,7 @@ def _ssd_scan_fwd_kernel(
             B = load_rows(B_ptr, stride_Bl, start, offs_n, mask_n, L, CHUNK)
             delta = steps(dt_ptr + stride_dd, stride_dl, start, L, CHUNK)
             scale, first, last, continues = _scales(scale_ptr, start, L, CHUNK)
-            _, _, to_start, whole = backward_decays(delta, A_back, scale, first, last, CHUNK)
+            _, _, to_start, whole = backward_decays(delta, A_back, scale, first, last, CHUNK, EXACT)
             g = _advance(g, whole, x.to(tl.float32), to_start, B.to(tl.float32), PRECISION)
             g = tl.where(continues, g, 0.0)
         tl.debug_barrier()
@@ -163,12 +165,12 @@ def _ssd_scan_fwd_kernel(
         C = load_rows(C_ptr, stride_Cl, start, offs_n, mask_n, L, CHUNK)
         delta = steps(dt_ptr, stride_dl, start, L, CHUNK)
         own = delta * tl.sum(B.to(tl.float32) * C.to(tl.float32), 1)
-        inside, from_start, until_end, whole = forward_decays(delta, A, CHUNK)
+        inside, from_start, until_end, whole = forward_decays(delta, A, CHUNK, EXACT)
         from_right, from_end = h, from_start
         if BOTH:
             scale, first, last, _ = _scales(scale_ptr, start, L, CHUNK)
             delta = steps(dt_ptr + stride_dd, stride_dl, start, L, CHUNK)
-            upper, from_end, _, _ = backward_decays(delta, A_back, scale, first, last, CHUNK)
+            upper, from_end, _, _ = backward_decays(delta, A_back, scale, first, last, CHUNK, EXACT)
             inside += upper
             from_right = tl.load(edges_ptr + chunk * P * N + offs_h, mask=mask_h, other=0.0)
         y = _chunk(x, B, C, h, from_right, inside, from_start, from_end, BOTH, DTYPE)
@@ -280,6 +282,7 @@ def _mamba2_mixer_fwd_kernel(
     PREPARED: tl.constexpr,
 ):
     DTYPE: tl.constexpr = zxbcdt_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
     slices: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     pid = tl.program_id(0)
     part = pid % (slices * H)
@@ -302,7 +305,7 @@ def _mamba2_mixer_fwd_kernel(
     state_out_ptr += ((row * H + head) * P + first_p) * N
     gated_ptr += row * L * E + channel
     squares_ptr += row * L * H * slices + part
-    A = finite_rate(-tl.exp(tl.load(A_log_ptr + head).to(tl.float32)))
+    A = finite_rate(-exp(tl.load(A_log_ptr + head).to(tl.float32)))
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     D = tl.load(D_ptr + head).to(tl.float32)
     weights_x = conv_weights(weight_ptr, bias_ptr, channel, offs_p, mask_p, TAPS)
@@ -326,7 +329,7 @@ def _mamba2_mixer_fwd_kernel(
             _last_rows(xbc_ptr, stride_zl, conv_ptr, conv_out_ptr, channels, offs_B + N, mask_n, L, TAPS, BLOCK_TAPS)
 
     if BOTH:
-        A_back = finite_rate(-tl.exp(tl.load(A_log_ptr + H + head).to(tl.float32)))
+        A_back = finite_rate(-exp(tl.load(A_log_ptr + H + head).to(tl.float32)))
         dt_bias_back = tl.load(dt_bias_ptr + H + head).to(tl.float32)
         edges_ptr += ((row * H + head) * chunks * P + first_p) * N
         g = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -348,7 +351,7 @@ def _mamba2_mixer_fwd_kernel(
             else:
                 delta = softplus_steps(dt_ptr + H, stride_dl, dt_bias_back, start, L, CHUNK)
             scale, first, last, continues = _scales(scale_ptr, start, L, CHUNK)
-            _, _, to_start, whole = backward_decays(delta, A_back, scale, first, last, CHUNK)
+            _, _, to_start, whole = backward_decays(delta, A_back, scale, first, last, CHUNK, EXACT)
             g = tl.where(continues, _advance(g, whole, x, to_start, B, PRECISION), 0.0)
         tl.debug_barrier()
 
@@ -370,7 +373,7 @@ def _mamba2_mixer_fwd_kernel(
         else:
             delta = softplus_steps(dt_ptr, stride_dl, dt_bias, start, L, CHUNK)
             own = delta * tl.sum(B * C, 1)
-        inside, from_start, until_end, whole = forward_decays(delta, A, CHUNK)
+        inside, from_start, until_end, whole = forward_decays(delta, A, CHUNK, EXACT)
         from_right, from_end = h, from_start
         if BOTH:
             scale, first, last, _ = _scales(scale_ptr, start, L, CHUNK)
@@ -378,12 +381,13 @@ def _mamba2_mixer_fwd_kernel(
                 delta = steps(delta_ptr + H * L, 1, start, L, CHUNK)
             else:
                 delta = softplus_steps(dt_ptr + H, stride_dl, dt_bias_back, start, L, CHUNK)
-            upper, from_end, _, _ = backward_decays(delta, A_back, scale, first, last, CHUNK)
+            upper, from_end, _, _ = backward_decays(delta, A_back, scale, first, last, CHUNK, EXACT)
             inside += upper
             from_right = tl.load(edges_ptr + chunk * P * N + offs_h, mask=mask_h, other=0.0)
         y = _chunk(x, B, C, h, from_right, inside, from_start, from_end, BOTH, DTYPE) + (D + own)[:, None] * x
         h = _advance(h, whole, x, until_end, B, PRECISION)
-        gated = y * silu(load_rows(z_ptr + channel, stride_zl, start, offs_p, mask_p, L, CHUNK).to(tl.float32))
+        z = load_rows(z_ptr + channel, stride_zl, start, offs_p, mask_p, L, CHUNK).to(tl.float32)
+        gated = y * silu(z, EXACT)
         store_rows(gated_ptr, E, gated, start, offs_p, mask_p, L, CHUNK)
         offs_s = (start + tl.arange(0, CHUNK)).to(tl.int64) * H * slices
         tl.store(squares_ptr + offs_s, tl.sum(gated * gated, 1), mask=start + tl.arange(0, CHUNK) < L)
@@ -404,13 +408,15 @@ def _mamba2_mixer_norm_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
     offs_l = (tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
     offs_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     offs_s = tl.arange(0, BLOCK_PARTS)
     mask_l, mask_e = offs_l[:, None] < rows, offs_e < E
     mask_s = mask_l & (offs_s < parts)[None, :]
     squares = tl.load(squares_ptr + offs_l[:, None] * parts + offs_s[None, :], mask=mask_s, other=0.0)
-    factor = 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / E + eps)  # [BLOCK_L]
+    mean = divide(tl.sum(squares, 1), tl.cast(E, tl.float32), EXACT)
+    factor = divide(1.0, tl.sqrt_rn(mean + eps), EXACT)  # [BLOCK_L]
     weight = tl.load(weight_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
     offs, mask = offs_l[:, None] * E + offs_e[None, :], mask_l & mask_e[None, :]
     gated = tl.load(gated_ptr + offs, mask=mask, other=0.0).to(tl.float32)

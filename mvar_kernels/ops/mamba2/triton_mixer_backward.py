@@ -32,13 +32,15 @@ from mvar_kernels.ops.mamba2.steps import steps_of
 from mvar_kernels.ops.mamba2.triton_backward import CHUNK, ScanGradients, rows_of
 from mvar_kernels.ops.mamba2.triton_backward_parts import edges, head_steps, prefix_sums
 from mvar_kernels.ops.mamba2.triton_parts import (
+    clamped,
     conv_rows,
     conv_weights,
     decay_matrix,
-    sigmoid,
+    sigmoids,
     store_rows,
 )
 from mvar_kernels.tiling import Tile
+from mvar_kernels.triton_math import divide, exp
 
 CONV_TILES = (
     Tile({"BLOCK_C": 64}, warps=4, stages=1),
@@ -82,13 +84,13 @@ def _mamba2_mixer_bwd_conv_kernel(
     xbc_ptr += b * L * xbc_stride
     conv_ptr += b * (TAPS - 1) * channels
     weights = conv_weights(weight_ptr, bias_ptr, channel, offs_c, mask_c, TAPS)
-    v = conv_rows(
-        xbc_ptr, xbc_stride, conv_ptr, channels, weights, channel, offs_c, mask_c, start, L, TAPS, CHUNK
+    v = clamped(
+        conv_rows(xbc_ptr, xbc_stride, conv_ptr, channels, weights, channel, offs_c, mask_c, start, L, TAPS, CHUNK)
     )  # [CHUNK, BLOCK_C]
-    open = sigmoid(v)
+    open, shut = sigmoids(v, xbc_ptr.dtype.element_ty == tl.float32)
     at = b * L * channels + channel
     store_rows(silu_ptr + at, channels, v * open, start, offs_c, mask_c, L, CHUNK)
-    store_rows(slope_ptr + at, channels, open * (1.0 + v * (1.0 - open)), start, offs_c, mask_c, L, CHUNK)
+    store_rows(slope_ptr + at, channels, open + v * open * shut, start, offs_c, mask_c, L, CHUNK)
 
 
 @triton.jit(do_not_specialize=["L", "heads"])
@@ -118,6 +120,7 @@ def _mamba2_mixer_bwd_outputs_kernel(
 
     Program ids: chunk of a batch row, group of heads.
     """
+    EXACT: tl.constexpr = PRECISE == "ieee"
     chunks = tl.cdiv(L, CHUNK)
     program = tl.program_id(0).to(tl.int64)
     b, chunk = program // chunks, tl.program_id(0) % chunks
@@ -147,18 +150,18 @@ def _mamba2_mixer_bwd_outputs_kernel(
     for head in range(first_head, tl.minimum(first_head + heads, H)):
         x = tl.load(x_at + head * P, mask=mask_x, other=0.0)  # [CHUNK, BLOCK_P]
         h = tl.load(states_at + head * P * N, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
-        delta, _, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, head, always, MIXER)
+        delta, _, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, head, always, MIXER, EXACT)
         coarse, fine, _, _ = prefix_sums(delta * A, 0)
-        y = tl.dot(C, tl.trans(h), input_precision=PRECISE) * tl.exp(coarse + fine)[:, None]
+        y = tl.dot(C, tl.trans(h), input_precision=PRECISE) * exp(coarse + fine, EXACT)[:, None]
         y += (own * delta + tl.load(D_ptr + head).to(tl.float32))[:, None] * x
-        mix = decay_matrix(coarse, fine, earlier) * delta[None, :]
+        mix = decay_matrix(coarse, fine, earlier, EXACT) * delta[None, :]
         if BOTH:
             h = tl.load(states_at + direction_states + head * P * N, mask=mask_state, other=0.0)
-            delta, _, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, H + head, always, MIXER)
+            delta, _, A = head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, H + head, always, MIXER, EXACT)
             coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, 1)
-            entering = tl.where(scale == after, tl.exp((all_coarse - coarse) + (all_fine - fine)), 0.0)
+            entering = tl.where(scale == after, exp((all_coarse - coarse) + (all_fine - fine), EXACT), 0.0)
             y += tl.dot(C, tl.trans(h), input_precision=PRECISE) * entering[:, None]
-            mix += decay_matrix(-coarse, -fine, later) * delta[None, :]
+            mix += decay_matrix(-coarse, -fine, later, EXACT) * delta[None, :]
         y = tl.dot(G * mix, x, y, input_precision=PRECISE)
         tl.store(y_at + head * P, y, mask=mask_x)
 
@@ -184,6 +187,7 @@ def _mamba2_mixer_bwd_norm_kernel(
 
     Reads its rows twice: they stay in the cache in between.
     """
+    EXACT: tl.constexpr = z_ptr.dtype.element_ty == tl.float32
     offs_l = (tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
     mask_l = offs_l < rows
     y_ptr += offs_l[:, None] * E
@@ -195,26 +199,27 @@ def _mamba2_mixer_bwd_norm_kernel(
         offs_e = start + tl.arange(0, BLOCK_E)
         mask = mask_l[:, None] & (offs_e < E)[None, :]
         y = tl.load(y_ptr + offs_e[None, :], mask=mask, other=0.0)  # [BLOCK_L, BLOCK_E]
-        z = tl.load(z_ptr + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = clamped(tl.load(z_ptr + offs_e[None, :], mask=mask, other=0.0).to(tl.float32))
         grad = tl.load(grad_ptr + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
-        gated = y * z * sigmoid(z)
+        gated = y * (z * sigmoids(z, EXACT)[0])
         squares += tl.sum(gated * gated, 1)
         products += tl.sum(gated * grad * weight[None, :], 1)
-    r = 1.0 / tl.sqrt_rn(squares / E + eps)
-    m = r * r * r * (products / E)
+    width = tl.cast(E, tl.float32)
+    r = divide(1.0, tl.sqrt_rn(divide(squares, width, EXACT) + eps), EXACT)
+    m = r * r * r * divide(products, width, EXACT)
     for start in range(0, E, BLOCK_E):
         offs_e = start + tl.arange(0, BLOCK_E)
         mask = mask_l[:, None] & (offs_e < E)[None, :]
         y = tl.load(y_ptr + offs_e[None, :], mask=mask, other=0.0)  # [BLOCK_L, BLOCK_E]
-        z = tl.load(z_ptr + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = clamped(tl.load(z_ptr + offs_e[None, :], mask=mask, other=0.0).to(tl.float32))
         grad = tl.load(grad_ptr + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
-        open = sigmoid(z)
+        open, shut = sigmoids(z, EXACT)
         gate = z * open
         gated = y * gate
         dgated = r[:, None] * (grad * weight[None, :]) - m[:, None] * gated
-        dz = dgated * y * (open + gate * (1.0 - open))
+        dz = dgated * y * (open + gate * shut)
         tl.store(y_ptr + offs_e[None, :], dgated * gate, mask=mask)
         dz_at = dz_ptr + offs_l[:, None] * dz_stride + offs_e[None, :]
         tl.store(dz_at, dz.to(dz_ptr.dtype.element_ty), mask=mask)

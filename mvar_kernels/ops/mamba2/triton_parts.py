@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels.backends import check_not_capturing
-from mvar_kernels.triton_math import exp
+from mvar_kernels.triton_math import divide, exp
 
 
 @cache  # for good: a captured CUDA graph reads it where it lay at capture
@@ -32,13 +32,40 @@ def scale_of_tokens(scales: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @triton.jit
-def sigmoid(v):
-    return 1.0 / (1.0 + tl.exp(-v))
+def clamped(v):
+    """v, but −85 where less: there σ and SiLU are 0 to 10⁻³⁵, and exp(−v) has a normal reciprocal. NaN stays."""
+    return tl.maximum(v, -85.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def silu(v):
-    return v / (1.0 + tl.exp(-v))
+def _refined_quotient(x, y):
+    """x / y of normal numbers to a little more than its rounding: by a fast reciprocal, and a step of Newton's."""
+    inverse = 1.0 / y
+    quotient = x * inverse
+    return tl.fma(tl.fma(-quotient, y, x), inverse, quotient)
+
+
+@triton.jit
+def sigmoids(v, EXACT: tl.constexpr):
+    """σ(v), and 1 − σ(v) without its cancellation, of clamped v."""
+    e = exp(-v, EXACT)
+    if EXACT:
+        open = _refined_quotient(1.0, 1.0 + e)
+    else:
+        open = 1.0 / (1.0 + e)
+    return open, e * open
+
+
+@triton.jit
+def silu(v, EXACT: tl.constexpr):
+    return divide(v, 1.0 + exp(-v, EXACT), EXACT)
+
+
+@triton.jit
+def refined_silu(v, EXACT: tl.constexpr):
+    """SiLU with a refined quotient in any case: what 16-bit numbers add to the state is float32, too."""
+    v = clamped(v)
+    return _refined_quotient(v, 1.0 + exp(-v, EXACT))
 
 
 @triton.jit
@@ -145,13 +172,16 @@ def conv_silu(
     TAPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """SiLU of conv_rows. start < L always: the branch keeps the compiler from computing the tile anew for every
-    register layout in which the matrix products want it.
+    """SiLU of conv_rows, EXACT where xbc is float32.
+
+    start < L always: the branch keeps the compiler from computing the tile anew for every register layout in which the
+    matrix products want it.
     """
     tile = tl.zeros([CHUNK, offs_c.shape[0]], tl.float32)
     if start < L:
-        tile = silu(
-            conv_rows(xbc_ptr, stride_l, conv_ptr, stride_row, weights, channel, offs_c, mask_c, start, L, TAPS, CHUNK)
+        tile = refined_silu(
+            conv_rows(xbc_ptr, stride_l, conv_ptr, stride_row, weights, channel, offs_c, mask_c, start, L, TAPS, CHUNK),
+            xbc_ptr.dtype.element_ty == tl.float32,
         )
     return tile
 
@@ -171,18 +201,18 @@ def split_log_decays(log_a):
 
 
 @triton.jit
-def decay_matrix(coarse, fine, mask):
+def decay_matrix(coarse, fine, mask, EXACT: tl.constexpr):
     """exp((coarse_t + fine_t) − (coarse_s + fine_s)) [t, s] where mask, else 0.
 
     Forward direction: inclusive prefix sums, mask t > s. Backward direction (token s reaches an earlier t of
     its scale through a'_t … a'_{s−1}): the negative exclusive prefix sums, mask t < s and same scale.
     """
     exponents = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-    return tl.exp(tl.where(mask, exponents, float("-inf")))
+    return exp(tl.where(mask, exponents, float("-inf")), EXACT)
 
 
 @triton.jit
-def forward_decays(delta, A, CHUNK: tl.constexpr):
+def forward_decays(delta, A, CHUNK: tl.constexpr, EXACT: tl.constexpr):
     """The forward direction's factors inside a chunk: how much of token s's x ⊗ B is in h_t [t, s] for s < t, of
     the h before the chunk in h_t, of s in the chunk's last h, of the h before the chunk in its last.
     """
@@ -190,13 +220,13 @@ def forward_decays(delta, A, CHUNK: tl.constexpr):
     coarse, fine = split_log_decays(delta * A)
     to_coarse, to_fine = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
     all_coarse, all_fine = tl.sum(coarse, 0), tl.sum(fine, 0)
-    inside = decay_matrix(to_coarse, to_fine, offs[:, None] > offs[None, :]) * delta[None, :]
+    inside = decay_matrix(to_coarse, to_fine, offs[:, None] > offs[None, :], EXACT) * delta[None, :]
     until_end = exp((all_coarse - to_coarse) + (all_fine - to_fine)) * delta
-    return inside, tl.exp(to_coarse + to_fine), until_end, exp(all_coarse + all_fine)
+    return inside, exp(to_coarse + to_fine, EXACT), until_end, exp(all_coarse + all_fine)
 
 
 @triton.jit
-def backward_decays(delta, A, scale, first, last, CHUNK: tl.constexpr):
+def backward_decays(delta, A, scale, first, last, CHUNK: tl.constexpr, EXACT: tl.constexpr):
     """The backward direction's factors, with g = r + Δ' x ⊗ B of the token after the chunk: how much of token s's
     x ⊗ B is in r_t [t, s], of g in r_t, of s in the chunk's own g (at its first token), of g in that.
 
@@ -207,10 +237,10 @@ def backward_decays(delta, A, scale, first, last, CHUNK: tl.constexpr):
     before_coarse, before_fine = tl.cumsum(coarse, 0) - coarse, tl.cumsum(fine, 0) - fine
     all_coarse, all_fine = tl.sum(coarse, 0), tl.sum(fine, 0)
     mask = (offs[:, None] < offs[None, :]) & (scale[:, None] == scale[None, :])
-    inside = decay_matrix(-before_coarse, -before_fine, mask) * delta[None, :]
-    from_end = tl.exp((all_coarse - before_coarse) + (all_fine - before_fine))
-    to_start = tl.exp(before_coarse + before_fine) * delta
-    whole = tl.where(first == last, tl.exp(all_coarse + all_fine), 0.0)
+    inside = decay_matrix(-before_coarse, -before_fine, mask, EXACT) * delta[None, :]
+    from_end = exp((all_coarse - before_coarse) + (all_fine - before_fine), EXACT)
+    to_start = exp(before_coarse + before_fine, EXACT) * delta
+    whole = tl.where(first == last, exp(all_coarse + all_fine, EXACT), 0.0)
     return inside, tl.where(scale == last, from_end, 0.0), tl.where(scale == first, to_start, 0.0), whole
 
 
