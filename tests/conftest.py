@@ -30,6 +30,7 @@ SLOW = {
     "test_cuda_on_cpu",
     "test_cuda_resources",
     "test_evaluate",
+    "test_gpu_arithmetic",
     "test_mamba2_cuda",
     "test_mamba2_triton",
     "test_sample",
