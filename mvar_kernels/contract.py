@@ -49,7 +49,7 @@ def evaluate(spec: Spec, case: Case, inputs: Inputs, backend: str | None) -> dic
     results = dict(zip(spec.outputs, (o.detach() for o in outs), strict=True))
     if wanted:
         generator = _seeded()
-        normal = (torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outs)
+        normal = (torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu") for o in outs)
         cotangents = [(case.cotangents * t).to(o) for t, o in zip(normal, outs, strict=True)]
         found = torch.autograd.grad(outs, [leaves[n] for n in wanted], cotangents)
         results |= {f"grad of {n}": g for n, g in zip(wanted, found, strict=True)}

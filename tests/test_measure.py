@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import measure
+from mvar import machine
 
 
 def test_latencies_are_of_every_round_and_medians_of_those(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +54,8 @@ def test_without_git_a_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.Mon
 def test_cpus_of_one_name_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rented machines call Zen 3 and Zen 5 the same; and what hides AMX from oneDNN makes other figures."""
     facts = {"model name": "AMD EPYC", "cpu family": "25", "flags": "avx avx2"}
-    monkeypatch.setattr(measure, "_cpuinfo", lambda: facts)
+    monkeypatch.setattr(measure, "cpuinfo", lambda: facts)
+    monkeypatch.setattr(machine, "cpuinfo", lambda: facts)
     monkeypatch.setattr(measure, "DEVICE", torch.device("cpu"))
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     assert measure.folder() == "amd_epyc_family_25_avx2"
