@@ -21,11 +21,15 @@ PROGRAMS = 512
 
 PRECISE = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}  # see triton_backward_parts.py
 
-SWEEP_TILES = (
-    Tile({"BLOCK_P": 64}, warps=4, stages=2),
-    Tile({"BLOCK_P": 32}, warps=4, stages=2),
-    Tile({"BLOCK_P": 32}, warps=4, stages=1),
-)
+# With 4 warps float32's products spill 360 bytes a thread (sm_90, Triton 3.7.1).
+SWEEP_TILES = {
+    dtype: (
+        Tile({"BLOCK_P": 64}, warps, stages=2),
+        Tile({"BLOCK_P": 32}, warps, stages=2),
+        Tile({"BLOCK_P": 32}, warps, stages=1),
+    )
+    for dtype, warps in {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}.items()
+}
 GRADS_TILES = (Tile({}, warps=8, stages=1),)  # with 4 warps the registers spill
 
 
@@ -64,6 +68,7 @@ class ScanGradients:
         self.scale = scale_of_tokens(scales, x.device) if self.directions == 2 else None
         self.operand = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
         self.coarse = "ieee" if dtype == torch.float32 else "tf32"
+        self.dtype = dtype
         self.shape_class = f"P{self.P} N{self.N} {str(dtype).removeprefix('torch.')}" + " mixer" * (bias is not None)
         self.options: dict[str, Any] = {
             "H": self.H,
@@ -81,7 +86,7 @@ class ScanGradients:
         states = torch.empty(
             self.directions, self.batch, self.chunks, *first.shape[1:], dtype=torch.float32, device=first.device
         )
-        tile = tiling.chosen("ssd_scan_bwd_sweep", self.shape_class, SWEEP_TILES, first.device).arguments()
+        tile = tiling.chosen("ssd_scan_bwd_sweep", self.shape_class, SWEEP_TILES[self.dtype], first.device).arguments()
         tile["BLOCK_P"] = min(tile["BLOCK_P"], tiling.product_block(self.P))
         grid = (self.batch * self.H, triton.cdiv(self.P, tile["BLOCK_P"]), self.directions)
         _ssd_scan_bwd_sweep_kernel[grid](
