@@ -16,9 +16,9 @@ def page(triton: dict[str, Any], cuda: dict[str, Any]) -> str:
         "",
         "## Triton",
         "",
-        "Every kernel with every tile that can be chosen, for the sizes of d16, d20 and d30 in bfloat16, with its shared",
-        "memory a block and the share of a multiprocessor's warps that fit by that and by registers; narrow loads are",
-        "instructions that load one number of 16 bits. By",
+        "Every kernel with every tile that can be chosen, for the sizes of d16, d20 and d30 in bfloat16, with its",
+        "shared memory a block and the share of a multiprocessor's warps that fit by that and by registers; narrow",
+        "loads are instructions that load one number of 16 bits. By",
         f"`python tests/compile_ahead.py --write benchmarks/results/kernels.json` with Triton {triton['triton']}.",
         *(line for arch in _architectures(triton) for line in _triton(arch, triton["rows"])),
         "",
@@ -40,11 +40,8 @@ def _architectures(compiled: dict[str, Any]) -> list[str]:
 
 
 def _triton(arch: str, rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        f"\n### {arch}\n",
-        "| kernel | constants | warps | stages | registers | stack | shared, KB | narrow loads | occupancy | tensor cores |",
-        "|---" * 10 + "|",
-    ]
+    titles = "kernel,constants,warps,stages,registers,stack,shared KB,narrow loads,occupancy,tensor cores".split(",")
+    lines = [f"\n### {arch}\n", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         if row["arch"] == arch:
             cells = (row["kernel"].strip("_").removesuffix("_kernel"), row["tile"], row["warps"], row["stages"])
