@@ -30,9 +30,11 @@ def convert(options: argparse.Namespace) -> None:
         save(options.target, module, dtype=dtype)
     else:
         state = official_state_dict(module, dtype)
-        # Into an open file: torch then names no path in it, and does not hide why it cannot be written.
-        with replacing(options.target) as aside, aside.open("wb") as file:
-            torch.save(state, file)
+        with replacing(options.target) as aside, aside.open("wb") as file:  # of a path torch writes the name into it
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # raised on the way out of what kept it from writing
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     print(f"written: {options.target}")
 
 

@@ -1,6 +1,7 @@
 """`mvar convert`: out of the public trainers' checkpoints and our own, into the published format and ours."""
 
 import math
+import resource
 from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
@@ -100,6 +101,20 @@ def test_a_full_disk_leaves_the_old_file(
         main(["convert", f"{tmp_path}/source.safetensors", f"{tmp_path}/{name}"])
     assert "No space left on device" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_file_that_cannot_grow_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
+    mvar.save(tmp_path / "source.safetensors", model)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        error = fails(capsys, "convert", f"{tmp_path}/source.safetensors", f"{tmp_path}/{name}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"cannot write {tmp_path}/{name}: " in error and "File too large" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
 
 
 def test_masks_of_the_two_models() -> None:
