@@ -6,6 +6,8 @@ EXACT: whether it is needed. The rounding of 16-bit numbers hides what the fast 
 import triton
 import triton.language as tl
 
+from mvar_kernels.backends import interpreted
+
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 ROUNDER = tl.constexpr(1.5 * 2**23)  # in a sum: rounds the other number to a whole one, and has that in its last bits
@@ -68,3 +70,9 @@ def divide(x, y, EXACT: tl.constexpr):
     else:
         quotient = x / y
     return quotient
+
+
+# A kernel's key in Triton's cache has a called function's constants only if that was visited before (Triton 3.6, 3.7).
+# These are called from several ops: visited now, they leave each kernel one key, whichever op comes first.
+for _function in () if interpreted() else (exp, exp2, divide):
+    _function.cache_key  # noqa: B018

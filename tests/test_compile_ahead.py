@@ -35,3 +35,31 @@ def test_kernels_compile_and_fit(arch: str, tmp_path: Path) -> None:
     assert not [row for row, times in again.items() if times > 1]
     for op in OPS:
         assert any(op in row["kernel"] for row in rows), f"no kernel of {op} was compiled"
+
+
+KEYS = """
+import importlib, sys
+from triton.runtime.jit import JITFunction
+for op in sys.argv[1:]:
+    for part in ("forward", "backward", "mixer_backward", ""):
+        try:
+            module = importlib.import_module(f"mvar_kernels.ops.{op}.triton_{part}".rstrip("_"))
+        except ModuleNotFoundError:
+            continue
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                print(name, value.cache_key)
+"""
+
+
+def test_a_kernel_s_key_does_not_depend_on_what_was_compiled_before() -> None:
+    """So that what one process compiled is found by another, in whichever order that calls the ops."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    ops = ["adaln", "scale_attention", "mamba2", "sample_tokens"]
+    found = []
+    for order in (ops, ops[::-1], ["mamba2"]):
+        command = [sys.executable, "-c", KEYS, *order]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        found.append({tuple(line.split()) for line in done.stdout.splitlines()})
+    assert len(found[0]) > 20 and found[0] == found[1] > found[2] != set()
