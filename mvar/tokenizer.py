@@ -144,7 +144,10 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, R, R) floating point in [−1, 1] → (B, L) int64."""
+        """(B, 3, R, R) floating point in [−1, 1] → (B, L) int64.
+
+        Under autocast the encoder computes in its dtype, which moves some tokens; the quantizer stays in float32.
+        """
         with self._true_float32():
             return torch.cat([tokens for tokens, _ in self.quantize.quantize(self.features(images))], dim=1)
 
