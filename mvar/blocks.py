@@ -25,6 +25,7 @@ import mvar_kernels as mk
 from mvar.config import ModelConfig
 from mvar.layers import Attention, CausalAttention, FeedForward, IntraScaleAttention, KeyValues, Mamba2, State
 from mvar.modulation import modulation_layer
+from mvar.sharding import gathers_itself, is_sharded
 
 LN_EPS = 1e-6
 
@@ -59,10 +60,10 @@ class Block(nn.Module):
         """Gates, then scales, then shifts of all branches, each (B, C), from the class embedding (B, C) or what the
         shared layer made of it (B, vectors·C)."""
         shared = hasattr(self, "ada_gss")
-        if not shared and hasattr(weight := self.ada_lin[1].weight, "full_tensor") and not _shards(self.ada_lin):
+        if not shared and not gathers_itself(self.ada_lin) and any(map(is_sharded, self.ada_lin.parameters())):
             raise RuntimeError(
-                "ada_lin: its weight is a DTensor, for it is called before its block: shard it by itself, "
-                f"fully_shard(block.ada_lin), before fully_shard(block); got {type(weight).__name__}"
+                "ada_lin: its weights are sharded, for it is called before its block: shard it by itself, "
+                "fully_shard(block.ada_lin), before fully_shard(block); got DTensor"
             )
         return (cond + self.ada_gss.flatten() if shared else self.ada_lin(cond)).chunk(3 * self.branches, -1)
 
@@ -90,11 +91,6 @@ class Block(nn.Module):
             x, h = _add(x, mixed, follows, backend)
         x, h = _add(x, self.ffn(h), after_ffn, backend)
         return x, h, state
-
-
-def _shards(layer: nn.Module) -> bool:
-    """Whether fully_shard was called with this very layer, which then gathers its own weights."""
-    return any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__)
 
 
 class MVARBlock(Block):

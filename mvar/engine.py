@@ -15,8 +15,9 @@ from mvar.layers import FeedForward, Mamba2
 from mvar.model import Model
 from mvar.modulation import JoinedModulation
 from mvar.packed import PackedFeedForward, PackedLinear, packs
+from mvar.sharding import is_sharded
 from mvar.tokenizer import Tokenizer
-from mvar.weights import ENCODER, REMEDY, is_sharded, own_layer, skeleton, weights
+from mvar.weights import ENCODER, REMEDY, own_layer, skeleton, weights
 from mvar_kernels.backends import fastest_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from mvar.model import Model, from_config
+from mvar.sharding import is_sharded
 from mvar.tokenizer import Tokenizer
 
 Module = TypeVar("Module", bound=Model | Tokenizer)
@@ -139,11 +140,6 @@ def surplus(module: Model | Tokenizer) -> str | None:
 
 def _is_below(name: str, layer: str) -> bool:
     return name == layer or name.startswith(layer + ".")
-
-
-def is_sharded(value: Any) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(value, "full_tensor")
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

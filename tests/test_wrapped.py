@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -444,6 +444,33 @@ def test_several_threads_at_once() -> None:
         thread.join()
     for seed in range(4):
         assert torch.equal(found[seed], generate(model, tokenizer, seed=seed).tokens)
+
+
+def test_a_modulation_layer_s_weight_is_not_looked_at_before_its_call() -> None:
+    """A parametrization may count its calls, and an adapter need not have a weight."""
+    calls: list[Tensor] = []
+
+    class Counting(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            calls.append(weight)
+            return weight
+
+    class Scaled(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    model, _ = pair()
+    first, second = (cast(nn.Sequential, block.ada_lin) for block in model.typed_blocks())
+    labels, inputs = torch.tensor([1]), torch.randn(1, model.config.num_tokens - 1, model.config.code_dim)
+    right = model(labels, inputs)
+    parametrize.register_parametrization(first[1], "weight", Counting(), unsafe=True)
+    second[1] = Scaled(second[1])
+    calls.clear()
+    assert torch.equal(model(labels, inputs), right) and len(calls) == 1
 
 
 def test_a_tokenizer_compiled_whole_and_exported() -> None:
