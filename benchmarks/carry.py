@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 
 from benchmarks.steps import ROOT
+from mvar.check.command import DTYPES
 from mvar.files import make_folder, replacing
 
 CACHE = Path("/tmp/mvar_triton_cache")
 ARCHIVE = ROOT / "build" / "carry" / "triton_cache.tar.xz"
 KEPT = (".cubin", ".json")  # what a launch reads
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def pack(cache: Path, archive: Path) -> int:

@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,13 +60,9 @@ def again(job: Job, case: str) -> Mapping[str, Job]:
 def diagnosed(failed: Sequence[tuple[Job, Row]], until: float) -> Iterator[str]:
     """A line for each way in which a failed case was tried again; one case of each process."""
     first = {key(row)[:3]: (job, row) for job, row in reversed(failed)}
-    ways = {
-        (row.case, way): job
-        for failing, row in list(first.values())[:MAX_DIAGNOSED]
-        for way, job in again(failing, row.case).items()
-    }
-    names = {id(job): way for (_, way), job in ways.items()}
-    for job, row in run(list(ways.values()), processes=len(ways) or 1, seconds=20, until=until):
+    ways = [way for job, row in list(first.values())[:MAX_DIAGNOSED] for way in again(job, row.case).items()]
+    names = {id(job): name for name, job in ways}
+    for job, row in run([job for _, job in ways], processes=len(ways) or 1, seconds=20, until=until):
         said = row.fault or row.refused or f"error / tolerance {row.worst:.3g}"
         yield f"{' '.join(key(row))}, {names[id(job)]}: {said}"
 
@@ -80,18 +76,6 @@ def timed_jobs(ops: Sequence[str], runs: int) -> list[Job]:
 
 def generation(seconds: float) -> Step:
     return Step("generation", [sys.executable, "-m", "benchmarks.graph_check", "--batch", str(BATCH)], seconds)
-
-
-def collected(found: Iterable[tuple[Job, Row]], path: Path) -> list[tuple[Job, Row]]:
-    """All of them, the rows written to `path` as they come."""
-    jobs: list[Job] = []
-
-    def rows() -> Iterator[Row]:
-        for job, row in found:
-            jobs.append(job)
-            yield row
-
-    return [(jobs[i], row) for i, row in enumerate(recorded(rows(), path))]
 
 
 def main() -> None:
@@ -121,9 +105,8 @@ def main() -> None:
     )
     print(*sorted(f"{name}={value}" for name, value in os.environ.items() if "TRITON" in name), flush=True)
 
-    found = collected(
-        run(jobs, processes=os.cpu_count() or 1, seconds=CASE_SECONDS, until=until(CASES_END)), results / "check.jsonl"
-    )
+    checked = run(jobs, processes=os.cpu_count() or 1, seconds=CASE_SECONDS, until=until(CASES_END))
+    found = list(recorded(checked, results / "check.jsonl"))
     rows = [row for _, row in found]
     compiled, cached = sum(row.compiled for row in rows), sum(row.cached for row in rows)
     print(*table(rows), sep="\n")
@@ -133,11 +116,12 @@ def main() -> None:
     for line in diagnosed(failed, until(DIAGNOSIS_END)) if failed else ():
         print(line, flush=True)
     shapes = timed_jobs(ops, 200 if DEVICE.type == "cuda" else 1)
-    timed = collected(run(shapes, processes=4, seconds=CASE_SECONDS, until=until(TIMED_END)), results / "timed.jsonl")
-    print("timed shapes at batch 2:", *table(row for _, row in timed), sep="\n", flush=True)
+    checked = run(shapes, processes=4, seconds=CASE_SECONDS, until=until(TIMED_END))
+    timed = [row for _, row in recorded(checked, results / "timed.jsonl")]
+    print("timed shapes at batch 2:", *table(timed), sep="\n", flush=True)
     (outcome,) = together([generation(until(1) - time.monotonic())], until(1))
     print(outcome.line())
-    wrong = len(failed) + sum(not row.right for _, row in timed) + (outcome.result != "done")
+    wrong = len(failed) + sum(not row.right for row in timed) + (outcome.result != "done")
     left = cases - len(rows) + sum(len(job.cases) for job in shapes) - len(timed)
     print(f"{wrong} wrong, {left} not done, {time.monotonic() - start:.0f} s")
     raise SystemExit(1 if wrong or left else 0)

@@ -6,7 +6,6 @@ calls, so that what is timed is the device; a side that waits for the device run
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,9 +47,8 @@ def forwards(spec: Spec, case: Case, inputs: Inputs, *, compiled: bool = True) -
     for name, rival in rivals.items():
         if rival.takes is None or rival.takes(inputs, case):
             sides[name] = lambda t, rival=rival: rival.run(t, case)  # type: ignore[misc]
-    if (
-        compiled and rivals and spec.op != "sample_tokens"
-    ):  # a draw has no deterministic answer to hold the compiled one against
+    # A draw has no deterministic answer to hold the compiled one against.
+    if compiled and rivals and spec.op != "sample_tokens":
         first = next(iter(rivals.values()))
         whole = torch.compile(first.run, dynamic=False)
         sides["torch.compile"] = lambda t: whole(t, case)
@@ -98,14 +96,15 @@ def checked(
 
     Answers are judged at a batch of 2 at most, whose float64 reference a GPU has memory for beside other work.
     """
-    judged = replace(case, sizes={**case.sizes, "B": min(case.sizes["B"], JUDGED_BATCH)})
+    judged = case.at_batch(min(case.sizes["B"], JUDGED_BATCH))
     inputs = prepared(spec, judged, dtype, DEVICE)
-    same, exact = (spec.reference(t, judged) for t in (inputs, {n: t.double() for n, t in inputs.items()}))
-    cotangents = _cotangents(same) if backward else None
-    if cotangents is not None:
-        wide = ({n: t.double() for n, t in inputs.items()}, tuple(t.double() for t in cotangents))
-        reference = partial(_reference, spec, judged)
-        same, exact = (gradients(spec, t, reference, c)() for t, c in ((inputs, cotangents), wide))
+    doubles = {n: t.double() for n, t in inputs.items()}
+    cotangents = _cotangents(spec, judged, inputs) if backward else None
+    if cotangents is None:
+        same, exact = (spec.reference(t, judged) for t in (inputs, doubles))
+    else:
+        wide, reference = tuple(t.double() for t in cotangents), partial(_reference, spec, judged)
+        same, exact = (gradients(spec, t, reference, c)() for t, c in ((inputs, cotangents), (doubles, wide)))
     makers, wrong = preparations(spec, judged, inputs, cotangents, compiled=compiled), dict[str, str]()
     sides: dict[str, Callable[[], Any]] = {}
 
@@ -134,7 +133,7 @@ def checked(
     if judged.sizes != case.sizes:
         right = list(sides)
         inputs = prepared(spec, case, dtype, DEVICE)
-        cotangents = _cotangents(_fake_outputs(spec, case, inputs)) if backward else None
+        cotangents = _cotangents(spec, case, inputs) if backward else None
         makers = preparations(spec, case, inputs, cotangents, compiled=compiled)
         for name in right:
             enter(name, lambda got: None)
@@ -145,15 +144,11 @@ def _reference(spec: Spec, case: Case, inputs: Inputs) -> Results:
     return spec.reference(inputs, case)
 
 
-def _fake_outputs(spec: Spec, case: Case, inputs: Inputs) -> Results:
-    """What the reference gives, without its values: computed on the meta device."""
-    outs = spec.reference({n: t.to("meta") for n, t in inputs.items()}, case)
-    return tuple(torch.empty_like(out, device=DEVICE) for out in outs)
-
-
-def _cotangents(outs: Results) -> Results:
+def _cotangents(spec: Spec, case: Case, inputs: Inputs) -> Results:
+    """Random numbers in the shapes and dtypes of the outputs, which the reference tells on the meta device."""
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(out.shape, generator=generator).to(out) for out in outs)
+    outs = spec.reference({n: t.to("meta") for n, t in inputs.items()}, case)
+    return tuple(torch.randn(out.shape, generator=generator).to(DEVICE, out.dtype) for out in outs)
 
 
 def row(

@@ -1,12 +1,12 @@
 """Commands with limits: each is a process of its own, killed with all that it started when its time is over."""
 
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from mvar.check.jobs import kill
 
 ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "build" / "gpu"
@@ -47,7 +47,7 @@ def together(steps: Sequence[Step], end: float) -> Iterator[Outcome]:
             step, process, log = entry
             code, taken = process.poll(), time.monotonic() - start
             if code is None and (taken > step.seconds or time.monotonic() > end):
-                os.killpg(process.pid, signal.SIGKILL)
+                kill(process)
                 process.wait()
                 result = "cut"
             elif code is not None:

@@ -4,7 +4,7 @@ Read by the contract (contract.py) and by the benchmarks, so that what is timed 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     keeps_dtype: tuple[str, ...] = ()
     cotangents: float = 1.0
+
+    def at_batch(self, batch: int) -> "Case":
+        """The same case with another batch."""
+        return replace(self, sizes={**self.sizes, "B": batch})
 
 
 @dataclass(frozen=True)

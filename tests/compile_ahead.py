@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -172,9 +172,7 @@ def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list
 
 def inputs_of(spec: Spec, case: Case, dtype: torch.dtype) -> Inputs:
     """The case's inputs in `dtype`, every row of the batch the same one: nothing is computed with them."""
-    one, two = (
-        spec.inputs(replace(case, sizes={**case.sizes, "B": B}), torch.Generator().manual_seed(0)) for B in (1, 2)
-    )
+    one, two = (spec.inputs(case.at_batch(B), torch.Generator().manual_seed(0)) for B in (1, 2))
     inputs = {}
     for name, t in one.items():
         whole = t.expand(case.sizes["B"], *t.shape[1:]) if t.shape != two[name].shape else t

@@ -30,8 +30,8 @@ def check(options: argparse.Namespace) -> None:
     cases = sum(len(job.cases) for job in jobs)
     print(*machine.lines(), "", sep="\n")
     print(f"{cases} cases of {len({job.op for job in jobs})} ops: a minute or two", flush=True)
-    found = (row for _, row in run(jobs, processes=os.cpu_count() or 1, seconds=SECONDS))
-    rows = list(tqdm(recorded(found, options.out), total=cases, unit="case", disable=None))
+    found = recorded(run(jobs, processes=os.cpu_count() or 1, seconds=SECONDS), options.out)
+    rows = [row for _, row in tqdm(found, total=cases, unit="case", disable=None)]
     print(*table(rows), sep="\n")
     wrong = [row for row in rows if not row.right]
     print(f"{len(wrong)} of {len(rows)} cases are wrong" if wrong else "all right")
@@ -39,13 +39,13 @@ def check(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def recorded(rows: Iterable[Row], path: Path | None) -> Iterator[Row]:
-    """The same rows, each written to the file when it comes."""
+def recorded(found: Iterable[tuple[Job, Row]], path: Path | None) -> Iterator[tuple[Job, Row]]:
+    """The same, each row written to the file when it comes."""
     with nullcontext() if path is None else path.open("w") as file:
-        for row in rows:
+        for job, row in found:
             if file is not None:
                 print(json.dumps(asdict(row)), file=file, flush=True)
-            yield row
+            yield job, row
 
 
 def planned(ops: Sequence[str], backend: str | None, only_failed: Path | None) -> list[Job]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Any
 
 from mvar_kernels.check import BEGINS, BROKEN, Row
 
@@ -105,7 +105,7 @@ class _Running:
                 kill(process)
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: subprocess.Popen[Any]) -> None:
     """End a process that leads a session, and all that it started."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
