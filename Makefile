@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-fast test-avx2 test-avx512 test-sanitizers lint demo bench gpu-check gpu-bench gpu-tune clean
+.PHONY: setup test test-fast test-avx2 test-avx512 test-sanitizers lint demo bench gpu-carry gpu-check gpu-bench gpu-tune clean
 
 setup: .venv/native
 
@@ -56,7 +56,12 @@ bench: setup
 
 # What needs a GPU, in three stages, without a build and without network, in the Python at hand (torch for CUDA, Triton,
 # mvar's dependencies): which kernels are right (100 s), how fast they are (150 s), their tiles (60 s). Each ends in time
-# and leaves what it found.
+# and leaves what it found. Before them, where there is network: other projects' kernels to time beside ours, and all of
+# them compiled, by PYTHON of the GPU machine's version and with its version of Triton; build/carry goes there as it is.
+gpu-carry: setup
+	$(BIN)/python -m benchmarks.peers
+	$(PYTHON) -m benchmarks.carry
+
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 

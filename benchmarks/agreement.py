@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import public
-from benchmarks.growth import OURS, PUBLIC, ROWS
+from benchmarks.growth import OURS, PUBLIC, ROWS, VAR
 from benchmarks.measure import DEVICE
 from benchmarks.sides import SIDES, Pair, Side, compiled_block, generate, public_arithmetic, public_attention
 from mvar.blocks import MVARBlock
@@ -50,8 +50,8 @@ def _judged_by(side: Side) -> list[Side]:
     """The sides to check for this one: none for the public algorithm, which the others are held against."""
     if side.algorithm == PUBLIC:
         return []
-    if side.compiled:  # the engine's own model, with another decoder
-        return [SIDES["mvar"]]
+    if side.compiled or not side.decoded:  # the engine's own model, with another decoder or none
+        return [SIDES["var" if side.algorithm == VAR else "mvar"]]
     return [SIDES["mvar"], side] if side.graph is False else [side]
 
 

@@ -1,7 +1,7 @@
 """Which kernels are right on this GPU, within 100 s: `python -m benchmarks.gpu_check` (`make gpu-check`).
 
-From the tree, nothing is built; kernels that were carried (carry.py) are not compiled. In order, each with its share of
-the time:
+From the tree, nothing is built; kernels that were carried (carried.py) are not compiled. In order, each with its share
+of the time:
 
 1. every case of every op, in 16 bits first, as `mvar check` does, a process for each op, backend and dtype;
 2. of what failed, one case of each process again: without wgmma, with one pipeline stage, launch by launch, and under
@@ -10,8 +10,8 @@ the time:
 4. one d16 generation with a CUDA graph and without: the same tokens, and how long each takes.
 
 Rows are written as they come, to results/<GPU>/check.jsonl and timed.jsonl, so that what a cut leaves stands. Exits
-with 1 if anything was wrong or not done. `--only-failed FILE` tries again what was wrong there. Without a GPU, under
-TRITON_INTERPRET=1, it is a rehearsal: the kernels on the CPU, however far the time goes.
+with 1 if anything was wrong or not done. `--only-failed FILE` tries again what was wrong there. Without a GPU,
+MVAR_REHEARSAL=1 TRITON_INTERPRET=1 rehearses it: the kernels on the CPU, however far the time goes.
 """
 
 import argparse
@@ -23,14 +23,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.carry import ARCHIVE, CACHE, unpack
-from benchmarks.measure import DEVICE, RESULTS, folder
+from benchmarks import carried
+from benchmarks.measure import DEVICE, require_gpu, results
 from benchmarks.steps import Step, together
 from mvar import machine
 from mvar.check.command import key, planned, recorded, table
 from mvar.check.jobs import Job, run
 from mvar.files import make_folder
-from mvar_kernels.backends import interpreted
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.check import Row
 
@@ -84,14 +83,11 @@ def main() -> None:
     parser.add_argument("--only-failed", type=Path, metavar="FILE", help="the cases that were wrong in such a file")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default: {SECONDS:.0f})")
     options = parser.parse_args()
-    if DEVICE.type != "cuda" and not interpreted():
-        raise SystemExit("no CUDA device; with TRITON_INTERPRET=1 this is rehearsed on the CPU")
+    require_gpu()
     start = time.monotonic()
-    if ARCHIVE.exists():
-        print(f"{unpack(ARCHIVE, CACHE)} compiled kernels unpacked into {CACHE}")
-        os.environ["TRITON_CACHE_DIR"] = str(CACHE)
-    results = RESULTS / folder() if DEVICE.type == "cuda" else Path("build") / "rehearsal"
-    make_folder(results)
+    carried.use()
+    into = results()
+    make_folder(into)
     ops = options.ops or list(SPECS)
     jobs = planned(ops, None, options.only_failed)
     cases = sum(len(job.cases) for job in jobs)
@@ -106,7 +102,7 @@ def main() -> None:
     print(*sorted(f"{name}={value}" for name, value in os.environ.items() if "TRITON" in name), flush=True)
 
     checked = run(jobs, processes=os.cpu_count() or 1, seconds=CASE_SECONDS, until=until(CASES_END))
-    found = list(recorded(checked, results / "check.jsonl"))
+    found = list(recorded(checked, into / "check.jsonl"))
     rows = [row for _, row in found]
     compiled, cached = sum(row.compiled for row in rows), sum(row.cached for row in rows)
     print(*table(rows), sep="\n")
@@ -117,7 +113,7 @@ def main() -> None:
         print(line, flush=True)
     shapes = timed_jobs(ops, 200 if DEVICE.type == "cuda" else 1)
     checked = run(shapes, processes=4, seconds=CASE_SECONDS, until=until(TIMED_END))
-    timed = [row for _, row in recorded(checked, results / "timed.jsonl")]
+    timed = [row for _, row in recorded(checked, into / "timed.jsonl")]
     print("timed shapes at batch 2:", *table(timed), sep="\n", flush=True)
     (outcome,) = together([generation(until(1) - time.monotonic())], until(1))
     print(outcome.line())

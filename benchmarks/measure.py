@@ -15,21 +15,23 @@ import torch
 
 import mvar
 from mvar.bench import ALLOCATOR
-from mvar.files import write_json
+from mvar.files import make_folder, write_json
 from mvar.machine import cpu_model, cpuinfo, version
-from mvar_kernels.backends import architecture, native
+from mvar_kernels.backends import architecture, interpreted, native
 
 RESULTS = Path(__file__).parent / "results"
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TURN_MS = 20.0
+REHEARSAL = "MVAR_REHEARSAL" in os.environ
+"""A GPU's stages on a CPU, with small cases in Triton's interpreter: for their course, not for their times."""
+TURN_MS = {"cpu": 20.0, "cuda": 5.0}[DEVICE.type]
 CALLS = 10  # in one CUDA graph, so that the gap between two launches weighs a tenth
 
 
 def require_allocator() -> None:
     """Refuse to time on the CPU without the allocator settings that every side is given."""
     wrong = [name for name, value in ALLOCATOR.items() if os.environ.get(name) != value]
-    if wrong and DEVICE.type == "cpu":
+    if wrong and DEVICE.type == "cpu" and not REHEARSAL:
         raise SystemExit(f"set {', '.join(f'{n}={ALLOCATOR[n]}' for n in wrong)} (`mvar bench` does)")
 
 
@@ -53,7 +55,7 @@ def latencies(
     calls = dict.fromkeys(sides, 1)
     for name, run in sides.items() if warm_up else ():
         run()
-        calls[name] = max(1, round(TURN_MS / _ms(run, 1)))
+        calls[name] = max(1, round(TURN_MS / max(_ms(run, 1), 1e-4)))
     times: dict[str, list[float]] = {name: [] for name in sides}
     end = time.perf_counter() + seconds
     while len(next(iter(times.values()))) < rounds or time.perf_counter() < end:
@@ -63,13 +65,18 @@ def latencies(
 
 
 def _ms(run: Callable[[], Any], calls: int) -> float:
-    """Of one of so many calls in a row."""
+    """Of one of so many calls in a row.
+
+    Before several of them a GPU is given one more, so that it never waits for the host to queue the first.
+    """
     if DEVICE.type == "cpu":
         start = time.perf_counter()
         for _ in range(calls):
             run()
         return 1e3 * (time.perf_counter() - start) / calls
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if calls > 1:
+        run()
     begin.record()
     for _ in range(calls):
         run()
@@ -143,16 +150,27 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
+def results() -> Path:
+    """The folder of this machine's results; a rehearsal's are below the working directory."""
+    return Path("build") / "rehearsal" if REHEARSAL else RESULTS / folder()
+
+
+def require_gpu() -> None:
+    """End the program where there is neither a GPU nor a rehearsal of what it would do there."""
+    if DEVICE.type != "cuda" and not (REHEARSAL and interpreted()):
+        raise SystemExit("no CUDA device; MVAR_REHEARSAL=1 TRITON_INTERPRET=1 rehearses on the CPU")
+
+
 def kept(name: str) -> Any:
     """The rows of results/<device or CPU>/<name>.json if this machine made them at this commit, else None."""
-    path = RESULTS / folder() / f"{name}.json"
+    path = results() / f"{name}.json"
     content = json.loads(path.read_text()) if path.is_file() else {}
     return content["rows"] if content.get("machine") == machine() else None
 
 
 def write(name: str, rows: Any) -> Path:
     """Write results/<device or CPU>/<name>.json with the machine beside the rows."""
-    path = RESULTS / folder() / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = results() / f"{name}.json"
+    make_folder(path.parent)
     write_json(path, {"machine": machine(), "rows": rows})
     return path

@@ -1,21 +1,35 @@
 """Every op against its rivals, side by side: `python -m benchmarks.ops [op …] [--passes forward backward]`.
 
 On the GPU if there is one, else on the CPU. No answer that is wrong is timed. GPU sides run as CUDA graphs of ten
-calls, so that what is timed is the device; a side that waits for the device runs as it is, and is named.
+calls, so that what is timed is the device; a side that waits for the device runs as it is, and is named. Kernels of
+other projects that were fetched (peers.py) are timed, too. Rows that this machine and commit have stay until they are
+measured anew.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import products
-from benchmarks.measure import CALLS, DEVICE, graphed, interleaved, kept, require_allocator, use_own_stream, write
+from benchmarks import peers, products
+from benchmarks.measure import (
+    CALLS,
+    DEVICE,
+    REHEARSAL,
+    graphed,
+    interleaved,
+    kept,
+    require_allocator,
+    use_own_stream,
+    write,
+)
 from benchmarks.products import DTYPES
 from benchmarks.rivals import RIVALS
 from mvar_kernels.backends import PEERS, BackendError, backends
@@ -27,7 +41,29 @@ from mvar_kernels.specs import Case, Inputs, Spec
 JUDGED_BATCH = 2
 WRONG = 16  # roundings of the input's dtype that a side may be off by, besides twice what the reference is off by
 Results = tuple[Tensor, ...]
+Row = dict[str, Any]
 Forward = Callable[[Inputs], Results]
+
+
+def benchmarked(spec: Spec) -> tuple[Case, ...]:
+    """The cases to time on this device; in a rehearsal its first one with several elements."""
+    if REHEARSAL:
+        return spec.cases[1:2]
+    return spec.bench if DEVICE.type == "cpu" else spec.bench_cuda
+
+
+class Run(NamedTuple):
+    spec: Spec
+    case: Case
+    dtype: torch.dtype
+    backward: bool
+
+
+def runs_of(spec: Spec, passes: Sequence[str]) -> list[Run]:
+    """The op's cases on this device, in every dtype and pass."""
+    cases = benchmarked(spec)
+    directions = [name == "backward" for name in passes if name == "forward" or spec.grads]
+    return [Run(spec, *rest) for rest in product(cases, DTYPES[DEVICE.type], directions)]
 
 
 def forwards(spec: Spec, case: Case, inputs: Inputs, *, compiled: bool = True) -> dict[str, Forward]:
@@ -45,6 +81,8 @@ def forwards(spec: Spec, case: Case, inputs: Inputs, *, compiled: bool = True) -
             sides[name] = lambda t, backend=backend: spec.call(t, case, backend)  # type: ignore[misc]
     rivals = RIVALS.get(spec.op, {})
     for name, rival in rivals.items():
+        if (rival.compiled and not compiled) or (rival.gpu and DEVICE.type == "cpu"):
+            continue
         if rival.takes is None or rival.takes(inputs, case):
             sides[name] = lambda t, rival=rival: rival.run(t, case)  # type: ignore[misc]
     # A draw has no deterministic answer to hold the compiled one against.
@@ -89,15 +127,14 @@ def preparations(
     return {name: partial(prepare, forward) for name, forward in sides.items()}
 
 
-def checked(
-    spec: Spec, case: Case, dtype: torch.dtype, backward: bool, *, compiled: bool = True
-) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+def checked(run: Run, *, compiled: bool = True) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """The sides whose answer is right, compiled, and what is wrong with the others: not timed.
 
     Answers are judged at a batch of 2 at most, whose float64 reference a GPU has memory for beside other work.
     """
+    spec, case, dtype, backward = run
     judged = case.at_batch(min(case.sizes["B"], JUDGED_BATCH))
-    inputs = prepared(spec, judged, dtype, DEVICE)
+    inputs = prepared(spec, judged, dtype, DEVICE, made_on=DEVICE.type)
     doubles = {n: t.double() for n, t in inputs.items()}
     cotangents = _cotangents(spec, judged, inputs) if backward else None
     if cotangents is None:
@@ -111,12 +148,12 @@ def checked(
     def enter(name: str, judge: Callable[[Results], str | None]) -> None:
         """A side that raises does not stop the others."""
         try:
-            run = makers[name]()
-            found = judge(run())
+            call = makers[name]()
+            found = judge(call())
         except Exception as error:
-            found = f"{type(error).__name__}: {error}".splitlines()[0]
+            found = _first_line(error)
         if found is None:
-            sides[name] = run
+            sides[name] = call
         else:
             sides.pop(name, None)
             wrong[name] = found
@@ -132,7 +169,7 @@ def checked(
         enter(name, partial(judge, name))
     if judged.sizes != case.sizes:
         right = list(sides)
-        inputs = prepared(spec, case, dtype, DEVICE)
+        inputs = prepared(spec, case, dtype, DEVICE, made_on=DEVICE.type)
         cotangents = _cotangents(spec, case, inputs) if backward else None
         makers = preparations(spec, case, inputs, cotangents, compiled=compiled)
         for name in right:
@@ -146,15 +183,14 @@ def _reference(spec: Spec, case: Case, inputs: Inputs) -> Results:
 
 def _cotangents(spec: Spec, case: Case, inputs: Inputs) -> Results:
     """Random numbers in the shapes and dtypes of the outputs, which the reference tells on the meta device."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     outs = spec.reference({n: t.to("meta") for n, t in inputs.items()}, case)
-    return tuple(torch.randn(out.shape, generator=generator).to(DEVICE, out.dtype) for out in outs)
+    return tuple(torch.randn(o.shape, generator=generator, device=DEVICE).to(o.dtype) for o in outs)
 
 
-def row(
-    spec: Spec, case: Case, dtype: torch.dtype, backward: bool, seconds: float, *, compiled: bool = True
-) -> dict[str, Any]:
-    sides, wrong = checked(spec, case, dtype, backward, compiled=compiled)
+def row(run: Run, seconds: float, *, compiled: bool = True) -> Row:
+    spec, case, dtype, backward = run
+    sides, wrong = checked(run, compiled=compiled)
     moved, flops = (spec.work_backward if backward else spec.work)(case, dtype.itemsize)
     sides["copy"] = copy(moved)
     calls = dict.fromkeys(sides, 1)
@@ -177,6 +213,20 @@ def row(
         "uncaptured": uncaptured,
         "wrong": wrong,
     }
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def name(row: Row) -> tuple[str, ...]:
+    """Of its case, dtype and pass: unique among an op's."""
+    return row["case"], row["dtype"], row["pass"]
+
+
+def line(op: str, row: Row) -> str:
+    times = ", ".join(f"{name} {ms:.4g}" for name, ms in row["median_ms"].items())
+    return f"{op}, {row['case']} {row['dtype']} {row['pass']}, ms: {times}"
 
 
 def copy(moved_bytes: int) -> Callable[[], Tensor]:
@@ -202,29 +252,30 @@ def main() -> None:
     require_allocator()
     use_own_stream()
     torch._functorch.config.donated_buffer = False  # a compiled backward is timed many times
+    peers.importable()
     failed: list[str] = []
-    for op in options.ops or SPECS:
-        spec = SPECS[op]
-        cases = spec.bench if DEVICE.type == "cpu" else spec.bench_cuda
-        passes = [p for p in options.passes if p == "forward" or spec.grads]
-        runs = [(c, d, p == "backward") for c in cases for d in DTYPES[DEVICE.type] for p in passes]
-        rows: list[dict[str, Any]] = []
-        for case, dtype, backward in tqdm(runs, desc=op, disable=None):
-            torch.compiler.reset()
-            try:
-                if options.untimed:
-                    checked(spec, case, dtype, backward)
-                else:
-                    rows.append(row(spec, case, dtype, backward, options.seconds, compiled=not options.eager))
-                    write(op, rows)
-            except Exception as error:  # the rows before and after stand
-                failed.append(f"{op}, {case.name}: {type(error).__name__}: {error}".splitlines()[0])
-        for r in rows:
-            times = ", ".join(f"{name} {ms:.4g}" for name, ms in r["median_ms"].items())
-            print(f"  {r['case']} {r['dtype']} {r['pass']}, ms: {times}")
-        failed += [f"{op}, {r['case']}: {name}" for r in rows for name in r["wrong"] if name.startswith("mvar")]
     if not options.untimed and kept(products.NAME) is None:
-        products.main()
+        try:
+            products.main()
+        except Exception as error:
+            failed.append(f"products: {_first_line(error)}")
+    with peers.short_autotuning() if DEVICE.type == "cuda" else nullcontext():
+        for op in options.ops or SPECS:
+            rows: dict[tuple[str, ...], Row] = {name(known): known for known in kept(op) or []}
+            for run in tqdm(runs_of(SPECS[op], options.passes), desc=op, disable=None):
+                torch.compiler.reset()
+                try:
+                    if options.untimed:
+                        checked(run)
+                        continue
+                    measured = row(run, options.seconds, compiled=not options.eager)
+                except Exception as error:  # the rows before and after stand
+                    failed.append(f"{op}, {run.case.name}: {_first_line(error)}")
+                    continue
+                rows[name(measured)] = measured
+                write(op, list(rows.values()))
+                tqdm.write(line(op, measured))
+                failed += [f"{op}, {run.case.name}: {side}" for side in measured["wrong"] if side.startswith("mvar")]
     if failed:
         raise SystemExit(f"wrong or failed, and not timed: {'; '.join(failed)}")
 

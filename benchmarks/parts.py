@@ -16,7 +16,7 @@ import mvar_kernels as mk
 from benchmarks.measure import interleaved
 from mvar.engine import prepared_tokenizer
 from mvar.layers import Linear
-from mvar.packed import PackedLinear
+from mvar.packed import PackedLinear, packs
 from mvar.tokenizer import Tokenizer, TokenizerConfig
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Case
@@ -163,8 +163,9 @@ def decoder_flops(config: TokenizerConfig, batch: int, prepared: bool = True) ->
 
 
 def peak_gflops(dtype: torch.dtype) -> float:
-    """The best rate of a large packed linear layer here: what the floors are counted with."""
-    layer = PackedLinear(torch.nn.Linear(2048, 4096).to(dtype))
+    """The best rate of a large linear layer here, packed where it can be: what the floors are counted with."""
+    linear = torch.nn.Linear(2048, 4096).to(dtype)
+    layer = PackedLinear(linear) if packs(linear.weight.device, dtype) else linear
     x = torch.randn(2048, 2048).to(dtype)
     ms = interleaved({"linear": lambda: layer(x)}, rounds=9, seconds=1.0)["linear"]
     return 2 * 2048 * 2048 * 4096 / ms / 1e6

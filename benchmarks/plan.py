@@ -40,21 +40,24 @@ def _sides(*names: str) -> tuple[Side, ...]:
 
 
 OURS, OURS_AND_VAR, ALL = _sides("mvar"), _sides("mvar", "var"), _sides("mvar", "var", "public")
+TOKENS = _sides("tokens", "var-tokens")
 TO_COMPILE = _sides("compiled-decoder", "public-compiled")
 
 GPU = (
-    Size(16, 256, 25, "bfloat16", (*ALL, SIDES["no-graph"]), by_part=True),
+    Size(16, 256, 25, "bfloat16", (*ALL, *TOKENS, SIDES["no-graph"]), by_part=True),
+    Size(16, 256, 64, "bfloat16", (*OURS_AND_VAR, *TOKENS), by_part=True),
     Size(16, 256, 1, "bfloat16", (*ALL, SIDES["no-graph"]), by_part=True),
-    Size(16, 256, 64, "bfloat16", ALL, by_part=True),
-    Size(30, 256, 8, "bfloat16", OURS_AND_VAR, by_part=True),
+    Size(30, 256, 8, "bfloat16", (*OURS_AND_VAR, *TOKENS), by_part=True),
+    *(Size(depth, 256, 64, "bfloat16", (*OURS_AND_VAR, *TOKENS)) for depth in (24, 30, 20)),
     Size(16, 256, 8, "bfloat16", ALL),
+    Size(16, 256, 64, "bfloat16", (*OURS, SIDES["public"])),
     *(Size(depth, 256, 25, "bfloat16", ALL) for depth in (24, 30)),
     Size(16, 512, 8, "bfloat16", ALL),
     Size(16, 1024, 1, "bfloat16", ALL),  # what the growing caches hold
     Size(16, 256, 25, "bfloat16", (*OURS, *(SIDES["mvar"].on(name) for name in PREFERENCE["cuda"]))),
     Size(16, 256, 25, "bfloat16", (*OURS, *TO_COMPILE)),
-    *(Size(24, 256, batch, "bfloat16", OURS_AND_VAR) for batch in (1, 8, 64)),
-    *(Size(30, 256, batch, "bfloat16", OURS_AND_VAR) for batch in (1, 64)),
+    *(Size(24, 256, batch, "bfloat16", OURS_AND_VAR) for batch in (1, 8)),
+    Size(30, 256, 1, "bfloat16", OURS_AND_VAR),
     *(Size(16, 512, batch, "bfloat16", OURS_AND_VAR) for batch in (1, 25, 64)),
     *(Size(depth, 512, batch, "bfloat16", OURS) for depth in (24, 30) for batch in (8, 1, 25, 64)),
 )
@@ -70,7 +73,9 @@ CPU = (
     Size(16, 1024, 1, "float32", ALL, rounds=1, warm_up=False),
 )
 
-PLANS: Mapping[str, Sequence[Size]] = {"cuda": GPU, "cpu": CPU}
+REHEARSAL = (Size(1, 256, 1, "float32", (*OURS_AND_VAR, *TOKENS), rounds=1, by_part=True),)
+
+PLANS: Mapping[str, Sequence[Size]] = {"cuda": GPU, "cpu": CPU, "rehearsal": REHEARSAL}
 """The most important first."""
 
 

@@ -1,14 +1,15 @@
-"""What each op is held against: the same computation as people write it in PyTorch, at its best."""
+"""What each op is held against: the same computation in PyTorch or by other projects' kernels, at its best."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import public
+from benchmarks import peers, public
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, SSD_SCAN
 from mvar_kernels.ops.scale_attention.flash_attn import boundaries
 from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, spans
@@ -18,11 +19,17 @@ from mvar_kernels.specs import Case, Inputs
 
 @dataclass(frozen=True)
 class Rival:
-    """`takes` says which inputs it can be held against; None: all. `waits`: for the device, so no graph can hold it."""
+    """`takes` says which inputs it can be held against; None: all. `waits`: for the device, so no graph can hold it.
+
+    gpu: runs on a GPU alone. compiled: by torch.compile, which takes seconds a case. peer: another project's kernels.
+    """
 
     run: Callable[[Inputs, Case], tuple[Tensor, ...]]
     takes: Callable[[Inputs, Case], bool] | None = None
     waits: bool = False
+    gpu: bool = False
+    compiled: bool = False
+    peer: bool = False
 
 
 def _adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
@@ -92,7 +99,42 @@ def _varlen(t: Inputs, case: Case) -> tuple[Tensor, ...]:
 def _varlen_takes(t: Inputs, case: Case) -> bool:
     # Its scale is 1/√D in older versions, whatever is asked for.
     default = score_scale(case) == case.sizes["D"] ** -0.5
-    return t["q"].is_cuda and t["q"].element_size() == 2 and case.options["pattern"] == "diagonal" and default
+    return t["q"].element_size() == 2 and case.options["pattern"] == "diagonal" and default
+
+
+def _flex(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    """FlexAttention with the pattern as its block mask; norm and temperature are compiled with it."""
+    mask = _block_mask(case.options["scales"], case.options["pattern"], t["q"].device)
+    return (_compiled_flex()(t, mask, score_scale(case)),)
+
+
+@cache
+def _compiled_flex() -> Callable[[Inputs, Any, float], Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(t: Inputs, mask: Any, scale: float) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in _qkv(t))
+        out = flex_attention(q, k, v, block_mask=mask, scale=scale)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2)
+
+    return torch.compile(attend, dynamic=False)
+
+
+@cache
+def _block_mask(scales: tuple[int, ...], pattern: str, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    level = torch.repeat_interleave(torch.arange(len(scales)), torch.tensor(scales)).to(device)
+
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return level[query] >= level[key] if pattern == "causal" else level[query] == level[key]
+
+    return create_block_mask(seen, None, None, len(level), len(level), device=str(device))
+
+
+def _flex_takes(t: Inputs, case: Case) -> bool:
+    return t["q"].shape[1] == t["k"].shape[1] == sum(case.options["scales"])  # no keys of former scales
 
 
 def _draw(t: Inputs, case: Case) -> tuple[Tensor, ...]:
@@ -103,16 +145,23 @@ def _draw(t: Inputs, case: Case) -> tuple[Tensor, ...]:
 
 
 RIVALS: Mapping[str, Mapping[str, Rival]] = {
-    "adaln": {"eager": Rival(_adaln)},
-    "gated_adaln": {"eager": Rival(_gated_adaln)},
+    "adaln": {"eager": Rival(_adaln), "Liger's norm": Rival(peers.adaln, peers.takes_adaln, gpu=True, peer=True)},
+    "gated_adaln": {
+        "eager": Rival(_gated_adaln),
+        "Liger's norm": Rival(peers.gated_adaln, peers.takes_adaln, gpu=True, peer=True),
+    },
     "scale_attention": {
         "SDPA by scale": Rival(_sdpa_by_scale),
         "matmul by scale": Rival(_matmul_by_scale),
         "SDPA, dense mask": Rival(_sdpa_dense_mask),
-        "varlen attention": Rival(_varlen, _varlen_takes),
+        "varlen attention": Rival(_varlen, _varlen_takes, gpu=True),
+        "FlexAttention": Rival(_flex, _flex_takes, gpu=True, compiled=True),
     },
     "ssd_scan": {"chunked PyTorch": Rival(SSD_SCAN.reference)},
-    "mamba2_mixer": {"chunked PyTorch": Rival(MAMBA2_MIXER.reference)},
+    "mamba2_mixer": {
+        "chunked PyTorch": Rival(MAMBA2_MIXER.reference),
+        "mamba_ssm's scan, fla's convolution": Rival(peers.mamba2_mixer, peers.takes_mixer, gpu=True, peer=True),
+    },
     "sample_tokens": {"topk, sort, multinomial": Rival(_draw, waits=True)},
 }
-"""Plain PyTorch, by op and name. `ops.py` adds torch.compile of the first of each."""
+"""Plain PyTorch and other projects' kernels, by op and name. `ops.py` adds torch.compile of the first of each."""

@@ -1,12 +1,14 @@
 """Who generates in the throughput suite: the engine, the public algorithm, VAR; and what each must compute at least."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 from unittest import mock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ class Side:
     """name: in results. algorithm: whose FLOPs it has. The rest: what differs from the default.
 
     compiled: by torch.compile, the public algorithm's blocks or the engine's decoder. products: torch's float32 ones.
+    decoded: to images; else the tokens are all that is made.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Side:
     graph: bool | None = None
     compiled: bool = False
     products: str | None = None
+    decoded: bool = True
 
     @property
     def architecture(self) -> str:
@@ -53,6 +57,8 @@ class Side:
 SIDES: Mapping[str, Side] = {
     "mvar": Side("mvar"),
     "no-graph": Side("mvar without a graph", graph=False),
+    "tokens": Side("mvar without its decoder", decoded=False),
+    "var-tokens": Side("VAR without its decoder", VAR, decoded=False),
     "compiled-decoder": Side("mvar with a compiled decoder", compiled=True),
     "var": Side("VAR", VAR),
     "public": Side("public algorithm", PUBLIC),
@@ -91,11 +97,28 @@ def generate(
     """The tokens (B, L) of one batch of images. options: of drawing. chunk: of the public side's scan."""
     if side.algorithm != PUBLIC:
         run = partial(mvar.generate, backend=side.backend, graph=side.graph, compile_decoder=side.compiled)
-        return run(*pair, labels, dtype=dtype, **options).tokens
+        with nullcontext(pair) if side.decoded else _undecoded(pair) as parts:
+            return run(*parts, labels, dtype=dtype, **options).tokens
     run_block = compiled_block() if side.compiled else None
     _, attend = public_attention(dtype)
     with public_arithmetic(dtype, chunk), products(side.products):
         return public.generate(*pair, labels, attend=attend, run_block=run_block, **options)[1]
+
+
+_others: WeakKeyDictionary[Tokenizer, Tokenizer] = WeakKeyDictionary()
+
+
+@contextmanager
+def _undecoded(pair: Pair) -> Iterator[Pair]:
+    """The pair, three channels of whose feature maps are its images: CUDA graphs of it are its own.
+
+    By another tokenizer of the same layers, always the same one, so that what the engine prepares is prepared once.
+    """
+    model, tokenizer = pair
+    if tokenizer not in _others:
+        _others[tokenizer] = copy(tokenizer)
+    with mock.patch.object(Tokenizer, "decode_features", lambda self, f_hat: f_hat[:, :3]):
+        yield model, _others[tokenizer]
 
 
 @cache
@@ -164,7 +187,7 @@ def flops_per_image(side: Side, pair: Pair) -> float:
     Not counted: embeddings, norms, draws, the quantizer.
     """
     model, tokenizer = pair
-    decoder = decoder_flops(tokenizer.config, 1, prepared=side.algorithm != PUBLIC)
+    decoder = decoder_flops(tokenizer.config, 1, prepared=side.algorithm != PUBLIC) if side.decoded else 0
     return growth.flops(side.algorithm, model.config) + decoder
 
 

@@ -22,7 +22,7 @@ import torch
 from benchmarks.agreement import check, fault_of_compiled, reason_against
 from benchmarks.growth import PUBLIC
 from benchmarks.limits import MIN_SECONDS, NO_TIME, Failures, limited
-from benchmarks.measure import DEVICE, kept, latencies, machine, require_allocator, write
+from benchmarks.measure import DEVICE, REHEARSAL, kept, latencies, machine, require_allocator, write
 from benchmarks.memory import give_back, in_a_process_of_its_own, peak_gib, touch
 from benchmarks.parts import breakdown
 from benchmarks.plan import Size, add_flags, asked_for, flags
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--chunk", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    plan = asked_for(options, DEVICE.type)
+    plan = asked_for(options, "rehearsal" if REHEARSAL else DEVICE.type)
     torch._dynamo.config.recompile_limit = 64  # a scale is a size
     if options.peak:
         print(peak_of(plan[0], options.chunk))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mvar
 from benchmarks import plain
-from benchmarks.measure import DEVICE, interleaved, kept, require_allocator, write
+from benchmarks.measure import DEVICE, REHEARSAL, interleaved, kept, require_allocator, write
 from benchmarks.memory import in_a_process_of_its_own, peak_gib
 from benchmarks.products import best_tflops
 from mvar.config import HEAD_DIM
@@ -108,7 +108,7 @@ class Steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_cpu = DEVICE.type == "cpu"
-    parser.add_argument("--depth", type=int, default=4 if on_cpu else 16)
+    parser.add_argument("--depth", type=int, default=1 if REHEARSAL else 4 if on_cpu else 16)
     parser.add_argument("--batch", type=int, default=2 if on_cpu else 24)  # eager, 64 of 78 GiB
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

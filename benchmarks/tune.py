@@ -3,7 +3,9 @@
 Each kernel that the ops' GPU cases launch and that has several candidates is timed with each of them, the others at
 their first one. The first candidate is kept unless another is faster by more than the noise, gives the same bits in 50
 launches, and an answer within a few roundings of the first one's (sums in another order). `--seconds` ends it: what was
-not reached keeps its tile, as does what other architectures have.
+not reached keeps its tile, as does what other architectures have. What was measured is also in the GPU's results.
+
+Without a GPU, MVAR_REHEARSAL=1 TRITON_INTERPRET=1 rehearses it, and leaves the table as it is.
 """
 
 import argparse
@@ -17,8 +19,9 @@ from unittest import mock
 
 import torch
 
-from benchmarks.measure import DEVICE, graphed, interleaved, use_own_stream
-from benchmarks.ops import SPECS, Results, gradients
+from benchmarks import carried, measure
+from benchmarks.measure import DEVICE, REHEARSAL, graphed, interleaved, require_gpu, results, use_own_stream
+from benchmarks.ops import SPECS, Results, benchmarked, gradients
 from mvar.files import replacing
 from mvar_kernels import tiling
 from mvar_kernels.backends import BackendError, architecture
@@ -27,7 +30,8 @@ from mvar_kernels.specs import Case, Spec
 from mvar_kernels.tiling import Tile
 
 NOISE = 0.02  # a candidate has to win by more than two runs of the same one differ
-LAUNCHES, ROUNDINGS = 50, 4  # of bfloat16, in which it is tuned
+LAUNCHES, ROUNDINGS = 2 if REHEARSAL else 50, 4  # of bfloat16, in which it is tuned
+DTYPE = torch.float32 if REHEARSAL else torch.bfloat16  # the interpreter has no bfloat16
 Key = tuple[str, str]  # kernel, shape class
 
 
@@ -59,15 +63,15 @@ def using(forced: dict[Key, int], seen: dict[Key, Sequence[Tile]]) -> Iterator[N
 
 
 def calls(spec: Spec, case: Case) -> Iterator[Callable[[], Results]]:
-    """The op's forward, and its backward alone, on random inputs in bfloat16."""
-    inputs = prepared(spec, case, torch.bfloat16, DEVICE)
+    """The op's forward, and its backward alone, on random inputs."""
+    inputs = prepared(spec, case, DTYPE, DEVICE, made_on=DEVICE.type)
     yield lambda: spec.call(inputs, case, "triton")
     if spec.grads:
         outs = spec.call(inputs, case, "triton")
         yield gradients(spec, inputs, lambda t: spec.call(t, case, "triton"), tuple(torch.randn_like(o) for o in outs))
 
 
-def measure(run: Callable[[], Results], found: dict[Key, Found], end: float) -> None:
+def compare(run: Callable[[], Results], found: dict[Key, Found], end: float) -> None:
     seen: dict[Key, Sequence[Tile]] = {}
     with using({}, seen):
         first = run()
@@ -82,8 +86,8 @@ def measure(run: Callable[[], Results], found: dict[Key, Found], end: float) -> 
                     print(f"{key[0]}, {key[1]}: {candidates[i]}: {wrong}", flush=True)
                     entry.ms[i] = math.inf
                 else:
-                    sides[str(i)] = graphed(run)
-        times = interleaved(sides, rounds=15, seconds=0)
+                    sides[str(i)] = graphed(run) if DEVICE.type == "cuda" else run
+        times = interleaved(sides, rounds=2 if REHEARSAL else 15, seconds=0, warm_up=not REHEARSAL)
         entry.ms = [total + times.get(str(i), math.inf) for i, total in enumerate(entry.ms)]
 
 
@@ -108,17 +112,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all of it (default: no limit)")
     options = parser.parse_args()
-    if DEVICE.type != "cuda":
-        raise SystemExit("tiles are measured on a GPU, and there is none here")
+    require_gpu()
+    carried.use()
     end = time.monotonic() + options.seconds
     print(f"{options.seconds:.0f} s at most: kernels with several tiles of {len(SPECS)} ops", flush=True)
     use_own_stream()
     found: dict[Key, Found] = {}
     for spec in SPECS.values():
-        for case in spec.bench_cuda:
+        for case in benchmarked(spec):
             try:
                 for run in calls(spec, case):
-                    measure(run, found, end)
+                    compare(run, found, end)
                     write(found)
             except BackendError as error:
                 print(f"{spec.op}, {case.name}: {error}")
@@ -127,16 +131,17 @@ def main() -> None:
 
 
 def write(found: Mapping[Key, Found]) -> None:
-    """Put the best tiles into the table, which is written whole; other kernels' stay."""
-    kernels: dict[str, dict[str, dict[str, object]]] = {}
-    for (kernel, shape_class), entry in sorted(found.items()):
-        best = entry.best()
-        kernels.setdefault(kernel, {})[shape_class] = asdict(best)
-    table = json.loads(tiling.TABLE.read_text())
+    """All times into the results, and the best tiles into the table, which is written whole; other kernels' stay."""
+    table, rows = json.loads(tiling.TABLE.read_text()), []
     here = table.setdefault(architecture(DEVICE), {})
-    for kernel, classes in kernels.items():
-        here.setdefault(kernel, {}).update(classes)
-    with replacing(tiling.TABLE) as aside:
+    for (kernel, shape_class), entry in sorted(found.items()):
+        here.setdefault(kernel, {})[shape_class] = asdict(entry.best())
+        for tile, ms in zip(entry.candidates, entry.ms, strict=True):
+            right = math.isfinite(ms)
+            rows.append({"kernel": kernel, "shape_class": shape_class, "ms": ms if right else None, **asdict(tile)})
+    measure.write("tune", rows)
+    path = results() / "tiles.json" if REHEARSAL else tiling.TABLE
+    with replacing(path) as aside:
         aside.write_text(json.dumps(table, indent=1) + "\n")
 
 

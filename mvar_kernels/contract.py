@@ -29,15 +29,20 @@ def differentiable(spec: Spec, backend: str) -> tuple[str, ...]:
     return () if backend in op.modules and op.kernel(backend).backward is None else spec.grads
 
 
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
+def _seeded(device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(1)
 
 
-def prepared(spec: Spec, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
-    """The case's inputs in `dtype`, strides kept; those that keep theirs in float32, or in float64 beside float64."""
+def prepared(
+    spec: Spec, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", *, made_on: str = "cpu"
+) -> Inputs:
+    """The case's inputs in `dtype`, strides kept; those that keep theirs in float32, or in float64 beside float64.
+
+    made_on: the device whose generator they are from; the same numbers everywhere are the CPU's.
+    """
     kept = torch.float64 if dtype == torch.float64 else torch.float32
-    keeps = {*spec.keeps_dtype, *case.keeps_dtype}
-    return {n: t.to(device, kept if n in keeps else dtype) for n, t in spec.inputs(case, _seeded()).items()}
+    keeps, made = {*spec.keeps_dtype, *case.keeps_dtype}, spec.inputs(case, _seeded(made_on))
+    return {n: t.to(device, kept if n in keeps else dtype) for n, t in made.items()}
 
 
 def evaluate(spec: Spec, case: Case, inputs: Inputs, backend: str | None) -> dict[str, Tensor]:

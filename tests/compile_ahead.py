@@ -13,12 +13,13 @@ In a process of its own: Triton must not interpret here.
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
+from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
 from mvar_kernels import tiling
@@ -152,7 +156,10 @@ def needs(arch: str, dtype: torch.dtype, compiled: Any) -> Needs:
 
 @contextlib.contextmanager
 def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list[int]]:
-    """Launches compile for `arch` with the given candidate of every tile; yields how many candidates there were."""
+    """Launches compile for `arch` with the given candidate of every tile; yields how many candidates there were.
+
+    Other projects' kernels that are tuned at their first call compile with each of their configurations.
+    """
     most = [1]
 
     def chosen(kernel: str, shape_class: str, candidates: Sequence[tiling.Tile], device: torch.device) -> tiling.Tile:
@@ -165,8 +172,19 @@ def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)  # or what was compiled before
         found[compiled.hash] = compiled
 
+    def every_configuration(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.prune_configs(kwargs):
+            self.best_config = config
+            with contextlib.suppress(CompileTimeAssertionFailure, PTXASError):  # which tuning passes over, too
+                self.fn.run(*args, **kwargs, **config.all_kwargs())
+
     driver.set_active(AbsentGPU(arch))
-    with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(tiling, "chosen", chosen):
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(Autotuner, "run", every_configuration),
+        mock.patch.object(tiling, "chosen", chosen),
+    ):
         yield most
 
 
@@ -180,19 +198,19 @@ def inputs_of(spec: Spec, case: Case, dtype: torch.dtype) -> Inputs:
     return inputs
 
 
-def run_case(spec: Spec, case: Case, inputs: Inputs) -> None:
+def run_case(spec: Spec, inputs: Inputs, forward: Callable[[Inputs], Sequence[torch.Tensor]]) -> None:
     """Forward and backward of one case; what comes out is not computed."""
     inputs = {n: t.detach().requires_grad_(n in spec.grads) for n, t in inputs.items()}
     wanted = [t for t in inputs.values() if t.requires_grad]
     with contextlib.suppress(BackendError):  # an op without a Triton kernel, or without one for the backward
-        outs = spec.call(inputs, case, "triton")
+        outs = forward(inputs)
         if wanted:
             torch.autograd.grad(outs, wanted, [torch.zeros_like(o) for o in outs])
 
 
 def compile_op(
     spec: Spec, cases: Sequence[Case], dtype: torch.dtype, arch: str, *, every_tile: bool, layouts: bool
-) -> list[Needs]:
+) -> dict[str, Any]:
     """Every kernel that the cases launch, with every tile or the first; none where the op has no Triton kernel."""
     found: dict[str, Any] = {}
     for case in cases:
@@ -202,9 +220,14 @@ def compile_op(
             candidate, most = 0, [1]
             while candidate < (most[0] if every_tile else 1):
                 with compiling(arch, candidate, found) as most:
-                    run_case(spec, case, moved)
+                    run_case(spec, moved, lambda t, case=case: spec.call(t, case, "triton"))  # type: ignore[misc]
                 candidate += 1
-    return [needs(arch, dtype, compiled) for compiled in found.values()]
+    return found
+
+
+def inputs_allowed() -> contextlib.AbstractContextManager[Any]:
+    """The ops' door lets CPU tensors in for the interpreter only."""
+    return mock.patch.multiple(backends, interpreted=lambda: True, _another_mode=lambda: None)
 
 
 def main() -> int:
@@ -221,16 +244,13 @@ def main() -> int:
     chosen = [
         (SPECS[op], SPECS[op].bench_cuda + (SPECS[op].cases if options.all else ())) for op in options.ops or SPECS
     ]
-    # The ops' door lets CPU tensors in for the interpreter only.
-    with mock.patch.multiple(backends, interpreted=lambda: True, _another_mode=lambda: None):
-        every = options.tiles == "every"
-        table = [
-            row
-            for arch in options.arch
-            for spec, cases in chosen
-            for dtype in options.dtypes
-            for row in compile_op(spec, cases, getattr(torch, dtype), arch, every_tile=every, layouts=options.all)
-        ]
+    every, table = options.tiles == "every", list[Needs]()
+    with inputs_allowed():
+        for arch, (spec, cases), dtype in itertools.product(
+            options.arch, chosen, [getattr(torch, name) for name in options.dtypes]
+        ):
+            found = compile_op(spec, cases, dtype, arch, every_tile=every, layouts=options.all)
+            table += [needs(arch, dtype, compiled) for compiled in found.values()]
     table.sort(key=lambda row: (row.kernel, row.arch, row.dtype, row.tile))
     for row in table:
         print(

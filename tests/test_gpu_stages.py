@@ -1,5 +1,6 @@
 """The stages of a GPU's check and benchmarks: what one step does to the others, what a cut leaves, and what is told."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import carry, gpu_bench, gpu_check, steps, tune
+from benchmarks import carried, gpu_bench, gpu_check, measure, ops, peers, products, steps, tune
 from benchmarks.steps import Step, together
 from mvar.check.command import read
 from mvar.check.jobs import Job
 from mvar_kernels.catalogue import SPECS
 from tests.test_check import STAND_IN
+
+REHEARSED = {"MVAR_REHEARSAL": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(steps.ROOT)}
 
 
 def python(name: str, code: str, seconds: float = 20) -> Step:
@@ -33,7 +36,7 @@ def test_a_step_takes_no_other_with_it(capsys: pytest.CaptureFixture[str]) -> No
     hangs = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
     begin = time.monotonic()
     plan = [python("fails", "raise SystemExit(3)"), python("hangs", hangs, 1), python("works", "print('here')")]
-    assert not gpu_bench.run(plan, 60)
+    assert gpu_bench.run(plan, 60) == ["fails", "hangs"]
     assert time.monotonic() - begin < 30
     said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "failed (3)" in said["fails"] and " cut " in said["hangs"]
@@ -41,16 +44,17 @@ def test_a_step_takes_no_other_with_it(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_what_there_is_no_time_for_is_not_begun(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not gpu_bench.run([python("long", "raise SystemExit(0)")], seconds=1)
+    assert gpu_bench.run([python("long", "raise SystemExit(0)")], seconds=1) == ["long"]
     assert "long" in (said := capsys.readouterr().out) and "no time left" in said
-    assert gpu_bench.run([python("short", "")], seconds=60)
+    assert gpu_bench.run([python("short", "")], seconds=60) == []
     (cut,) = together([python("cut", "import time; time.sleep(60)", 60)], time.monotonic() + 1)
     assert cut.result == "cut"
 
 
 def test_no_op_is_forgotten() -> None:
-    assert set(gpu_bench.OPS) == set(SPECS)
-    assert sum(step.seconds for step in gpu_bench.plan()) <= gpu_bench.SECONDS
+    assert set(gpu_bench.OPS) == set(SPECS) > set(gpu_bench.COMPILED)
+    for seconds in (gpu_bench.SECONDS, 900.0):
+        assert sum(step.seconds for step in gpu_bench.plan(seconds)) == pytest.approx(seconds)
 
 
 @pytest.fixture
@@ -58,10 +62,11 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The check with a stand-in for its workers and the generation; the folder that it runs in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(measure, "REHEARSAL", True)
     worker = (sys.executable, "-c", STAND_IN)
     jobs = [Job("adaln", "cpu", "float32", ["odd", "crash", "one_token"], command=worker)]
     monkeypatch.setattr(gpu_check, "planned", lambda *_: jobs)
-    monkeypatch.setattr(gpu_check, "ARCHIVE", tmp_path / "none")
+    monkeypatch.setattr(carried, "ARCHIVE", tmp_path / "none")
     monkeypatch.setattr(gpu_check, "timed_jobs", lambda *_: [Job("adaln", "cpu", "float32", ["d16"], command=worker)])
     monkeypatch.setattr(gpu_check, "WORKER", worker)
     monkeypatch.setattr(gpu_check, "generation", lambda _: python("generation", "print('the same tokens')"))
@@ -95,7 +100,7 @@ def test_the_check_that_is_right(
 
 def test_a_cut_leaves_the_rows_that_were_done(stand_in: Path) -> None:
     """The real command, killed as soon as there is a row; whole lines are left, and its workers end."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(steps.ROOT)}
+    environment = os.environ | REHEARSED
     command = [sys.executable, "-m", "benchmarks.gpu_check", "adaln"]
     process = subprocess.Popen(command, cwd=stand_in.parent.parent, env=environment, stdout=subprocess.DEVNULL)
     rows = stand_in / "check.jsonl"
@@ -107,15 +112,70 @@ def test_a_cut_leaves_the_rows_that_were_done(stand_in: Path) -> None:
     assert all(row.op == "adaln" for row in read(rows)) and rows.stat().st_size
 
 
+def test_without_a_gpu_a_stage_says_how_it_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    for stage in (gpu_check, gpu_bench, tune):
+        with pytest.raises(SystemExit, match="no CUDA device; MVAR_REHEARSAL=1 TRITON_INTERPRET=1 rehearses"):
+            stage.main()
+
+
+def test_rows_that_a_commit_has_stay_until_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what fails, a product or a case, does not keep the rest from being measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peers, "FOLDER", tmp_path / "none")
+    for module in (measure, ops):
+        monkeypatch.setattr(module, "REHEARSAL", True)
+    monkeypatch.setattr(products, "measured_tflops", lambda dtype: torch.ones(2) @ torch.ones(3))
+    measured = ops.row
+
+    def row(run: ops.Run, seconds: float, *, compiled: bool) -> ops.Row:
+        if run.backward and run.dtype == torch.bfloat16:
+            raise RuntimeError("no memory")
+        return measured(run, seconds, compiled=compiled)
+
+    monkeypatch.setattr(ops, "row", row)
+    monkeypatch.setattr(ops, "interleaved", lambda sides, **options: dict.fromkeys(sides, 1.0))
+    known = [{"case": name, "dtype": "float32", "pass": "forward", "known": True} for name in ("one_token", "d16")]
+    measure.write("adaln", known)
+    monkeypatch.setattr(sys, "argv", ["ops", "adaln", "--eager"])
+    with pytest.raises(SystemExit) as exit:
+        ops.main()
+    assert "products: RuntimeError" in str(exit.value) and "one_token: RuntimeError: no memory" in str(exit.value)
+    rows = {ops.name(row): row for row in measure.kept("adaln")}
+    assert "known" in rows["d16", "float32", "forward"] and len(rows) == 4
+    assert {"eager", "copy", "mvar cpu"} <= set(rows["one_token", "float32", "forward"]["median_ms"])
+    assert capsys.readouterr().out.count("adaln, one_token") == 3
+
+
+@pytest.mark.slow
+def test_tuning_is_rehearsed_and_cut(tmp_path: Path) -> None:
+    """Killed once its first rows are there: they are whole, and the package's table is as it was."""
+    table = tune.tiling.TABLE.read_bytes()
+    command = [sys.executable, "-m", "benchmarks.tune", "--seconds", "60"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | REHEARSED, stdout=subprocess.DEVNULL)
+    rows, begin = tmp_path / "build" / "rehearsal" / "tune.json", time.monotonic()
+    while not rows.exists() and time.monotonic() - begin < 100:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found = json.loads(rows.read_text())["rows"]
+    assert {"kernel", "shape_class", "ms", "sizes", "warps", "stages"} == set(found[0])
+    assert all(row["ms"] is None or row["ms"] > 0 for row in found)
+    assert tune.tiling.TABLE.read_bytes() == table
+
+
 def test_what_is_carried_is_what_a_launch_reads(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for name in ("A/k.cubin", "A/k.json", "A/__grp__k.json", "A/k.ptx", "A/k.ttir", "B/m.cubin"):
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_text(name)
-    assert carry.pack(cache, tmp_path / "carried" / "cache.tar.xz") == 2
+    assert carried.pack(cache, tmp_path / "carried" / "cache.tar.xz") == 2
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "own.cubin").write_text("own")
-    assert carry.unpack(tmp_path / "carried" / "cache.tar.xz", tmp_path / "there") == 2
+    assert carried.unpack(tmp_path / "carried" / "cache.tar.xz", tmp_path / "there") == 2
     found = {str(path.relative_to(tmp_path / "there")) for path in (tmp_path / "there").rglob("*") if path.is_file()}
     assert found == {"own.cubin", "A/k.cubin", "A/k.json", "A/__grp__k.json", "B/m.cubin"}
     assert (tmp_path / "there" / "A" / "k.json").read_text() == "A/k.json"
