@@ -22,6 +22,32 @@ def test_latencies_are_of_every_round_and_medians_of_those(monkeypatch: pytest.M
     assert measure.interleaved(sides, rounds=3, seconds=0) == {"one": 2.0}
 
 
+@pytest.mark.parametrize(("calls", "order"), [(1, "event call event"), (3, "call event call call call event")])
+def test_a_gpu_has_work_before_the_clock_of_several_calls_starts(
+    monkeypatch: pytest.MonkeyPatch, calls: int, order: str
+) -> None:
+    """So what the host takes to queue the first of them is not timed; one call fills a turn, and is not doubled."""
+    seen: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            seen.append("event")
+
+        def synchronize(self) -> None:
+            assert seen[-1] == "event"
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 6.0
+
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert measure._ms(lambda: seen.append("call"), calls) == 6.0 / calls
+    assert " ".join(seen) == order
+
+
 def test_a_commit_with_changed_code_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> None:
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
