@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from mvar.autoencoder import UpLevel
 from mvar.errors import message
-from mvar.layers import FeedForward, Mamba2
+from mvar.layers import FeedForward, Mamba2, steps_apart
 from mvar.model import Model
 from mvar.modulation import JoinedModulation
 from mvar.packed import PackedFeedForward, PackedLinear, packs
@@ -166,7 +166,7 @@ def _check_usable(module: Model | Tokenizer, dtype: torch.dtype, reason: str) ->
 def _copy_model(model: Model, dtype: torch.dtype) -> Model:
     copy = skeleton(model)
     state = weights(model, copy)
-    if dtype != torch.float32:
+    if steps_apart(model.lvl_1L.device, dtype):
         _split_steps(copy, state)
     for name, t in state.items():
         state[name] = _as(t, torch.float32 if name.endswith(FLOAT32_PARAMETERS) else dtype)

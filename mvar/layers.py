@@ -114,6 +114,15 @@ class CausalAttention(Attention):
         return self.proj(out.flatten(2)), state
 
 
+def steps_apart(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a mixer's dt is the result of a product of its own, in float32 at least.
+
+    In 16 bits, as its rounding moves every decay. On a GPU in all dtypes: a row [z, x, B, C] has a multiple of 64
+    elements at every depth, while with dt behind it, at d12, d20, d30 and d36, rows begin at no multiple of 16 bytes.
+    """
+    return device.type == "cuda" or dtype.itemsize == 2
+
+
 class Mamba2(nn.Module):
     """M-VAR's mixer over the whole sequence: Mamba-2 (arXiv 2405.21060), with its state carried."""
 
@@ -127,7 +136,7 @@ class Mamba2(nn.Module):
         heads = (2, H) if config.bidirectional else (H,)
         self.state_sizes = (H, config.mixer_head_dim, config.state_dim)
         self.in_proj = nn.Linear(C, E + xbc + directions * H, bias=False, dtype=torch.float32)  # z, [x, B, C], dt
-        # The rows of dt in a copy for inference in 16 bits (engine.py), whose in_proj is without them.
+        # The rows of dt in a copy for inference (engine.py) with steps_apart, whose in_proj is without them.
         self.register_module("dt_proj", None)
         # conv1d and norm hold parameters; they are not called.
         self.conv1d = nn.Conv1d(xbc, xbc, config.conv_width, groups=xbc, dtype=torch.float32)
@@ -165,8 +174,7 @@ class Mamba2(nn.Module):
         return self.out_proj(y), state
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[z, x, B, C, dt] and None; with dt_proj and under autocast [z, x, B, C], and dt in float32, as its rounding
-        moves every decay.
+        """[z, x, B, C, dt] and None; with dt_proj or :func:`steps_apart` [z, x, B, C], and dt.
 
         An in_proj that is wrapped, hooked or packed is called as the module it is.
         """
@@ -175,12 +183,14 @@ class Mamba2(nn.Module):
         layer, device = self.in_proj, x.device.type
         plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
         hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks) if plain else 0
-        if not torch.is_autocast_enabled(device) or not plain or hooks:
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if not steps_apart(x.device, dtype) or not plain or hooks:
             return layer(x), None
         columns = self.dt_bias.numel()
         weight, of_steps = layer.weight.split([layer.out_features - columns, columns])
+        wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(device, enabled=False):
-            dt = F.linear(x.float(), of_steps.float())
+            dt = F.linear(x.to(wide), of_steps.to(wide))
         return F.linear(x, weight), dt.unflatten(-1, self.dt_bias.shape)
 
 

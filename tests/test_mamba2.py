@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import mvar_kernels as mk
+from mvar import layers
 from mvar.config import ModelConfig
 from mvar.layers import Mamba2
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, PARAMETERS, SSD_SCAN
@@ -151,3 +152,43 @@ def test_the_layer_keeps_dt_in_float32_under_autocast(bidirectional: bool, mixer
     assert projected.dtype == whole.dtype == torch.bfloat16 and dt is not None and none is None
     assert dt.dtype == torch.float32 and (dt.flatten(2) - exact).abs().max() < 1e-6
     assert (whole[..., projected.shape[-1] :] - exact).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "apart"),
+    [
+        ("cpu", torch.float32, False),
+        ("cpu", torch.float64, False),
+        ("cpu", torch.bfloat16, True),
+        ("cuda", torch.float32, True),
+        ("cuda", torch.float16, True),
+    ],
+)
+def test_dt_is_apart_in_16_bits_and_on_a_gpu(device: str, dtype: torch.dtype, apart: bool) -> None:
+    assert layers.steps_apart(torch.device(device), dtype) == apart
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_dt_apart_the_layer_computes_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does on a GPU: output, and the gradient of in_proj, are those of one product to the dtype's rounding."""
+    torch.manual_seed(0)
+    config = ModelConfig(depth=3, patch_nums=(1, 2), num_classes=2)
+    layer = Mamba2(config).to(dtype)
+    x, found = torch.randn(2, 5, config.channels, dtype=dtype), []
+    for apart in (False, True):
+        monkeypatch.setattr(layers, "steps_apart", lambda *_, apart=apart: apart)
+        y, _ = layer(x, (1, 4), None, "reference")
+        (of_weight,) = torch.autograd.grad(y.square().sum(), layer.in_proj.weight)
+        found.append((y, of_weight))
+        projected, dt = layer._projected(x)
+        assert (dt is not None) == apart and (not apart or (projected.shape[-1] % 64 == 0 and dt.dtype == dtype))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() <= 8 * torch.finfo(dtype).eps * one.abs().max() * config.channels**0.5
+
+
+def test_of_a_bfloat16_model_dt_is_in_float32(mixer_inputs: list[Any]) -> None:
+    layer = Mamba2(ModelConfig(depth=2, patch_nums=(1, 2), num_classes=2)).bfloat16()
+    with torch.no_grad():
+        layer(torch.randn(1, 5, layer.in_proj.in_features).bfloat16(), (1, 4), None, "reference")
+    ((projected, dt),) = mixer_inputs
+    assert projected.dtype == torch.bfloat16 and dt is not None and dt.dtype == torch.float32
