@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mvar.check.jobs import kill
+from mvar.check.jobs import GROUP, kill
 
 ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "build" / "gpu"
@@ -40,7 +40,9 @@ def together(steps: Sequence[Step], end: float) -> Iterator[Outcome]:
     for step in steps:
         log = LOGS / f"{step.name.replace(' ', '_')}.txt"
         with log.open("wb") as out:
-            process = subprocess.Popen(step.command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+            process = subprocess.Popen(
+                step.command, cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL, **GROUP
+            )
         running.append((step, process, log))
     while running:
         for entry in list(running):

@@ -18,6 +18,8 @@ from typing import IO, Any
 
 from mvar_kernels.check import BEGINS, BROKEN, Row
 
+# A process is killed with all that it started. In this session where Python can, so that what ends that ends it, too.
+GROUP: Mapping[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 MAX_DEATHS = 4  # of one job's processes, after which the rest of its cases is given up
 
 
@@ -93,7 +95,7 @@ class _Running:
                 stderr=errors,
                 text=True,
                 env=os.environ | environment,
-                start_new_session=True,  # killed with all that it started
+                **GROUP,
             )
             self._processes.add(process)
             return process
@@ -106,7 +108,7 @@ class _Running:
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads a session, and all that it started."""
+    """End a process that was started with `GROUP`, and all that it started."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
