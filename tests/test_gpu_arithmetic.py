@@ -73,7 +73,8 @@ def test_float32_gradients_of_bfloat16(spec: Spec, case: Case, monkeypatch: pyte
 
     Triton's interpreter has no bfloat16: float16 tensors hold its numbers, also as the gradients that come in.
     """
-    monkeypatch.setitem(triton_backward.PRECISE, torch.float16, triton_backward.PRECISE[torch.bfloat16])
+    for of_dtype in (triton_backward.PRECISE, triton_backward.CHUNKS):
+        monkeypatch.setitem(of_dtype, torch.float16, of_dtype[torch.bfloat16])
     inputs = prepared(spec, case, torch.bfloat16)
     kept = [f"grad of {n}" for n in spec.grads if n in inputs and inputs[n].dtype == torch.float32]
 

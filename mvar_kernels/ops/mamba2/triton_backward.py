@@ -13,7 +13,10 @@ from mvar_kernels.ops.mamba2.triton_backward_parts import _ssd_scan_bwd_grads_ke
 from mvar_kernels.ops.mamba2.triton_parts import scale_of_tokens
 from mvar_kernels.tiling import Tile
 
-CHUNK = 32  # with 64 tokens the tiles of `grads` do not fit in the registers
+# Tokens. With 64 the tiles of `grads` do not fit in the registers. Nor do 32 where products take float32's operands, or
+# both parts of three tf32 products: with 32, `grads` spilled 176 to 280 bytes a thread in float16 and 760 to 848 in
+# float32 (sm_90, Triton 3.6 and 3.7); with 16, none and at most 32, while the states in memory are twice as many.
+CHUNKS = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 32}
 # Heads that one program adds dB and dC of: more leave fewer partials, fewer leave more programs. The most of
 # these that still makes this many programs, so that small batches fill a GPU, too.
 HEAD_GROUPS = (8, 4, 2, 1)
@@ -21,7 +24,7 @@ PROGRAMS = 512
 
 PRECISE = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}  # see triton_backward_parts.py
 
-# With 4 warps float32's products spill 360 bytes a thread (sm_90, Triton 3.7.1).
+# With 4 warps float32's products take up to all 255 registers of a thread (sm_90, Triton 3.6).
 SWEEP_TILES = {
     dtype: (
         Tile({"BLOCK_P": 64}, warps, stages=2),
@@ -59,7 +62,7 @@ class ScanGradients:
     ) -> None:
         self.batch, self.H, self.P, self.N = initial.shape
         self.L = x.shape[0] // max(self.batch, 1)
-        self.chunks = triton.cdiv(self.L, CHUNK)
+        self.chunks = triton.cdiv(self.L, CHUNKS[dtype])
         self.programs = self.batch * self.chunks
         self.heads = next((n for n in HEAD_GROUPS if self.programs * triton.cdiv(self.H, n) >= PROGRAMS), 1)
         self.groups = triton.cdiv(self.H, self.heads)
@@ -77,7 +80,7 @@ class ScanGradients:
             "BOTH": self.directions == 2,
             "MIXER": bias is not None,
             "PRECISE": PRECISE[dtype],
-            "CHUNK": CHUNK,
+            "CHUNK": CHUNKS[dtype],
             "BLOCK_N": tiling.product_block(self.N),
         }
 

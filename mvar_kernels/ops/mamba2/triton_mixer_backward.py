@@ -29,7 +29,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.binding import empty
 from mvar_kernels.ops.mamba2.steps import steps_of
-from mvar_kernels.ops.mamba2.triton_backward import CHUNK, ScanGradients, rows_of
+from mvar_kernels.ops.mamba2.triton_backward import CHUNKS, ScanGradients, rows_of
 from mvar_kernels.ops.mamba2.triton_backward_parts import edges, head_steps, prefix_sums
 from mvar_kernels.ops.mamba2.triton_parts import (
     clamped,
@@ -47,10 +47,11 @@ CONV_TILES = (
     Tile({"BLOCK_C": 128}, warps=8, stages=1),
     Tile({"BLOCK_C": 128}, warps=4, stages=1),
 )
-# Products of three tf32 parts and in float32 spill with 4 warps, up to 3,840 bytes a thread (sm_90, Triton 3.7.1).
+# With 4 warps products in float32 spill 248 bytes a thread (sm_90, Triton 3.6); with 8, those of three tf32 parts 8
+# (sm_80, Triton 3.6 and 3.7).
 OUTPUTS_TILES = {
     torch.float32: (Tile({}, warps=8, stages=1),),
-    torch.float16: (Tile({}, warps=8, stages=1),),
+    torch.float16: (Tile({}, warps=4, stages=1),),
     torch.bfloat16: (Tile({}, warps=4, stages=1), Tile({}, warps=8, stages=1)),
 }
 NORM_TILES = (
@@ -342,11 +343,12 @@ def mamba2_mixer_backward(
         shape_class = f"E{E} {str(dtype).removeprefix('torch.')}"
         return tiling.chosen(f"mamba2_mixer_bwd_{kernel}", shape_class, candidates, device).arguments()
 
+    chunk = CHUNKS[dtype]
     silu, slope = torch.empty(2, batch * L, channels, dtype=torch.float32, device=device)
     tile = chosen("conv", CONV_TILES)
-    grid = (batch * triton.cdiv(L, CHUNK), triton.cdiv(channels, tile["BLOCK_C"]))
+    grid = (batch * triton.cdiv(L, chunk), triton.cdiv(channels, tile["BLOCK_C"]))
     _mamba2_mixer_bwd_conv_kernel[grid](
-        xbc, conv, conv_weight, conv_bias, silu, slope, xbc.stride(0), L, channels, TAPS=taps, CHUNK=CHUNK, **tile
+        xbc, conv, conv_weight, conv_bias, silu, slope, xbc.stride(0), L, channels, TAPS=taps, CHUNK=chunk, **tile
     )
     x, B, C = silu.split([E, N, N], 1)
     scan = ScanGradients(x, dt, dt_bias, A_log, B, C, D, initial, scales, dtype)
