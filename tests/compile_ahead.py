@@ -235,6 +235,7 @@ def main() -> int:
     parser.add_argument("ops", nargs="*", choices=[*SPECS, []], help="default: all with a Triton kernel")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="(default: bfloat16)")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="of these names only")
     parser.add_argument("--all", action="store_true", help="every case and layout, not the benchmarks' alone")
     parser.add_argument("--tiles", choices=("every", "first"), default="every", help="first: those of no tuning")
     parser.add_argument("--write", type=Path, help="a JSON file for the table")
@@ -244,6 +245,11 @@ def main() -> int:
     chosen = [
         (SPECS[op], SPECS[op].bench_cuda + (SPECS[op].cases if options.all else ())) for op in options.ops or SPECS
     ]
+    if options.cases:
+        unknown = set(options.cases) - {case.name for _, cases in chosen for case in cases}
+        if unknown:
+            parser.error(f"--cases: no {', '.join(sorted(unknown))}")
+        chosen = [(spec, tuple(case for case in cases if case.name in options.cases)) for spec, cases in chosen]
     every, table = options.tiles == "every", list[Needs]()
     with inputs_allowed():
         for arch, (spec, cases), dtype in itertools.product(
