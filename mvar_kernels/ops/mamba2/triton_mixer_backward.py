@@ -59,7 +59,13 @@ NORM_TILES = (
     Tile({"BLOCK_L": 4, "BLOCK_E": 512}, warps=4, stages=1),
     Tile({"BLOCK_L": 16, "BLOCK_E": 256}, warps=8, stages=1),
 )
-CONV_GRADS_TILES = (Tile({"BLOCK_L": 32, "BLOCK_C": 32}, warps=8, stages=1),)
+# Unbounded, ptxas takes 80 registers a thread, for three blocks a multiprocessor, and in float32 spills 8 bytes (sm_90,
+# Triton 3.6).
+CONV_GRADS_TILES = {
+    torch.float32: (Tile({"BLOCK_L": 32, "BLOCK_C": 32, "maxnreg": 96}, warps=8, stages=1),),
+    torch.float16: (Tile({"BLOCK_L": 32, "BLOCK_C": 32}, warps=8, stages=1),),
+    torch.bfloat16: (Tile({"BLOCK_L": 32, "BLOCK_C": 32}, warps=8, stages=1),),
+}
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -381,7 +387,7 @@ def mamba2_mixer_backward(
     # In float32 for float16, which dx can leave though dv cannot.
     dx = torch.empty(batch * L, E, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device)
     dbc, sums = scan.grads(y, states, adjoints, dx, ddt)
-    tile = chosen("conv_grads", CONV_GRADS_TILES)
+    tile = chosen("conv_grads", CONV_GRADS_TILES[dtype])
     programs = batch * triton.cdiv(L + taps - 1, tile["BLOCK_L"])
     conv_sums = y.new_empty(programs, taps + 1, channels)
     _mamba2_mixer_bwd_conv_grads_kernel[programs, triton.cdiv(channels, tile["BLOCK_C"])](
