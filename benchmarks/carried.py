@@ -4,6 +4,7 @@ They unpack it into `CACHE`, a path that is the same everywhere, for Triton's in
 count how many kernels were found there and how many had to be compiled.
 """
 
+import lzma
 import os
 import tarfile
 from pathlib import Path
@@ -29,12 +30,18 @@ def pack(cache: Path, archive: Path) -> int:
 def unpack(archive: Path, cache: Path) -> int:
     """Put the kernels of an archive into a cache, beside those that are there; returns how many they are."""
     with tarfile.open(archive) as content:
-        content.extractall(cache, filter="data")
-        return sum(name.endswith(".cubin") for name in content.getnames())
+        members = content.getmembers()
+        there = {member for member in members if (cache / member.name).is_file()}  # maybe in use
+        content.extractall(cache, [member for member in members if member not in there], filter="data")
+        return sum(member.name.endswith(".cubin") for member in members)
 
 
 def use() -> None:
     """Let this process and those that it starts find what was carried, if anything was."""
-    if ARCHIVE.exists():
+    if not ARCHIVE.exists():
+        return
+    try:
         print(f"{unpack(ARCHIVE, CACHE)} compiled kernels unpacked into {CACHE}", flush=True)
         os.environ["TRITON_CACHE_DIR"] = str(CACHE)
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        print(f"{ARCHIVE}: kernels are compiled here, for it cannot be unpacked: {error}", flush=True)

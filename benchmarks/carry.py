@@ -113,12 +113,19 @@ def main() -> None:
     tasks += [(ours, op, dtype) for dtype in DTYPES for op in ops]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         running = {pool.submit(work, op, options.arch, dtype): (work, op, dtype) for work, op, dtype in tasks}
+        failed = 0
         for done in as_completed(running):
             work, op, dtype = running[done]
-            print(f"{done.result()} kernels: {work.__name__} for {op}, {dtype}", flush=True)
+            try:
+                what = f"{done.result()} kernels"
+            except Exception as error:  # what the others compile is carried
+                what, failed = f"{type(error).__name__}: {error}", failed + 1
+            print(f"{what}: {work.__name__} for {op}, {dtype}", flush=True)
     kernels = pack(CACHE, ARCHIVE)
     size = ARCHIVE.stat().st_size / 2**20
     print(f"{kernels} kernels, {size:.1f} MiB in {ARCHIVE}, {time.monotonic() - start:.0f} s")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

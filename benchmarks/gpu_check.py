@@ -19,12 +19,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import carried
-from benchmarks.measure import DEVICE, require_gpu, results
+from benchmarks.measure import DEVICE, REHEARSAL, require_gpu, results
+from benchmarks.ops import benchmarked
 from benchmarks.steps import Step, together
 from mvar import machine
 from mvar.check.command import key, planned, recorded, table
@@ -40,6 +41,7 @@ CASE_SECONDS = 40.0
 MAX_DIAGNOSED = 6
 WORKER = (sys.executable, "-m", "mvar_kernels.check")
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "7")
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a tensor's end is an allocation's
 BATCH = 25
 
 
@@ -52,7 +54,8 @@ def again(job: Job, case: str) -> Mapping[str, Job]:
         "launch by launch": replace(one, environment={**job.environment, "CUDA_LAUNCH_BLOCKING": "1"}),
     }
     if shutil.which(SANITIZER[0]) is not None:
-        ways["under memcheck"] = replace(one, command=(*SANITIZER, *WORKER, "--again", "0"))
+        command = (*SANITIZER, *WORKER, "--again", "0")
+        ways["under memcheck"] = replace(one, command=command, environment={**job.environment, **UNCACHED})
     return ways
 
 
@@ -68,13 +71,22 @@ def diagnosed(failed: Sequence[tuple[Job, Row]], until: float) -> Iterator[str]:
 
 def timed_jobs(ops: Sequence[str], runs: int) -> list[Job]:
     """The shapes of the GPU's benchmarks, on the backend that `auto` takes."""
-    backend, dtype = ("triton", "bfloat16") if DEVICE.type == "cuda" else ("cpu", "float32")
+    if REHEARSAL:
+        return [Job(op, "triton", "float32", [case.name for case in benchmarked(SPECS[op])]) for op in ops]
     command = (*WORKER, "--timed", "--again", str(runs), "--graph")
-    return [Job(op, backend, dtype, [case.name for case in SPECS[op].bench_cuda], command=command) for op in ops]
+    return [Job(op, "triton", "bfloat16", [case.name for case in SPECS[op].bench_cuda], command=command) for op in ops]
 
 
 def generation(seconds: float) -> Step:
     return Step("generation", [sys.executable, "-m", "benchmarks.graph_check", "--batch", str(BATCH)], seconds)
+
+
+def said(found: Iterable[tuple[Job, Row]]) -> Iterator[tuple[Job, Row]]:
+    """The same, a line for each that is printed at once."""
+    for job, row in found:
+        what = row.fault or (row.refused and f"refused: {row.refused}") or f"error / tolerance {row.worst:.3g}"
+        print(f"{' '.join(key(row))}: {what}, {row.seconds:.1f} s", flush=True)
+        yield job, row
 
 
 def main() -> None:
@@ -89,7 +101,13 @@ def main() -> None:
     into = results()
     make_folder(into)
     ops = options.ops or list(SPECS)
-    jobs = planned(ops, None, options.only_failed)
+    try:
+        jobs = planned(ops, None, options.only_failed)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if not jobs:
+        print(f"nothing was wrong in {options.only_failed}")
+        return
     cases = sum(len(job.cases) for job in jobs)
 
     def until(share: float) -> float:
@@ -102,7 +120,7 @@ def main() -> None:
     print(*sorted(f"{name}={value}" for name, value in os.environ.items() if "TRITON" in name), flush=True)
 
     checked = run(jobs, processes=os.cpu_count() or 1, seconds=CASE_SECONDS, until=until(CASES_END))
-    found = list(recorded(checked, into / "check.jsonl"))
+    found = list(said(recorded(jobs, checked, into / "check.jsonl")))
     rows = [row for _, row in found]
     compiled, cached = sum(row.compiled for row in rows), sum(row.cached for row in rows)
     print(*table(rows), sep="\n")
@@ -113,11 +131,12 @@ def main() -> None:
         print(line, flush=True)
     shapes = timed_jobs(ops, 200 if DEVICE.type == "cuda" else 1)
     checked = run(shapes, processes=4, seconds=CASE_SECONDS, until=until(TIMED_END))
-    timed = [row for _, row in recorded(checked, into / "timed.jsonl")]
+    timed = [row for _, row in said(recorded(shapes, checked, into / "timed.jsonl"))]
     print("timed shapes at batch 2:", *table(timed), sep="\n", flush=True)
     (outcome,) = together([generation(until(1) - time.monotonic())], until(1))
     print(outcome.line())
-    wrong = len(failed) + sum(not row.right for row in timed) + (outcome.result != "done")
+    # On these `auto` takes Triton: a refusal is a fault.
+    wrong = len(failed) + sum(not row.right or row.refused is not None for row in timed) + (outcome.result != "done")
     left = cases - len(rows) + sum(len(job.cases) for job in shapes) - len(timed)
     print(f"{wrong} wrong, {left} not done, {time.monotonic() - start:.0f} s")
     raise SystemExit(1 if wrong or left else 0)

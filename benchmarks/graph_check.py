@@ -12,6 +12,7 @@ import torch
 
 import mvar
 from benchmarks.measure import DEVICE
+from benchmarks.sides import random_pair
 
 
 def seconds(run: partial[mvar.Generated]) -> tuple[mvar.Generated, float]:
@@ -31,8 +32,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=25)
     options = parser.parse_args()
     on_gpu = DEVICE.type == "cuda"
-    model, tokenizer = mvar.build(16) if on_gpu else mvar.build(1, patch_nums=(1, 2))
-    model, tokenizer = model.to(DEVICE), tokenizer.to(DEVICE)
+    model, tokenizer = random_pair(16, 256, "mvar") if on_gpu else mvar.build(1, patch_nums=(1, 2))
     labels = [i % 1000 for i in range(options.batch)]
     drawn = partial(mvar.generate, model, tokenizer, labels, dtype=torch.bfloat16 if on_gpu else torch.float32)
     plain, of_plain = seconds(partial(drawn, graph=False))

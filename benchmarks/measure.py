@@ -1,5 +1,6 @@
 """Timing side by side, and results as files."""
 
+import hashlib
 import json
 import os
 import platform
@@ -119,6 +120,7 @@ def machine() -> dict[str, Any]:
         "instruction_set": extension.instruction_set() if extension else None,
         "compiler": extension.build_info()["compiler"] if extension else None,
         "commit": _commit(),
+        "sources": _sources(),
     }
 
 
@@ -136,6 +138,16 @@ def _commit() -> str:
     changed = git("status", "--porcelain", "--", "csrc", "mvar", "mvar_kernels", "benchmarks/*.py")
     commit = git("rev-parse", "--short", "HEAD")
     return commit + (" with changes" if changed else "") if commit else "unknown, maybe with changes"
+
+
+def _sources() -> str:
+    """A hash of what a run depends on, also where there is no git: results of other code are never gone on with."""
+    found = hashlib.sha256()
+    for folder, pattern in (("csrc", "**/*"), ("mvar", "**/*.py"), ("mvar_kernels", "**/*.py"), ("benchmarks", "*.py")):
+        for path in sorted((RESULTS.parent.parent / folder).glob(pattern)):
+            if path.is_file():
+                found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def folder() -> str:
@@ -164,7 +176,10 @@ def require_gpu() -> None:
 def kept(name: str) -> Any:
     """The rows of results/<device or CPU>/<name>.json if this machine made them at this commit, else None."""
     path = results() / f"{name}.json"
-    content = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):  # there is none, or it was damaged
+        return None
     return content["rows"] if content.get("machine") == machine() else None
 
 

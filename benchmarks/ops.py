@@ -7,6 +7,8 @@ measured anew.
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -39,6 +41,7 @@ from mvar_kernels.precision import float32_products
 from mvar_kernels.specs import Case, Inputs, Spec
 
 JUDGED_BATCH = 2
+FAILED = "MVAR_OPS_FAILED"  # in the environment of a process that goes on for one that has lost its GPU
 WRONG = 16  # roundings of the input's dtype that a side may be off by, besides twice what the reference is off by
 Results = tuple[Tensor, ...]
 Row = dict[str, Any]
@@ -151,7 +154,7 @@ def checked(run: Run, *, compiled: bool = True) -> tuple[dict[str, Callable[[], 
             call = makers[name]()
             found = judge(call())
         except Exception as error:
-            found = _first_line(error)
+            found = first_line(error)
         if found is None:
             sides[name] = call
         else:
@@ -215,7 +218,27 @@ def row(run: Run, seconds: float, *, compiled: bool = True) -> Row:
     }
 
 
-def _first_line(error: Exception) -> str:
+def answers() -> bool:
+    """Whether the GPU still does what it is asked: after an illegal access it never again does in this process."""
+    if DEVICE.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+    return True
+
+
+def go_on_after(op: str, ops: Sequence[str], failed: Sequence[str]) -> None:
+    """With the ops after this one in a new process, which is told what failed."""
+    rest = ops[list(ops).index(op) + 1 :]
+    if not rest:
+        return
+    flags = [argument for argument in sys.argv[1:] if argument not in SPECS]
+    os.environ[FAILED] = "\n".join(failed)
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.ops", *rest, *flags])
+
+
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -253,12 +276,12 @@ def main() -> None:
     use_own_stream()
     torch._functorch.config.donated_buffer = False  # a compiled backward is timed many times
     peers.importable()
-    failed: list[str] = []
+    failed: list[str] = os.environ.pop(FAILED, "").splitlines()
     if not (options.untimed or REHEARSAL) and kept(products.NAME) is None:
         try:
             products.main()
         except Exception as error:
-            failed.append(f"products: {_first_line(error)}")
+            failed.append(f"products: {first_line(error)}")
     with peers.short_autotuning() if DEVICE.type == "cuda" else nullcontext():
         for op in options.ops or SPECS:
             rows: dict[tuple[str, ...], Row] = {name(known): known for known in kept(op) or []}
@@ -270,7 +293,9 @@ def main() -> None:
                         continue
                     measured = row(run, options.seconds, compiled=not options.eager)
                 except Exception as error:  # the rows before and after stand
-                    failed.append(f"{op}, {run.case.name}: {_first_line(error)}")
+                    failed.append(f"{op}, {run.case.name}: {first_line(error)}")
+                    if not answers():
+                        go_on_after(op, options.ops or list(SPECS), failed)
                     continue
                 rows[name(measured)] = measured
                 write(op, list(rows.values()))

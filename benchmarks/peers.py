@@ -6,6 +6,7 @@ them is part of this project; `python -m benchmarks.carry` compiles them for a G
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -138,10 +139,11 @@ def takes_adaln(t: Inputs, case: Case) -> bool:
 
 
 def fetch(folder: Path) -> None:
-    """Download from pip's index and unpack; what is there already stays."""
-    make_folder(folder)
+    """Download from pip's index, unpack, and put in the place of what is there."""
+    make_folder(folder.parent)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        whole = Path(scratch) / "unpacked"
         into = ["--dest", scratch]
         subprocess.run([*pip, "--only-binary", ":all:", *into, *WHEELS], check=True)
         # pip runs the archive's setup.py for its name and version; told so, it asks for no CUDA compiler.
@@ -150,9 +152,11 @@ def fetch(folder: Path) -> None:
         subprocess.run([*pip, *sources], check=True, env=environment)
         for wheel in Path(scratch).glob("*.whl"):
             with zipfile.ZipFile(wheel) as content:
-                content.extractall(folder)
+                content.extractall(whole)
         for archive in Path(scratch).glob("*.tar.gz"):
-            unpack_some(archive, folder)
+            unpack_some(archive, whole)
+        shutil.rmtree(folder, ignore_errors=True)
+        whole.rename(folder)
 
 
 def unpack_some(archive: Path, folder: Path) -> None:

@@ -69,17 +69,24 @@ SIDES: Mapping[str, Side] = {
 
 
 @torch.no_grad()
-def random_pair(depth: int, resolution: int, architecture: str, tokenizer: mvar.TokenizerConfig | None = None) -> Pair:
+def random_pair(
+    depth: int, resolution: int, architecture: str, tokenizer: mvar.TokenizerConfig | None = None, **sizes: Any
+) -> Pair:
     """A model and its tokenizer in float32, made on the device: `mvar.build` draws on the host, minutes for d30.
 
-    tokenizer: its sizes; None for the published one's of this resolution.
+    tokenizer: its sizes; None for the published one's of this resolution. sizes: further ones of the model.
     """
     torch.manual_seed(0)
     images = tokenizer or mvar.TokenizerConfig(mvar.SCHEDULES[resolution])
     with DEVICE:
         decoder = Tokenizer(images)
         config = mvar.ModelConfig(
-            depth, images.patch_nums, num_codes=images.num_codes, code_dim=images.code_dim, architecture=architecture
+            depth,
+            images.patch_nums,
+            num_codes=images.num_codes,
+            code_dim=images.code_dim,
+            architecture=architecture,
+            **sizes,
         )
         model = mvar.from_config(config)
     for parameter in (model.pos_start, model.pos_1LC):

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvar.check.jobs import GROUP, kill
+from mvar_kernels.check import end_with_parent
 
 ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "build" / "gpu"
+FAILED_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,11 @@ class Outcome:
     log: Path
 
     def line(self) -> str:
+        """The end of what it printed: of what failed some lines of it."""
         said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"{self.name:40s} {self.result:12s} {self.seconds:5.0f} s  {said[-1][:120] if said else ''}".rstrip()
+        last = said[-1][:120] if said else ""
+        more = [] if self.result == "done" else [f"  | {line[:200]}" for line in said[-FAILED_LINES:-1]]
+        return "\n".join([f"{self.name:40s} {self.result:12s} {self.seconds:5.0f} s  {last}".rstrip(), *more])
 
 
 def together(steps: Sequence[Step], end: float) -> Iterator[Outcome]:
@@ -41,7 +46,13 @@ def together(steps: Sequence[Step], end: float) -> Iterator[Outcome]:
         log = LOGS / f"{step.name.replace(' ', '_')}.txt"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                step.command, cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL, **GROUP
+                step.command,
+                cwd=ROOT,
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=end_with_parent,  # this process has one thread
+                **GROUP,
             )
         running.append((step, process, log))
     while running:

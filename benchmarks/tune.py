@@ -9,6 +9,7 @@ Without a GPU, MVAR_REHEARSAL=1 TRITON_INTERPRET=1 rehearses it, and leaves the 
 """
 
 import argparse
+import faulthandler
 import json
 import math
 import time
@@ -21,15 +22,16 @@ import torch
 
 from benchmarks import carried, measure
 from benchmarks.measure import DEVICE, REHEARSAL, graphed, interleaved, require_gpu, results, use_own_stream
-from benchmarks.ops import SPECS, Results, benchmarked, gradients
+from benchmarks.ops import SPECS, Results, answers, benchmarked, first_line, gradients
 from mvar.files import replacing
 from mvar_kernels import tiling
-from mvar_kernels.backends import BackendError, architecture
+from mvar_kernels.backends import architecture
 from mvar_kernels.contract import prepared
 from mvar_kernels.specs import Case, Spec
 from mvar_kernels.tiling import Tile
 
 NOISE = 0.02  # a candidate has to win by more than two runs of the same one differ
+GRACE_SECONDS = 10.0  # after the time is over, for the case that is being measured
 LAUNCHES, ROUNDINGS = 2 if REHEARSAL else 50, 4  # of bfloat16, in which it is tuned
 DTYPE = torch.float32 if REHEARSAL else torch.bfloat16  # the interpreter has no bfloat16
 Key = tuple[str, str]  # kernel, shape class
@@ -82,13 +84,22 @@ def compare(run: Callable[[], Results], found: dict[Key, Found], end: float) -> 
         sides: dict[str, Callable[[], object]] = {}
         for i in range(len(candidates)):
             with using({key: i}, {}):
-                if i and (wrong := unlike(run, first)):
-                    print(f"{key[0]}, {key[1]}: {candidates[i]}: {wrong}", flush=True)
-                    entry.ms[i] = math.inf
-                else:
+                try:
+                    if i and (wrong := unlike(run, first)):
+                        raise ValueError(wrong)
                     sides[str(i)] = graphed(run) if DEVICE.type == "cuda" else run
+                except Exception as error:
+                    print(f"{key[0]}, {key[1]}: {candidates[i]}: {first_line(error)}", flush=True)
+                    entry.ms[i] = math.inf
+                    check_answers()
         times = interleaved(sides, rounds=2 if REHEARSAL else 15, seconds=0, warm_up=not REHEARSAL)
         entry.ms = [total + times.get(str(i), math.inf) for i, total in enumerate(entry.ms)]
+
+
+def check_answers() -> None:
+    """End the program where the GPU answers no more: what was measured is written."""
+    if not answers():
+        raise SystemExit("the GPU answers no more")
 
 
 def unlike(run: Callable[[], Results], first: Results) -> str | None:
@@ -115,17 +126,22 @@ def main() -> None:
     require_gpu()
     carried.use()
     end = time.monotonic() + options.seconds
+    if math.isfinite(options.seconds):  # also where a kernel hangs: what was measured is written
+        faulthandler.dump_traceback_later(options.seconds + GRACE_SECONDS, exit=True)
     print(f"{options.seconds:.0f} s at most: kernels with several tiles of {len(SPECS)} ops", flush=True)
     use_own_stream()
     found: dict[Key, Found] = {}
     for spec in SPECS.values():
         for case in benchmarked(spec):
+            if time.monotonic() > end:
+                break
             try:
                 for run in calls(spec, case):
                     compare(run, found, end)
                     write(found)
-            except BackendError as error:
-                print(f"{spec.op}, {case.name}: {error}")
+            except Exception as error:
+                print(f"{spec.op}, {case.name}: {first_line(error)}", flush=True)
+                check_answers()
     for (kernel, shape_class), entry in sorted(found.items()):
         print(f"{kernel}, {shape_class}: {entry.best()}; ms {', '.join(f'{ms:.4f}' for ms in entry.ms)}")
 

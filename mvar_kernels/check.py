@@ -6,9 +6,11 @@ answers no more to this process, and the cases after the last row were not tried
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +25,11 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.backends import BackendError, interpreted
 from mvar_kernels.catalogue import SPECS
-from mvar_kernels.contract import LAYOUTS, device_of, evaluate, prepared, shares
+from mvar_kernels.contract import LAYOUTS, cotangents, device_of, evaluate, prepared, shares
 from mvar_kernels.specs import Case, Inputs, Spec
 
 BROKEN = 99
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 BEGINS = "begins: "
 
 
@@ -63,24 +66,28 @@ class Row:
 @dataclass(frozen=True)
 class How:
     """How a case is tried: how often it is run again for the same bits, in which layouts of the inputs besides its own,
-    and whether its forward is also replayed from a CUDA graph."""
+    whether its forward is also replayed from a CUDA graph, and whether the reference runs beside the kernel, which for
+    large cases saves seconds, and not on the CPU."""
 
     again: int = 1
     layouts: Sequence[Callable[[Tensor], Tensor]] = LAYOUTS
     graph: bool = False
+    reference_beside: bool = False
 
 
 def check(spec: Spec, case: Case, backend: str, dtype: torch.dtype, how: How) -> tuple[dict[str, float], str | None]:
     """The shares of tolerance of all outputs and gradients, in every layout of the inputs, and a fault or None."""
-    inputs = prepared(spec, case, dtype, device_of(backend))
+    device = device_of(backend)
+    inputs = prepared(spec, case, dtype, device, made_on=device.type if how.reference_beside else "cpu")
     originals = {n: t.clone() for n, t in inputs.items()}
-    on_cpu = {n: t.cpu() for n, t in inputs.items()}
-    same = evaluate(spec, case, on_cpu, None)
-    exact = evaluate(spec, case, {n: t.double() for n, t in on_cpu.items()}, None)
+    read = {n: t if how.reference_beside else t.cpu() for n, t in inputs.items()}
+    same = evaluate(spec, case, read, None)
+    exact = evaluate(spec, case, {n: t.double() for n, t in read.items()}, None)
     got = evaluate(spec, case, inputs, backend)
     found, faults = shares(spec, got, same, exact), []
+    given = cotangents(case, [got[name] for name in spec.outputs]) if how.again else None
     for run in range(how.again):
-        again = evaluate(spec, case, inputs, backend)
+        again = evaluate(spec, case, inputs, backend, given)
         if differ := [n for n in got if not torch.equal(got[n], again[n])]:
             faults.append(f"another answer in run {run + 2}: {', '.join(differ)}")
             break
@@ -139,7 +146,7 @@ def _noted() -> list[bool]:
 
 
 def timed(spec: Spec) -> tuple[Case, ...]:
-    """What is timed on a GPU, at a batch of 2, of which the CPU has the float64 answer in seconds."""
+    """What is timed on a GPU, at a batch of 2."""
     return tuple(case.at_batch(2) for case in spec.bench_cuda)
 
 
@@ -154,6 +161,15 @@ def _answers() -> bool:
     return True
 
 
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it ends in whatever way, on Linux."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before
+            os._exit(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timed", action="store_true", help="cases of the GPU's benchmarks, at batch 2")
@@ -165,12 +181,16 @@ def main() -> None:
     parser.add_argument("dtype", help="such as bfloat16")
     parser.add_argument("cases", nargs="+", metavar="case", help="names in the op's spec.py")
     options = parser.parse_args()
+    end_with_parent()
     spec = SPECS[options.op]
     cases = {case.name: case for case in (timed(spec) if options.timed else spec.cases)}
     # Interpreted, a run takes seconds, and one program after the other has one answer.
     once = options.backend == "triton" and interpreted()
     graph = options.graph and torch.cuda.is_available()
-    how = How(again=0, layouts=()) if once else How(options.again, () if options.timed else LAYOUTS, graph)
+    # A sampled token has to be the CPU's.
+    beside = options.timed and bool(spec.grads)
+    how = How(options.again, () if options.timed else LAYOUTS, graph, beside)
+    how = How(again=0, layouts=()) if once else how
     if options.stages is not None:
         chosen = tiling.chosen
         tiling.chosen = lambda *asked: replace(chosen(*asked), stages=options.stages)

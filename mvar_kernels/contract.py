@@ -6,7 +6,7 @@ reason. Outputs that are whole numbers are the reference's. Read by the tests an
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,18 +45,27 @@ def prepared(
     return {n: t.to(device, kept if n in keeps else dtype) for n, t in made.items()}
 
 
-def evaluate(spec: Spec, case: Case, inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
-    """Outputs by name and, with seeded cotangents, "grad of" inputs; backend None is the plain PyTorch reference."""
+def cotangents(case: Case, outs: Sequence[Tensor]) -> list[Tensor]:
+    """Seeded gradients of the outputs, in their dtypes."""
+    generator = _seeded()
+    normal = (torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu") for o in outs)
+    return [(case.cotangents * t).to(o) for t, o in zip(normal, outs, strict=True)]
+
+
+def evaluate(
+    spec: Spec, case: Case, inputs: Inputs, backend: str | None, given: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Outputs by name and, with gradients of the outputs, "grad of" inputs; backend None is the plain reference.
+
+    given: these gradients; None for :func:`cotangents`.
+    """
     grads = spec.grads if backend is None else differentiable(spec, backend)
     wanted = [name for name in grads if name in inputs]
     leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in inputs.items()}
     outs = spec.reference(leaves, case) if backend is None else spec.call(leaves, case, backend)
     results = dict(zip(spec.outputs, (o.detach() for o in outs), strict=True))
     if wanted:
-        generator = _seeded()
-        normal = (torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu") for o in outs)
-        cotangents = [(case.cotangents * t).to(o) for t, o in zip(normal, outs, strict=True)]
-        found = torch.autograd.grad(outs, [leaves[n] for n in wanted], cotangents)
+        found = torch.autograd.grad(outs, [leaves[n] for n in wanted], given or cotangents(case, outs))
         results |= {f"grad of {n}": g for n, g in zip(wanted, found, strict=True)}
     return results
 
@@ -64,12 +73,12 @@ def evaluate(spec: Spec, case: Case, inputs: Inputs, backend: str | None) -> dic
 def shares(spec: Spec, got: Results, same: Results, exact: Results) -> dict[str, float]:
     """The share of its tolerance that each output and gradient uses up: at most 1 where it is right.
 
-    same, exact: the reference's, in the dtype of `got` and in float64, on the CPU. Infinite is the share of what is not
-    finite, of another shape or dtype, or of whole numbers that differ.
+    same, exact: the reference's, in the dtype of `got` and in float64, on one device. Infinite is the share of what is
+    not finite, of another shape or dtype, or of whole numbers that differ.
     """
     found = {}
     for name, value in got.items():
-        value, expected = value.cpu(), exact[name]
+        value, expected = value.to(exact[name].device), exact[name]
         if value.shape != expected.shape or value.dtype != same[name].dtype:
             found[name] = math.inf
         elif not value.dtype.is_floating_point:

@@ -2,17 +2,18 @@
 
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mvar.check import command
-from mvar.check.command import planned, read, table, verdict
+from mvar.check.command import key, planned, read, recorded, table, verdict
 from mvar.check.jobs import MAX_DEATHS, Job, run
 from mvar.cli import main
 from mvar_kernels import check as worker
@@ -67,6 +68,48 @@ def test_a_job_that_keeps_dying_is_given_up() -> None:
     ]
 
 
+def test_what_a_sanitizer_finds_is_a_fault(tmp_path: Path) -> None:
+    """Beside the row of the case, which may be right, for a read behind the end is of something."""
+    found = ("COMPUTE-SANITIZER", "Invalid __global__ read of size 4")
+    said = "".join(f"print('========= {line}')\n" for line in found)
+    job = replace(stand_in("first"), command=(sys.executable, "-c", f"{STAND_IN}\n{said}raise SystemExit(7)"))
+    (_, row), (_, fault) = run([job], processes=1, seconds=20)
+    assert row.right and row.case == fault.case == "first"
+    assert fault.fault == "compute-sanitizer: COMPUTE-SANITIZER; Invalid __global__ read of size 4"
+
+
+def test_rows_replace_those_of_the_same_case_and_what_was_cut_is_to_be_tried(tmp_path: Path) -> None:
+    path, jobs = tmp_path / "check.jsonl", [stand_in("first", "second"), stand_in("third")]
+    other, old = Row("adaln", "triton", "float32", "odd"), jobs[0].fault("first", "old")
+    path.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in (other, old)))
+    row = replace(old, fault=None, shares={"out": 0.5})
+    assert list(recorded(jobs, iter([(jobs[0], row)]), path)) == [(jobs[0], row)]
+    rows = {key(found): found for found in read(path)}
+    assert len(rows) == 4 and rows[key(other)] == other and rows[key(row)] == row
+    assert {found.case: found.fault for found in rows.values() if not found.right} == dict.fromkeys(
+        ("second", "third"), "not tried"
+    )
+
+
+def test_a_worker_ends_with_what_started_it(tmp_path: Path) -> None:
+    """Killed, so that it can do nothing about it; the worker would sleep for ten minutes."""
+    program = (
+        "import subprocess, sys\n"
+        "worker = subprocess.Popen([sys.executable, '-c', 'from mvar_kernels.check import end_with_parent; "
+        "end_with_parent(); print(1, flush=True); import time; time.sleep(600)'], stdout=subprocess.PIPE)\n"
+        "worker.stdout.readline(); print(worker.pid, flush=True); import time; time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    begin = time.monotonic()
+    while Path(f"/proc/{pid}").exists() and time.monotonic() - begin < 20:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
 def test_processes_end_with_the_run() -> None:
     """The generator is closed while one hangs, or comes to its end: it would wait for ten minutes otherwise."""
     rows = run([stand_in("first", "hang")], processes=1, seconds=600)
@@ -107,7 +150,9 @@ def test_what_is_wrong_with_a_kernel(
 ) -> None:
     spec, calls = SPECS["adaln"], iter(range(100))
 
-    def evaluated(spec: object, case: object, inputs: Mapping[str, torch.Tensor], backend: str | None) -> object:
+    def evaluated(
+        spec: object, case: object, inputs: Mapping[str, torch.Tensor], backend: str | None, given: object = None
+    ) -> object:
         x = inputs["x"]
         if backend is None:
             return {"out": x.clone()}
@@ -158,14 +203,17 @@ def test_rows_are_written_as_they_come_and_only_failed_ones_tried_again(
     monkeypatch.setattr(command, "run", stopped)
     with pytest.raises(SystemExit) as exit:
         main(["check", "adaln", "--out", str(file)])
-    assert exit.value.code == 130 and read(file) == [right, wrong]
-    assert [job.cases for job in planned(["adaln"], "cpu", file)] == [["odd"]]
+    assert exit.value.code == 130 and [row for row in read(file) if row.fault is None] == [right, wrong]
+    (again,) = (job.cases for job in planned(["adaln"], "cpu", file) if job.dtype == "float32")
+    assert "odd" in again and "one_token" not in again and len(again) == len(SPECS["adaln"].cases) - 1
+    file.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in (wrong, right)))
     monkeypatch.setattr(command, "run", lambda jobs, **_: iter([(jobs, wrong)]))
     with pytest.raises(SystemExit) as exit:
         main(["check", "--only-failed", str(file)])
     assert exit.value.code == 1 and "1 of 1 cases are wrong" in capsys.readouterr().out
     file.write_text(json.dumps(asdict(right)) + "\n")
-    assert "nothing to check" in fails(capsys, "check", "--only-failed", str(file))
+    main(["check", "--only-failed", str(file)])
+    assert f"nothing was wrong in {file}" in capsys.readouterr().out
     file.write_text("no rows")
     assert f"{file}: no rows of `mvar check --out`" in fails(capsys, "check", "--only-failed", str(file))
     assert "op: expected any of adaln, " in fails(capsys, "check", "layer_norm")

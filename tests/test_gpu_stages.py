@@ -120,6 +120,80 @@ def test_without_a_gpu_a_stage_says_how_it_is_rehearsed(monkeypatch: pytest.Monk
             stage.main()
 
 
+def test_what_was_right_is_not_tried_again(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+    file = stand_in.parent / "all_right.jsonl"
+    file.parent.mkdir(exist_ok=True, parents=True)
+    file.write_text("")
+    monkeypatch.setattr(gpu_check, "require_gpu", lambda: None)
+    monkeypatch.setattr(carried, "ARCHIVE", file / "none")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--only-failed", str(file)])
+    gpu_check.main()
+    assert f"nothing was wrong in {file}" in capsys.readouterr().out
+    for arguments in (["nonsense"], ["--only-failed", str(file.with_name("missing"))]):
+        monkeypatch.setattr(sys, "argv", ["gpu_check", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            gpu_check.main()
+        assert exit.value.code == 2 and arguments[-1] in capsys.readouterr().err
+
+
+def test_an_archive_that_is_damaged_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(carried, "ARCHIVE", tmp_path / "cache.tar.xz")
+    monkeypatch.setattr(carried, "CACHE", tmp_path / "cache")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    carried.ARCHIVE.write_bytes(b"\xfd7zXZ\x00 and no more")
+    carried.use()
+    assert "cannot be unpacked" in capsys.readouterr().out and "TRITON_CACHE_DIR" not in os.environ
+
+
+def test_after_a_lost_gpu_the_ops_go_on_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same flags, and what has failed so far."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peers, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(measure, "REHEARSAL", True)
+    monkeypatch.setattr(ops, "REHEARSAL", True)
+    monkeypatch.setattr(ops, "answers", lambda: False)
+
+    def lost(run: ops.Run, seconds: float, *, compiled: bool) -> ops.Row:
+        raise RuntimeError("illegal memory access")
+
+    class Replaced(Exception):
+        pass
+
+    def replaced(path: str, arguments: list[str]) -> None:
+        assert arguments[1:] == ["-m", "benchmarks.ops", "adaln", "ssd_scan", "--eager", "--seconds", "0"]
+        raise Replaced
+
+    monkeypatch.setattr(ops, "row", lost)
+    monkeypatch.setattr(os, "execv", replaced)
+    monkeypatch.setattr(sys, "argv", ["ops", "gated_adaln", "adaln", "ssd_scan", "--eager", "--seconds", "0"])
+    with pytest.raises(Replaced):
+        ops.main()
+    assert os.environ.pop(ops.FAILED).startswith("gated_adaln, one_token: RuntimeError: illegal memory access")
+
+
+def test_a_tile_that_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiles = [tune.Tile({"BLOCK": size}) for size in (16, 32, 64)]
+
+    def run() -> tuple[torch.Tensor]:
+        tile = tune.tiling.chosen("kernel", "class", tiles, torch.device("cpu"))
+        if tile.sizes["BLOCK"] == 32:
+            raise RuntimeError("out of resource: shared memory")
+        return (torch.ones(3),)
+
+    found: dict[tune.Key, tune.Found] = {}
+    tune.compare(run, found, time.monotonic() + 60)
+    (entry,) = found.values()
+    assert [ms < float("inf") for ms in entry.ms] == [True, False, True]
+    assert "out of resource" in capsys.readouterr().out
+
+
 def test_rows_that_a_commit_has_stay_until_measured_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,21 @@ def test_a_commit_with_changed_code_says_so(tmp_path: Path, monkeypatch: pytest.
     assert measure._commit().endswith(" with changes")
 
 
+def test_other_sources_are_another_machine_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no git to say so."""
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "benchmarks" / "results")
+    (tmp_path / "mvar").mkdir()
+    found = set()
+    for text in ("one", "other"):
+        (tmp_path / "mvar" / "model.py").write_text(text)
+        found.add(measure._sources())
+    assert len(found) == 2
+    measure.write("adaln", [])
+    assert measure.kept("adaln") == []
+    (measure.results() / "adaln.json").write_text('{"machine": ')
+    assert measure.kept("adaln") is None
+
+
 def test_without_git_a_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the files, as it travels to a GPU, on a machine with git and on one without."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "benchmarks" / "results")

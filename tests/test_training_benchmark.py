@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mvar
-from benchmarks import digits, measure, plain, report_training, train, training_run
+from benchmarks import digits, measure, plain, report_training, sides, train, training_run
 from benchmarks.digits import EAGER, OURS, Run
 from benchmarks.training_run import EXACT, EagerObjective
 from mvar.data import tensor_source
@@ -144,10 +144,11 @@ def test_parts_inside_another_count_once(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, compiled: None) -> None:
     sizes = mvar.TokenizerConfig((1, 2, 3), num_codes=32, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False)
-    build = mvar.build
-    monkeypatch.setattr(
-        mvar, "build", lambda depth, **options: build(depth, tokenizer=sizes, **options | {"width": 64})
-    )
+
+    def pair(depth: int, resolution: int, architecture: str, **options: Any) -> sides.Pair:
+        return sides.random_pair(depth, resolution, architecture, sizes, **options | {"width": 64})
+
+    monkeypatch.setattr(train, "random_pair", pair)
 
 
 @pytest.mark.usefixtures("tiny")

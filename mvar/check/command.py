@@ -5,15 +5,15 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
 from mvar import machine
 from mvar.check.jobs import Job, run
-from mvar.files import check_writable
+from mvar.files import check_writable, replacing
 from mvar_kernels.backends import OPS, PEERS, backends
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.check import Row
@@ -27,10 +27,13 @@ def check(options: argparse.Namespace) -> None:
     if options.out is not None:
         check_writable(options.out)
     jobs = planned(options.ops or tuple(SPECS), options.backend, options.only_failed)
+    if not jobs:
+        print(f"nothing was wrong in {options.only_failed}")
+        return
     cases = sum(len(job.cases) for job in jobs)
     print(*machine.lines(), "", sep="\n")
     print(f"{cases} cases of {len({job.op for job in jobs})} ops: a minute or two", flush=True)
-    found = recorded(run(jobs, processes=os.cpu_count() or 1, seconds=SECONDS), options.out)
+    found = recorded(jobs, run(jobs, processes=os.cpu_count() or 1, seconds=SECONDS), options.out)
     rows = [row for _, row in tqdm(found, total=cases, unit="case", disable=None)]
     print(*table(rows), sep="\n")
     wrong = [row for row in rows if not row.right]
@@ -39,19 +42,30 @@ def check(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def recorded(found: Iterable[tuple[Job, Row]], path: Path | None) -> Iterator[tuple[Job, Row]]:
-    """The same, each row written to the file when it comes."""
-    with nullcontext() if path is None else path.open("w") as file:
-        for job, row in found:
-            if file is not None:
-                print(json.dumps(asdict(row)), file=file, flush=True)
+def recorded(jobs: Sequence[Job], found: Iterable[tuple[Job, Row]], path: Path | None) -> Iterator[tuple[Job, Row]]:
+    """What is found, and each row in the file as soon as it comes, in the place of one of the same case.
+
+    A case that no row comes of, for the run is cut, is in the file as one that was not tried; rows of others stay.
+    """
+    if path is None:
+        yield from found
+        return
+    rows = {key(row): row for row in (read(path) if path.is_file() else ())}
+    planned_rows = (job.fault(case, "not tried") for job in jobs for case in job.cases)
+    rows |= {key(row): row for row in planned_rows}
+    for job, row in chain([(None, None)], found):
+        if row is not None:
+            rows[key(row)] = row
+        with replacing(path) as aside:
+            aside.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows.values()))
+        if job is not None and row is not None:
             yield job, row
 
 
 def planned(ops: Sequence[str], backend: str | None, only_failed: Path | None) -> list[Job]:
     """A job for each op, backend that is available here and dtype; of an earlier run's file what was wrong there.
 
-    Raises ValueError for an unknown op or backend, and where there is nothing to check.
+    No job where nothing was wrong there. Raises ValueError for an unknown op or backend, and where there is no kernel.
     """
     if unknown := sorted(set(ops) - set(SPECS)):
         raise ValueError(f"op: expected any of {', '.join(SPECS)}, got {unknown[0]!r}")
@@ -70,8 +84,8 @@ def planned(ops: Sequence[str], backend: str | None, only_failed: Path | None) -
                     cases = [case for case in cases if (op, name, dtype, case) in failed]
                 if cases:
                     jobs.append(Job(op, name, dtype, cases, {"OMP_NUM_THREADS": "1"}))
-    if not jobs:
-        raise ValueError("nothing to check: no such kernel is available here, or none was wrong")
+    if not jobs and failed is None:
+        raise ValueError("nothing to check: no such kernel is available here")
     return jobs
 
 

@@ -20,6 +20,7 @@ from mvar_kernels.check import BEGINS, BROKEN, Row
 
 # A process is killed with all that it started. In this session where Python can, so that what ends that ends it, too.
 GROUP: Mapping[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+SANITIZER = "========="  # begins the lines of NVIDIA's compute-sanitizer, when a job's command is one under it
 MAX_DEATHS = 4  # of one job's processes, after which the rest of its cases is given up
 
 
@@ -121,7 +122,7 @@ def _rows(job: Job, seconds: float, running: _Running) -> Iterator[Row]:
         with tempfile.TemporaryFile("w+", errors="replace") as errors:
             command = [*job.command, job.op, job.backend, job.dtype, *left]
             process = running.start(command, job.environment, errors)
-            case, hung = None, threading.Event()
+            case, hung, notes = None, threading.Event(), list[str]()
             assert process.stdout is not None
             for line in _lines(process, process.stdout, seconds, hung):
                 if line.startswith(BEGINS):
@@ -130,7 +131,11 @@ def _rows(job: Job, seconds: float, running: _Running) -> Iterator[Row]:
                     yield Row(**json.loads(line))
                     left.remove(case)
                     case = None
+                elif line.startswith(SANITIZER):
+                    notes.append(line.removeprefix(SANITIZER).strip())
             code = process.wait()
+            if code and (found := [note for note in notes if note]):
+                yield job.fault(job.cases[-1], f"compute-sanitizer: {'; '.join(found)[:800]}")
             if not left:
                 return
             if code != BROKEN:
