@@ -9,9 +9,9 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -37,15 +37,19 @@ NAMES = ("auto", "reference", "cpu", "triton", "cuda", *PEERS)
 
 @dataclass(frozen=True)
 class Kernel:
-    """One op on one backend: the same three doors everywhere.
+    """One op on one backend: the same three functions everywhere, of the op's inputs, a NamedTuple.
 
-    `why_not` takes the inputs of `forward`, or those that `backward` is given again, and answers None
-    or an objection ("dtype float64 is not float32 or bfloat16"). `backward` None: there is none.
+    why_not(inputs): None, or an objection ("dtype float64 is not float32 or bfloat16").
+    forward(inputs): the outputs, a tuple.
+    backward(grads, inputs): gradients of the inputs' tensors, those that there are, in their order; None: there is no
+        backward.
+    own_arithmetic: no setting of torch, autocast's or that of float32 products, changes what it computes.
     """
 
-    why_not: Callable[..., str | None]
-    forward: Callable[..., Any]
-    backward: Callable[..., Any] | None
+    why_not: Callable[[Any], str | None]
+    forward: Callable[[Any], tuple[Any, ...]]
+    backward: Callable[[Any, Any], Sequence[Any]] | None
+    own_arithmetic: bool = False
 
 
 class BackendError(RuntimeError):
@@ -234,10 +238,11 @@ def guarded(kernel: Kernel, device: torch.device) -> Kernel:
     in 16 bits what an op promises in float32.
     """
     contexts: list[Callable[[], Any]] = []
-    if torch.is_autocast_enabled(device.type):
-        contexts.append(partial(torch.autocast, device.type, enabled=False))
-    if device.type == "cpu" and not is_true_float32():
-        contexts.append(partial(true_float32, device))
+    if not kernel.own_arithmetic:
+        if torch.is_autocast_enabled(device.type):
+            contexts.append(partial(torch.autocast, device.type, enabled=False))
+        if device.type == "cpu" and not is_true_float32():
+            contexts.append(partial(true_float32, device))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         contexts.append(partial(torch.cuda.device, device))
     if not contexts:
@@ -252,7 +257,7 @@ def guarded(kernel: Kernel, device: torch.device) -> Kernel:
 
         return run
 
-    return Kernel(kernel.why_not, inside(kernel.forward), kernel.backward and inside(kernel.backward))
+    return replace(kernel, forward=inside(kernel.forward), backward=kernel.backward and inside(kernel.backward))
 
 
 OPS: dict[str, "Op"] = {}
@@ -278,7 +283,7 @@ class Op:
         kernel: Kernel = getattr(module, f"{self.name}_{backend}")
         return kernel
 
-    def objection(self, backend: str, device: torch.device, *inputs: Any, backward: bool) -> str | None:
+    def objection(self, backend: str, device: torch.device, inputs: Any, backward: bool) -> str | None:
         """Why `backend` cannot run this op on these inputs, or None."""
         if backend not in self.modules:
             return f"has no {self.name} kernel"
@@ -292,7 +297,7 @@ class Op:
         kernel = self.kernel(backend)
         if backward and kernel.backward is None:
             return f"{self.name} has no backward kernel"
-        return kernel.why_not(*inputs)
+        return kernel.why_not(inputs)
 
     @cache  # noqa: B019
     def available(self, device: torch.device, backward: bool) -> tuple[Kernel, ...]:
@@ -304,14 +309,14 @@ class Op:
         here = (self.kernel(name) for name in names if name in self.modules and unavailable(name) is None)
         return tuple(kernel for kernel in here if kernel.backward or not backward)
 
-    def choose(self, backend: str, device: torch.device, *inputs: Any, backward: bool = False) -> Kernel:
-        """The kernel to use. `inputs` are what its `why_not` takes."""
+    def choose(self, backend: str, device: torch.device, inputs: Any, *, backward: bool = False) -> Kernel:
+        """The kernel to use for these inputs."""
         if backend != "auto":
-            objection = self.objection(backend, device, *inputs, backward=backward)
+            objection = self.objection(backend, device, inputs, backward)
             if objection is not None:
                 raise BackendError(f"{self.name}: backend {backend!r} asked for, but: {objection}")
             return guarded(self.kernel(backend), device)
         for kernel in self.available(device, backward):
-            if kernel.why_not(*inputs) is None:
+            if kernel.why_not(inputs) is None:
                 return guarded(kernel, device)
         raise BackendError(f"{self.name}: no backend takes these inputs")

@@ -38,10 +38,12 @@ def aligned(t: Tensor, alignment: int = 16) -> Tensor:
 
 
 def with_aligned_rows(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel behind inputs that it can read 16 bytes at a time."""
+    """A forward or backward behind inputs, and gradients before them, that it can read 16 bytes at a time."""
 
-    def call(*inputs: Any) -> Any:
-        return kernel(*(aligned(t) if isinstance(t, Tensor) else t for t in inputs))
+    def call(*arguments: Any) -> Any:
+        *grads, inputs = arguments
+        ready = [[aligned(t) for t in given] for given in grads]
+        return kernel(*ready, inputs._make(aligned(t) if isinstance(t, Tensor) else t for t in inputs))
 
     return call
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,6 +13,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and states are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@cache
+def _names(dims: str) -> tuple[tuple[str, int | None], ...]:
+    """The dimensions of "B 2 C", each with its size where that is fixed."""
+    return tuple((dim, int(dim) if dim.isdigit() else None) for dim in dims.split())
 
 
 def tensor(
@@ -31,14 +38,14 @@ def tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name}: expected a Tensor ({dims.replace(' ', ', ')}), got {type(value).__name__}")
-    names, shape, known_before = dims.split(), value.shape, len(sizes)
+    names, shape, known_before = _names(dims), value.shape, len(sizes)
     right = len(shape) == len(names)
-    for dim, size in zip(names, shape, strict=False):
-        right = right and size == (int(dim) if dim.isdigit() else sizes.setdefault(dim, size))
+    for (dim, fixed), size in zip(names, shape, strict=False):
+        right = right and size == (sizes.setdefault(dim, size) if fixed is None else fixed)
     if not right:
         for dim in list(sizes)[known_before:]:
             del sizes[dim]
-        known = ", ".join(d if d.isdigit() or d not in sizes else f"{d}={sizes[d]}" for d in names)
+        known = ", ".join(d if d not in sizes else f"{d}={sizes[d]}" for d, _ in names)
         raise ValueError(f"{op}: {name}: expected shape ({known}), got {tuple(value.shape)}")
     if value.dtype not in dtypes:
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -1,72 +1,253 @@
-"""How every op is registered with PyTorch: what `torch.library.custom_op` leaves out, for all ops in one place.
+"""How every op is registered with PyTorch, and how it is called.
+
+An op's inputs are a NamedTuple of tensors and options. Its fields are the schema of `torch.ops.mvar.<op>` and of
+`torch.ops.mvar.<op>_backward`, so that an op is registered by naming that class, and the outputs with their shapes.
 
 To PyTorch a custom op is opaque: forward-mode differentiation gives no tangent and no error, `torch.func`'s transforms
 raise, and there are no second derivatives. The ops here then compute with their reference backend, which is plain
 PyTorch and composes with all of these; another backend asked for by name raises instead.
+
+An eager call, with nothing but autograd between it and the kernel, does not go through the dispatcher.
 """
 
-import functools
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 from torch._library.autograd import make_autograd_impl, not_list_of_tensor
 from torch.autograd import forward_ad
 from torch.library import CustomOpDef
+from torch.nn import Parameter
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from mvar_kernels.backends import BackendError
+from mvar_kernels.backends import BackendError, Op
 
 # A kernel of one of these keys goes before the one that custom_op registers for all of them ("Autograd").
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")
 _KERNEL_KEYS = ("CPU", "CUDA")  # likewise, before "CompositeExplicitAutograd"
 _VMAP_KEYS = ("FuncTorchBatched", "Batched")  # torch.vmap, and autograd.grad with is_grads_batched
 _SAVED = object()  # stands for a tensor of an op's inputs that is saved apart from them
+_SCHEMA: Mapping[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    tuple[int, ...]: "int[]",
+}
+_PLAIN_KEYS = {
+    "CPU",
+    "CUDA",
+    "ADInplaceOrView",
+    "AutogradCPU",
+    "AutogradCUDA",
+    "AutocastCPU",
+    "AutocastCUDA",
+}
+Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
+Outputs = tuple[Tensor, ...]
 
 
-def custom_op(name: str, *, reference_gradients: bool = False) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Register a function whose last argument is `backend`, as torch.library.custom_op does. It mutates nothing.
+class RegisteredOp(Generic[Inputs]):
+    """`torch.ops.mvar.<op>(*inputs, backend)` and its backward, made of an op's kernels; called with the inputs.
 
-    Its outputs are made contiguous, as fakes promise, whatever the strides that a backend gives. Under forward-mode
-    differentiation (torch.autograd.forward_ad, torch.func.jvp, jacfwd) and under torch.func's grad, vjp and vmap, in
-    any nesting, the op computes with backend "reference".
+    Args:
+        op: the kernels.
+        inputs: the NamedTuple that every kernel of the op takes.
+        fake: outputs of the right shapes, dtypes and device, without values.
+        differentiable: the op has a backward: kernels give a gradient of every tensor of the inputs that there is.
+        saved_as: inputs that the backward gets an output in the place of, by the output's number.
+        reference_gradients: no kernel has a backward, and gradients are the reference's.
 
-    reference_gradients: differentiate the reference, to any order; else a formula is to be registered, if there is one.
+    Outputs are contiguous. Under forward-mode differentiation (torch.autograd.forward_ad, torch.func.jvp, jacfwd) and
+    under torch.func's grad, vjp and vmap, in any nesting, the op computes with backend "reference".
 
-    Raises (from the op):
+    Raises (from a call):
         BackendError: under one of these, a backend other than "auto" and "reference".
     """
 
-    def register(function: Callable[..., Any]) -> CustomOpDef:
-        @functools.wraps(function)
-        def kernel(*inputs: Any) -> Any:
-            outputs = function(*inputs)
-            if isinstance(outputs, Tensor):
-                return outputs.contiguous()
-            return type(outputs)([output.contiguous() for output in outputs])
+    def __init__(
+        self,
+        op: Op,
+        inputs: type[Inputs],
+        fake: Callable[[Inputs], Outputs],
+        *,
+        outputs: int,
+        differentiable: bool = True,
+        saved_as: Mapping[str, int] | None = None,
+        reference_gradients: bool = False,
+    ) -> None:
+        hints = get_type_hints(inputs)
+        self.op, self._inputs, self._one = op, inputs, outputs == 1
+        self._tensors = [i for i, hint in enumerate(hints.values()) if hint in (Tensor, Tensor | None)]
+        self._lists = [i for i, hint in enumerate(hints.values()) if hint == tuple[int, ...]]
+        self._saved_as = {list(hints).index(name): output for name, output in (saved_as or {}).items()}
+        fields = ", ".join(f"{_SCHEMA[hint]} {name}" for name, hint in hints.items())
+        results = "Tensor" if self._one else f"({', '.join(['Tensor'] * outputs)})"
 
-        op = torch.library.custom_op(name, mutates_args=())(kernel)
-        opaque = make_autograd_impl(op._opoverload, op)  # as the one that custom_op registers
-        reference = _reference(name, function)
+        def forward(*arguments: Any) -> Any:
+            found = self._forward(*self._unpacked(arguments))
+            return found[0] if self._one else found
 
-        def autograd(keyset: Any, *inputs: Any) -> Any:
-            if torch._C._are_functorch_transforms_active() or _has_tangents(inputs):
-                return reference(*inputs)
-            return opaque(keyset, *inputs)
+        def faked(*arguments: Any) -> Any:
+            found = fake(self._unpacked(arguments)[0])
+            return found[0] if self._one else found
 
-        for key in _KERNEL_KEYS:
-            op._lib.impl(op._name, _untraced(kernel), key)
-        for key in _AUTOGRAD_KEYS:
-            op._lib.impl(op._name, autograd, key, with_keyset=True)
-        for key in _VMAP_KEYS:
-            op._lib.impl(op._name, reference, key)
-        if reference_gradients:
-            _register_gradients(op, reference)
-        return op
+        custom = _custom_op(op.name, forward, f"({fields}, str backend) -> {results}", reference_gradients)
+        custom.register_fake(faked)
+        self._overload = custom._opoverload
+        self._eager: Any = None
+        if not differentiable:
+            return
 
-    return register
+        def backward(grads: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+            return self._backward(grads, *self._unpacked(arguments))
+
+        def faked_backward(grads: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+            return [t.new_empty(t.shape) for t in self._present(arguments)]
+
+        schema = f"(Tensor[] grads, {fields}, str backend) -> Tensor[]"
+        custom_backward = _custom_op(f"{op.name}_backward", backward, schema, True)
+        custom_backward.register_fake(faked_backward)
+        self._backward_overload = custom_backward._opoverload
+        custom.register_autograd(self._gradients, setup_context=self._save)
+        registered = self
+
+        class Eager(torch.autograd.Function):
+            """The op under eager autograd, which runs the same two functions as the dispatcher does."""
+
+            @staticmethod
+            def forward(ctx: Any, *arguments: Any) -> Outputs:
+                inputs, backend = registered._inputs(*arguments[:-1]), arguments[-1]
+                found = registered._forward(inputs, backend)
+                registered._save(ctx, arguments, found)
+                return found
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor) -> Any:
+                return registered._gradients(ctx, *grads)
+
+        self._eager = Eager
+
+    def __call__(self, inputs: Inputs, backend: str) -> Outputs:
+        if not torch.compiler.is_compiling() and _is_eager(tensors := [inputs[i] for i in self._tensors]):
+            if not torch.is_grad_enabled() or not any([t is not None and t.requires_grad for t in tensors]):
+                return self._forward(inputs, backend)
+            if self._eager is not None:
+                outputs: Outputs = self._eager.apply(*inputs, backend)
+                return outputs
+        found: Any = self._overload(*inputs, backend)
+        return (found,) if self._one else tuple(found)
+
+    def _unpacked(self, arguments: Sequence[Any]) -> tuple[Inputs, str]:
+        """Inputs and backend from a call's arguments, in which tuples have become lists."""
+        values = list(arguments[:-1])
+        for i in self._lists:
+            values[i] = tuple(values[i])
+        return self._inputs(*values), arguments[-1]
+
+    def _present(self, inputs: Sequence[Any]) -> list[Tensor]:
+        return [inputs[i] for i in self._tensors if inputs[i] is not None]
+
+    def _forward(self, inputs: Inputs, backend: str) -> Outputs:
+        found = self.op.choose(backend, inputs[self._tensors[0]].device, inputs).forward(inputs)
+        return tuple([output.contiguous() for output in found])
+
+    def _backward(self, grads: Sequence[Tensor], inputs: Inputs, backend: str) -> list[Tensor]:
+        kernel = self.op.choose(backend, inputs[self._tensors[0]].device, inputs, backward=True)
+        assert kernel.backward is not None
+        return [grad.contiguous() for grad in kernel.backward(grads, inputs)]
+
+    def _save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        kept = list(inputs)
+        for i, number in self._saved_as.items():
+            kept[i] = output if self._one else output[number]
+        ctx.save_for_backward(*self._present(kept))
+        for i in self._tensors:
+            kept[i] = None if kept[i] is None else _SAVED
+        ctx.kept = kept
+
+    def _gradients(self, ctx: Any, *grads: Any) -> Any:
+        tensors = iter(ctx.saved_tensors)
+        arguments = [next(tensors) if value is _SAVED else value for value in ctx.kept]
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not _is_eager([*grads, *self._present(arguments)])
+        ):
+            found = iter(self._backward_overload(list(grads), *arguments))
+        else:
+            found = iter(self._backward(grads, *self._unpacked(arguments)))
+        return tuple([next(found) if value is _SAVED else None for value in ctx.kept])
+
+
+# Looked up once: a call of an op asks all of them.
+_is_seen = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_torch_function_mode_enabled,
+    torch._C._are_functorch_transforms_active,
+    torch._C._autograd._profiler_enabled,
+    torch._C._get_tracing_state,
+)
+_dispatch_keys = torch._C._dispatch_keys
+_plain: dict[int, bool] = {}
+
+
+def _is_eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would do no more than run the kernel, and autograd: no mode, transform, profiler or tracer
+    is to see the call, and the tensors are ordinary ones with memory of their own.
+    """
+    for sees in _is_seen:
+        if sees():
+            return False
+    if forward_ad._current_level >= 0:
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) is not Tensor and type(t) is not Parameter:
+            return False
+        keys = _dispatch_keys(t)
+        raw = keys.raw_repr()
+        if not (_plain[raw] if raw in _plain else _is_plain(raw, str(keys))):
+            return False
+    return True
+
+
+def _is_plain(raw: int, keys: str) -> bool:
+    """Whether these dispatch keys are those of a dense tensor of a CPU or a GPU: not of a negated view, say, nor of a
+    row of vmap's batch. Found once for each set.
+    """
+    names = keys.removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
+    _plain[raw] = set(names) <= _PLAIN_KEYS
+    return _plain[raw]
+
+
+def _custom_op(name: str, function: Callable[..., Any], schema: str, reference_gradients: bool) -> CustomOpDef:
+    """torch.library.custom_op, with the transforms that it leaves out.
+
+    reference_gradients: differentiate the reference, to any order; else a formula is to be registered, if there is one.
+    """
+    op = torch.library.custom_op(f"mvar::{name}", function, mutates_args=(), schema=schema)
+    opaque = make_autograd_impl(op._opoverload, op)  # as the one that custom_op registers
+    reference = _reference(name, function)
+
+    def autograd(keyset: Any, *inputs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active() or _has_tangents(inputs):
+            return reference(*inputs)
+        return opaque(keyset, *inputs)
+
+    for key in _KERNEL_KEYS:
+        op._lib.impl(op._name, _untraced(function), key)
+    for key in _AUTOGRAD_KEYS:
+        op._lib.impl(op._name, autograd, key, with_keyset=True)
+    for key in _VMAP_KEYS:
+        op._lib.impl(op._name, reference, key)
+    if reference_gradients:
+        _register_gradients(op, reference)
+    return op
 
 
 def _untraced(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,10 +290,10 @@ def _reference(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def reference(*inputs: Any) -> Any:
         *others, backend = inputs
         if backend not in ("auto", "reference"):
-            public = name.removeprefix("mvar::").removesuffix("_backward")
             raise BackendError(
-                f"{public}: backend {backend!r} asked for, but: forward-mode differentiation, torch.func's transforms "
-                "and second derivatives are the reference's alone; ask for 'auto' or 'reference'"
+                f"{name.removesuffix('_backward')}: backend {backend!r} asked for, but: forward-mode differentiation, "
+                "torch.func's transforms and second derivatives are the reference's alone; ask for 'auto' or "
+                "'reference'"
             )
         return function(*others, "reference")
 

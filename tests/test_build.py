@@ -14,6 +14,7 @@ from torch import Tensor
 from mvar_kernels.backends import native as import_native
 from mvar_kernels.ops.adaln import native as adaln_native
 from mvar_kernels.ops.adaln import reference as adaln_reference
+from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
 
 ROOT = Path(__file__).parent.parent
 EPS = 1e-6
@@ -35,11 +36,13 @@ def _inputs(B: int, L: int, C: int, dtype: torch.dtype) -> dict[str, Tensor]:
 def _run(module: Any, t: dict[str, Tensor], suffix: str) -> list[Tensor]:
     """Every output of every kernel."""
     adaln, gated = getattr(module, f"adaln_{suffix}"), getattr(module, f"gated_adaln_{suffix}")
+    plain = AdaLN(t["x"], t["scale"], t["shift"], EPS)
+    with_gate = GatedAdaLN(t["x"], t["branch"], t["gate"], t["scale"], t["shift"], EPS)
     return [
-        adaln.forward(t["x"], t["scale"], t["shift"], EPS),
-        *gated.forward(t["x"], t["branch"], t["gate"], t["scale"], t["shift"], EPS),
-        *adaln.backward(t["grad_out"], t["x"], t["scale"], EPS),
-        *gated.backward(*(t[n] for n in ("grad_x_new", "grad_out", "x", "branch", "gate", "scale")), EPS),
+        *adaln.forward(plain),
+        *gated.forward(with_gate),
+        *adaln.backward([t["grad_out"]], plain),
+        *gated.backward([t["grad_x_new"], t["grad_out"]], with_gate),
     ]
 
 

@@ -1,6 +1,7 @@
 """Mamba-2's C++ kernels: every instruction set, any number of threads, sizes that fill no vector."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mvar_kernels.backends import Kernel
 from mvar_kernels.backends import native as import_native
 from mvar_kernels.ops.mamba2 import native as mamba2_native
 from mvar_kernels.ops.mamba2 import reference
+from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, PARAMETERS, SSD_SCAN
 from mvar_kernels.specs import Case, Spec
 
@@ -45,12 +47,12 @@ def _run(spec: Spec, case: Case, t: dict[str, Tensor], backend: str) -> list[Ten
     kernel = getattr(module, f"{spec.op}_{backend}")
     scales = case.options["scales"] or (case.sizes["L"],)
     if spec is SSD_SCAN:
-        tensors = list(t.values())
-        outs = kernel.forward(*tensors, scales)
-        return [*outs, *kernel.backward(_grads(outs), tensors, scales)]
-    inputs = ([t["zxbcdt"]], [t[p] for p in PARAMETERS], [t["conv"], t["ssm"]], scales, EPS)
-    outs = kernel.forward(*inputs)
-    return [*outs, *kernel.backward(_grads(outs), *inputs)]
+        call: Any = Scan(*t.values(), scales)  # type: ignore[call-arg, arg-type]
+    else:
+        parameters = {name: t[name] for name in PARAMETERS}
+        call = Mixer(t["zxbcdt"], None, **parameters, conv=t["conv"], ssm=t["ssm"], scales=scales, eps=EPS)
+    outs = kernel.forward(call)
+    return [*outs, *kernel.backward(_grads(outs), call)]
 
 
 def _grads(outs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -135,10 +137,10 @@ def test_long_sums_of_one_sign(use_instruction_set: Callable[[str], None], name:
     t = [x, torch.full((1, 4096, 1), step), torch.tensor([rate]), B, B, torch.ones(1), torch.zeros(1, 1, 8, 8)]
 
     def run(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
-        tensors = [v.to(dtype) for v in t]
-        outs = kernel.forward(*tensors, (4096,))
+        call = Scan(*(v.to(dtype) for v in t), (4096,))  # type: ignore[call-arg, arg-type]
+        outs = kernel.forward(call)
         assert kernel.backward is not None
-        return [*outs, *kernel.backward([torch.ones_like(o) for o in outs], tensors, (4096,))]
+        return [*outs, *kernel.backward([torch.ones_like(o) for o in outs], call)]
 
     got, same = run(mamba2_native.ssd_scan_cpu, torch.float32), run(reference.ssd_scan_reference, torch.float32)
     for value, near, exact in zip(got, same, run(reference.ssd_scan_reference, torch.float64), strict=True):

@@ -11,6 +11,7 @@ import mvar_kernels as mk
 from mvar_kernels import tiling
 from mvar_kernels.backends import unavailable
 from mvar_kernels.ops.mamba2 import reference
+from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 from mvar_kernels.ops.mamba2.spec import SSD_SCAN
 from mvar_kernels.specs import Case
 
@@ -45,7 +46,7 @@ def assert_right(inputs: list[list[Tensor]], scales: tuple[int, ...], dtype: tor
         (x,), params, (conv, ssm) = inputs
         rounded = [t.to(dtype).to(device, kind) for t in (x, conv)]
         single = [t.float().to(device, acc) for t in (*params, ssm)]
-        return forward([rounded[0]], single[:-1], [rounded[1], single[-1]], scales, 1e-5)
+        return forward(Mixer(rounded[0], None, *single[:-1], rounded[1], single[-1], scales, 1e-5))
 
     got = run(mamba2_mixer_triton.forward, dtype, DEVICE)
     same, exact = (run(reference.mamba2_mixer, kind, "cpu") for kind in (dtype, torch.float64))
@@ -95,8 +96,12 @@ def test_every_tile_of_the_scan(kind: str, tile: tiling.Tile, monkeypatch: pytes
         case = replace(case, options={"scales": (4, 33)})
     exact_inputs = list(SSD_SCAN.inputs(case, torch.Generator().manual_seed(0)).values())
     scales = case.options["scales"] or (case.sizes["L"],)
-    got = ssd_scan_triton.forward(*(t.float().to(DEVICE) for t in exact_inputs), scales)
-    same, exact = (reference.ssd_scan(*(t.to(d) for t in exact_inputs), scales) for d in (torch.float32, torch.float64))
+
+    def call(dtype: torch.dtype, device: str) -> Scan:
+        return Scan(*(t.to(device, dtype) for t in exact_inputs), scales)  # type: ignore[call-arg, arg-type]
+
+    got = ssd_scan_triton.forward(call(torch.float32, DEVICE))
+    same, exact = (reference.ssd_scan(call(dtype, "cpu")) for dtype in (torch.float32, torch.float64))
     assert_as_near(got, same, exact)
 
 

@@ -18,6 +18,7 @@ from benchmarks import peers
 from mvar_kernels.contract import prepared
 from mvar_kernels.ops.adaln.spec import SPECS as ADALN
 from mvar_kernels.ops.mamba2 import reference
+from mvar_kernels.ops.mamba2.inputs import Scan
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER
 from mvar_kernels.specs import Case
 
@@ -59,7 +60,7 @@ def in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> tuple[Tensor, Tensor]:
         assert dt_softplus and return_final_states and B.shape[2] == C.shape[2] == 1
         steps = F.softplus(dt + dt_bias)
-        return reference.ssd_scan(x, steps, A, B[:, :, 0], C[:, :, 0], D, initial_states, (x.shape[1],))
+        return reference.ssd_scan(Scan(x, steps, A, B[:, :, 0], C[:, :, 0], D, initial_states, (x.shape[1],)))
 
     def rmsnorm(x: Tensor, weight: Tensor, bias: None, *, z: Tensor, eps: float, norm_before_gate: bool) -> Tensor:
         assert not norm_before_gate

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mvar_kernels.backends import interpreted, unavailable
 from mvar_kernels.ops.sample_tokens import noise, reference
-from mvar_kernels.ops.sample_tokens.inputs import Draw
+from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
 from tests.test_sample_tokens_native import finite_rows, image_indices, infinite_rows
 
 REASON = unavailable("triton")
@@ -32,7 +32,7 @@ def moved(call: Draw) -> Draw:
 
 
 def draw(call: Draw) -> Tensor:
-    tokens: Tensor = sample_tokens_triton.forward(moved(call))
+    tokens: Tensor = sample_tokens_triton.forward(moved(call))[0]
     return tokens.cpu()
 
 
@@ -97,7 +97,7 @@ def test_tokens_are_the_reference_s(V: int) -> None:
     for share, top_p in FILTERS:
         top_k = int(share * V) if isinstance(share, float) else share
         call = Draw(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
-        assert torch.equal(draw(call), reference.sample_tokens(call)), (top_k, top_p)
+        assert torch.equal(draw(call), reference.sample_tokens(call)[0]), (top_k, top_p)
 
 
 def test_one_code_above_minus_infinity() -> None:
@@ -115,7 +115,7 @@ def test_guided_tokens_are_the_reference_s(guidance: float) -> None:
     cond, uncond = (torch.cat([rows(130, 1, generator) for rows in (finite_rows, infinite_rows)]) for _ in range(2))
     for top_k, top_p in ((0, 1.0), (30, 0.96)):
         call = Draw(cond, uncond, image_indices(len(cond)), guidance, top_k, top_p, SEED, 1)
-        assert torch.equal(draw(call), reference.sample_tokens(call)), (top_k, top_p)
+        assert torch.equal(draw(call), reference.sample_tokens(call)[0]), (top_k, top_p)
 
 
 def test_near_winners_are_told_apart() -> None:
@@ -125,7 +125,7 @@ def test_near_winners_are_told_apart() -> None:
     for offset in (0.0, 2.0**20):
         cond = torch.stack([torch.zeros(2, 16), values[..., 0] - values[..., 1]], -1) + offset
         call = Draw(cond, None, index, 0.0, 0, 1.0, SEED, SCALE)
-        want = reference.sample_tokens(call)
+        want = reference.sample_tokens(call)[0]
         assert 0 < want.sum() < want.numel()
         assert torch.equal(draw(call), want)
 
@@ -138,7 +138,7 @@ def test_guidance_to_the_last_bit() -> None:
     cond = torch.stack([torch.zeros(2, 16), values[..., 0] - values[..., 1]], -1)
     cond = (cond + 1.3 * uncond) / 2.3
     call = Draw(cond, uncond, index, 1.3, 0, 1.0, SEED, SCALE)
-    want = reference.sample_tokens(call)
+    want = reference.sample_tokens(call)[0]
     assert 0 < want.sum() < want.numel()
     assert torch.equal(draw(call), want)
 
@@ -151,7 +151,7 @@ def test_cut_of_top_p_to_one_unit() -> None:
         cond = torch.tensor([[[0.0, x]]])
         for limit, kept in ((weight + 0.5, False), (weight - 0.5, True)):
             call = Draw(cond, None, torch.zeros(1).long(), 0.0, 0, 1 - limit / (2**30 + weight), SEED, 0)
-            mean = soft_embedding_triton.forward(moved(call), torch.eye(2, device=DEVICE), 1e-38, 100.0)
+            mean = soft_embedding_triton.forward(SoftDraw(torch.eye(2, device=DEVICE), *moved(call), 1e-38, 100.0))[0]
             assert (mean[0, 0, 1] > 0) == kept, x
 
 

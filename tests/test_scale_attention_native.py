@@ -45,7 +45,7 @@ class Problem(NamedTuple):
         """out, lse and every gradient."""
         call = Attention(t["q"], t["k"], t["v"], self.temperature(acc), self.scales, self.causal, self.scale)
         out, lse = kernel.forward(call)  # type: ignore[attr-defined]
-        return [out, lse, *kernel.backward(t["grad_out"], out, lse, call)]  # type: ignore[attr-defined]
+        return [out, lse, *kernel.backward([t["grad_out"]], call)]  # type: ignore[attr-defined]
 
 
 PROBLEMS = {

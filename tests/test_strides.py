@@ -3,7 +3,7 @@
 A compiled graph asserts what the fakes have promised.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import mvar_kernels as mk
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.specs import Spec
+from tests.dispatched import dispatched
 
 
 def permuted(t: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def expanded(t: Tensor) -> Tensor:
     return t[:1].expand(t.shape) if t.dim() else t
 
 
-def calls(spec: Spec, layout: Callable[[Tensor], Tensor], backend: str, dtype: torch.dtype) -> dict[str, Any]:
+def calls(spec: Spec, layout: Callable[[Tensor], Tensor], backend: str, dtype: torch.dtype) -> dict[str, Sequence[Any]]:
     """The operators that a call and its backward run, with their arguments."""
     case, generator = spec.cases[1], torch.Generator().manual_seed(1)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
@@ -42,24 +43,17 @@ def calls(spec: Spec, layout: Callable[[Tensor], Tensor], backend: str, dtype: t
         name: layout(t.to(kept if name in spec.keeps_dtype else dtype))
         for name, t in spec.inputs(case, generator).items()
     }
-    packets = {n: getattr(torch.ops.mvar, n) for n in (spec.op, f"{spec.op}_backward") if n in REGISTERED}
-    captured: dict[str, Any] = {}
 
-    def watched(name: str) -> Callable[..., Any]:
-        return lambda *arguments: (captured.update({name: arguments}), packets[name](*arguments))[1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in packets:
-            patch.setattr(torch.ops.mvar, name, watched(name))
+    def run() -> None:
         leaves = {name: t.detach().requires_grad_(name in spec.grads) for name, t in inputs.items()}
         outs = spec.call(leaves, case, backend)
         if spec.grads:
             wanted = [leaves[name] for name in spec.grads if name in leaves]
             torch.autograd.grad(outs, wanted, [layout(torch.ones_like(out)) for out in outs])
-    return captured
 
-
-REGISTERED = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("mvar::")}
+    found = dispatched(spec.op, run)
+    assert spec.op in found and (f"{spec.op}_backward" in found) == bool(spec.grads)
+    return found
 
 
 CASES = (

@@ -9,12 +9,12 @@ gated_adaln: each adds the last branch to the residual stream and prepares the n
 that x is read and written once per branch instead of eight to ten times.
 """
 
-import torch
 from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
-from mvar_kernels.custom_op import custom_op
+from mvar_kernels.custom_op import RegisteredOp
+from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
 
 _MODULES = {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"}
 _ADALN = Op("adaln", __package__, _MODULES)
@@ -38,8 +38,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, backend
         BackendError: the named backend cannot run on these inputs.
     """
     eps = _check("adaln", eps, backend, x=x, scale=scale, shift=shift)
-    out: Tensor = torch.ops.mvar.adaln(x, scale, shift, eps, backend)
-    return out
+    return _adaln(AdaLN(x, scale, shift, eps), backend)[0]
 
 
 def gated_adaln(
@@ -68,7 +67,7 @@ def gated_adaln(
         as :func:`adaln`.
     """
     eps = _check("gated_adaln", eps, backend, x=x, branch=branch, gate=gate, scale=scale, shift=shift)
-    x_new, out = torch.ops.mvar.gated_adaln(x, branch, gate, scale, shift, eps, backend)
+    x_new, out = _gated_adaln(GatedAdaLN(x, branch, gate, scale, shift, eps), backend)
     return x_new, out
 
 
@@ -83,88 +82,13 @@ def _check(op: str, eps: float, backend: str, **tensors: Tensor) -> float:
     return checks.positive(op, "eps", eps)
 
 
-@custom_op("mvar::adaln")
-def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str) -> Tensor:
-    out: Tensor = _ADALN.choose(backend, x.device, x, scale, shift, eps).forward(x, scale, shift, eps)
-    return out
+def _fake(call: AdaLN) -> tuple[Tensor]:
+    return (call.x.new_empty(call.x.shape),)
 
 
-@_adaln.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str) -> Tensor:
-    return x.new_empty(x.shape)
+def _gated_fake(call: GatedAdaLN) -> tuple[Tensor, Tensor]:
+    return call.x.new_empty(call.x.shape), call.x.new_empty(call.x.shape)
 
 
-@custom_op("mvar::adaln_backward", reference_gradients=True)
-def _adaln_backward(
-    grad_out: Tensor, x: Tensor, scale: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _ADALN.choose(backend, x.device, x, scale, eps, backward=True)
-    assert kernel.backward is not None
-    dx, dscale, dshift = kernel.backward(grad_out, x, scale, eps)
-    return dx, dscale, dshift
-
-
-@_adaln_backward.register_fake
-def _(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-
-
-def _adaln_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, scale, _, ctx.eps, ctx.backend = inputs
-    ctx.save_for_backward(x, scale)
-
-
-def _adaln_autograd(ctx, grad_out):  # type: ignore[no-untyped-def]
-    grads = torch.ops.mvar.adaln_backward(grad_out, *ctx.saved_tensors, ctx.eps, ctx.backend)
-    return *grads, None, None
-
-
-_adaln.register_autograd(_adaln_autograd, setup_context=_adaln_setup)
-
-
-@custom_op("mvar::gated_adaln")
-def _gated_adaln(
-    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    kernel = _GATED.choose(backend, x.device, x, branch, gate, scale, shift, eps)
-    x_new, out = kernel.forward(x, branch, gate, scale, shift, eps)
-    return x_new, out
-
-
-@_gated_adaln.register_fake
-def _(
-    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@custom_op("mvar::gated_adaln_backward", reference_gradients=True)
-def _gated_adaln_backward(
-    grads: list[Tensor], x_new: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel = _GATED.choose(backend, x_new.device, x_new, branch, gate, scale, eps, backward=True)
-    assert kernel.backward is not None
-    dx, dbranch, dgate, dscale, dshift = kernel.backward(*grads, x_new, branch, gate, scale, eps)
-    return dx, dbranch, dgate, dscale, dshift
-
-
-@_gated_adaln_backward.register_fake
-def _(
-    grads: list[Tensor], x_new: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like_x, like_gate = x_new.new_empty(x_new.shape), gate.new_empty(gate.shape)
-    return like_x, torch.empty_like(like_x), like_gate, torch.empty_like(like_gate), torch.empty_like(like_gate)
-
-
-def _gated_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, branch, gate, scale, _, ctx.eps, ctx.backend = inputs
-    ctx.save_for_backward(output[0], branch, gate, scale)
-
-
-def _gated_autograd(ctx, grad_x_new, grad_out):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors
-    grads = torch.ops.mvar.gated_adaln_backward([grad_x_new, grad_out], *saved, ctx.eps, ctx.backend)
-    return *grads, None, None
-
-
-_gated_adaln.register_autograd(_gated_autograd, setup_context=_gated_setup)
+_adaln = RegisteredOp(_ADALN, AdaLN, _fake, outputs=1)
+_gated_adaln = RegisteredOp(_GATED, GatedAdaLN, _gated_fake, outputs=2, saved_as={"x": 0})

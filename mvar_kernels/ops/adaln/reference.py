@@ -1,17 +1,21 @@
 """adaLN in plain PyTorch: the specification. Arithmetic in float32, or float64 for float64 inputs."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from mvar_kernels.backends import Kernel
 from mvar_kernels.checks import accumulator
+from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
 
 
-def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def adaln(call: AdaLN) -> tuple[Tensor]:
     """LN(x)·(1+scale) + shift over the last dimension, rounded once, to x's dtype."""
+    x, scale, shift, eps = call
     acc = accumulator(x.dtype)
     centred = _centred(x.to(acc))  # (B, L, C)
     normed = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (normed * (1 + scale.to(acc))[:, None] + shift.to(acc)[:, None]).to(x.dtype)
+    return ((normed * (1 + scale.to(acc))[:, None] + shift.to(acc)[:, None]).to(x.dtype),)
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -20,25 +24,25 @@ def _centred(x: Tensor) -> Tensor:
     return centred - centred.mean(-1, keepdim=True)
 
 
-def gated_adaln(
-    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def gated_adaln(call: GatedAdaLN) -> tuple[Tensor, Tensor]:
     """x' = x + gate·branch, rounded to x's dtype, and adaLN of that x'."""
+    x, branch, gate, scale, shift, eps = call
     acc = accumulator(x.dtype)
     x_new = (x.to(acc) + gate.to(acc)[:, None] * branch.to(acc)).to(x.dtype)
-    return x_new, adaln(x_new, scale, shift, eps)
+    return x_new, *adaln(AdaLN(x_new, scale, shift, eps))
 
 
-def adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def adaln_backward(grads: Sequence[Tensor], call: AdaLN) -> tuple[Tensor, ...]:
     """With n = LN(x), r = 1/σ and w = grad·(1+scale): dx = r·(w − mean(w) − n·mean(w·n))."""
-    dx, dscale, dshift = _layer_norm_vjp(grad_out, x, scale, eps)
+    x, scale, _, eps = call
+    dx, dscale, dshift = _layer_norm_vjp(grads[0], x, scale, eps)
     return dx.to(x.dtype), dscale.to(x.dtype), dshift.to(x.dtype)
 
 
-def gated_adaln_backward(
-    grad_x_new: Tensor, grad_out: Tensor, x_new: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def gated_adaln_backward(grads: Sequence[Tensor], call: GatedAdaLN) -> tuple[Tensor, ...]:
     """The gradient d at x' reaches x as it is, the branch times the gate, and the gate summed over tokens."""
+    grad_x_new, grad_out = grads
+    x_new, branch, gate, scale, _, eps = call
     acc = accumulator(x_new.dtype)
     dx_norm, dscale, dshift = _layer_norm_vjp(grad_out, x_new, scale, eps)
     d = grad_x_new.to(acc) + dx_norm  # (B, L, C)
@@ -59,9 +63,5 @@ def _layer_norm_vjp(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> t
     return dx, (grad * normed).sum(1), grad.sum(1)
 
 
-def _takes_all(*inputs: Tensor | float) -> None:
-    return None
-
-
-adaln_reference = Kernel(_takes_all, adaln, adaln_backward)
-gated_adaln_reference = Kernel(_takes_all, gated_adaln, gated_adaln_backward)
+adaln_reference = Kernel(lambda call: None, adaln, adaln_backward)
+gated_adaln_reference = Kernel(lambda call: None, gated_adaln, gated_adaln_backward)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.ops.adaln import reference
+from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
 from mvar_kernels.specs import Case, Inputs, Spec
 
@@ -57,7 +58,7 @@ ADALN = Spec(
     cases=CASES,
     inputs=lambda case, generator: _inputs(case, generator, gated=False),
     call=lambda t, case, backend: (adaln(t["x"], t["scale"], t["shift"], eps=EPS, backend=backend),),
-    reference=lambda t, case: (reference.adaln(t["x"], t["scale"], t["shift"], EPS),),
+    reference=lambda t, case: reference.adaln(AdaLN(t["x"], t["scale"], t["shift"], EPS)),
     outputs=("out",),
     grads=("x", "scale", "shift"),
     bench=BENCH,
@@ -73,7 +74,9 @@ GATED_ADALN = Spec(
     call=lambda t, case, backend: gated_adaln(
         t["x"], t["branch"], t["gate"], t["scale"], t["shift"], eps=EPS, backend=backend
     ),
-    reference=lambda t, case: reference.gated_adaln(t["x"], t["branch"], t["gate"], t["scale"], t["shift"], EPS),
+    reference=lambda t, case: reference.gated_adaln(
+        GatedAdaLN(t["x"], t["branch"], t["gate"], t["scale"], t["shift"], EPS)
+    ),
     outputs=("x_new", "out"),
     grads=("x", "branch", "gate", "scale", "shift"),
     bench=BENCH,

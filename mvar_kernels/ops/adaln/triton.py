@@ -21,6 +21,7 @@ accesses are coalesced, sums over tokens need no exchange between threads, and a
 exchange between warps.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.backends import Kernel
 from mvar_kernels.binding import empty, view
+from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
 from mvar_kernels.ops.adaln.triton_backward import _adaln_bwd_kernel, _adaln_sums_kernel, _gated_adaln_bwd_kernel
 from mvar_kernels.ops.adaln.triton_forward import _adaln_fwd_kernel, _gated_adaln_fwd_kernel
 from mvar_kernels.tiling import Tile
@@ -41,11 +43,9 @@ WARPS_AT_WORK, SHORTEST, SLAB_COST = 16 * 132, 8, 6
 STAGED_BYTES = 96 * 1024  # of shared memory: what a program may have on every architecture, less a little
 
 
-def _why_not(first: Tensor, *others: Tensor | float) -> str | None:
-    reason = tiling.objection(first)
-    if reason is None and not 1 <= first.shape[-1] <= WIDEST:
-        return f"C={first.shape[-1]} is not from 1 to {WIDEST}"
-    return reason
+def _why_not(call: AdaLN | GatedAdaLN) -> str | None:
+    reason, C = tiling.objection(call.x), call.x.shape[-1]
+    return f"C={C} is not from 1 to {WIDEST}" if reason is None and not 1 <= C <= WIDEST else reason
 
 
 def _warps(block_c: int) -> int:
@@ -110,8 +110,8 @@ def slab_length(B: int, L: int, C: int) -> int:
     return max(triton.cdiv(L, slabs), 1)
 
 
-def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    x, scale, shift = view(x), view(scale), view(shift)
+def _adaln(call: AdaLN) -> tuple[Tensor]:
+    x, scale, shift, eps = call.readable()
     out = empty(x)
     B, L, C = x.shape
     tile = _chosen("adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)))
@@ -128,13 +128,11 @@ def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
         C,
         **tile.arguments(),
     )
-    return out
+    return (out,)
 
 
-def _gated_adaln(
-    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    x, branch, gate, scale, shift = view(x), view(branch), view(gate), view(scale), view(shift)
+def _gated_adaln(call: GatedAdaLN) -> tuple[Tensor, Tensor]:
+    x, branch, gate, scale, shift, eps = call.readable()
     x_new, out = empty(x), empty(x)
     B, L, C = x.shape
     tile = _chosen("gated_adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)))
@@ -159,8 +157,9 @@ def _gated_adaln(
     return x_new, out
 
 
-def _adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    grad_out, x, scale = view(grad_out), view(x), view(scale)
+def _adaln_backward(grads: Sequence[Tensor], call: AdaLN) -> tuple[Tensor, ...]:
+    x, scale, _, eps = call.readable()
+    grad_out = view(grads[0])
     dx, dscale, dshift = empty(x), empty(scale), empty(scale)
     B, L, C = x.shape
     slab = slab_length(B, L, C)
@@ -185,11 +184,9 @@ def _adaln_backward(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> t
     return dx, dscale, dshift
 
 
-def _gated_adaln_backward(
-    grad_x_new: Tensor, grad_out: Tensor, x_new: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_x_new, grad_out, x_new, branch = view(grad_x_new), view(grad_out), view(x_new), view(branch)
-    gate, scale = view(gate), view(scale)
+def _gated_adaln_backward(grads: Sequence[Tensor], call: GatedAdaLN) -> tuple[Tensor, ...]:
+    grad_x_new, grad_out = map(view, grads)
+    x_new, branch, gate, scale, _, eps = call.readable()
     dx, dbranch = empty(x_new), empty(x_new)
     dgate, dscale, dshift = empty(scale), empty(scale), empty(scale)
     B, L, C = x_new.shape

@@ -10,14 +10,14 @@ The state between two calls is the last width−1 rows of xBC before the convolu
 constant in size, so that generation passes every token through the layer once (arXiv 2405.21060).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
-from mvar_kernels.custom_op import custom_op
+from mvar_kernels.custom_op import RegisteredOp
+from mvar_kernels.ops.mamba2.inputs import Mixer
 
 _OP = Op("mamba2_mixer", __package__, {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"})
 
@@ -96,11 +96,10 @@ def mamba2_mixer(
     if state is not None and not isinstance(state, Mamba2State):
         raise TypeError(f"{op}: state: expected a Mamba2State, got {type(state).__name__}")
     acc = checks.accumulator(zxbcdt.dtype)
-    inputs = [zxbcdt]
     if dt is not None:
         steps = (zxbcdt.dtype,) if zxbcdt.dtype == acc else (zxbcdt.dtype, acc)
         checks.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=zxbcdt, dtypes=steps)
-        inputs.append(dt.flatten(2))
+        dt = dt.flatten(2)
     sizes |= {"taps-1": sizes["taps"] - 1, "P": E // H, "N": (xbc - E) // 2}
     if state is None:
         state = Mamba2State(
@@ -112,61 +111,14 @@ def mamba2_mixer(
     eps = checks.positive(op, "eps", eps)
     scales = checks.directions(op, both, scales, sizes["L"])
     check_name(backend)
-    params = [conv_weight, conv_bias, dt_bias, A_log, D, norm_weight]
-    y, conv, ssm = torch.ops.mvar.mamba2_mixer(inputs, params, list(state), scales, eps, backend)
+    call = Mixer(zxbcdt, dt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, *state, scales, eps)
+    y, conv, ssm = _mamba2_mixer(call, backend)
     return y, Mamba2State(conv, ssm)
 
 
-@custom_op("mvar::mamba2_mixer")
-def _mamba2_mixer(
-    inputs: list[Tensor], params: list[Tensor], state: list[Tensor], scales: list[int], eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """inputs: [zxbcdt], or [zxbc, dt] with dt (B, L, directions·H)."""
-    args = (inputs, params, state, tuple(scales), eps)
-    y, conv, ssm = _OP.choose(backend, inputs[0].device, *args).forward(*args)
-    return y, conv, ssm
+def _fake(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
+    y = call.zxbcdt.new_empty(*call.zxbcdt.shape[:2], call.norm_weight.shape[0])
+    return y, call.conv.new_empty(call.conv.shape), call.ssm.new_empty(call.ssm.shape)
 
 
-@_mamba2_mixer.register_fake
-def _(inputs: list[Tensor], params: list[Tensor], state: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y = inputs[0].new_empty(*inputs[0].shape[:2], params[-1].shape[0])
-    return y, state[0].new_empty(state[0].shape), state[1].new_empty(state[1].shape)
-
-
-@custom_op("mvar::mamba2_mixer_backward", reference_gradients=True)
-def _mamba2_mixer_backward(
-    grads: list[Tensor],
-    inputs: list[Tensor],
-    params: list[Tensor],
-    state: list[Tensor],
-    scales: list[int],
-    eps: float,
-    backend: str,
-) -> list[Tensor]:
-    args = (inputs, params, state, tuple(scales), eps)
-    kernel = _OP.choose(backend, inputs[0].device, *args, backward=True)
-    assert kernel.backward is not None
-    return list(kernel.backward(grads, *args))
-
-
-@_mamba2_mixer_backward.register_fake
-def _(
-    grads: list[Tensor], inputs: list[Tensor], params: list[Tensor], state: list[Tensor], *options: Any
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (*inputs, *params, *state)]
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    tensors, params, state, *ctx.options = inputs
-    ctx.inputs = len(tensors)
-    ctx.save_for_backward(*tensors, *params, *state)
-
-
-def _autograd(ctx, *grads):  # type: ignore[no-untyped-def]
-    count, saved = ctx.inputs, list(ctx.saved_tensors)
-    inputs, params, state = saved[:count], saved[count:-2], saved[-2:]
-    found = torch.ops.mvar.mamba2_mixer_backward(list(grads), inputs, params, state, *ctx.options)
-    return found[:count], found[count:-2], found[-2:], None, None, None
-
-
-_mamba2_mixer.register_autograd(_autograd, setup_context=_setup)
+_mamba2_mixer = RegisteredOp(_OP, Mixer, _fake, outputs=3)

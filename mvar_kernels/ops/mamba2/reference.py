@@ -5,7 +5,8 @@ the state. The token-by-token recurrence it must equal is in the tests.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mvar_kernels.backends import Kernel
 from mvar_kernels.checks import accumulator
-from mvar_kernels.ops.mamba2.steps import steps_of
+from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 
 CHUNK = 32  # the fastest of 32, 64, 128 on an AMD Zen 5 core
 
@@ -72,10 +73,9 @@ def backward_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, scales
     return torch.cat(outs, 1)
 
 
-def ssd_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, scales: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+def ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
     """y (B, L, H, P) in x's dtype and the last state (B, H, P, N). dt (B, L, 2, H) and A (2, H): bidirectional."""
+    x, dt, A, B, C, D, state, scales = call
     acc = accumulator(x.dtype)
     x_acc, dt, A, B, C, D = (t.to(acc) for t in (x, dt, A, B, C, D))
     A = A.clamp(min=torch.finfo(acc).min)  # finite: where Δ is 0, so is Δ·A
@@ -86,21 +86,12 @@ def ssd_scan(
     return (y + D[:, None] * x_acc).to(x.dtype), last
 
 
-def mamba2_mixer(
-    inputs: Sequence[Tensor],
-    params: list[Tensor],
-    state: list[Tensor],
-    scales: tuple[int, ...],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, E) and the new (conv, ssm) state; params and shapes as in :func:`mvar_kernels.mamba2_mixer`.
-
-    inputs: [zxbcdt], or [zxbc, dt].
-    """
-    first, dt = inputs[0], steps_of(inputs, params)
+def mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, E) and the new (conv, ssm) state; shapes as in :func:`mvar_kernels.mamba2_mixer`."""
+    first, dt = call.zxbcdt, call.steps
     acc = accumulator(first.dtype)
-    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.to(acc) for p in params)
-    conv_state, ssm_state = state
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.to(acc) for p in call.parameters)
+    conv_state, ssm_state = call.conv, call.ssm
     E, (H,), width = norm_weight.shape[0], D.shape, conv_weight.shape[1]
     N = (conv_weight.shape[0] - E) // 2
     z, xbc = first[..., : 2 * E + 2 * N].split([E, E + 2 * N], -1)
@@ -113,40 +104,31 @@ def mamba2_mixer(
     delta = F.softplus(dt.to(acc).unflatten(-1, dt_bias.shape) + dt_bias)
     heads = x.unflatten(-1, (H, E // H))  # (B, L, H, P)
     A = -A_log.clamp(max=math.log(torch.finfo(acc).max) - 1e-3).exp()  # finite, and so is its gradient
-    y, last = ssd_scan(heads, delta, A, B, C, D, ssm_state, scales)
+    y, last = ssd_scan(Scan(heads, delta, A, B, C, D, ssm_state, call.scales))
 
     gated = y.flatten(2) * F.silu(z.to(acc))
-    normed = gated * (gated.square().mean(-1, keepdim=True) + eps).rsqrt() * norm_weight
+    normed = gated * (gated.square().mean(-1, keepdim=True) + call.eps).rsqrt() * norm_weight
     return normed.to(first.dtype), rows[:, rows.shape[1] - width + 1 :].clone(), last
 
 
-def ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple[int, ...]) -> list[Tensor]:
+def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     """Gradients of ssd_scan's tensors: the forward's own derivative."""
-
-    def forward(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return ssd_scan(x, dt, A, B, C, D, state, scales)
-
-    return list(torch.func.vjp(forward, *tensors)[1](tuple(grads)))
+    return _derivative(ssd_scan, grads, call)
 
 
-def mamba2_mixer_backward(
-    grads: list[Tensor],
-    inputs: list[Tensor],
-    params: list[Tensor],
-    state: list[Tensor],
-    scales: tuple[int, ...],
-    eps: float,
-) -> list[Tensor]:
-    """Gradients of the inputs, the parameters and the two states, in that order: the forward's own derivative."""
-    count = len(inputs)
-
-    def forward(*t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return mamba2_mixer(t[:count], list(t[count:-2]), list(t[-2:]), scales, eps)
-
-    return list(torch.func.vjp(forward, *inputs, *params, *state)[1](tuple(grads)))
+def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
+    """Gradients of mamba2_mixer's tensors: the forward's own derivative."""
+    return _derivative(mamba2_mixer, grads, call)
 
 
-ssd_scan_reference = Kernel(lambda *inputs: None, ssd_scan, ssd_scan_backward)
-mamba2_mixer_reference = Kernel(lambda *inputs: None, mamba2_mixer, mamba2_mixer_backward)
+def _derivative(forward: Callable[[Any], tuple[Tensor, ...]], grads: Sequence[Tensor], call: Any) -> list[Tensor]:
+    names = [name for name, value in call._asdict().items() if isinstance(value, Tensor)]
+
+    def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return forward(call._replace(**dict(zip(names, tensors, strict=True))))
+
+    return list(torch.func.vjp(outputs, *(getattr(call, name) for name in names))[1](tuple(grads)))
+
+
+ssd_scan_reference = Kernel(lambda call: None, ssd_scan, ssd_scan_backward)
+mamba2_mixer_reference = Kernel(lambda call: None, mamba2_mixer, mamba2_mixer_backward)

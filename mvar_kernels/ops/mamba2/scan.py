@@ -16,12 +16,12 @@ Equal to: flip each scale, scan from zero, leave out each token's own term, flip
 2407.09941) is the quasi-separable ancestor.
 """
 
-import torch
 from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
-from mvar_kernels.custom_op import custom_op
+from mvar_kernels.custom_op import RegisteredOp
+from mvar_kernels.ops.mamba2.inputs import Scan
 
 _MODULES = {"cpu": "native", "triton": "triton", "mamba_ssm": "mamba_ssm", "reference": "reference"}
 _OP = Op("ssd_scan", __package__, _MODULES)
@@ -83,42 +83,12 @@ def ssd_scan(
     checks.tensor(op, "initial_state", initial_state, "B H P N", sizes, like=x, dtypes=(acc,))
     scales = checks.directions(op, both, scales, x.shape[1])
     check_name(backend)
-    y, state = torch.ops.mvar.ssd_scan([x, dt, A, B, C, D, initial_state], scales, backend)
+    y, state = _ssd_scan(Scan(x, dt, A, B, C, D, initial_state, scales), backend)
     return y, state
 
 
-@custom_op("mvar::ssd_scan")
-def _ssd_scan(tensors: list[Tensor], scales: list[int], backend: str) -> tuple[Tensor, Tensor]:
-    y, state = _OP.choose(backend, tensors[0].device, *tensors, tuple(scales)).forward(*tensors, tuple(scales))
-    return y, state
+def _fake(call: Scan) -> tuple[Tensor, Tensor]:
+    return call.x.new_empty(call.x.shape), call.state.new_empty(call.state.shape)
 
 
-@_ssd_scan.register_fake
-def _(tensors: list[Tensor], scales: list[int], backend: str) -> tuple[Tensor, Tensor]:
-    x, state = tensors[0], tensors[-1]
-    return x.new_empty(x.shape), state.new_empty(state.shape)
-
-
-@custom_op("mvar::ssd_scan_backward", reference_gradients=True)
-def _ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: list[int], backend: str) -> list[Tensor]:
-    kernel = _OP.choose(backend, grads[0].device, *tensors, tuple(scales), backward=True)
-    assert kernel.backward is not None
-    return list(kernel.backward(grads, tensors, tuple(scales)))
-
-
-@_ssd_scan_backward.register_fake
-def _(grads: list[Tensor], tensors: list[Tensor], scales: list[int], backend: str) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in tensors]
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    tensors, ctx.scales, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd(ctx, grad_y, grad_state):  # type: ignore[no-untyped-def]
-    tensors = list(ctx.saved_tensors)
-    return torch.ops.mvar.ssd_scan_backward([grad_y, grad_state], tensors, ctx.scales, ctx.backend), None, None
-
-
-_ssd_scan.register_autograd(_autograd, setup_context=_setup)
+_ssd_scan = RegisteredOp(_OP, Scan, _fake, outputs=2)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.ops.mamba2 import reference
+from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 from mvar_kernels.ops.mamba2.mixer import Mamba2State, mamba2_mixer
 from mvar_kernels.ops.mamba2.scan import ssd_scan
 from mvar_kernels.specs import PER_HEAD_SUM, Case, Inputs, Spec
@@ -171,6 +172,13 @@ def _call_mixer(t: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
     return y, *state
 
 
+def _mixer_reference(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    dt = t["dt"].flatten(2) if "dt" in t else None
+    parameters = {name: t[name] for name in PARAMETERS}
+    call = Mixer(t["zxbcdt"], dt, **parameters, conv=t["conv"], ssm=t["ssm"], scales=_scales(case), eps=EPS)
+    return reference.mamba2_mixer(call)
+
+
 def _call_scan(t: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
     args = (t[name] for name in ("x", "dt", "A", "B", "C", "D"))
     return ssd_scan(*args, initial_state=t["initial_state"], scales=case.options["scales"], backend=backend)
@@ -219,7 +227,7 @@ SSD_SCAN = Spec(
     inputs=_scan_inputs,
     call=_call_scan,
     reference=lambda t, case: reference.ssd_scan(
-        t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["initial_state"], _scales(case)
+        Scan(t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["initial_state"], _scales(case))
     ),
     outputs=("y", "state"),
     grads=("x", "dt", "A", "B", "C", "D", "initial_state"),
@@ -236,13 +244,7 @@ MAMBA2_MIXER = Spec(
     cases=(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64), *FLOAT32_STEPS_MIXER, *LARGE_MIXER, *INSTANT),
     inputs=_mixer_inputs,
     call=_call_mixer,
-    reference=lambda t, case: reference.mamba2_mixer(
-        [t["zxbcdt"], *([t["dt"].flatten(2)] if "dt" in t else [])],
-        [t[name] for name in PARAMETERS],
-        [t["conv"], t["ssm"]],
-        _scales(case),
-        EPS,
-    ),
+    reference=_mixer_reference,
     outputs=("y", "conv", "ssm"),
     grads=("zxbcdt", "dt", *PARAMETERS, "conv", "ssm"),
     keeps_dtype=("dt_bias", "A_log", "D", "ssm"),

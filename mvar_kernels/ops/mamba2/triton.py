@@ -41,7 +41,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.backends import Kernel
 from mvar_kernels.binding import view
-from mvar_kernels.ops.mamba2.steps import steps_of
+from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 from mvar_kernels.ops.mamba2.triton_backward import ssd_scan_backward
 from mvar_kernels.ops.mamba2.triton_forward import (
     _mamba2_mixer_fwd_kernel,
@@ -93,14 +93,12 @@ def _why_not(first: Tensor, state: Tensor) -> str | None:
     return f"state: N={N} is above {LARGEST_N}, what a program's registers hold" if N > LARGEST_N else None
 
 
-def _why_not_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, *rest: Any
-) -> str | None:
-    return _why_not(x, state)
+def _why_not_scan(call: Scan) -> str | None:
+    return _why_not(call.x, call.state)
 
 
-def _why_not_mixer(inputs: list[Tensor], params: list[Tensor], state: list[Tensor], *rest: Any) -> str | None:
-    return _why_not(inputs[0], state[1])
+def _why_not_mixer(call: Mixer) -> str | None:
+    return _why_not(call.zxbcdt, call.ssm)
 
 
 def _plan(
@@ -121,9 +119,8 @@ def _inner(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _ssd_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, scales: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+def _ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
+    x, dt, A, B, C, D, state, scales = call
     rows, L, H, P = x.shape
     both = A.dim() == 2
     plan = _plan("ssd_scan", SCAN, L, P, B.shape[-1], both, x)
@@ -139,12 +136,10 @@ def _ssd_scan(
     return y, last
 
 
-def _mamba2_mixer(
-    inputs: list[Tensor], params: list[Tensor], state: list[Tensor], scales: tuple[int, ...], eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (t.contiguous() for t in params)
-    conv, ssm = (t.contiguous() for t in state)
-    zxbcdt, dt = view(inputs[0]), view(steps_of(inputs, params))
+def _mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (t.contiguous() for t in call.parameters)
+    conv, ssm = call.conv.contiguous(), call.ssm.contiguous()
+    zxbcdt, dt = view(call.zxbcdt), view(call.steps)
     (rows, L, _), (_, H, P, N) = zxbcdt.shape, ssm.shape
     E, taps, columns, both = H * P, conv_weight.shape[1], dt_bias.numel(), A_log.dim() == 2
     plan = _plan("mamba2_mixer", MIXER, L, P, N, both, zxbcdt)
@@ -171,7 +166,7 @@ def _mamba2_mixer(
         )
 
     edges = y.new_empty(rows, H, triton.cdiv(L, plan["CHUNK"]), P, N, dtype=inner) if both else None
-    scale = scale_of_tokens(scales, y.device) if both else None
+    scale = scale_of_tokens(call.scales, y.device) if both else None
     _mamba2_mixer_fwd_kernel[(rows * H * slices,)](
         *(zxbcdt, dt, conv, ssm, conv_weight, conv_bias, dt_bias, A_log, D, B, C, delta, own, scale, edges),
         *(gated, squares, last_conv, last_ssm, *strides, L, H),
@@ -184,7 +179,7 @@ def _mamba2_mixer(
     grid = (triton.cdiv(rows * L, tile.sizes["BLOCK_L"]), triton.cdiv(E, tile.sizes["BLOCK_E"]))
     parts = H * slices
     _mamba2_mixer_norm_kernel[grid](
-        *(gated, squares, norm_weight, y, rows * L, E, parts, eps),
+        *(gated, squares, norm_weight, y, rows * L, E, parts, call.eps),
         BLOCK_PARTS=triton.next_power_of_2(parts),
         **tile.arguments(),
     )

@@ -1,5 +1,6 @@
 """The backward of ssd_scan in Triton: its launches. The maths is in triton_backward_parts.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mvar_kernels import tiling
 from mvar_kernels.binding import empty, view
+from mvar_kernels.ops.mamba2.inputs import Scan
 from mvar_kernels.ops.mamba2.triton_backward_parts import _ssd_scan_bwd_grads_kernel, _ssd_scan_bwd_sweep_kernel
 from mvar_kernels.ops.mamba2.triton_parts import scale_of_tokens
 from mvar_kernels.tiling import Tile
@@ -151,9 +153,9 @@ class ScanGradients:
         return dbc, sums
 
 
-def ssd_scan_backward(grads: list[Tensor], tensors: list[Tensor], scales: tuple[int, ...]) -> list[Tensor]:
+def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     """Gradients of x, dt, A, B, C, D and the initial state from those of y and of the last state."""
-    x, dt, A, B, C, D, initial = tensors
+    x, dt, A, B, C, D, initial, scales = call
     dy = rows_of(grads[0])
     flat_x, flat_B, flat_C = rows_of(x), rows_of(B), rows_of(C)
     scan = ScanGradients(flat_x, rows_of(dt), None, A, flat_B, flat_C, D, initial, scales, x.dtype)

@@ -19,6 +19,7 @@
    last rows. The gradients of weights, Σ_l dv_l rows_{l+k}, and of the bias leave one partial per program.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from mvar_kernels import tiling
 from mvar_kernels.binding import empty
-from mvar_kernels.ops.mamba2.steps import steps_of
+from mvar_kernels.ops.mamba2.inputs import Mixer
 from mvar_kernels.ops.mamba2.triton_backward import CHUNKS, ScanGradients, rows_of
 from mvar_kernels.ops.mamba2.triton_backward_parts import edges, head_steps, prefix_sums
 from mvar_kernels.ops.mamba2.triton_parts import (
@@ -323,26 +324,19 @@ def _mamba2_mixer_bwd_conv_grads_kernel(
     tl.store(dconv_at, drow.to(dconv_ptr.dtype.element_ty), mask=is_old)
 
 
-def mamba2_mixer_backward(
-    grads: list[Tensor],
-    inputs: list[Tensor],
-    params: list[Tensor],
-    state: list[Tensor],
-    scales: tuple[int, ...],
-    eps: float,
-) -> list[Tensor]:
+def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     """Gradients of the inputs, the parameters and the two states from those of y and of both states."""
-    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.contiguous() for p in params)
-    conv, initial = (s.contiguous() for s in state)
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.contiguous() for p in call.parameters)
+    conv, initial = call.conv.contiguous(), call.ssm.contiguous()
     E, (channels, taps) = norm_weight.shape[0], conv_weight.shape
-    batch, L, width = inputs[0].shape
+    batch, L, width = call.zxbcdt.shape
     N = (channels - E) // 2
-    dtype, device = inputs[0].dtype, inputs[0].device
-    z, xbc = rows_of(inputs[0])[:, : E + channels].split([E, channels], 1)
-    dt = rows_of(steps_of(inputs, params))
-    dinputs = [empty(t) for t in inputs]
+    dtype, device = call.zxbcdt.dtype, call.zxbcdt.device
+    z, xbc = rows_of(call.zxbcdt)[:, : E + channels].split([E, channels], 1)
+    dt = rows_of(call.steps)
+    dinputs = [empty(call.zxbcdt), *([] if call.dt is None else [empty(call.dt)])]
     dz, dxbc = dinputs[0].view(-1, width)[:, : E + channels].split([E, channels], 1)
-    ddt = rows_of(steps_of(dinputs, params))
+    ddt = rows_of(call.steps_of(dinputs[0], None if call.dt is None else dinputs[1]))
     dconv, dinitial = torch.empty_like(conv), torch.empty_like(initial)
 
     def chosen(kernel: str, candidates: tuple[Tile, ...]) -> dict[str, Any]:
@@ -357,7 +351,7 @@ def mamba2_mixer_backward(
         xbc, conv, conv_weight, conv_bias, silu, slope, xbc.stride(0), L, channels, TAPS=taps, CHUNK=chunk, **tile
     )
     x, B, C = silu.split([E, N, N], 1)
-    scan = ScanGradients(x, dt, dt_bias, A_log, B, C, D, initial, scales, dtype)
+    scan = ScanGradients(x, dt, dt_bias, A_log, B, C, D, initial, call.scales, dtype)
     states = scan.sweep(x, B, initial, None)
     y = torch.empty(batch * L, E, dtype=torch.float32, device=device)
     _mamba2_mixer_bwd_outputs_kernel[scan.programs, scan.groups](
@@ -381,7 +375,7 @@ def mamba2_mixer_backward(
     norm_sums = y.new_empty(programs, E)
     grad = rows_of(grads[0])
     _mamba2_mixer_bwd_norm_kernel[(programs,)](
-        y, z, grad, norm_weight, dz, norm_sums, z.stride(0), grad.stride(0), width, batch * L, E, eps, **tile
+        y, z, grad, norm_weight, dz, norm_sums, z.stride(0), grad.stride(0), width, batch * L, E, call.eps, **tile
     )
     adjoints = scan.sweep(y, C, grads[2], dinitial)
     # In float32 for float16, which dx can leave though dv cannot.
@@ -415,5 +409,5 @@ def mamba2_mixer_backward(
     dA_log, dD, ddt_bias = (part.sum(0) for part in sums.split(kinds, 1))
     dweight, dbias = (part.sum(0) for part in conv_sums.split([taps, 1], 1))
     given = (dweight.t(), dbias, ddt_bias, dA_log, dD, norm_sums.sum(0))
-    dparams = [d.reshape(p.shape).to(p.dtype).contiguous() for d, p in zip(given, params, strict=True)]
+    dparams = [d.reshape(p.shape).to(p.dtype).contiguous() for d, p in zip(given, call.parameters, strict=True)]
     return [*dinputs, *dparams, dconv, dinitial]

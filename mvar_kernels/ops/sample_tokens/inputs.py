@@ -16,3 +16,23 @@ class Draw(NamedTuple):
     top_p: float
     seed: Tensor
     scale_index: int
+
+
+class SoftDraw(NamedTuple):
+    """A draw's mean instead of a token: codebook (V, width), else as in :func:`mvar_kernels.soft_embedding`."""
+
+    codebook: Tensor
+    cond: Tensor
+    uncond: Tensor | None
+    image_index: Tensor
+    guidance: float
+    top_k: int
+    top_p: float
+    seed: Tensor
+    scale_index: int
+    sharpness: float
+    temperature: float
+
+    @property
+    def draw(self) -> Draw:
+        return Draw(*self[1:-2])

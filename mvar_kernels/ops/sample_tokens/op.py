@@ -17,15 +17,13 @@ A code with cond = −∞ is ruled out. With uncond = −∞ alone there is noth
     soft     = softmax((logits·sharpness + noise) / temperature) · codebook  VAR's `more_smooth`
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
-from mvar_kernels.custom_op import custom_op
-from mvar_kernels.ops.sample_tokens.inputs import Draw
+from mvar_kernels.custom_op import RegisteredOp
+from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
 
 _SAMPLE = Op(
     "sample_tokens",
@@ -76,8 +74,7 @@ def sample_tokens(
     """
     op = "sample_tokens"
     call = _checked(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
-    tokens: Tensor = torch.ops.mvar.sample_tokens(*call, backend)
-    return tokens
+    return _sample_tokens(call, backend)[0]
 
 
 def soft_embedding(
@@ -114,8 +111,7 @@ def soft_embedding(
     checks.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
     sharpness = checks.positive(op, "sharpness", sharpness)
     temperature = checks.positive(op, "temperature", temperature)
-    mean: Tensor = torch.ops.mvar.soft_embedding(codebook, *call, sharpness, temperature, backend)
-    return mean
+    return _soft_embedding(SoftDraw(codebook, *call, sharpness, temperature), backend)[0]
 
 
 def _checked(
@@ -166,49 +162,13 @@ def _whole(op: str, name: str, value: object, most: int) -> int:
     return known
 
 
-@custom_op("mvar::sample_tokens")
-def _sample_tokens(
-    cond: Tensor,
-    uncond: Tensor | None,
-    image_index: Tensor,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    scale_index: int,
-    backend: str,
-) -> Tensor:
-    call = Draw(cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index)
-    tokens: Tensor = _SAMPLE.choose(backend, cond.device, call).forward(call)
-    return tokens
+def _fake(call: Draw) -> tuple[Tensor]:
+    return (call.cond.new_empty(call.cond.shape[:2], dtype=torch.int64),)
 
 
-@_sample_tokens.register_fake
-def _(cond: Tensor, *others: Any) -> Tensor:
-    return cond.new_empty(cond.shape[:2], dtype=torch.int64)
+def _soft_fake(call: SoftDraw) -> tuple[Tensor]:
+    return (call.codebook.new_empty(*call.cond.shape[:2], call.codebook.shape[1]),)
 
 
-@custom_op("mvar::soft_embedding", reference_gradients=True)
-def _soft_embedding(
-    codebook: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    image_index: Tensor,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    scale_index: int,
-    sharpness: float,
-    temperature: float,
-    backend: str,
-) -> Tensor:
-    call = Draw(cond, uncond, image_index, guidance, top_k, top_p, seed, scale_index)
-    softening = (codebook, sharpness, temperature)
-    mean: Tensor = _SOFT.choose(backend, cond.device, call, *softening).forward(call, *softening)
-    return mean
-
-
-@_soft_embedding.register_fake
-def _(codebook: Tensor, cond: Tensor, *others: Any) -> Tensor:
-    return codebook.new_empty(*cond.shape[:2], codebook.shape[1])
+_sample_tokens = RegisteredOp(_SAMPLE, Draw, _fake, outputs=1, differentiable=False)
+_soft_embedding = RegisteredOp(_SOFT, SoftDraw, _soft_fake, outputs=1, differentiable=False, reference_gradients=True)

@@ -6,7 +6,7 @@ from torch import Tensor
 from mvar_kernels.backends import Kernel
 from mvar_kernels.checks import accumulator
 from mvar_kernels.ops.sample_tokens import noise
-from mvar_kernels.ops.sample_tokens.inputs import Draw
+from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
 
 # Softmax weights as whole numbers: their sums are exact in any order, so every backend cuts at the same code.
 WEIGHT_ONE = 2**30
@@ -59,16 +59,16 @@ def _noise(call: Draw) -> Tensor:
     return noise.gumbel(call.image_index, call.cond.shape, call.scale_index, call.seed)
 
 
-def sample_tokens(call: Draw) -> Tensor:
+def sample_tokens(call: Draw) -> tuple[Tensor]:
     """The Gumbel-max draw from what is left: int64 (B, l)."""
-    return (_kept(call) + _noise(call)).argmax(-1)
+    return ((_kept(call) + _noise(call)).argmax(-1),)
 
 
-def soft_embedding(call: Draw, codebook: Tensor, sharpness: float, temperature: float) -> Tensor:
+def soft_embedding(call: SoftDraw) -> tuple[Tensor]:
     """The codebook averaged with Gumbel-softmax weights: (B, l, width) in the codebook's dtype."""
-    noisy = _kept(call) * sharpness + _noise(call)
-    return ((noisy / temperature).softmax(-1) @ codebook.to(noisy.dtype)).to(codebook.dtype)
+    noisy = _kept(call.draw) * call.sharpness + _noise(call.draw)
+    return (((noisy / call.temperature).softmax(-1) @ call.codebook.to(noisy.dtype)).to(call.codebook.dtype),)
 
 
-sample_tokens_reference = Kernel(lambda *inputs: None, sample_tokens, None)
-soft_embedding_reference = Kernel(lambda *inputs: None, soft_embedding, None)
+sample_tokens_reference = Kernel(lambda call: None, sample_tokens, None)
+soft_embedding_reference = Kernel(lambda call: None, soft_embedding, None)

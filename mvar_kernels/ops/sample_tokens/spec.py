@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mvar_kernels.ops.sample_tokens import reference
-from mvar_kernels.ops.sample_tokens.inputs import Draw
+from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
 from mvar_kernels.ops.sample_tokens.op import sample_tokens, soft_embedding
 from mvar_kernels.specs import Case, Inputs, Spec
 
@@ -97,7 +97,7 @@ SPECS = (
                 backend=backend,
             ),
         ),
-        reference=lambda t, case: (reference.sample_tokens(_draw(t, case)),),
+        reference=lambda t, case: reference.sample_tokens(_draw(t, case)),
         outputs=("tokens",),
         bench=BENCH,
         bench_cuda=BENCH_CUDA,
@@ -119,7 +119,7 @@ SPECS = (
                 backend=backend,
             ),
         ),
-        reference=lambda t, case: (reference.soft_embedding(_draw(t, case), t["codebook"], **SOFT),),
+        reference=lambda t, case: reference.soft_embedding(SoftDraw(t["codebook"], *_draw(t, case), **SOFT)),
         outputs=("mean",),
         bench=BENCH,
         bench_cuda=BENCH_CUDA,

@@ -29,7 +29,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.backends import Kernel
 from mvar_kernels.binding import view
-from mvar_kernels.ops.sample_tokens.inputs import Draw
+from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
 from mvar_kernels.ops.sample_tokens.triton_parts import (
     INFINITY,
     below_infinity,
@@ -218,7 +218,7 @@ def _soft_embedding_fwd_kernel(
     tl.store(weights_ptr + offs_v, weights, mask=offs_v < codes)
 
 
-def _why_not(call: Draw, *softening: Any) -> str | None:
+def _why_not(call: Draw | SoftDraw) -> str | None:
     codes = call.cond.shape[-1]
     return tiling.objection(call.cond) or (None if codes <= MAX_CODES else f"{codes} codes are not 1 to {MAX_CODES}")
 
@@ -263,16 +263,16 @@ def _launch(kernel: Any, name: str, out: Tensor, call: Draw, *softening: float) 
     )
 
 
-def _sample_tokens(call: Draw) -> Tensor:
+def _sample_tokens(call: Draw) -> tuple[Tensor]:
     tokens = torch.empty(call.cond.shape[:2], dtype=torch.int64, device=call.cond.device)
     _launch(_sample_tokens_fwd_kernel, "sample_tokens", tokens, call)
-    return tokens
+    return (tokens,)
 
 
-def _soft_embedding(call: Draw, codebook: Tensor, sharpness: float, temperature: float) -> Tensor:
+def _soft_embedding(call: SoftDraw) -> tuple[Tensor]:
     weights = torch.empty(call.cond.shape, dtype=torch.float32, device=call.cond.device)
-    _launch(_soft_embedding_fwd_kernel, "soft_embedding", weights, call, sharpness, temperature)
-    return (weights @ codebook.float()).to(codebook.dtype)
+    _launch(_soft_embedding_fwd_kernel, "soft_embedding", weights, call.draw, call.sharpness, call.temperature)
+    return ((weights @ call.codebook.float()).to(call.codebook.dtype),)
 
 
 sample_tokens_triton = Kernel(_why_not, _sample_tokens, None)

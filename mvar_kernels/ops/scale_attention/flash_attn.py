@@ -5,6 +5,7 @@ Backward: autograd through that same function, computed anew. So a backward here
 package's own backward, call it on leaves.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 
@@ -54,12 +55,12 @@ def _forward(call: Attention) -> tuple[Tensor, Tensor]:
     return out.view(B, Lq, H, -1), lse.view(H, B, Lq).transpose(0, 1).contiguous()
 
 
-def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, call: Attention) -> list[Tensor]:
+def _backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in call[:4] if t is not None]
     with torch.enable_grad():
         q, k, v, log_temperature = (*leaves, None)[:4]
         again, _ = _forward(Attention(q, k, v, log_temperature, *call[4:]))  # type: ignore[arg-type]
-    return list(torch.autograd.grad(again, leaves, grad_out))
+    return list(torch.autograd.grad(again, leaves, grads[0]))
 
 
 scale_attention_flash_attn = Kernel(_why_not, _forward, _backward)

@@ -1,5 +1,7 @@
 """Scale attention in C++ and CUDA (csrc/scale_attention): q, k, v are read in place wherever D is contiguous."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,19 +67,18 @@ def _forward_cpu(call: Attention) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _backward_cpu(grad_out: Tensor, out: Tensor, lse: Tensor, call: Attention) -> list[Tensor]:
-    # out and lse are not used: the kernel computes the weights anew, see csrc/scale_attention/backward.h.
+def _backward_cpu(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     q, k, v, log_temperature = call.readable()[:4]
     temperature = _floats(log_temperature)
-    grad_out = view(grad_out)
-    grads = [empty(q), empty(k), empty(v)]
+    grad_out = view(grads[0])
+    found = [empty(q), empty(k), empty(v)]
     dtemperature = None if temperature is None else torch.empty_like(temperature)
-    inputs, outputs = pointers(q, k, v, temperature), pointers(*grads, dtemperature)
+    inputs, outputs = pointers(q, k, v, temperature), pointers(*found, dtemperature)
     extension(q).scale_attention_backward(*_how(call), pointers(grad_out), inputs, outputs)
     if log_temperature is not None and dtemperature is not None:
-        grads.append(dtemperature.to(log_temperature.dtype))
-    return grads
+        found.append(dtemperature.to(log_temperature.dtype))
+    return found
 
 
-scale_attention_cpu = Kernel(_why_not_cpu, _forward_cpu, _backward_cpu)
-scale_attention_cuda = Kernel(_why_not_cuda, _forward_cuda, None)
+scale_attention_cpu = Kernel(_why_not_cpu, _forward_cpu, _backward_cpu, own_arithmetic=True)
+scale_attention_cuda = Kernel(_why_not_cuda, _forward_cuda, None, own_arithmetic=True)

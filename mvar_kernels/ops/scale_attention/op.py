@@ -14,14 +14,11 @@ With `log_temperature` τ, one per head, queries and keys are unit vectors (VAR'
 At 256×256 the diagonal holds 110k score pairs a head, against 462k of the full 680×680 square.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from mvar_kernels import checks
 from mvar_kernels.backends import Op, check_name
-from mvar_kernels.custom_op import custom_op
+from mvar_kernels.custom_op import RegisteredOp
 from mvar_kernels.ops.scale_attention.inputs import Attention
 
 _OP = Op(
@@ -82,66 +79,14 @@ def scale_attention(
     if scale is None:
         scale = 1.0 if log_temperature is not None else 0.25 * int(q.shape[-1]) ** -0.5
     scale = checks.positive(op, "scale", scale)
-    out: Tensor = torch.ops.mvar.scale_attention(q, k, v, log_temperature, scales, pattern == "causal", scale, backend)[
-        0
-    ]
-    return out
+    call = Attention(q, k, v, log_temperature, scales, pattern == "causal", scale)
+    return _scale_attention(call, backend)[0]
 
 
-@custom_op("mvar::scale_attention")
-def _scale_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_temperature: Tensor | None,
-    scales: list[int],
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    call = Attention(q, k, v, log_temperature, tuple(scales), causal, scale)
-    out, lse = _OP.choose(backend, q.device, call).forward(call)
-    return out, lse
+def _fake(call: Attention) -> tuple[Tensor, Tensor]:
+    B, Lq, H, _ = call.q.shape
+    lse = call.q.new_empty((B, H, Lq), dtype=checks.accumulator(call.q.dtype))
+    return call.q.new_empty(call.q.shape), lse
 
 
-@_scale_attention.register_fake
-def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    B, Lq, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, Lq), dtype=checks.accumulator(q.dtype))
-
-
-@custom_op("mvar::scale_attention_backward", reference_gradients=True)
-def _scale_attention_backward(
-    grad_out: Tensor,
-    out_lse: list[Tensor],
-    qkvt: list[Tensor],
-    scales: list[int],
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> list[Tensor]:
-    q, k, v, *log_temperature = qkvt
-    call = Attention(q, k, v, log_temperature[0] if log_temperature else None, tuple(scales), causal, scale)
-    kernel = _OP.choose(backend, grad_out.device, call, backward=True)
-    assert kernel.backward is not None
-    return list(kernel.backward(grad_out, *out_lse, call))
-
-
-@_scale_attention_backward.register_fake
-def _(grad_out: Tensor, out_lse: list[Tensor], qkvt: list[Tensor], *options: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in qkvt]
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, log_temperature, *ctx.options = inputs
-    ctx.normed = log_temperature is not None
-    ctx.save_for_backward(*output, q, k, v, *([log_temperature] if ctx.normed else []))
-
-
-def _autograd(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    out, lse, *qkvt = ctx.saved_tensors
-    grads = torch.ops.mvar.scale_attention_backward(grad_out, [out, lse], qkvt, *ctx.options)
-    return *grads, *([] if ctx.normed else [None]), None, None, None, None
-
-
-_scale_attention.register_autograd(_autograd, setup_context=_setup)
+_scale_attention = RegisteredOp(_OP, Attention, _fake, outputs=2)

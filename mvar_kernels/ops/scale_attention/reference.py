@@ -1,7 +1,7 @@
 """Scale attention in plain PyTorch: the specification. Arithmetic in float32, or float64 for float64."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -44,14 +44,14 @@ def scale_attention(call: Attention) -> tuple[Tensor, Tensor]:
     return torch.cat(outs, 1).to(v.dtype), torch.cat(lses, -1)
 
 
-def scale_attention_backward(grad_out: Tensor, out: Tensor, lse: Tensor, call: Attention) -> list[Tensor]:
+def scale_attention_backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     """Gradients of q, k, v and, where given, log_temperature: the forward's own derivative."""
     tensors = [t for t in call[:4] if t is not None]
 
     def forward(q: Tensor, k: Tensor, v: Tensor, log_temperature: Tensor | None = None) -> Tensor:
         return scale_attention(Attention(q, k, v, log_temperature, *call[4:]))[0]
 
-    return list(torch.func.vjp(forward, *tensors)[1](grad_out))
+    return list(torch.func.vjp(forward, *tensors)[1](grads[0]))
 
 
-scale_attention_reference = Kernel(lambda *inputs: None, scale_attention, scale_attention_backward)
+scale_attention_reference = Kernel(lambda call: None, scale_attention, scale_attention_backward)

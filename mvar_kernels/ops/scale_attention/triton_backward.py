@@ -1,5 +1,7 @@
 """Backward kernels of scale attention: queries, then keys and values, then the temperature (see triton.py)."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -382,10 +384,10 @@ def _scale_attention_dtemperature_kernel(partials_ptr, log_temperature_ptr, grad
     tl.store(grad_ptr + h, grad.to(grad_ptr.dtype.element_ty))
 
 
-def backward(grad_out: Tensor, out: Tensor, lse: Tensor, call: Attention) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     """Gradients of q, k, v and, where given, log_temperature."""
     q, k, v, temperature, scales, causal, scale = call.readable()
-    grad_out = grad_out.contiguous()
+    grad_out = grads[0].contiguous()
     B, Lq, H, D = q.shape
     L, device, shapes = k.shape[1], q.device, shape_class(q)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))

@@ -1,0 +1,54 @@
+"""What every kernel of ssd_scan and mamba2_mixer takes, checked by the public functions."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Scan(NamedTuple):
+    """x (B, L, H, P); dt (B, L, H), A and D (H); B and C (B, L, N); state (B, H, P, N). In both directions dt is
+    (B, L, 2, H) and A (2, H). All else as in :func:`mvar_kernels.ssd_scan`.
+    """
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    state: Tensor
+    scales: tuple[int, ...]
+
+
+class Mixer(NamedTuple):
+    """zxbcdt (B, L, 2E+2N+directions·H), or without these columns and dt (B, L, directions·H); the state conv and ssm.
+
+    All else as in :func:`mvar_kernels.mamba2_mixer`.
+    """
+
+    zxbcdt: Tensor
+    dt: Tensor | None
+    conv_weight: Tensor
+    conv_bias: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm_weight: Tensor
+    conv: Tensor
+    ssm: Tensor
+    scales: tuple[int, ...]
+    eps: float
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """From conv_weight to norm_weight."""
+        return self[2:8]
+
+    @property
+    def steps(self) -> Tensor:
+        """dt before its bias, (B, L, directions·H): where it is among the columns a view of them."""
+        return self.steps_of(self.zxbcdt, self.dt)
+
+    def steps_of(self, zxbcdt: Tensor, dt: Tensor | None) -> Tensor:
+        """The same of tensors of these shapes, as their gradients are."""
+        return zxbcdt[..., zxbcdt.shape[-1] - self.dt_bias.numel() :] if dt is None else dt
