@@ -1,1 +1,1 @@
-"""Benchmarks: answers are checked before they are timed, and results are files that the README is made from."""
+"""Benchmarks: answers are checked before they are timed, and results are files that docs/generated is made from."""

@@ -1,7 +1,7 @@
 """The least time that each op could take on an H200: `python -m benchmarks.floors`. Counted, not measured.
 
 Bytes and FLOPs are those of the ops' specs, in bfloat16, forward; the ceilings are what a device copy and a matrix
-product reach there. Writes results/floors_h200.json (everything) and docs/floors.md (an excerpt);
+product reach there. Writes results/floors_h200.json (everything) and docs/generated/lower_bounds.md (an excerpt);
 `--show DEPTH RESOLUTION BATCH` prints other tables instead.
 """
 
@@ -22,7 +22,7 @@ PRODUCT_FLOPS_PER_S = 790e12  # bfloat16, dense
 ITEMSIZE = 2
 DEPTHS, RESOLUTIONS, BATCHES = (16, 30), (256, 512), (1, 8, 64)
 DRAWING = ("sample_tokens", "soft_embedding")
-DOCUMENT = RESULTS.parent.parent / "docs" / "floors.md"
+DOCUMENT = RESULTS.parent.parent / "docs" / "generated" / "lower_bounds.md"
 
 
 @dataclass(frozen=True)
@@ -116,24 +116,25 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-INTRODUCTION = """# Floors on an H200
+INTRODUCTION = """# Lower bounds on an H200
 
-Counted, not measured: the least time of one call of each op, forward, in bfloat16. It is the larger of two bounds:
+Computed, not measured: the least time that one forward call of each op can take in bfloat16. It is the larger of two
+bounds (roofline model):
 
 - memory: the bytes that the op must read and write at least, at 4.3 TB/s, which a device copy reaches there;
-- arithmetic: its FLOPs at 790 TFLOP/s, which a dense bfloat16 matrix product reaches there.
+- arithmetic: its FLOPs at 790 TFLOP/s, which a dense bfloat16 matmul reaches there.
 
-What they leave out: launching a kernel takes microseconds of its own; what the kernel before left in the L2 cache need
-not come from memory; and arithmetic outside matrix products is many times slower than the second bound.
+Not modelled: the launch of a kernel takes microseconds; data that the previous kernel left in the L2 cache need not be
+read from memory; and arithmetic outside of matrix multiplications is many times slower than the second bound.
 
-Rows 1, 2, … are the new tokens of one scale of a generation with guidance: twice the batch's rows in the model's ops,
-the batch's in drawing. The last row is the whole sequence as in training, without guidance; training draws nothing.
-Causal attention is VAR's: the new queries against all keys so far. The scan and the mixer are the published
-forward-only ones; the mixer's bytes leave out its weights.
+Rows 1, 2, … are the new tokens of one scale of a generation with guidance: twice the batch size in the ops of the
+model, the batch size in token sampling. The last row is the whole sequence as in training, without guidance; training
+samples nothing. Causal attention is VAR's: the new queries against all keys so far. The scan and the mixer are the
+published forward-only ones; the mixer's bytes leave out its weights.
 
-Below is an excerpt. d16 and d30, 256 and 512, batch 1, 8 and 64 are in
-[floors_h200.json](../benchmarks/results/floors_h200.json); both files are written by `python -m benchmarks.floors`, and
-`python -m benchmarks.floors --show 30 512 64` prints such tables for any of them.
+This page is an excerpt. d16 and d30 at 256 and 512, with batch 1, 8 and 64, are in
+`benchmarks/results/floors_h200.json`; both files are written by `python -m benchmarks.floors`, and
+`python -m benchmarks.floors --show 30 512 64` prints the tables of any size.
 
 """
 

@@ -134,7 +134,7 @@ def _commit() -> str:
             return ""
         return done.stdout.strip()
 
-    # Results and README are what a run changes: they do not make a commit's code another one.
+    # Results and docs are what a run changes: they do not make a commit's code another one.
     changed = git("status", "--porcelain", "--", "csrc", "mvar", "mvar_kernels", "benchmarks/*.py")
     commit = git("rev-parse", "--short", "HEAD")
     return commit + (" with changes" if changed else "") if commit else "unknown, maybe with changes"

@@ -1,4 +1,4 @@
-"""Plots of the result files, for the README."""
+"""Plots of the result files, for docs/generated."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""README tables, plots and one page of both from the result files alone: `mvar bench --report`."""
+"""Writes docs/generated/benchmarks.md, its plots and compiled_kernels.md from the result files alone."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -8,33 +8,32 @@ from typing import Any, NamedTuple
 
 from benchmarks import plots, report_kernels, report_ops, report_quality, report_throughput, report_training
 from benchmarks.measure import RESULTS
-from benchmarks.page import page
 from mvar.files import replacing
 from mvar_kernels.catalogue import SPECS
 
 ROOT = RESULTS.parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- benchmarks: made by `python -m benchmarks.report` -->\n", "<!-- end of benchmarks -->\n"
-KERNELS = ROOT / "docs" / "kernels.md"
-PAGE = ROOT / "build" / "report.html"
+GENERATED = ROOT / "docs" / "generated"
+BENCHMARKS = GENERATED / "benchmarks.md"
+KERNELS = GENERATED / "compiled_kernels.md"
+INTRODUCTION = """# Benchmark results
+
+Written by `python -m benchmarks.report` from the files in `benchmarks/results`; do not edit. The method, the baselines
+and the missed targets are described in [Benchmarks](../benchmarks.md).
+
+"""
 
 
 class Part(NamedTuple):
-    """Markdown of one subject. folded: readers of the README open it themselves."""
+    """Markdown of one subject."""
 
     heading: str
     text: str
-    folded: bool = False
 
     def markdown(self) -> str:
-        if not self.folded:
-            return f"#### {self.heading}\n\n{self.text}"
-        return f"<details><summary>{self.heading}</summary>\n\n{self.text}\n</details>\n"
+        return f"### {self.heading}\n\n{self.text}"
 
 
 def main() -> None:
-    before, rest = README.read_text().split(BEGIN)
-    _, after = rest.split(END)
     folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and any(path.glob("*.json"))]
     sections: dict[str, list[Part]] = {}
     on_cpu = []
@@ -44,19 +43,15 @@ def main() -> None:
         sections[f"{heading}, {folder.name}" if heading in sections else heading] = device(folder.name, results)
         on_cpu.append(all(content["machine"]["device"] == "cpu" for content in results.values()))
     text = "\n".join(
-        f"### {name}\n\n" + "\n".join(part.markdown() for part in parts) for name, parts in sections.items()
+        f"## {name}\n\n" + "\n".join(part.markdown() for part in parts) for name, parts in sections.items()
     )
     if all(on_cpu):
         text += "\nOn a GPU: not yet measured (`make gpu-bench` does it).\n"
-    with replacing(README) as aside:
-        aside.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
-    with replacing(PAGE) as aside:
-        found = {name: {part.heading: part.text for part in parts} for name, parts in sections.items()}
-        aside.write_text(page("mvar: benchmarks", found, ROOT))
-    print(PAGE)
-    with replacing(KERNELS) as aside:
-        stored = (json.loads((RESULTS / name).read_text()) for name in ("kernels.json", "cuda_kernels.json"))
-        aside.write_text(report_kernels.page(*stored))
+    stored = (json.loads((RESULTS / name).read_text()) for name in ("kernels.json", "cuda_kernels.json"))
+    for path, content in ((BENCHMARKS, INTRODUCTION + text), (KERNELS, report_kernels.page(*stored))):
+        with replacing(path) as aside:
+            aside.write_text(content)
+        print(path)
 
 
 def device(name: str, results: dict[str, Any]) -> list[Part]:
@@ -66,12 +61,12 @@ def device(name: str, results: dict[str, Any]) -> list[Part]:
         return {stem.removeprefix(prefix): r["rows"] for stem, r in results.items() if stem.startswith(prefix)}
 
     def picture(stem: str, caption: str, draw: Callable[[Path], None]) -> str:
-        path = Path("docs") / f"{stem}_{name}.png"
-        draw(ROOT / path)
-        return f"![{caption}]({path})\n"
+        path = GENERATED / f"{stem}_{name}.png"
+        draw(path)
+        return f"![{caption}]({path.name})\n"
 
     throughput = results.get("throughput", {"rows": None})["rows"]
-    parts = [Part(heading, text) for heading, text in report_throughput.sections(throughput, name, ROOT).items()]
+    parts = [Part(heading, text) for heading, text in report_throughput.sections(throughput, name, GENERATED).items()]
     steps = [report_training.step(model, rows) for model, rows in named("train_").items()]
     steps += [report_training.data(model, row) for model, rows in named("data_").items() for row in rows]
     if "digits" in results:
@@ -79,16 +74,16 @@ def device(name: str, results: dict[str, Any]) -> list[Part]:
     if steps:
         parts.append(Part("Training", "\n".join(steps)))
     if plugged_in := named("plug_in_"):
-        parts.append(Part("In a VAR repository", accelerated(list(plugged_in.values()))))
+        parts.append(Part("accelerate in a VAR repository", accelerated(list(plugged_in.values()))))
     parts += [Part(f"Quality, {model}", report_quality.parity(rows)) for model, rows in named("parity_").items()]
     if ops := {op: results[op]["rows"] for op in SPECS if op in results}:
         products = {row["dtype"]: row["gflops"] for row in results["products"]["rows"]} if "products" in results else {}
         roofline = picture("roofline", report_ops.CAPTION, partial(plots.roofline, ops, products))
-        beside = picture("ops", "every op beside the others, as a share of the copy's speed", partial(plots.ops, ops))
-        parts.append(Part("Ops below their roofs", report_ops.reached(ops, products) + "\n" + roofline))
+        beside = picture("ops", "every op and its baselines, as a share of the copy's speed", partial(plots.ops, ops))
+        parts.append(Part("Ops against the roofline", report_ops.reached(ops, products) + "\n" + roofline))
         table = report_ops.table(ops, products)
-        parts.append(Part("Every op beside the others", "\n".join([table, beside]), folded=True))
-    parts.append(Part("Commits that were measured", commits(results), folded=True))
+        parts.append(Part("Every op and its baselines", "\n".join([table, beside])))
+    parts.append(Part("Measured commits", commits(results)))
     return parts
 
 

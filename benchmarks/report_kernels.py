@@ -1,4 +1,4 @@
-"""docs/kernels.md: what every kernel needs of a GPU, as its compiler says."""
+"""docs/generated/compiled_kernels.md: what every kernel needs of a GPU, as its compiler says."""
 
 from typing import Any
 

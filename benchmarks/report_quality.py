@@ -1,4 +1,4 @@
-"""README tables of what benchmarks/parity.py found."""
+"""Tables of what benchmarks/parity.py found."""
 
 from typing import Any
 

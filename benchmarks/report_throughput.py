@@ -11,24 +11,24 @@ Row = dict[str, Any]
 NO_MEASUREMENT = "Throughput: not yet measured (`mvar bench --suite throughput`).\n"
 
 
-def sections(content: Row | None, device: str, root: Path) -> dict[str, str]:
-    """Markdown by heading of one device's results, None where there are none; plots are drawn into root/docs."""
+def sections(content: Row | None, device: str, folder: Path) -> dict[str, str]:
+    """Markdown by heading of one device's results, None where there are none; plots are drawn into `folder`."""
     rows = [row for size in content["sizes"] for row in size["rows"]] if content else []
     by_part = content["by_part"] if content else []
 
     def picture(name: str, caption: str) -> str:
-        return f"![{caption}](docs/{name}_{device}.png)\n"
+        return f"![{caption}]({name}_{device}.png)\n"
 
     found = [table(content["sizes"])] if content and rows else [NO_MEASUREMENT]
     if content:
         found += [*left_out(content["sizes"]), *agreement(content["agreement"]), *aims(rows, by_part, device)]
     if by_part:
-        plots.by_part(by_part, rows, root / "docs" / f"time_by_part_{device}.png")
+        plots.by_part(by_part, rows, folder / f"time_by_part_{device}.png")
         found += [parts(by_part), picture("time_by_part", "where the time goes")]
-    if plots.speed(rows, root / "docs" / f"speed_{device}.png"):
+    if plots.speed(rows, folder / f"speed_{device}.png"):
         found.append(picture("speed", "images a second against the batch"))
     measured = grown(rows)
-    plots.growth(list(counted()), measured, root / "docs" / f"growth_{device}.png")
+    plots.growth(list(counted()), measured, folder / f"growth_{device}.png")
     grows = [growth(measured), picture("growth", "cost against tokens: mvar, the public algorithm, VAR")]
     return {"Generation": "\n".join(found), "Cost as resolution grows": "\n".join(grows)}
 

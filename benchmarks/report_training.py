@@ -1,4 +1,4 @@
-"""README tables of training: a step, where its data come from, and digits end to end."""
+"""Tables of training: a step, where its data come from, and digits end to end."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """What a generation must remember between scales, in bytes: `python -m benchmarks.states`. Counted, not measured.
 
-Writes docs/states.md.
+Writes docs/generated/carried_state.md.
 """
 
 from itertools import product
@@ -13,7 +13,7 @@ from mvar.files import replacing
 
 DEPTHS, RESOLUTIONS = (16, 24, 30), (256, 512, 1024)
 ROWS = 2  # an image with guidance
-DOCUMENT = RESULTS.parent.parent / "docs" / "states.md"
+DOCUMENT = RESULTS.parent.parent / "docs" / "generated" / "carried_state.md"
 
 
 def carried_bytes(depth: int, resolution: int, architecture: str) -> int:
@@ -33,15 +33,15 @@ def public_bytes(depth: int, resolution: int) -> int:
     return ROWS * depth * config.num_tokens * config.channels * torch.float32.itemsize
 
 
-INTRODUCTION = """# What is remembered between scales
+INTRODUCTION = """# State carried between scales
 
-Counted, not measured: megabytes for one image with guidance (two rows), in bfloat16. mvar carries Mamba-2's states (the
-last three rows before the convolution in bfloat16, the scan's state in float32), the same at every scale and
-resolution; the public algorithm keeps every Mamba layer's input at all tokens (float32 under autocast) and runs the
-layer over them again; VAR keeps keys and values of all tokens, in this engine in one buffer a layer from the start.
-Written by `python -m benchmarks.states`.
+Computed, not measured: megabytes for one image with guidance (two rows), in bfloat16. mvar carries the state of
+Mamba-2 (the last three inputs of the convolution in bfloat16, the state of the scan in float32), of the same size at
+every scale and resolution. The public M-VAR algorithm keeps the input of every Mamba layer at all tokens (float32 under
+autocast) and runs the layer over them again. VAR keeps keys and values of all tokens; this engine allocates them at
+full length, one buffer per layer. Written by `python -m benchmarks.states`.
 
-| model | resolution | tokens | mvar | public algorithm, at the end | VAR |
+| model | resolution | tokens | mvar | public algorithm, at the last scale | VAR |
 |---|---|---|---|---|---|
 """
 

@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
         "mvar bench --suite parity --report\nmvar bench --suite throughput\nmvar bench --suite parity -- --count 20",
     )
     bench.add_argument("--suite", nargs="+", choices=SUITES, metavar="NAME", help=f"any of {', '.join(SUITES)}")
-    bench.add_argument("--report", action="store_true", help="then make tables, plots and page from the result files")
+    bench.add_argument("--report", action="store_true", help="then write docs/generated from the result files")
     bench.add_argument("arguments", nargs="*", help="after --: of the suite, see python -m benchmarks.NAME --help")
 
     check = command(

@@ -1,6 +1,5 @@
 """`mvar bench` from a checkout and from an installed package, and what the suites compute."""
 
-import base64
 import json
 import math
 import re
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import mvar
-from benchmarks import growth, page, parity, report, report_ops
+from benchmarks import growth, parity, report, report_ops
 from benchmarks.measure import slug
 from mvar import bench, digits
 from mvar.cli import SUITES, main
@@ -143,7 +142,7 @@ def test_parity_takes_every_backend_and_dtype(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_growth_counts_what_grows() -> None:
-    """d16 at 256 against the README's counts of a generation by part; then how each side grows."""
+    """d16 at 256 against counts of a generation by part; then how each side grows."""
     rows = {(row["side"], row["resolution"]): row for row in growth.counted()}
     by_part = 834.903932928e9 + 14.479261696e9 + 12.1438208e9  # linear layers, attention, mixer
     assert rows[growth.OURS, 256]["flops"] == pytest.approx(by_part, rel=1e-3)  # its adaLN shares a row
@@ -152,25 +151,6 @@ def test_growth_counts_what_grows() -> None:
     assert remembered[growth.OURS][0] == remembered[growth.OURS][1]
     assert remembered[growth.VAR][1] / remembered[growth.VAR][0] == pytest.approx(tokens, rel=1e-3)
     assert all(rows[growth.PUBLIC, r]["flops"] > 1.3 * rows[growth.OURS, r]["flops"] for r in (256, 512, 1024))
-
-
-def test_page_holds_all_that_it_shows(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"picture")
-    text = "A `code` & [link](docs/x.md).\n\n| a | b |\n|---|---|\n| 1 < 2 | – |\n\n![what it shows](a.png)\n"
-    text += "\n- one\n- two\n"
-    made = page.page("Title", {"cpu, 2 threads": {"First": text, "Then & now": "End."}}, tmp_path)
-    assert "<code>code</code> &amp; link." in made and "<th>a</th><th>b</th>" in made
-    assert "<tr><td>1 &lt; 2</td><td>–</td></tr>" in made and "<li>one</li>\n<li>two</li>" in made
-    assert f"data:image/png;base64,{base64.b64encode(b'picture').decode()}" in made and 'alt="what it shows"' in made
-    assert "|" not in made and 'src="docs' not in made and "http" not in made
-    assert (
-        re.findall('href="#(.+?)"', made)
-        == re.findall(' id="(.+?)"', made)
-        == [
-            "cpu-2-threads-first",
-            "cpu-2-threads-then-now",
-        ]
-    )
 
 
 # 1 GFLOP on 0.1 GB: 10 FLOP a byte.
@@ -192,13 +172,11 @@ def test_roofline_of_a_row() -> None:
     assert "| wrong, not timed | – | 1 | eager 1.5 |" in table
 
 
-def test_readme_shows_pictures_that_are_there() -> None:
-    """And those of the report are what it draws: none is left of a plot that is gone."""
-    shown = re.findall(r"!\[.*\]\((.+)\)", report.README.read_text())
-    assert "docs/roofline_amd_epyc_family_26_avx512.png" in shown and all(
-        (report.ROOT / path).is_file() for path in shown
-    )
-    assert {path.name for path in (report.ROOT / "docs").glob("*.png")} == {Path(path).name for path in shown}
+def test_generated_plots_are_all_shown() -> None:
+    """Every plot that the results page shows is there, and none is left of a plot that is gone."""
+    shown = re.findall(r"!\[.*\]\((.+)\)", report.BENCHMARKS.read_text())
+    assert "roofline_amd_epyc_family_26_avx512.png" in shown
+    assert {path.name for path in report.GENERATED.glob("*.png")} == set(shown)
 
 
 def test_figures_of_two_cpus_never_share_a_table() -> None:

@@ -1,4 +1,4 @@
-"""The code of docs/plug-in.md: every replacement against what it replaces."""
+"""The code of docs/accelerate.md: every replacement against what it replaces."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from mvar_kernels.replacements import Replacement
 from tests.plain_mamba2 import PlainMamba2
 from tests.plain_var import PlainVAR, randomised
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "plug-in.md").read_text()
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "accelerate.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 PATCH_NUMS = mvar.SCHEDULES[256]
 SCALES = tuple(n * n for n in PATCH_NUMS)

@@ -38,7 +38,7 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
 from mvar_kernels.triton_math import LN_2, LOG2_E, exp2
 
 # By the padded head dimension. Of the side that is walked through, 32 rows a step: with norms these take all 255
-# registers on sm_80, and 174 to 200 on sm_90 (docs/kernels.md).
+# registers on sm_80, and 174 to 200 on sm_90 (docs/generated/compiled_kernels.md).
 HALVES = {
     64: (tile(64, 32, 8, 2), tile(128, 32, 8, 2)),
     128: (tile(32, 32, 4, 2),),

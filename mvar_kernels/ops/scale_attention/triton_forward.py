@@ -29,8 +29,8 @@ from mvar_kernels.ops.scale_attention.triton_parts import (
 from mvar_kernels.triton_math import LN_2, divide
 
 # By the padded head dimension. 64 rows waste least on 100 and 169 tokens, and of blocks of 4 warps a multiprocessor of
-# sm_90 holds four (126 registers), with norms three (158; docs/kernels.md): with one to four blocks of keys a program,
-# its beginning and end are hidden by the others'.
+# sm_90 holds four (126 registers), with norms three (158; docs/generated/compiled_kernels.md): with one to four blocks
+# of keys a program, its beginning and end are hidden by the others'.
 HALVES = {
     64: (tile(64, 64, 4, 2), tile(64, 64, 4, 3), tile(128, 64, 8, 2)),
     128: (tile(64, 32, 4, 2), tile(64, 64, 4, 2)),
