@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-fast test-avx2 test-avx512 test-sanitizers lint demo bench gpu-carry gpu-check gpu-bench gpu-tune clean
+.PHONY: setup test test-fast test-avx2 test-avx512 test-sanitizers lint docs demo bench gpu-carry gpu-check gpu-bench gpu-tune clean
 
 setup: .venv/native
 
@@ -44,6 +44,14 @@ test-avx512: setup
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+# The documentation, into build/site; a broken link is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install -c constraints.txt mkdocs-material
+	touch $@
 
 demo: setup
 	$(BIN)/mvar demo
