@@ -7,17 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mvar import __version__
 from mvar.errors import message
 from mvar.files import expanded
 from mvar.terminal import tolerant_output
 from mvar.train.flags import add_flags, parsed, token_maps
 
-# What one command alone needs is imported where it begins.
+# `mvar --help` imports no torch: the module of a command is imported when the command runs.
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
 SUITES = ("parity", "throughput", "ops", "data", "train", "digits", "plug_in")
 EXPECTED = (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, MemoryError)
-BACKEND_HELP = "backend of every op, see `mvar info` (default: auto)"
+Group = argparse._ArgumentGroup
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,7 +64,8 @@ def _main(arguments: Sequence[str] | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mvar", description="M-VAR: scale-wise autoregressive image generation on optimised kernels.")
+    parser = _Parser(prog="mvar", description="M-VAR: scale-wise autoregressive image generation on optimized kernels.")
+    parser.add_argument("--version", action="version", version=f"mvar {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
 
     def command(
@@ -84,87 +86,94 @@ def _parser() -> argparse.ArgumentParser:
     demo = command(
         "demo",
         _demo,
-        "generate handwritten digits from the model inside the package, and check them",
+        "generate handwritten digits with the model in the package, and check them",
         "mvar demo\nmvar demo --bidirectional --out digits",
     )
-    demo.add_argument(
+    group = demo.add_argument_group("output and checks")
+    group.add_argument(
         "--out", type=_path, default=Path("demo"), help="folder for samples.png and scales.png (default: demo)"
     )
-    demo.add_argument("--bidirectional", action="store_true", help="the model with the bidirectional mixer")
-    demo.add_argument(
+    group.add_argument("--bidirectional", action="store_true", help="use the model with the bidirectional mixer")
+    group.add_argument(
         "--checked", type=int, default=1000, metavar="N", help="digits to generate for the checks (default: 1000)"
     )
-    _drawing(demo, cfg=None, top_k=None, top_p=None)
-    _machine(demo)
+    _sampling(demo, cfg=None, top_k=None, top_p=None)
+    _execution(demo)
 
     sample = command(
         "sample",
         _sample,
         "generate images from any weights",
         "mvar sample --classes 0-9 --count 8 --grid digits.png\n"
-        "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 207,980 --out pictures\n"
+        "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 207,980 --out images\n"
         "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 0-999 --count 50 --npz fid.npz\n"
         "torchrun --nproc_per_node=8 -m mvar.sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth "
         "--classes 0-999 --count 50 --npz fid.npz",
     )
-    _weights(sample)
-    sample.add_argument(
+    group = sample.add_argument_group("images")
+    group.add_argument(
         "--classes", required=True, help="""such as 3, 1,5,7-9 or, by name, cat,dog or '"a name, with a comma",cat'"""
     )
-    sample.add_argument("--count", type=int, default=1, metavar="N", help="images a class (default: 1)")
-    sample.add_argument(
+    group.add_argument("--count", type=int, default=1, metavar="N", help="images per class (default: 1)")
+    group.add_argument(
         "--batch",
         type=int,
         default=16,
         metavar="N",
-        help="images at a time; leaves their random numbers as they are (default: 16)",
+        help="images per batch; does not change their random numbers (default: 16)",
     )
-    sample.add_argument("--out", type=_path, help="folder for one PNG an image, without those of an earlier run")
-    sample.add_argument("--overwrite", action="store_true", help="remove an earlier run's images from --out")
-    sample.add_argument(
+    group = sample.add_argument_group("output", "at least one of --out, --grid and --npz")
+    group.add_argument("--out", type=_path, help="folder for one PNG per image; refused if it has some already")
+    group.add_argument("--overwrite", action="store_true", help="remove the images of an earlier run from --out")
+    group.add_argument(
         "--grid",
         type=_path,
-        help="picture of all images, one row a class: .png, .jpg, .webp or .bmp; PNG without suffix, as to /dev/stdout",
+        help="file for a grid of all images, one row per class: .png, .jpg, .webp or .bmp; PNG without a suffix",
     )
-    sample.add_argument("--npz", type=_path, help="npz with all images as the ADM evaluator reads them")
-    sample.add_argument("--smooth", action="store_true", help="soft codes: nicer pictures, not for FID")
-    _compile_decoder(sample)
-    _drawing(sample, cfg=1.5, top_k=900, top_p=0.96)
-    _machine(sample)
+    group.add_argument("--npz", type=_path, help="npz with all images, as ADM's evaluator reads it")
+    _weights(sample)
+    group = _sampling(sample, cfg=1.5, top_k=900, top_p=0.96)
+    group.add_argument(
+        "--smooth", action="store_true", help="average codes by Gumbel-softmax (more_smooth of VAR); not for FID"
+    )
+    _compile_decoder(_execution(sample))
 
     evaluate = command(
         "evaluate",
         _evaluate,
-        "draw 50 images a class by the published recipe, and measure FID, Inception score, precision and recall",
+        "generate 50 images per class with the published settings, and compute FID, Inception score, precision and "
+        "recall",
         "mvar evaluate --weights d16.pth --tokenizer vae_ch160v4096z32.pth --out d16 "
         "--reference VIRTUAL_imagenet256_labeled.npz --inception weights-inception-2015-12-05-6726825d.pth\n"
         "torchrun --nproc_per_node=8 -m mvar.cli evaluate --weights d16.pth --tokenizer vae_ch160v4096z32.pth "
         "--out d16",
     )
-    _weights(evaluate)
-    evaluate.add_argument(
+    group = evaluate.add_argument_group("images")
+    group.add_argument("--count", type=int, default=50, metavar="N", help="images per class (default: 50)")
+    group.add_argument("--batch", type=int, default=50, metavar="N", help="images per batch (default: 50)")
+    group = evaluate.add_argument_group("output")
+    group.add_argument(
         "--out",
         type=_path,
         required=True,
-        help="folder for images.npz and evaluation.json; what is there already is kept and gone on with",
+        help="folder for images.npz and evaluation.json; an interrupted run in it is continued",
     )
-    evaluate.add_argument("--count", type=int, default=50, metavar="N", help="images a class (default: 50)")
-    evaluate.add_argument("--batch", type=int, default=50, metavar="N", help="images at a time (default: 50)")
-    evaluate.add_argument("--png", action="store_true", help="also one PNG an image")
-    evaluate.add_argument("--reference", type=_path, help="ADM's reference npz, or any npz with images or moments")
-    evaluate.add_argument(
+    group.add_argument("--png", action="store_true", help="also write one PNG per image")
+    group = evaluate.add_argument_group("metrics")
+    group.add_argument("--reference", type=_path, help="ADM's reference npz, or any npz with images or moments")
+    group.add_argument(
         "--inception",
         type=_path,
-        help="torch-fidelity's Inception weights (default: where torch.hub keeps them; nothing is ever fetched)",
+        help="Inception weights of torch-fidelity (default: those in torch.hub's folder; never downloaded)",
     )
-    _compile_decoder(evaluate)
-    _drawing(evaluate, cfg=1.5, top_k=900, top_p=0.96)
-    _machine(evaluate)
+    _weights(evaluate)
+    _sampling(evaluate, cfg=1.5, top_k=900, top_p=0.96)
+    _compile_decoder(_execution(evaluate))
 
     train = command(
         "train",
         _train,
-        "train a model, under the flags of VAR's and M-VAR's trainers; alone, or in every process of torchrun",
+        "train a model, with the flags of VAR's and M-VAR's trainers; in one process or under torchrun",
         "mvar train --preset digits --out runs/digits\n"
         "mvar train --preset digits --bidirectional --tokenizer runs/digits/tokenizer.safetensors --out runs/both\n"
         "torchrun --nproc_per_node=8 -m mvar.train --depth=16 --bs=768 --ep=200 --fp16=1 --alng=1e-3 --wpe=0.1 "
@@ -175,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = command(
         "convert",
         _convert,
-        "read weights, also out of a trainer's checkpoint, and write them in the published format or in our own",
+        "read weights or a trainer's checkpoint, and write them in the published format or as safetensors",
         "mvar convert ar-ckpt-last.pth d16.safetensors\n"
         "mvar convert runs/d16/checkpoints/00333600 d16.pth\n"
         "mvar convert ar-ckpt-last.pth tokenizer.pth --part tokenizer",
@@ -183,17 +192,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "source",
         type=_source,
-        help="official or own file, checkpoint of VAR's or M-VAR's trainer, or of a run of mvar train",
+        help="file of weights, checkpoint of VAR's or M-VAR's trainer, or checkpoint folder of mvar train",
     )
     convert.add_argument(
-        "target", type=_path, help=".pth for a state dict as published, .safetensors for our own format"
+        "target", type=_path, help=".pth for a state dict as published, .safetensors for the format of mvar.save"
     )
     convert.add_argument("--part", choices=("model", "tokenizer"), default="model", help="(default: model)")
     convert.add_argument(
-        "--pn", type=token_maps, help="a tokenizer's token maps, not in its file: 512, 1_2_3 (default: 256)"
+        "--pn", type=token_maps, help="token maps of a tokenizer, not stored in its file: 512, 1_2_3 (default: 256)"
     )
     convert.add_argument(
-        "--dtype", choices=DTYPE_NAMES[1:], default="fp32", help="of the weights that are written (default: fp32)"
+        "--dtype", choices=DTYPE_NAMES[1:], default="fp32", help="dtype of the weights to write (default: fp32)"
     )
 
     tokenize = command(
@@ -204,43 +213,46 @@ def _parser() -> argparse.ArgumentParser:
         "torchrun --nproc_per_node=8 -m mvar.cli tokenize --data_path imagenet --tokenizer vae_ch160v4096z32.pth "
         "--out tokens",
     )
-    tokenize.add_argument(
+    group = tokenize.add_argument_group("input and output")
+    group.add_argument(
         "--data_path",
         type=_path,
         required=True,
-        help="folder with train/class/picture and, if wanted, val/class/picture",
+        help="folder with train/class/image and, optionally, val/class/image",
     )
-    tokenize.add_argument(
-        "--tokenizer", type=_source, required=True, help="official or own file, or hf://owner/repository/file"
+    group.add_argument(
+        "--tokenizer", type=_source, required=True, help="file of the tokenizer, or hf://owner/repository/file"
     )
-    tokenize.add_argument(
+    group.add_argument(
         "--out",
         type=_path,
         required=True,
-        help="folder for train/ and val/; what is there already is kept and gone on with",
+        help="folder for train/ and val/; an interrupted run in it is continued",
     )
-    tokenize.add_argument(
-        "--crops", type=int, default=1, metavar="N", help="random crops of each training picture (default: 1)"
+    group = tokenize.add_argument_group("crops")
+    group.add_argument(
+        "--crops", type=int, default=1, metavar="N", help="random crops of each training image (default: 1)"
     )
-    tokenize.add_argument("--hflip", action="store_true", help="mirror training pictures at random")
-    tokenize.add_argument(
+    group.add_argument("--hflip", action="store_true", help="flip training images at random")
+    group.add_argument(
         "--mid_reso",
         type=float,
         default=1.125,
         metavar="F",
-        help="the shorter side before the crop, in resolutions (default: 1.125)",
+        help="size of the shorter side before the crop, relative to the resolution (default: 1.125)",
     )
-    tokenize.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
-    maps = tokenize.add_mutually_exclusive_group()
+    group.add_argument("--seed", type=int, default=0, help="seed of the crops (default: 0)")
+    maps = group.add_mutually_exclusive_group()
     maps.add_argument("--resolution", type=int, help="256, 512 or 1024 (default: as the tokenizer's file says)")
     maps.add_argument("--patch_nums", type=int, nargs="+", metavar="N", help="side lengths of other token maps")
-    tokenize.add_argument("--batch", type=int, default=64, metavar="N", help="crops encoded at a time (default: 64)")
+    group = tokenize.add_argument_group("execution")
+    group.add_argument("--batch", type=int, default=64, metavar="N", help="crops per batch (default: 64)")
     workers = min(8, os.cpu_count() or 1)
-    tokenize.add_argument(
-        "--workers", type=int, default=workers, metavar="N", help=f"processes that read pictures (default: {workers})"
+    group.add_argument(
+        "--workers", type=int, default=workers, metavar="N", help=f"processes that read images (default: {workers})"
     )
-    tokenize.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)")
-    tokenize.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda where there is one)")
+    group.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the encoder (default: fp32)")
+    _device(group)
 
     bench = command(
         "bench",
@@ -255,56 +267,69 @@ def _parser() -> argparse.ArgumentParser:
     check = command(
         "check",
         _check,
-        "hold every kernel that runs on this machine to float64, forward and backward, and print a table of its errors",
+        "compare every kernel that runs on this machine with a float64 reference, forward and backward",
         "mvar check\nmvar check scale_attention --backend triton --out check.jsonl\n"
         "mvar check --only-failed check.jsonl",
     )
     check.add_argument("ops", nargs="*", metavar="op", help="such as scale_attention (default: all)")
-    check.add_argument("--backend", default=None, help="this one alone (default: all but the reference)")
-    check.add_argument("--out", type=_path, help="file for a line of JSON each case, as it is done")
-    check.add_argument("--only-failed", type=_path, metavar="FILE", help="the cases that were wrong in such a file")
+    check.add_argument("--backend", default=None, help="check only this backend (default: all but the reference)")
+    check.add_argument("--out", type=_path, help="file for one line of JSON per case, written as the cases finish")
+    check.add_argument(
+        "--only-failed", type=_path, metavar="FILE", help="check only the cases that failed in such a file"
+    )
 
-    command("info", _info, "tell versions, devices and backends, and why a backend is missing", "mvar info")
+    command("info", _info, "print versions, devices and backends, and why a backend is not available", "mvar info")
     return parser
 
 
 def _weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights",
-        type=_source,
-        help="model: official or own file, or hf://owner/repository/file (default: the digits inside the package)",
+    group = parser.add_argument_group("weights", "both or neither; without them the digits model in the package")
+    group.add_argument("--weights", type=_source, help="file of the model, or hf://owner/repository/file")
+    group.add_argument("--tokenizer", type=_source, help="file of its tokenizer, likewise")
+
+
+def _sampling(parser: argparse.ArgumentParser, cfg: float | None, top_k: int | None, top_p: float | None) -> Group:
+    def default(value: float | None) -> str:
+        return f"(default: {'depends on the model' if value is None else value})"
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--cfg", type=float, default=cfg, help=f"classifier-free guidance; 0 for none {default(cfg)}")
+    group.add_argument(
+        "--top-k", type=int, default=top_k, help=f"keep the k most likely codes; 0 for all {default(top_k)}"
     )
-    parser.add_argument("--tokenizer", type=_source, help="tokenizer that belongs to it, likewise")
-
-
-def _compile_decoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--compile-decoder", action="store_true", help="the decoder by torch.compile: pays for thousands of images"
+    group.add_argument(
+        "--top-p", type=float, default=top_p, help=f"keep the most likely codes up to this probability {default(top_p)}"
     )
+    group.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
+    return group
 
 
-def _drawing(parser: argparse.ArgumentParser, cfg: float | None, top_k: int | None, top_p: float | None) -> None:
-    def shown(value: float | None) -> str:
-        return f"(default: {'as suits the model' if value is None else value})"
-
-    parser.add_argument("--cfg", type=float, default=cfg, help=f"classifier-free guidance, 0 for none {shown(cfg)}")
-    parser.add_argument("--top-k", type=int, default=top_k, help=f"codes to draw from, 0 for all {shown(top_k)}")
-    parser.add_argument("--top-p", type=float, default=top_p, help=f"share of probability to draw from {shown(top_p)}")
-    parser.add_argument("--seed", type=int, default=0, help="image i draws from (seed, i) alone (default: 0)")
-
-
-def _machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype", choices=DTYPE_NAMES, default="auto", help="of the model (default: the device's fastest)"
+def _execution(parser: argparse.ArgumentParser) -> Group:
+    group = parser.add_argument_group("execution")
+    group.add_argument(
+        "--dtype", choices=DTYPE_NAMES, default="auto", help="dtype of the model (default: the fastest on the device)"
     )
-    parser.add_argument("--backend", default="auto", help=BACKEND_HELP)
-    parser.add_argument(
+    group.add_argument("--backend", default="auto", help="backend of every op, see `mvar info` (default: auto)")
+    group.add_argument(
         "--graph",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="each batch as one CUDA graph (default: on a GPU)",
+        help="run each batch as one CUDA graph (default: on a GPU)",
     )
-    parser.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda where there is one)")
+    _device(group)
+    return group
+
+
+def _device(group: Group) -> None:
+    group.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda if available)")
+
+
+def _compile_decoder(group: Group) -> None:
+    group.add_argument(
+        "--compile-decoder",
+        action="store_true",
+        help="run the decoder with torch.compile: pays off for thousands of images",
+    )
 
 
 def _source(text: str) -> str:

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEDULES: Mapping[int, tuple[int, ...]] = {
     256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -114,7 +115,7 @@ class ModelConfig:
         return sum(self.scales)
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "ModelConfig":
+    def from_state_dict(cls, state: "Mapping[str, Tensor]") -> "ModelConfig":
         """Read every size off an official state dict (label_drop and drop_path are not in there).
 
         Raises ValueError for a weight that is missing or whose shape makes no sense.

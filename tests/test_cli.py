@@ -1,6 +1,9 @@
 """The command line as a user meets it: what it writes, and one plain line with exit code 2 on bad use."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,43 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
             main([command, "--help"])
         assert exit.value.code == 0
         assert f"examples:\n  mvar {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("sample", "--help"), ("train", "--help")], ids=" ".join
+)
+def test_help_imports_no_torch(arguments: tuple[str, ...]) -> None:
+    """Torch takes seconds, and help less than one."""
+    code = (
+        "import sys; from mvar.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: sys.exit(sorted({'torch', 'numpy'} & sys.modules.keys()) or None)"
+    )
+    paths = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=paths, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "mvar" in done.stdout
+
+
+def test_names_of_the_package_are_imported_at_their_first_use() -> None:
+    """And stay functions where a module of the package has the same name, in any order of imports."""
+    code = (
+        "import sys, mvar\n"
+        "assert 'torch' not in sys.modules and set(mvar.__all__) <= set(dir(mvar))\n"
+        "import mvar.generate, mvar.build\n"
+        "from mvar import generate\n"
+        "assert callable(mvar.generate) and mvar.generate is generate and callable(mvar.build)\n"
+        "assert all(getattr(mvar, name) is not None for name in mvar.__all__)\n"
+        "assert not hasattr(mvar, 'quantise')"
+    )
+    paths = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"mvar {mvar.__version__}\n"
 
 
 def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,17 @@ from mvar.config import ARCHITECTURES, SCHEDULES
 from mvar.files import expanded
 
 COMPILE_MODES = {1: "reduce-overhead", 2: "max-autotune", 3: "default"}
-COMPILED = "torch.compile: 0 not, 1 reduce-overhead, 2 max-autotune, 3 its default mode"
+SECTIONS = {
+    "preset": "preset",
+    "data_path": "data",
+    "arch": "model",
+    "bs": "optimization",
+    "pg": "progressive training",
+    "device": "execution",
+    "out": "output",
+}
+"""Headings of `mvar train --help`, each by its first flag."""
+COMPILED = "torch.compile: 0 off, 1 reduce-overhead, 2 max-autotune, 3 its default mode"
 
 
 def boolean(text: str) -> bool:
@@ -61,14 +71,14 @@ def _flag(
 class Flags:
     """One run. Raises ValueError, naming the flag, where a value is out of range."""
 
-    preset: str | None = _flag(None, "a known run, whose defaults these flags then change", str, free=True)
+    preset: str | None = _flag(None, "defaults of a known run; other flags override them", str, free=True)
     # Data
-    data_path: str | None = _flag(None, "folder with train/class/picture and val/class/picture", str, free=True)
-    tokens: str | None = _flag(
-        None, "folder of `mvar tokenize`, with train and val, instead of pictures", str, free=True
+    data_path: str | None = _flag(
+        None, "folder with train/class/image and, optionally, val/class/image", str, free=True
     )
+    tokens: str | None = _flag(None, "folder written by `mvar tokenize`, instead of images", str, free=True)
     tokenizer: str | None = _flag(
-        "vae_ch160v4096z32.pth", "tokenizer's file, or hf://owner/repository/file", str, free=True
+        "vae_ch160v4096z32.pth", "file of the tokenizer, or hf://owner/repository/file", str, free=True
     )
     pn: tuple[int, ...] | None = _flag(
         None,
@@ -76,66 +86,73 @@ class Flags:
         token_maps,
         free=True,  # the model's are compared
     )
-    mid_reso: float = _flag(1.125, "pictures are first resized to so many times the resolution, then cropped")
-    hflip: bool = _flag(False, "flip pictures at random")
-    workers: int = _flag(0, "processes that read pictures; 0 or below: none, the training one does", free=True)
+    mid_reso: float = _flag(1.125, "size of the shorter side before the crop, relative to the resolution")
+    hflip: bool = _flag(False, "flip training images at random")
+    workers: int = _flag(0, "processes that read images; 0 or below: the training process reads them", free=True)
     # Model
     arch: str = _flag("mvar", "M-VAR or VAR", choices=ARCHITECTURES)
-    depth: int = _flag(16, "blocks; the width is 64 times as much")
+    depth: int = _flag(16, "number of blocks; the width is 64·depth")
     width: int | None = _flag(None, "another width, a multiple of 64", int)
-    state_dim: int = _flag(64, "the mixer's state size")
-    bidirectional: bool = _flag(False, "the mixer's backward direction inside each scale")
+    state_dim: int = _flag(64, "state size of the mixer")
+    bidirectional: bool = _flag(False, "also scan backward within each scale")
     saln: bool = _flag(False, "one modulation layer for all blocks (VAR's d36-s)")
-    anorm: bool = _flag(True, "unit queries and keys (the published d12, d16 and d20 of M-VAR have --anorm=0)")
+    anorm: bool = _flag(True, "q/k norm (the published d12, d16 and d20 of M-VAR have --anorm=0)")
     ini: float = _flag(-1.0, "standard deviation of the initial weights, below 0 for √(1/3C)")
     hd: float = _flag(0.02, "factor on the head's initial weights")
     aln: float = _flag(0.5, "factor on the modulation layers' initial weights")
-    alng: float = _flag(1e-5, "factor on their gates' initial weights, instead")
+    alng: float = _flag(1e-5, "factor on the initial weights of their gates")
     # Optimisation
-    bs: int = _flag(768, "global batch, all processes and accumulated steps together")
-    ac: int = _flag(1, "steps whose gradients are accumulated")
+    bs: int = _flag(768, "global batch size, over all processes and accumulated steps")
+    ac: int = _flag(1, "gradient accumulation steps")
     ep: int = _flag(250, "epochs")
     opt: str = _flag("adamw", "optimizer; both are AdamW", lowered, choices=("adam", "adamw"))
     afuse: bool = _flag(True, "fused AdamW", free=True)
     tblr: float = _flag(1e-4, "learning rate for a batch of 256; the peak is this times bs/256")
     twd: float = _flag(0.05, "weight decay at the start")
-    twde: float = _flag(0.0, "weight decay at the end, on a cosine; 0 for as at the start")
-    tclip: float = _flag(2.0, "largest norm of the gradient; 0 for no clipping")
+    twde: float = _flag(0.0, "weight decay at the end, on a cosine schedule; 0: as at the start")
+    tclip: float = _flag(2.0, "gradient clipping: largest norm; 0 for none")
     ls: float = _flag(0.0, "label smoothing")
-    sche: str = _flag("lin0", "learning rate's shape: lin0, lin, lin00, lin0.3 (any share), cos, exp", schedule_name)
-    wp: float = _flag(0.0, "epochs of warm-up; 0 for a 50th of all")
-    wp0: float = _flag(0.005, "share of the peak rate at the start of the warm-up")
-    wpe: float = _flag(0.01, "share of the peak rate at the end")
+    sche: str = _flag("lin0", "learning rate schedule: lin0, lin, lin00, lin0.3 (any share), cos, exp", schedule_name)
+    wp: float = _flag(0.0, "warm-up epochs; 0 for 1/50 of all epochs")
+    wp0: float = _flag(0.005, "learning rate at the start of the warm-up, relative to the peak")
+    wpe: float = _flag(0.01, "learning rate at the end, relative to the peak")
     fp16: int = _flag(0, "0: float32, 1: float16 with loss scaling, 2: bfloat16", choices=(0, 1, 2))
-    average: float = _flag(0.0, "decay of an exponential average of the weights, which is then what is written")
+    average: float = _flag(
+        0.0, "decay of an exponential moving average of the weights, which is then what is saved; 0 for none"
+    )
     # Progressive training
-    pg: float = _flag(0.0, "share of the training in which scales are added one by one; 0 for all from the start")
+    pg: float = _flag(0.0, "share of the training in which scales are added one by one; 0: all scales from the start")
     pg0: int = _flag(4, "the first stage's last scale, counted from 0")
-    pgwp: float = _flag(0.0, "epochs over which a new scale's loss comes in; 0 for a 300th of all")
+    pgwp: float = _flag(0.0, "epochs over which the loss of a new scale is ramped up; 0 for 1/300 of all epochs")
     # Machine
-    device: str | None = _flag(None, "such as cpu or cuda (default: cuda where there is one)", str, free=True)
+    device: str | None = _flag(None, "such as cpu or cuda (default: cuda if available)", str, free=True)
     backend: str = _flag("auto", "backend of every op, see `mvar info`", free=True)
     fuse: bool = _flag(True, "fused kernels; 0 for plain PyTorch, as --backend=reference", free=True)
     tf32: bool = _flag(
-        True, "float32 products in TF32 on a GPU; on a CPU oneDNN's, where they are true float32", free=True
+        True, "float32 matmuls in TF32 on a GPU; on a CPU by oneDNN, where these are true float32", free=True
     )
-    tfast: int = _flag(0, f"compile the blocks, every one on its own. {COMPILED}", choices=(0, 1, 2, 3), free=True)
-    vfast: int = _flag(0, f"compile the tokenizer's encoder. {COMPILED}", choices=(0, 1, 2, 3), free=True)
-    fsdp: bool = _flag(False, "shard weights, gradients and optimizer (FSDP2), not only the batch (DDP)", free=True)
-    recompute: bool = _flag(False, "keep only the blocks' inputs and compute them again in the backward", free=True)
-    seed: int | None = _flag(None, "of weights, order, crops and drops (default: a new one)", int)
+    tfast: int = _flag(0, f"compile each block. {COMPILED}", choices=(0, 1, 2, 3), free=True)
+    vfast: int = _flag(0, f"compile the encoder of the tokenizer. {COMPILED}", choices=(0, 1, 2, 3), free=True)
+    fsdp: bool = _flag(False, "shard weights, gradients and optimizer state (FSDP2) instead of DDP", free=True)
+    recompute: bool = _flag(False, "activation checkpointing of the blocks", free=True)
+    seed: int | None = _flag(None, "seed of weights, order, crops and dropout (default: a new one)", int)
     # Run
     out: str = _flag(
-        "local_output", "folder of the run; one that is found there goes on", free=True, also=("local_out_dir_path",)
+        "local_output",
+        "folder of the run; a run that is found there is continued",
+        free=True,
+        also=("local_out_dir_path",),
     )
     exp_name: str = _flag("text", "name of the run in its log", free=True)
     save_every: int = _flag(1000, "iterations between checkpoints", free=True)
-    log_every: int = _flag(50, "iterations between lines of the log", free=True)
-    skips: int = _flag(20, "steps in a row that may be skipped because their gradients are not finite", free=True)
+    log_every: int = _flag(50, "iterations between log lines", free=True)
+    skips: int = _flag(20, "consecutive steps that may be skipped because their gradients are not finite", free=True)
     tb: bool | None = _flag(None, "write for TensorBoard (default: if it is installed)", boolean, free=True)
-    peak_tflops: float | None = _flag(None, "the device's peak, for the model FLOP utilisation", float, free=True)
-    pictures: int = _flag(8, "classes in the picture grid at the end, 0 for none", free=True)
-    shorten: float = _flag(1.0, "share of the epochs, for a try")
+    peak_tflops: float | None = _flag(
+        None, "peak TFLOP/s of the device, for the model FLOPs utilization", float, free=True
+    )
+    pictures: int = _flag(8, "classes in the image grid at the end; 0 for no grid", free=True)
+    shorten: float = _flag(1.0, "share of the epochs to run, for a quick try")
 
     def __post_init__(self) -> None:
         for name in ("data_path", "tokens", "tokenizer", "out"):
@@ -241,7 +258,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             details["metavar"] = item.name.upper()
         names = [f"--{name}" for name in (item.name, *item.metadata["also"])]
         text = item.metadata["help"] + default
-        parser.add_argument(*names, dest=item.name, type=kind, default=argparse.SUPPRESS, help=text, **details)
+        if item.name in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[item.name])
+        group.add_argument(*names, dest=item.name, type=kind, default=argparse.SUPPRESS, help=text, **details)
     unseen = argparse.SUPPRESS
     for name in ELSEWHERE:
         parser.add_argument(f"--{name}", action=_Elsewhere, default=unseen, help=unseen)
