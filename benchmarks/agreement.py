@@ -12,7 +12,7 @@ from benchmarks.measure import DEVICE
 from benchmarks.sides import SIDES, Pair, Side, compiled_block, generate, public_arithmetic, public_attention
 from mvar.blocks import MVARBlock
 from mvar.engine import release
-from mvar_kernels.backends import BackendError
+from mvar_kernels.dispatch import BackendError
 
 # Of the tokens up to the first scale that differs, as all that comes after one that fell the other way by rounding is
 # another picture. On a GPU products are summed in other orders, and one token of a coarse scale is a tenth of them.

@@ -18,7 +18,7 @@ import mvar
 from mvar.bench import ALLOCATOR
 from mvar.files import make_folder, write_json
 from mvar.machine import cpu_model, cpuinfo, version
-from mvar_kernels.backends import architecture, interpreted, native
+from mvar_kernels.dispatch import architecture, interpreted, native
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -34,9 +34,9 @@ from benchmarks.measure import (
 )
 from benchmarks.products import DTYPES
 from benchmarks.rivals import RIVALS
-from mvar_kernels.backends import PEERS, BackendError, backends
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.contract import prepared
+from mvar_kernels.dispatch import PEERS, BackendError, backends
 from mvar_kernels.precision import float32_products
 from mvar_kernels.specs import Case, Inputs, Spec
 

@@ -32,7 +32,7 @@ from mvar.evaluate.inception import FEATURES, Inception, sources
 from mvar.files import expanded
 from mvar.pictures import to_bytes
 from mvar.tokenizer import Tokenizer
-from mvar_kernels.backends import BackendError, backends
+from mvar_kernels.dispatch import BackendError, backends
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 BATCH = 50

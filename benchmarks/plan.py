@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.sides import SIDES, Side
 from mvar.config import SCHEDULES
-from mvar_kernels.backends import NAMES, PREFERENCE
+from mvar_kernels.dispatch import NAMES, PREFERENCE
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

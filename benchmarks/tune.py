@@ -25,8 +25,8 @@ from benchmarks.measure import DEVICE, REHEARSAL, graphed, interleaved, require_
 from benchmarks.ops import SPECS, Results, answers, benchmarked, first_line, gradients
 from mvar.files import replacing
 from mvar_kernels import tiling
-from mvar_kernels.backends import architecture
 from mvar_kernels.contract import prepared
+from mvar_kernels.dispatch import architecture
 from mvar_kernels.specs import Case, Spec
 from mvar_kernels.tiling import Tile
 

@@ -13,7 +13,7 @@ from mvar.files import check_writable
 from mvar.generate import generate
 from mvar.pictures import grid, save_picture
 from mvar.processes import own_device
-from mvar_kernels.backends import backends, fastest_dtype
+from mvar_kernels.dispatch import backends, fastest_dtype
 
 COLUMNS = 10
 BATCH = 100

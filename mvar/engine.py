@@ -18,7 +18,7 @@ from mvar.packed import PackedFeedForward, PackedLinear, packs
 from mvar.sharding import is_sharded
 from mvar.tokenizer import Tokenizer
 from mvar.weights import ENCODER, REMEDY, own_layer, skeleton, weights
-from mvar_kernels.backends import fastest_dtype
+from mvar_kernels.dispatch import fastest_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Parameters of the recurrence, which is computed in float32: rounding them would move every decay.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import mvar
-from mvar_kernels.backends import backends, fastest_dtype, native
+from mvar_kernels.dispatch import backends, fastest_dtype, native
 
 
 def lines() -> list[str]:

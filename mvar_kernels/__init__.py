@@ -5,7 +5,7 @@ Importing this package imports torch, and never Triton until a Triton kernel is 
 
 from typing import TYPE_CHECKING, Any
 
-from mvar_kernels.backends import BackendError, backends
+from mvar_kernels.dispatch import BackendError, backends
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
 from mvar_kernels.ops.mamba2.mixer import Mamba2State, mamba2_mixer
 from mvar_kernels.ops.mamba2.scan import ssd_scan

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.backends import BackendError, interpreted
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.contract import LAYOUTS, cotangents, device_of, evaluate, prepared, shares
+from mvar_kernels.dispatch import BackendError, interpreted
 from mvar_kernels.specs import Case, Inputs, Spec
 
 BROKEN = 99

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import OPS, PEERS
+from mvar_kernels.dispatch import OPS, PEERS
 from mvar_kernels.specs import Case, Inputs, Spec
 
 Results = Mapping[str, Tensor]

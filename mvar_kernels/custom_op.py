@@ -22,7 +22,7 @@ from torch.library import CustomOpDef
 from torch.nn import Parameter
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from mvar_kernels.backends import BackendError, Op
+from mvar_kernels.dispatch import BackendError, Op
 
 # A kernel of one of these keys goes before the one that custom_op registers for all of them ("Autograd").
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")

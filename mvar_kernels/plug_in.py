@@ -18,8 +18,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from mvar_kernels.backends import PREFERENCE, unavailable
 from mvar_kernels.class_swap import with_ancestor
+from mvar_kernels.dispatch import PREFERENCE, unavailable
 from mvar_kernels.replacements import REPLACEMENTS, Replacement, has_hooks, kind_of, observed
 from mvar_kernels.trial import Trials
 
@@ -62,10 +62,10 @@ def accelerate(model: nn.Module) -> Report:
         if replacement is None:
             continue
         if isinstance(part, Replacement):
-            why = _bypass_objection(part, replacement) or "its class, or that of a child, has changed"
+            why = _bypass_unsupported(part, replacement) or "its class, or that of a child, has changed"
             reason = None if part.as_tried() else f"accelerated, but it goes the old way: {why}"
         else:
-            reason = _objection(part, replacement, trials)
+            reason = _unsupported(part, replacement, trials)
             if reason is None:
                 classes.append((part, _accelerated(part, replacement)))
         if reason is not None:
@@ -131,17 +131,17 @@ def _candidate(part: nn.Module) -> type[Replacement] | None:
     return None
 
 
-def _objection(part: nn.Module, replacement: type[Replacement], trials: Trials) -> str | None:
+def _unsupported(part: nn.Module, replacement: type[Replacement], trials: Trials) -> str | None:
     """Why the part stays what it is, or None; the cheapest questions first."""
     try:
-        reason = _call_objection(part, replacement) or _bypass_objection(part, replacement)
-        reason = reason or replacement.objection(part) or _no_kernel(part)
+        reason = _call_unsupported(part, replacement) or _bypass_unsupported(part, replacement)
+        reason = reason or replacement.unsupported_reason(part) or _no_kernel(part)
         return reason or trials.difference(part, replacement, _accelerated(part, replacement))
     except Exception as error:  # somebody else's code: whatever it raises is a reason to leave it
         return f"it lacks what is asked of such a part: {type(error).__name__}: {error}".rstrip(": ")
 
 
-def _call_objection(part: nn.Module, replacement: type[Replacement]) -> str | None:
+def _call_unsupported(part: nn.Module, replacement: type[Replacement]) -> str | None:
     """Why the part is called in another way than the replacement, or None."""
     if "forward" in vars(part):
         return "its forward has been replaced already, on the instance"
@@ -153,7 +153,7 @@ def _call_objection(part: nn.Module, replacement: type[Replacement]) -> str | No
     return None if taken == wanted else f"its forward takes ({', '.join(arguments)}), not ({replacement.takes})"
 
 
-def _bypass_objection(part: Any, replacement: type[Replacement]) -> str | None:
+def _bypass_unsupported(part: Any, replacement: type[Replacement]) -> str | None:
     """What a replacement would hide: which child that it does not call does more than its class says. Or None."""
     if observed():
         return "there are global hooks, torch.func or forward-mode differentiation at work, which want the original"

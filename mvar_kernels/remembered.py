@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mvar_kernels.backends import capturing
+from mvar_kernels.dispatch import capturing
 
 _schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mask → its version, and its schedule
 

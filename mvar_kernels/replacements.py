@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from mvar_kernels.checks import accumulator
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
 from mvar_kernels.ops.mamba2.mixer import Mamba2State, mamba2_mixer
 from mvar_kernels.ops.scale_attention.op import scale_attention
 from mvar_kernels.remembered import made_once, schedule_of
+from mvar_kernels.validation import accumulator
 
 Draw = Callable[..., Tensor]
 """Random inputs of a trial: draw(*shape), the same for both sides, with gradients asked for."""
@@ -49,7 +49,7 @@ class Replacement:
     """kinds of the bypassed children at the time of the trial"""
 
     @classmethod
-    def objection(cls, part: Any) -> str | None:
+    def unsupported_reason(cls, part: Any) -> str | None:
         """Why this candidate cannot be replaced: a size or an option that the kernels do not know."""
         raise NotImplementedError
 
@@ -112,7 +112,7 @@ class Attention(Replacement):
     bypassed = ("mat_qkv",)
 
     @classmethod
-    def objection(cls, part: Any) -> str | None:
+    def unsupported_reason(cls, part: Any) -> str | None:
         H, D, C = part.num_heads, part.head_dim, part.q_bias.numel()
         if not _linear(part.mat_qkv, C, 3 * C) or not _linear(part.proj, C, C) or H * D != C:
             return f"mat_qkv and proj: expected linear layers C→3C and C→C with C={C} of {H} heads of {D}"
@@ -196,14 +196,14 @@ class Block(Replacement):
     left = {"ffn": "its two linear layers are the library's own already"}
 
     @classmethod
-    def objection(cls, part: Any) -> str | None:
+    def unsupported_reason(cls, part: Any) -> str | None:
         C = _width(part.ln_wo_grad)
         if C is None:
             return "ln_wo_grad: expected a LayerNorm over the channels without weights"
         if hasattr(part, "ada_gss"):
             shape = tuple(part.ada_gss.shape)
             return None if shape == (1, 1, 6, C) else f"ada_gss: expected shape {(1, 1, 6, C)}, got {shape}"
-        return _modulation_objection(part, 6 * C)
+        return _modulation_unsupported(part, 6 * C)
 
     @classmethod
     def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
@@ -243,11 +243,11 @@ class HeadNorm(Replacement):
     bypassed = ("ln_wo_grad",)
 
     @classmethod
-    def objection(cls, part: Any) -> str | None:
+    def unsupported_reason(cls, part: Any) -> str | None:
         C = _width(part.ln_wo_grad)
         if C is None:
             return "ln_wo_grad: expected a LayerNorm over the channels without weights"
-        return _modulation_objection(part, 2 * C)
+        return _modulation_unsupported(part, 2 * C)
 
     @classmethod
     def trials(cls, part: Any, draw: Draw) -> Iterator[Tensor]:
@@ -271,7 +271,7 @@ class Mamba2(Replacement):
     bypassed = ("conv1d", "norm", "act")
 
     @classmethod
-    def objection(cls, part: Any) -> str | None:
+    def unsupported_reason(cls, part: Any) -> str | None:
         asked = {
             "ngroups": 1,
             "D_has_hdim": False,
@@ -358,7 +358,7 @@ def _width(norm: Any) -> int | None:
     return norm.normalized_shape[0] if plain else None
 
 
-def _modulation_objection(part: Any, features: int) -> str | None:
+def _modulation_unsupported(part: Any, features: int) -> str | None:
     last = part.ada_lin[-1] if isinstance(getattr(part, "ada_lin", None), nn.Sequential) else None
     if isinstance(last, nn.Linear) and last.out_features == features:
         return None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import architecture, interpreted
+from mvar_kernels.dispatch import architecture, interpreted
 
 TABLE = Path(__file__).with_name("tiles.json")
 
@@ -57,7 +57,7 @@ def product_block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def objection(first: Tensor) -> str | None:
+def unsupported_dtype(first: Tensor) -> str | None:
     """What all Triton kernels ask of the dtype: that of the first input, which the others share."""
     dtype = str(first.dtype).removeprefix("torch.")
     if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):

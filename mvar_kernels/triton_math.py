@@ -6,7 +6,7 @@ EXACT: whether it is needed. The rounding of 16-bit numbers hides what the fast 
 import triton
 import triton.language as tl
 
-from mvar_kernels.backends import interpreted
+from mvar_kernels.dispatch import interpreted
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)

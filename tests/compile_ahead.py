@@ -35,13 +35,13 @@ from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
 from mvar_kernels import tiling
-from mvar_kernels.backends import BackendError
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.contract import LAYOUTS
+from mvar_kernels.dispatch import BackendError
 from mvar_kernels.specs import Case, Inputs, Spec
 
 # The package's name `backends` is the public function, not this module.
-backends = importlib.import_module("mvar_kernels.backends")
+backends = importlib.import_module("mvar_kernels.dispatch")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 NARROW_LOAD = re.compile(r"\bld\.global(?:\.[a-z]\w*(?:::\w+)*)*\.[bsu](?:8|16) ")

@@ -80,7 +80,7 @@ def mixer_inputs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, to
 @pytest.fixture
 def use_instruction_set() -> Iterator[Callable[[str], None]]:
     """Make the C++ kernels use an instruction set by name; skips where the processor lacks it."""
-    from mvar_kernels.backends import native  # after the choice above: what it imports may import Triton
+    from mvar_kernels.dispatch import native  # after the choice above: what it imports may import Triton
 
     extension = native()
     assert extension is not None

@@ -44,7 +44,7 @@ EDGES |= {"gated_adaln": EDGES["adaln"], "mamba2_mixer": EDGES["ssd_scan"], "sof
 
 def absent() -> list[str]:
     """The instruction sets that this machine lacks, as the extension of the package finds them."""
-    from mvar_kernels.backends import native
+    from mvar_kernels.dispatch import native
 
     extension = native()
     assert extension is not None
@@ -74,8 +74,8 @@ def run(only: str | None, sets: list[str] | None) -> None:
     """Every case in this process, in which the sanitizers are."""
     import torch
 
-    from mvar_kernels.backends import native
     from mvar_kernels.catalogue import SPECS
+    from mvar_kernels.dispatch import native
 
     extension = native()
     assert extension is not None

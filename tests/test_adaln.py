@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mvar_kernels as mk
-from mvar_kernels.checks import FLOATS
+from mvar_kernels.validation import FLOATS
 
 BACKENDS = ("reference", "cpu")  # the contract test holds the others to the same
 VALUES = (0.0, 100.1, -1000.1, 12345.678, 65504.0)

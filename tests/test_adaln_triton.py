@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from mvar_kernels import adaln, gated_adaln, tiling  # noqa: E402
-from mvar_kernels.backends import BackendError, unavailable  # noqa: E402
+from mvar_kernels.dispatch import BackendError, unavailable  # noqa: E402
 from mvar_kernels.ops.adaln import reference  # noqa: E402
 from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
 from mvar_kernels.ops.adaln.triton import slab_length  # noqa: E402

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import native as import_native
+from mvar_kernels.dispatch import native as import_native
 from mvar_kernels.ops.adaln import native as adaln_native
 from mvar_kernels.ops.adaln import reference as adaln_reference
 from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN

@@ -17,10 +17,10 @@ from mvar.check.command import key, planned, read, recorded, table, verdict
 from mvar.check.jobs import MAX_DEATHS, Job, run
 from mvar.cli import main
 from mvar_kernels import check as worker
-from mvar_kernels.backends import OPS
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.check import Row, tried
 from mvar_kernels.contract import LAYOUTS
+from mvar_kernels.dispatch import OPS
 from tests.test_cli import fails
 
 ODD = next(case for case in SPECS["adaln"].cases if case.name == "odd")

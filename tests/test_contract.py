@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mvar_kernels import contract
-from mvar_kernels.backends import PEERS, Op, backends, interpreted
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.contract import every_other, transposed
+from mvar_kernels.dispatch import PEERS, Op, backends, interpreted
 from mvar_kernels.specs import Case, Inputs, Spec
 from tests import cuda_on_cpu
 from tests.dispatched import dispatched
@@ -44,7 +44,7 @@ def refusal(spec: Spec, backend: str, dtype: torch.dtype, case: Case) -> str | N
     """Why the backend does not take this case in this dtype, or None. No kernel runs."""
 
     def ask(op: Op, name: str, device: torch.device, *inputs: Any, backward: bool = False) -> NoReturn:
-        raise Asked(op.objection(name, device, *inputs, backward=backward))
+        raise Asked(op.unsupported_reason(name, device, *inputs, backward=backward))
 
     with named(backend) as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Op, "choose", ask)

@@ -13,8 +13,8 @@ from torch import Tensor
 import mvar
 from mvar.digits import pretrained
 from mvar.train.objective import Objective
-from mvar_kernels.backends import unavailable
 from mvar_kernels.catalogue import SPECS
+from mvar_kernels.dispatch import unavailable
 from mvar_kernels.specs import Spec
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvar_kernels as mk
 from mvar_kernels import custom_op
-from mvar_kernels.backends import unavailable
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.contract import evaluate, prepared
+from mvar_kernels.dispatch import unavailable
 from mvar_kernels.specs import Spec
 
 BACKENDS = [name for name in ("reference", "cpu") if unavailable(name) is None]

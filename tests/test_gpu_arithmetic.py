@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import interpreted, unavailable
 from mvar_kernels.catalogue import SPECS
+from mvar_kernels.dispatch import interpreted, unavailable
 from mvar_kernels.specs import Case, Inputs, Spec
 from tests.test_contract import compare, evaluate, prepared, scattered
 

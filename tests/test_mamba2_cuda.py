@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import BackendError, unavailable
+from mvar_kernels.dispatch import BackendError, unavailable
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER
 from mvar_kernels.specs import Case, Inputs
 from tests.test_contract import CUDA_ON_CPU, compare, evaluate, named, prepared
@@ -70,7 +70,7 @@ def test_state_carries_across_scales(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype", "objection"),
+    ("case", "dtype", "reason"),
     [
         (case_of(4, scales=(1, 3)), torch.bfloat16, "A_log: has two directions"),
         (case_of(4, P=32), torch.bfloat16, "H=2 of P=32, N=64"),
@@ -78,9 +78,9 @@ def test_state_carries_across_scales(dtype: torch.dtype) -> None:
         (case_of(4), torch.float32, "dtype float32 is not float16 or bfloat16"),
     ],
 )
-def test_what_it_does_not_take(case: Case, dtype: torch.dtype, objection: str) -> None:
+def test_what_it_does_not_take(case: Case, dtype: torch.dtype, reason: str) -> None:
     inputs = prepared(MAMBA2_MIXER, case, dtype, BACKEND)
-    with named(BACKEND) as name, pytest.raises(BackendError, match=objection):
+    with named(BACKEND) as name, pytest.raises(BackendError, match=reason):
         MAMBA2_MIXER.call(inputs, case, name)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
-from mvar_kernels.backends import native as import_native
+from mvar_kernels.dispatch import Implementation
+from mvar_kernels.dispatch import native as import_native
 from mvar_kernels.ops.mamba2 import native as mamba2_native
 from mvar_kernels.ops.mamba2 import reference
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
@@ -136,7 +136,7 @@ def test_long_sums_of_one_sign(use_instruction_set: Callable[[str], None], name:
     x, B = torch.ones(1, 4096, 1, 8), torch.ones(1, 4096, 8)
     t = [x, torch.full((1, 4096, 1), step), torch.tensor([rate]), B, B, torch.ones(1), torch.zeros(1, 1, 8, 8)]
 
-    def run(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+    def run(kernel: Implementation, dtype: torch.dtype) -> list[Tensor]:
         call = Scan(*(v.to(dtype) for v in t), (4096,))  # type: ignore[call-arg, arg-type]
         outs = kernel.forward(call)
         assert kernel.backward is not None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import mvar_kernels as mk
 from mvar_kernels import tiling
-from mvar_kernels.backends import unavailable
+from mvar_kernels.dispatch import unavailable
 from mvar_kernels.ops.mamba2 import reference
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 from mvar_kernels.ops.mamba2.spec import SSD_SCAN

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mvar_kernels as mk
-from mvar_kernels.backends import native
+from mvar_kernels.dispatch import native
 from mvar_kernels.remembered import made_once, schedule_of
 from tests.plain_var import SelfAttention
 from tests.plugged_in import accelerated, close, normal, plain

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mvar
-from mvar_kernels.backends import native
+from mvar_kernels.dispatch import native
 from mvar_kernels.replacements import Replacement
 from tests.plain_mamba2 import PlainMamba2
 from tests.plain_var import PlainVAR, randomised

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import mvar_kernels as mk
-from mvar_kernels.backends import native
+from mvar_kernels.dispatch import native
 from tests.plain_var import PlainVAR, SelfAttention, randomised
 from tests.plugged_in import HOOKS, LABELS, accelerated, close, normal, plain
 

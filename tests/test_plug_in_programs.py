@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mvar_kernels as mk
 from mvar_kernels import precision
-from mvar_kernels.backends import native
+from mvar_kernels.dispatch import native
 from tests.plain_mamba2 import PlainMamba2
 from tests.plain_var import PlainVAR, SelfAttention
 from tests.plugged_in import HOOKS, LABELS, accelerated, close, normal, plain

@@ -17,7 +17,7 @@ from mvar.train import run
 from mvar.train.tokenizer import STEPS, train_digits_tokenizer
 from mvar.train.trainer import Interrupted
 from mvar_kernels import precision
-from mvar_kernels.backends import Kernel, guarded
+from mvar_kernels.dispatch import Implementation, guarded
 from mvar_kernels.precision import MAX_ERROR, float32_products, is_true_float32, onednn_is_true, true_float32
 from tests.bfloat16_products import amx, reduced
 
@@ -219,7 +219,7 @@ def test_ops_compute_in_true_float32_in_any_program(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(precision, "_measured", lambda setting: False)
     with told_so("medium"):
-        found = guarded(Kernel(lambda *inputs: None, kernel, kernel), CPU)
+        found = guarded(Implementation(lambda *inputs: None, kernel, kernel), CPU)
         found.forward()
         assert found.backward is not None
         found.backward()

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvar_kernels as mk
-from mvar_kernels.checks import FLOATS
 from mvar_kernels.ops.sample_tokens import noise
 from mvar_kernels.ops.sample_tokens.inputs import Draw
 from mvar_kernels.ops.sample_tokens.reference import filtered_logits, guided_logits, relative_logits, sample_tokens
+from mvar_kernels.validation import FLOATS
 
 
 @pytest.mark.parametrize(

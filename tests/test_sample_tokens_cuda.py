@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mvar_kernels as mk
-from mvar_kernels.backends import unavailable
+from mvar_kernels.dispatch import unavailable
 from mvar_kernels.ops.sample_tokens import native, noise, reference
 from mvar_kernels.ops.sample_tokens.inputs import Draw
 from tests import cuda_on_cpu
@@ -35,7 +35,7 @@ FILTERS = [
 def draw(call: Draw) -> Tensor:
     if ON_GPU:
         call = Draw(*(value.cuda() if isinstance(value, Tensor) else value for value in call))
-    assert native.sample_tokens_cuda.why_not(call) is None
+    assert native.sample_tokens_cuda.unsupported_reason(call) is None
     with nullcontext() if ON_GPU else cuda_on_cpu.installed():
         tokens: Tensor = native.sample_tokens_cuda.forward(call)[0]
     return tokens.cpu()
@@ -121,7 +121,7 @@ def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
         (torch.zeros(1, 1, 5, dtype=torch.float64), "dtype float64 is not float32, float16 or bfloat16"),
     ],
 )
-def test_objections(logits: Tensor, message: str) -> None:
+def test_unsupported_inputs(logits: Tensor, message: str) -> None:
     with nullcontext() if ON_GPU else cuda_on_cpu.installed(), pytest.raises(mk.BackendError, match=message):
         mk.sample_tokens(logits.cuda() if ON_GPU else logits, backend="cuda")
 

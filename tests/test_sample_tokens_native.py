@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import native as import_native
+from mvar_kernels.dispatch import native as import_native
 from mvar_kernels.ops.sample_tokens import native, reference
 from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import interpreted, unavailable
+from mvar_kernels.dispatch import interpreted, unavailable
 from mvar_kernels.ops.sample_tokens import noise, reference
 from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
 from tests.test_sample_tokens_native import finite_rows, image_indices, infinite_rows

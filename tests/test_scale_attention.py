@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mvar_kernels as mk
-from mvar_kernels.backends import interpreted
+from mvar_kernels.dispatch import interpreted
 
 SCALES = (1, 4, 9, 16)
 STARTS = (0, 1, 5, 14, 30)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import mvar_kernels as mk
-from mvar_kernels.backends import BackendError
+from mvar_kernels.dispatch import BackendError
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.native import scale_attention_cuda
 from mvar_kernels.ops.scale_attention.reference import scale_attention
@@ -68,16 +68,16 @@ def test_packed_views_are_read_in_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "objection"),
+    ("change", "reason"),
     [
         ({"pattern": "causal"}, "pattern 'causal' is not 'diagonal'"),
         ({"D": 24}, "head dimension D=24 is not 64 or 128"),
         ({"dtype": torch.float32}, "dtype float32 is not float16 or bfloat16"),
     ],
 )
-def test_objections(change: dict[str, Any], objection: str) -> None:
+def test_unsupported_inputs(change: dict[str, Any], reason: str) -> None:
     q, k, v = qkv(change.pop("D", 64), change.pop("dtype", torch.float16))
-    with cuda_on_cpu.installed(), pytest.raises(BackendError, match=objection):
+    with cuda_on_cpu.installed(), pytest.raises(BackendError, match=reason):
         mk.scale_attention(q, k, v, SCALES, backend="cuda", **change)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import native as import_native
+from mvar_kernels.dispatch import native as import_native
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.native import scale_attention_cpu
 from mvar_kernels.ops.scale_attention.reference import scale_attention_reference
@@ -162,6 +162,6 @@ def test_empty_batch() -> None:
 def test_other_dtypes_are_refused() -> None:
     q = torch.zeros(1, 1, 1, 8, dtype=torch.float16)
     assert (
-        scale_attention_cpu.why_not(Attention(q, q, q, None, (1,), False, 1.0))
+        scale_attention_cpu.unsupported_reason(Attention(q, q, q, None, (1,), False, 1.0))
         == "dtype float16 is not float32 or bfloat16"
     )

@@ -84,4 +84,4 @@ def test_flash_attn_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPa
     assert peer.backward is not None and own.backward is not None
     grad_out = [torch.ones_like(out).cumsum(1)]
     torch.testing.assert_close(peer.backward(grad_out, call), own.backward(grad_out, call), rtol=1e-4, atol=1e-3)
-    assert peer.why_not(call) == "inputs are on cpu"
+    assert peer.unsupported_reason(call) == "inputs are on cpu"

@@ -15,7 +15,7 @@ namespace mvar {
 // The instruction set in use: the index of an op's MVAR_TABLES.
 extern InstructionSet current;
 
-// How a call names the dtype and, on a GPU, the stream: where() in mvar_kernels/binding.py.
+// How a call names the dtype and, on a GPU, the stream: where() in mvar_kernels/ffi.py.
 struct Where {
   Dtype dtype;
   void* stream;

@@ -1,4 +1,4 @@
-// The numbers that kernels are compiled for: the index of a table's entries, as mvar_kernels/binding.py passes it.
+// The numbers that kernels are compiled for: the index of a table's entries, as mvar_kernels/ffi.py passes it.
 #pragma once
 
 #include <stdint.h>

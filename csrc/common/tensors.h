@@ -24,7 +24,7 @@ inline PyObject* item(const py::tuple& tuple, size_t i) {
 
 inline int64_t entry(const py::tuple& tuple, size_t i) { return number(item(tuple, i)); }
 
-// Pointers from pointers() in mvar_kernels/binding.py: of each tensor its address, its strides in elements and how many
+// Pointers from pointers() in mvar_kernels/ffi.py: of each tensor its address, its strides in elements and how many
 // bytes its storage holds from that address on, or None. Every access says what a kernel will touch (`sizes`, elements of
 // `itemsize` bytes) and raises ValueError, with the tensor's `name`, unless it is all there.
 class Tensors {

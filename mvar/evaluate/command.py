@@ -21,7 +21,7 @@ from mvar.model import Model
 from mvar.processes import joined, own_device
 from mvar.tokenizer import Tokenizer
 from mvar.weights import weights
-from mvar_kernels.backends import backends, fastest_dtype
+from mvar_kernels.dispatch import backends, fastest_dtype
 
 PACKAGES = ("numpy", "triton", "torchvision", "torch-fidelity")
 

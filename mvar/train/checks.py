@@ -18,7 +18,7 @@ from mvar.train.schedule import check_stages
 from mvar.train.tensorboard import summary_writer
 from mvar.train.tokenizer import CONFIG as DIGITS_TOKENIZER
 from mvar.train.trainer import autocast
-from mvar_kernels.backends import BackendError, check_name
+from mvar_kernels.dispatch import BackendError, check_name
 
 VARS = f"{HUB}FoundationVision/var/vae_ch160v4096z32.pth"
 FLAG_OF = {"architecture": "arch", "shared_adaln": "saln", "qk_norm": "anorm", "patch_nums": "pn"}

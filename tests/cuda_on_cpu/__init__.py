@@ -18,7 +18,7 @@ from types import ModuleType
 import pybind11
 import pytest
 
-backends = importlib.import_module("mvar_kernels.backends")  # the package calls a function by that name
+backends = importlib.import_module("mvar_kernels.dispatch")  # the package calls a function by that name
 HERE = Path(__file__).parent
 BUILD = HERE.parent.parent / "build" / "cuda-on-cpu"
 NAME = "_cuda_on_cpu"

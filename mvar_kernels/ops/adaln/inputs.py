@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mvar_kernels.binding import view
+from mvar_kernels.ffi import last_dim_contiguous
 
 
 class AdaLN(NamedTuple):
@@ -17,7 +17,9 @@ class AdaLN(NamedTuple):
 
     def readable(self) -> "AdaLN":
         """The same with the last dimension of every tensor contiguous: in place, or a copy where it must be."""
-        return AdaLN(view(self.x), view(self.scale), view(self.shift), self.eps)
+        return AdaLN(
+            last_dim_contiguous(self.x), last_dim_contiguous(self.scale), last_dim_contiguous(self.shift), self.eps
+        )
 
 
 class GatedAdaLN(NamedTuple):
@@ -32,4 +34,11 @@ class GatedAdaLN(NamedTuple):
 
     def readable(self) -> "GatedAdaLN":
         x, branch, gate, scale, shift, eps = self
-        return GatedAdaLN(view(x), view(branch), view(gate), view(scale), view(shift), eps)
+        return GatedAdaLN(
+            last_dim_contiguous(x),
+            last_dim_contiguous(branch),
+            last_dim_contiguous(gate),
+            last_dim_contiguous(scale),
+            last_dim_contiguous(shift),
+            eps,
+        )

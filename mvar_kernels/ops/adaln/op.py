@@ -11,9 +11,9 @@ that x is read and written once per branch instead of eight to ten times.
 
 from torch import Tensor
 
-from mvar_kernels import checks
-from mvar_kernels.backends import Op, check_name
+from mvar_kernels import validation
 from mvar_kernels.custom_op import RegisteredOp
+from mvar_kernels.dispatch import Op, check_name
 from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
 
 _MODULES = {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"}
@@ -76,10 +76,10 @@ def _check(op: str, eps: float, backend: str, **tensors: Tensor) -> float:
     sizes: dict[str, int] = {}
     for name, value in tensors.items():
         dims = "B L C" if name in ("x", "branch") else "B C"
-        checks.tensor(op, name, value, dims, sizes, like=tensors["x"])
-    checks.same_dtype(op, "x", **tensors)
+        validation.tensor(op, name, value, dims, sizes, like=tensors["x"])
+    validation.same_dtype(op, "x", **tensors)
     check_name(backend)
-    return checks.positive(op, "eps", eps)
+    return validation.positive(op, "eps", eps)
 
 
 def _fake(call: AdaLN) -> tuple[Tensor]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
-from mvar_kernels.checks import accumulator
+from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
+from mvar_kernels.validation import accumulator
 
 
 def adaln(call: AdaLN) -> tuple[Tensor]:
@@ -63,5 +63,5 @@ def _layer_norm_vjp(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> t
     return dx, (grad * normed).sum(1), grad.sum(1)
 
 
-adaln_reference = Kernel(lambda call: None, adaln, adaln_backward)
-gated_adaln_reference = Kernel(lambda call: None, gated_adaln, gated_adaln_backward)
+adaln_reference = Implementation(lambda call: None, adaln, adaln_backward)
+gated_adaln_reference = Implementation(lambda call: None, gated_adaln, gated_adaln_backward)

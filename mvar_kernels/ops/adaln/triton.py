@@ -29,8 +29,8 @@ import triton
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.backends import Kernel
-from mvar_kernels.binding import empty, view
+from mvar_kernels.dispatch import Implementation
+from mvar_kernels.ffi import empty_contiguous, last_dim_contiguous
 from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
 from mvar_kernels.ops.adaln.triton_backward import _adaln_bwd_kernel, _adaln_sums_kernel, _gated_adaln_bwd_kernel
 from mvar_kernels.ops.adaln.triton_forward import _adaln_fwd_kernel, _gated_adaln_fwd_kernel
@@ -43,8 +43,8 @@ WARPS_AT_WORK, SHORTEST, SLAB_COST = 16 * 132, 8, 6
 STAGED_BYTES = 96 * 1024  # of shared memory: what a program may have on every architecture, less a little
 
 
-def _why_not(call: AdaLN | GatedAdaLN) -> str | None:
-    reason, C = tiling.objection(call.x), call.x.shape[-1]
+def _unsupported(call: AdaLN | GatedAdaLN) -> str | None:
+    reason, C = tiling.unsupported_dtype(call.x), call.x.shape[-1]
     return f"C={C} is not from 1 to {WIDEST}" if reason is None and not 1 <= C <= WIDEST else reason
 
 
@@ -112,7 +112,7 @@ def slab_length(B: int, L: int, C: int) -> int:
 
 def _adaln(call: AdaLN) -> tuple[Tensor]:
     x, scale, shift, eps = call.readable()
-    out = empty(x)
+    out = empty_contiguous(x)
     B, L, C = x.shape
     tile = _chosen("adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)))
     _adaln_fwd_kernel[(B * triton.cdiv(L, tile.sizes["BLOCK_L"]),)](
@@ -133,7 +133,7 @@ def _adaln(call: AdaLN) -> tuple[Tensor]:
 
 def _gated_adaln(call: GatedAdaLN) -> tuple[Tensor, Tensor]:
     x, branch, gate, scale, shift, eps = call.readable()
-    x_new, out = empty(x), empty(x)
+    x_new, out = empty_contiguous(x), empty_contiguous(x)
     B, L, C = x.shape
     tile = _chosen("gated_adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)))
     _gated_adaln_fwd_kernel[(B * triton.cdiv(L, tile.sizes["BLOCK_L"]),)](
@@ -159,8 +159,8 @@ def _gated_adaln(call: GatedAdaLN) -> tuple[Tensor, Tensor]:
 
 def _adaln_backward(grads: Sequence[Tensor], call: AdaLN) -> tuple[Tensor, ...]:
     x, scale, _, eps = call.readable()
-    grad_out = view(grads[0])
-    dx, dscale, dshift = empty(x), empty(scale), empty(scale)
+    grad_out = last_dim_contiguous(grads[0])
+    dx, dscale, dshift = empty_contiguous(x), empty_contiguous(scale), empty_contiguous(scale)
     B, L, C = x.shape
     slab = slab_length(B, L, C)
     partials = x.new_empty((B, triton.cdiv(L, slab), 2, C), dtype=torch.float32)
@@ -185,10 +185,10 @@ def _adaln_backward(grads: Sequence[Tensor], call: AdaLN) -> tuple[Tensor, ...]:
 
 
 def _gated_adaln_backward(grads: Sequence[Tensor], call: GatedAdaLN) -> tuple[Tensor, ...]:
-    grad_x_new, grad_out = map(view, grads)
+    grad_x_new, grad_out = map(last_dim_contiguous, grads)
     x_new, branch, gate, scale, _, eps = call.readable()
-    dx, dbranch = empty(x_new), empty(x_new)
-    dgate, dscale, dshift = empty(scale), empty(scale), empty(scale)
+    dx, dbranch = empty_contiguous(x_new), empty_contiguous(x_new)
+    dgate, dscale, dshift = empty_contiguous(scale), empty_contiguous(scale), empty_contiguous(scale)
     B, L, C = x_new.shape
     slab = slab_length(B, L, C)
     partials = x_new.new_empty((B, triton.cdiv(L, slab), 3, C), dtype=torch.float32)
@@ -228,5 +228,5 @@ def _add_slabs(partials: Tensor, dscale: Tensor, dshift: Tensor, dgate: Tensor) 
     )
 
 
-adaln_triton = Kernel(_why_not, _adaln, _adaln_backward)
-gated_adaln_triton = Kernel(_why_not, _gated_adaln, _gated_adaln_backward)
+adaln_triton = Implementation(_unsupported, _adaln, _adaln_backward)
+gated_adaln_triton = Implementation(_unsupported, _gated_adaln, _gated_adaln_backward)

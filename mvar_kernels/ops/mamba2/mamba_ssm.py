@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
+from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ops.mamba2.inputs import Scan
 
 CHUNK = 256  # mamba_ssm's own default
 
 
-def _why_not(call: Scan) -> str | None:
+def _unsupported(call: Scan) -> str | None:
     x, A = call.x, call.A
     if x.device.type != "cuda":
         return f"inputs are on {x.device.type}"
@@ -47,4 +47,4 @@ def _ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     return [g.to(t.dtype).contiguous() for g, t in zip(found, leaves, strict=True)]
 
 
-ssd_scan_mamba_ssm = Kernel(_why_not, _ssd_scan, _ssd_scan_backward)
+ssd_scan_mamba_ssm = Implementation(_unsupported, _ssd_scan, _ssd_scan_backward)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mvar_kernels import checks
-from mvar_kernels.backends import Op, check_name
+from mvar_kernels import validation
 from mvar_kernels.custom_op import RegisteredOp
+from mvar_kernels.dispatch import Op, check_name
 from mvar_kernels.ops.mamba2.inputs import Mixer
 
 _OP = Op("mamba2_mixer", __package__, {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"})
@@ -75,18 +75,18 @@ def mamba2_mixer(
     """
     op = "mamba2_mixer"
     sizes: dict[str, int] = {}
-    checks.tensor(op, "zxbcdt", zxbcdt, "B L width", sizes)
+    validation.tensor(op, "zxbcdt", zxbcdt, "B L width", sizes)
     for name, value, dims in (
         ("D", D, "H"),
         ("norm_weight", norm_weight, "E"),
         ("conv_weight", conv_weight, "E+2N taps"),
     ):
-        checks.tensor(op, name, value, dims, sizes, like=zxbcdt)
-    checks.tensor(op, "conv_bias", conv_bias, "E+2N", sizes, like=zxbcdt)
+        validation.tensor(op, name, value, dims, sizes, like=zxbcdt)
+    validation.tensor(op, "conv_bias", conv_bias, "E+2N", sizes, like=zxbcdt)
     both = isinstance(A_log, Tensor) and A_log.dim() == 2
     heads = "2 H" if both else "H"
-    checks.tensor(op, "A_log", A_log, heads, sizes, like=zxbcdt)
-    checks.tensor(op, "dt_bias", dt_bias, heads, sizes, like=zxbcdt)
+    validation.tensor(op, "A_log", A_log, heads, sizes, like=zxbcdt)
+    validation.tensor(op, "dt_bias", dt_bias, heads, sizes, like=zxbcdt)
     E, H, xbc = sizes["E"], sizes["H"], sizes["E+2N"]
     if H < 1 or sizes["taps"] < 1 or E % H or xbc <= E or (xbc - E) % 2:
         raise ValueError(f"{op}: conv_weight: expected E+2N channels with E={E} a multiple of H={H}, got {xbc}")
@@ -95,10 +95,10 @@ def mamba2_mixer(
         raise ValueError(f"{op}: zxbcdt: expected (B, L≥1, {columns}={width}), got {tuple(zxbcdt.shape)}")
     if state is not None and not isinstance(state, Mamba2State):
         raise TypeError(f"{op}: state: expected a Mamba2State, got {type(state).__name__}")
-    acc = checks.accumulator(zxbcdt.dtype)
+    acc = validation.accumulator(zxbcdt.dtype)
     if dt is not None:
         steps = (zxbcdt.dtype,) if zxbcdt.dtype == acc else (zxbcdt.dtype, acc)
-        checks.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=zxbcdt, dtypes=steps)
+        validation.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=zxbcdt, dtypes=steps)
         dt = dt.flatten(2)
     sizes |= {"taps-1": sizes["taps"] - 1, "P": E // H, "N": (xbc - E) // 2}
     if state is None:
@@ -106,10 +106,10 @@ def mamba2_mixer(
             zxbcdt.new_zeros(sizes["B"], sizes["taps-1"], xbc),
             zxbcdt.new_zeros([sizes[d] for d in "BHPN"], dtype=acc),
         )
-    checks.tensor(op, "state.conv", state.conv, "B taps-1 E+2N", sizes, like=zxbcdt, dtypes=(zxbcdt.dtype,))
-    checks.tensor(op, "state.ssm", state.ssm, "B H P N", sizes, like=zxbcdt, dtypes=(acc,))
-    eps = checks.positive(op, "eps", eps)
-    scales = checks.directions(op, both, scales, sizes["L"])
+    validation.tensor(op, "state.conv", state.conv, "B taps-1 E+2N", sizes, like=zxbcdt, dtypes=(zxbcdt.dtype,))
+    validation.tensor(op, "state.ssm", state.ssm, "B H P N", sizes, like=zxbcdt, dtypes=(acc,))
+    eps = validation.positive(op, "eps", eps)
+    scales = validation.directions(op, both, scales, sizes["L"])
     check_name(backend)
     call = Mixer(zxbcdt, dt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, *state, scales, eps)
     y, conv, ssm = _mamba2_mixer(call, backend)

@@ -7,30 +7,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel, extension
-from mvar_kernels.binding import aligned, dtype_objection, empty, pointers, view, where
+from mvar_kernels.dispatch import Implementation, extension
+from mvar_kernels.ffi import (
+    as_aligned,
+    dtype_and_stream,
+    empty_contiguous,
+    last_dim_contiguous,
+    pointers,
+    unsupported_dtype,
+)
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 
 CUDA_HEAD_SIZES = (64, 64)  # P, N
 CUDA_TAPS = 4
 
 
-def _why_not_scan_cpu(call: Scan) -> str | None:
-    return _why_not_cpu(call.x)
+def _unsupported_scan_cpu(call: Scan) -> str | None:
+    return _unsupported_cpu(call.x)
 
 
-def _why_not_mixer_cpu(call: Mixer) -> str | None:
-    return _why_not_cpu(call.zxbcdt)
+def _unsupported_mixer_cpu(call: Mixer) -> str | None:
+    return _unsupported_cpu(call.zxbcdt)
 
 
-def _why_not_cpu(first: Tensor) -> str | None:
+def _unsupported_cpu(first: Tensor) -> str | None:
     """The first input says the dtype of all but dt and the parameters, which are converted to float32."""
     if first.device.type != "cpu":
         return f"inputs are on {first.device.type}"
-    return dtype_objection(first, (torch.float32, torch.bfloat16))
+    return unsupported_dtype(first, (torch.float32, torch.bfloat16))
 
 
-def _why_not_mixer_cuda(call: Mixer) -> str | None:
+def _unsupported_mixer_cuda(call: Mixer) -> str | None:
     _, H, P, N = call.ssm.shape
     if call.A_log.dim() == 2:
         return "A_log: has two directions, the CUDA kernel scans forward only"
@@ -38,7 +45,7 @@ def _why_not_mixer_cuda(call: Mixer) -> str | None:
         return f"state: heads H={H} of P={P}, N={N}: the CUDA kernel takes an even number of P=64, N=64"
     if call.conv_weight.shape[1] != CUDA_TAPS:
         return f"conv_weight: {call.conv_weight.shape[1]} taps, the CUDA kernel has {CUDA_TAPS}"
-    return dtype_objection(call.zxbcdt, (torch.float16, torch.bfloat16))
+    return unsupported_dtype(call.zxbcdt, (torch.float16, torch.bfloat16))
 
 
 def _parameter(t: Tensor) -> Tensor:
@@ -48,13 +55,21 @@ def _parameter(t: Tensor) -> Tensor:
 def _scan_inputs(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
     """The tensors as the kernel takes them, and their sizes."""
     x, dt, A, B, C, D, state = tensors
-    ready = [view(x), view(dt.float()), _parameter(A), view(B), view(C), _parameter(D), view(state)]
+    ready = [
+        last_dim_contiguous(x),
+        last_dim_contiguous(dt.float()),
+        _parameter(A),
+        last_dim_contiguous(B),
+        last_dim_contiguous(C),
+        _parameter(D),
+        last_dim_contiguous(state),
+    ]
     return ready, (*x.shape, B.shape[-1], A.dim(), 1)
 
 
 def _ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
     inputs, sizes = _scan_inputs(call[:-1])
-    y, last = empty(call.x), empty(call.state)
+    y, last = empty_contiguous(call.x), empty_contiguous(call.state)
     bf16 = call.x.dtype is torch.bfloat16
     extension(call.x).ssd_scan_forward(bf16, sizes, call.scales, pointers(*inputs), pointers(y, last))
     return y, last
@@ -64,8 +79,8 @@ def _ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     """In float32 whatever the dtype of the inputs; each gradient is then rounded to that of its input."""
     tensors = call[:-1]
     inputs, sizes = _scan_inputs([t.float() for t in tensors])
-    given = [view(g.float()) for g in grads]
-    outputs = [empty(t) for t in inputs]
+    given = [last_dim_contiguous(g.float()) for g in grads]
+    outputs = [empty_contiguous(t) for t in inputs]
     extension(call.x).ssd_scan_backward(sizes, call.scales, pointers(*given), pointers(*inputs), pointers(*outputs))
     return [out.to(t.dtype) for out, t in zip(outputs, tensors, strict=True)]
 
@@ -75,14 +90,20 @@ def _mixer_inputs(call: Mixer) -> tuple[list[Tensor], tuple[int, ...]]:
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = map(_parameter, call.parameters)
     parameters = [conv_weight, conv_bias, dt_bias, -A_log.exp(), D, norm_weight]
     sizes = (*call.zxbcdt.shape[:2], *call.ssm.shape[1:], dt_bias.dim(), conv_weight.shape[1])
-    return [view(call.zxbcdt), view(call.conv), view(call.ssm), *parameters, view(call.steps.float())], sizes
+    return [
+        last_dim_contiguous(call.zxbcdt),
+        last_dim_contiguous(call.conv),
+        last_dim_contiguous(call.ssm),
+        *parameters,
+        last_dim_contiguous(call.steps.float()),
+    ], sizes
 
 
 def _mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
     ready, sizes = _mixer_inputs(call)
     first = call.zxbcdt
     y = first.new_empty(*first.shape[:2], call.norm_weight.shape[0])
-    conv, ssm = empty(call.conv), empty(call.ssm)
+    conv, ssm = empty_contiguous(call.conv), empty_contiguous(call.ssm)
     bf16 = first.dtype is torch.bfloat16
     inputs, outputs = pointers(*ready), pointers(y, conv, ssm)
     extension(first).mamba2_mixer_forward(bf16, sizes, call.scales, call.eps, inputs, outputs)
@@ -92,12 +113,12 @@ def _mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
 def _mamba2_mixer_on_cuda(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
     first, dt = call.zxbcdt, call.steps
     pair = 2 * first.itemsize
-    ready = [aligned(first, pair), aligned(call.conv, pair), aligned(call.ssm)]
-    ready += [*(aligned(_parameter(p)) for p in call.parameters), view(dt)]
+    ready = [as_aligned(first, pair), as_aligned(call.conv, pair), as_aligned(call.ssm)]
+    ready += [*(as_aligned(_parameter(p)) for p in call.parameters), last_dim_contiguous(dt)]
     sizes = (*first.shape[:2], *call.ssm.shape[1:], 1, CUDA_TAPS)
-    kernels, at = extension(first), (*where(first), dt.itemsize)
+    kernels, at = extension(first), (*dtype_and_stream(first), dt.itemsize)
     y = first.new_empty(*first.shape[:2], call.norm_weight.shape[0])
-    last_conv, last_ssm = empty(call.conv), empty(call.ssm)
+    last_conv, last_ssm = empty_contiguous(call.conv), empty_contiguous(call.ssm)
     workspace = y.new_empty(kernels.mamba2_mixer_workspace(at, sizes), dtype=torch.uint8)
     outputs = pointers(y, last_conv, last_ssm, workspace)
     kernels.mamba2_mixer_forward(at, sizes, call.eps, pointers(*ready), outputs)
@@ -109,9 +130,9 @@ def _mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]
     dt = None if call.dt is None else call.dt.float()
     single = call._replace(zxbcdt=call.zxbcdt.float(), dt=dt, conv=call.conv.float(), ssm=call.ssm.float())
     ready, sizes = _mixer_inputs(single)
-    given = [view(g.float()) for g in grads]
-    dzxbcdt, ddt = empty(single.zxbcdt), None if dt is None else empty(dt)
-    dconv, dssm, *dparameters = [empty(t) for t in ready[1:-1]]
+    given = [last_dim_contiguous(g.float()) for g in grads]
+    dzxbcdt, ddt = empty_contiguous(single.zxbcdt), None if dt is None else empty_contiguous(dt)
+    dconv, dssm, *dparameters = [empty_contiguous(t) for t in ready[1:-1]]
     outputs = (dzxbcdt, dconv, dssm, *dparameters, call.steps_of(dzxbcdt, ddt))
     extension(call.zxbcdt).mamba2_mixer_backward(
         sizes, call.scales, call.eps, pointers(*given), pointers(*ready), pointers(*outputs)
@@ -120,6 +141,6 @@ def _mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]
     return [d.to(t.dtype) for d, t in found if d is not None and t is not None]
 
 
-ssd_scan_cpu = Kernel(_why_not_scan_cpu, _ssd_scan, _ssd_scan_backward, own_arithmetic=True)
-mamba2_mixer_cpu = Kernel(_why_not_mixer_cpu, _mamba2_mixer, _mamba2_mixer_backward, own_arithmetic=True)
-mamba2_mixer_cuda = Kernel(_why_not_mixer_cuda, _mamba2_mixer_on_cuda, None, own_arithmetic=True)
+ssd_scan_cpu = Implementation(_unsupported_scan_cpu, _ssd_scan, _ssd_scan_backward, own_arithmetic=True)
+mamba2_mixer_cpu = Implementation(_unsupported_mixer_cpu, _mamba2_mixer, _mamba2_mixer_backward, own_arithmetic=True)
+mamba2_mixer_cuda = Implementation(_unsupported_mixer_cuda, _mamba2_mixer_on_cuda, None, own_arithmetic=True)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
-from mvar_kernels.checks import accumulator
+from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
+from mvar_kernels.validation import accumulator
 
 CHUNK = 32  # the fastest of 32, 64, 128 on an AMD Zen 5 core
 
@@ -130,5 +130,5 @@ def _derivative(forward: Callable[[Any], tuple[Tensor, ...]], grads: Sequence[Te
     return list(torch.func.vjp(outputs, *(getattr(call, name) for name in names))[1](tuple(grads)))
 
 
-ssd_scan_reference = Kernel(lambda call: None, ssd_scan, ssd_scan_backward)
-mamba2_mixer_reference = Kernel(lambda call: None, mamba2_mixer, mamba2_mixer_backward)
+ssd_scan_reference = Implementation(lambda call: None, ssd_scan, ssd_scan_backward)
+mamba2_mixer_reference = Implementation(lambda call: None, mamba2_mixer, mamba2_mixer_backward)

@@ -18,9 +18,9 @@ Equal to: flip each scale, scan from zero, leave out each token's own term, flip
 
 from torch import Tensor
 
-from mvar_kernels import checks
-from mvar_kernels.backends import Op, check_name
+from mvar_kernels import validation
 from mvar_kernels.custom_op import RegisteredOp
+from mvar_kernels.dispatch import Op, check_name
 from mvar_kernels.ops.mamba2.inputs import Scan
 
 _MODULES = {"cpu": "native", "triton": "triton", "mamba_ssm": "mamba_ssm", "reference": "reference"}
@@ -64,24 +64,24 @@ def ssd_scan(
     """
     op = "ssd_scan"
     sizes: dict[str, int] = {}
-    checks.tensor(op, "x", x, "B L H P", sizes)
+    validation.tensor(op, "x", x, "B L H P", sizes)
     both = isinstance(A, Tensor) and A.dim() == 2
-    checks.tensor(op, "A", A, "2 H" if both else "H", sizes, like=x)
-    acc = checks.accumulator(x.dtype)
+    validation.tensor(op, "A", A, "2 H" if both else "H", sizes, like=x)
+    acc = validation.accumulator(x.dtype)
     steps = (x.dtype,) if x.dtype == acc else (x.dtype, acc)
-    checks.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=x, dtypes=steps)
-    checks.tensor(op, "B", B, "B L N", sizes, like=x)
-    checks.tensor(op, "C", C, "B L N", sizes, like=x)
-    checks.same_dtype(op, "x", x=x, B=B, C=C)
+    validation.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=x, dtypes=steps)
+    validation.tensor(op, "B", B, "B L N", sizes, like=x)
+    validation.tensor(op, "C", C, "B L N", sizes, like=x)
+    validation.same_dtype(op, "x", x=x, B=B, C=C)
     if x.shape[1] < 1:
         raise ValueError(f"{op}: x: expected at least one token, got L=0")
     if D is None:
         D = A.new_zeros(sizes["H"])
-    checks.tensor(op, "D", D, "H", sizes, like=x)
+    validation.tensor(op, "D", D, "H", sizes, like=x)
     if initial_state is None:
         initial_state = x.new_zeros([sizes[d] for d in "BHPN"], dtype=acc)
-    checks.tensor(op, "initial_state", initial_state, "B H P N", sizes, like=x, dtypes=(acc,))
-    scales = checks.directions(op, both, scales, x.shape[1])
+    validation.tensor(op, "initial_state", initial_state, "B H P N", sizes, like=x, dtypes=(acc,))
+    scales = validation.directions(op, both, scales, x.shape[1])
     check_name(backend)
     y, state = _ssd_scan(Scan(x, dt, A, B, C, D, initial_state, scales), backend)
     return y, state

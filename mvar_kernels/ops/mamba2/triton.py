@@ -39,8 +39,8 @@ import triton
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.backends import Kernel
-from mvar_kernels.binding import view
+from mvar_kernels.dispatch import Implementation
+from mvar_kernels.ffi import last_dim_contiguous
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 from mvar_kernels.ops.mamba2.triton_backward import ssd_scan_backward
 from mvar_kernels.ops.mamba2.triton_forward import (
@@ -85,20 +85,20 @@ NORM = (Tile({"BLOCK_L": 2, "BLOCK_E": 1024}, 4, 1), Tile({"BLOCK_L": 4, "BLOCK_
 LARGEST_N = 256
 
 
-def _why_not(first: Tensor, state: Tensor) -> str | None:
-    reason = tiling.objection(first)
+def _unsupported(first: Tensor, state: Tensor) -> str | None:
+    reason = tiling.unsupported_dtype(first)
     if reason is not None:
         return reason
     N = state.shape[-1]
     return f"state: N={N} is above {LARGEST_N}, what a program's registers hold" if N > LARGEST_N else None
 
 
-def _why_not_scan(call: Scan) -> str | None:
-    return _why_not(call.x, call.state)
+def _unsupported_scan(call: Scan) -> str | None:
+    return _unsupported(call.x, call.state)
 
 
-def _why_not_mixer(call: Mixer) -> str | None:
-    return _why_not(call.zxbcdt, call.ssm)
+def _unsupported_mixer(call: Mixer) -> str | None:
+    return _unsupported(call.zxbcdt, call.ssm)
 
 
 def _plan(
@@ -124,7 +124,7 @@ def _ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
     rows, L, H, P = x.shape
     both = A.dim() == 2
     plan = _plan("ssd_scan", SCAN, L, P, B.shape[-1], both, x)
-    x, dt, B, C = (view(t) for t in (x, dt, B, C))
+    x, dt, B, C = (last_dim_contiguous(t) for t in (x, dt, B, C))
     A, D, state = (t.contiguous() for t in (A, D, state))
     y, last = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
     chunks = triton.cdiv(L, plan["CHUNK"])
@@ -139,7 +139,7 @@ def _ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
 def _mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (t.contiguous() for t in call.parameters)
     conv, ssm = call.conv.contiguous(), call.ssm.contiguous()
-    zxbcdt, dt = view(call.zxbcdt), view(call.steps)
+    zxbcdt, dt = last_dim_contiguous(call.zxbcdt), last_dim_contiguous(call.steps)
     (rows, L, _), (_, H, P, N) = zxbcdt.shape, ssm.shape
     E, taps, columns, both = H * P, conv_weight.shape[1], dt_bias.numel(), A_log.dim() == 2
     plan = _plan("mamba2_mixer", MIXER, L, P, N, both, zxbcdt)
@@ -186,5 +186,5 @@ def _mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
     return y, last_conv, last_ssm
 
 
-ssd_scan_triton = Kernel(_why_not_scan, _ssd_scan, ssd_scan_backward)
-mamba2_mixer_triton = Kernel(_why_not_mixer, _mamba2_mixer, mamba2_mixer_backward)
+ssd_scan_triton = Implementation(_unsupported_scan, _ssd_scan, ssd_scan_backward)
+mamba2_mixer_triton = Implementation(_unsupported_mixer, _mamba2_mixer, mamba2_mixer_backward)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.binding import empty, view
+from mvar_kernels.ffi import empty_contiguous, last_dim_contiguous
 from mvar_kernels.ops.mamba2.inputs import Scan
 from mvar_kernels.ops.mamba2.triton_backward_parts import _ssd_scan_bwd_grads_kernel, _ssd_scan_bwd_sweep_kernel
 from mvar_kernels.ops.mamba2.triton_parts import scale_of_tokens
@@ -40,7 +40,7 @@ GRADS_TILES = (Tile({}, warps=8, stages=1),)  # with 4 warps the registers spill
 
 def rows_of(t: Tensor, leading: int = 2) -> Tensor:
     """`t` as (rows, width) with a contiguous width: a view wherever its strides allow it."""
-    return view(t.flatten(0, leading - 1).flatten(1))
+    return last_dim_contiguous(t.flatten(0, leading - 1).flatten(1))
 
 
 class ScanGradients:
@@ -159,7 +159,7 @@ def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     dy = rows_of(grads[0])
     flat_x, flat_B, flat_C = rows_of(x), rows_of(B), rows_of(C)
     scan = ScanGradients(flat_x, rows_of(dt), None, A, flat_B, flat_C, D, initial, scales, x.dtype)
-    dx, ddt, dinitial = map(empty, (x, dt, initial))
+    dx, ddt, dinitial = map(empty_contiguous, (x, dt, initial))
     states = scan.sweep(flat_x, flat_B, initial, None)
     adjoints = scan.sweep(dy, flat_C, grads[1], dinitial)
     dbc, sums = scan.grads(dy, states, adjoints, dx, rows_of(ddt))

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.binding import empty
+from mvar_kernels.ffi import empty_contiguous
 from mvar_kernels.ops.mamba2.inputs import Mixer
 from mvar_kernels.ops.mamba2.triton_backward import CHUNKS, ScanGradients, rows_of
 from mvar_kernels.ops.mamba2.triton_backward_parts import edges, head_steps, prefix_sums
@@ -334,7 +334,7 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     dtype, device = call.zxbcdt.dtype, call.zxbcdt.device
     z, xbc = rows_of(call.zxbcdt)[:, : E + channels].split([E, channels], 1)
     dt = rows_of(call.steps)
-    dinputs = [empty(call.zxbcdt), *([] if call.dt is None else [empty(call.dt)])]
+    dinputs = [empty_contiguous(call.zxbcdt), *([] if call.dt is None else [empty_contiguous(call.dt)])]
     dz, dxbc = dinputs[0].view(-1, width)[:, : E + channels].split([E, channels], 1)
     ddt = rows_of(call.steps_of(dinputs[0], None if call.dt is None else dinputs[1]))
     dconv, dinitial = torch.empty_like(conv), torch.empty_like(initial)

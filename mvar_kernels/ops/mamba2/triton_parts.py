@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvar_kernels.backends import check_not_capturing
+from mvar_kernels.dispatch import check_not_capturing
 from mvar_kernels.triton_math import divide, exp
 
 

@@ -20,9 +20,9 @@ A code with cond = −∞ is ruled out. With uncond = −∞ alone there is noth
 import torch
 from torch import Tensor
 
-from mvar_kernels import checks
-from mvar_kernels.backends import Op, check_name
+from mvar_kernels import validation
 from mvar_kernels.custom_op import RegisteredOp
+from mvar_kernels.dispatch import Op, check_name
 from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
 
 _SAMPLE = Op(
@@ -108,9 +108,9 @@ def soft_embedding(
     """
     op = "soft_embedding"
     call = _checked(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
-    checks.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
-    sharpness = checks.positive(op, "sharpness", sharpness)
-    temperature = checks.positive(op, "temperature", temperature)
+    validation.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
+    sharpness = validation.positive(op, "sharpness", sharpness)
+    temperature = validation.positive(op, "temperature", temperature)
     return _soft_embedding(SoftDraw(codebook, *call, sharpness, temperature), backend)[0]
 
 
@@ -128,14 +128,14 @@ def _checked(
 ) -> Draw:
     """Everything the two ops share, checked; image indices and seed as tensors, made here if need be."""
     sizes: dict[str, int] = {}
-    checks.tensor(op, "cond", cond, "B l V", sizes)
+    validation.tensor(op, "cond", cond, "B l V", sizes)
     if uncond is not None:
-        checks.tensor(op, "uncond", uncond, "B l V", sizes, like=cond)
-        checks.same_dtype(op, "cond", cond=cond, uncond=uncond)
+        validation.tensor(op, "uncond", uncond, "B l V", sizes, like=cond)
+        validation.same_dtype(op, "cond", cond=cond, uncond=uncond)
     if image_index is None:
         image_index = torch.arange(cond.shape[0], dtype=torch.int64, device=cond.device)
-    checks.tensor(op, "image_index", image_index, "B", sizes, like=cond, dtypes=(torch.int64,))
-    c, k, p = checks.number(guidance), checks.whole_number(top_k), checks.number(top_p)
+    validation.tensor(op, "image_index", image_index, "B", sizes, like=cond, dtypes=(torch.int64,))
+    c, k, p = validation.number(guidance), validation.whole_number(top_k), validation.number(top_p)
     if c is None or not 0 <= c <= MAX_GUIDANCE:
         raise ValueError(f"{op}: guidance: expected a number from 0 to {MAX_GUIDANCE:g}, got {guidance!r}")
     if c and uncond is None:
@@ -148,7 +148,7 @@ def _checked(
         raise ValueError(f"{op}: top_p: expected a number above 0 and up to 1 (all), got {top_p!r}")
     scale_index = _whole(op, "scale_index", scale_index, MAX_WORD)
     if isinstance(seed, Tensor):
-        checks.tensor(op, "seed", seed, "", sizes, like=cond, dtypes=(torch.int64,))
+        validation.tensor(op, "seed", seed, "", sizes, like=cond, dtypes=(torch.int64,))
     else:
         seed = image_index.new_full((), _whole(op, "seed", seed, MAX_SEED))  # a GPU's kernel writes it: nothing waits
     check_name(backend)
@@ -156,7 +156,7 @@ def _checked(
 
 
 def _whole(op: str, name: str, value: object, most: int) -> int:
-    known = checks.whole_number(value)
+    known = validation.whole_number(value)
     if known is None or not 0 <= known <= most:
         raise ValueError(f"{op}: {name}: expected a whole number from 0 to {most}, got {value!r}")
     return known

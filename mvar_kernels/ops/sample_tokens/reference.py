@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
-from mvar_kernels.checks import accumulator
+from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ops.sample_tokens import noise
 from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
+from mvar_kernels.validation import accumulator
 
 # Softmax weights as whole numbers: their sums are exact in any order, so every backend cuts at the same code.
 WEIGHT_ONE = 2**30
@@ -70,5 +70,5 @@ def soft_embedding(call: SoftDraw) -> tuple[Tensor]:
     return (((noisy / call.temperature).softmax(-1) @ call.codebook.to(noisy.dtype)).to(call.codebook.dtype),)
 
 
-sample_tokens_reference = Kernel(lambda call: None, sample_tokens, None)
-soft_embedding_reference = Kernel(lambda call: None, soft_embedding, None)
+sample_tokens_reference = Implementation(lambda call: None, sample_tokens, None)
+soft_embedding_reference = Implementation(lambda call: None, soft_embedding, None)

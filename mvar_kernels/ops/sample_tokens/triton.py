@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.backends import Kernel
-from mvar_kernels.binding import view
+from mvar_kernels.dispatch import Implementation
+from mvar_kernels.ffi import last_dim_contiguous
 from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
 from mvar_kernels.ops.sample_tokens.triton_parts import (
     INFINITY,
@@ -218,9 +218,11 @@ def _soft_embedding_fwd_kernel(
     tl.store(weights_ptr + offs_v, weights, mask=offs_v < codes)
 
 
-def _why_not(call: Draw | SoftDraw) -> str | None:
+def _unsupported(call: Draw | SoftDraw) -> str | None:
     codes = call.cond.shape[-1]
-    return tiling.objection(call.cond) or (None if codes <= MAX_CODES else f"{codes} codes are not 1 to {MAX_CODES}")
+    return tiling.unsupported_dtype(call.cond) or (
+        None if codes <= MAX_CODES else f"{codes} codes are not 1 to {MAX_CODES}"
+    )
 
 
 def _signed(word: int) -> int:
@@ -231,8 +233,8 @@ def _signed(word: int) -> int:
 
 def _launch(kernel: Any, name: str, out: Tensor, call: Draw, *softening: float) -> None:
     B, positions, codes = call.cond.shape
-    cond = view(call.cond)
-    second = cond if call.uncond is None else view(call.uncond)
+    cond = last_dim_contiguous(call.cond)
+    second = cond if call.uncond is None else last_dim_contiguous(call.uncond)
     block = max(LEAST_BLOCK, triton.next_power_of_2(codes))
     candidates = CANDIDATES if block <= 4096 else WIDE_CANDIDATES
     tile = tiling.chosen(name, f"V{block}", candidates, cond.device)
@@ -275,5 +277,5 @@ def _soft_embedding(call: SoftDraw) -> tuple[Tensor]:
     return ((weights @ call.codebook.float()).to(call.codebook.dtype),)
 
 
-sample_tokens_triton = Kernel(_why_not, _sample_tokens, None)
-soft_embedding_triton = Kernel(_why_not, _soft_embedding, None)
+sample_tokens_triton = Implementation(_unsupported, _sample_tokens, None)
+soft_embedding_triton = Implementation(_unsupported, _soft_embedding, None)

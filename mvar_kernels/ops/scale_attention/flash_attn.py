@@ -12,12 +12,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
+from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, NORM_EPS
 
 
-def _why_not(call: Attention) -> str | None:
+def _unsupported(call: Attention) -> str | None:
     q = call.q
     if q.device.type != "cuda":
         return f"inputs are on {q.device.type}"
@@ -63,4 +63,4 @@ def _backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     return list(torch.autograd.grad(again, leaves, grads[0]))
 
 
-scale_attention_flash_attn = Kernel(_why_not, _forward, _backward)
+scale_attention_flash_attn = Implementation(_unsupported, _forward, _backward)

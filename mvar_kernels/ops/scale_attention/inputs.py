@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mvar_kernels.binding import view
+from mvar_kernels.ffi import last_dim_contiguous
 
 
 class Attention(NamedTuple):
@@ -22,5 +22,10 @@ class Attention(NamedTuple):
 
     def readable(self) -> "Attention":
         """The same with the last dimension of every tensor contiguous: in place, or a copy where it must be."""
-        temperature = None if self.log_temperature is None else view(self.log_temperature)
-        return self._replace(q=view(self.q), k=view(self.k), v=view(self.v), log_temperature=temperature)
+        temperature = None if self.log_temperature is None else last_dim_contiguous(self.log_temperature)
+        return self._replace(
+            q=last_dim_contiguous(self.q),
+            k=last_dim_contiguous(self.k),
+            v=last_dim_contiguous(self.v),
+            log_temperature=temperature,
+        )

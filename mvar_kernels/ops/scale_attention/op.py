@@ -16,9 +16,9 @@ At 256×256 the diagonal holds 110k score pairs a head, against 462k of the full
 
 from torch import Tensor
 
-from mvar_kernels import checks
-from mvar_kernels.backends import Op, check_name
+from mvar_kernels import validation
 from mvar_kernels.custom_op import RegisteredOp
+from mvar_kernels.dispatch import Op, check_name
 from mvar_kernels.ops.scale_attention.inputs import Attention
 
 _OP = Op(
@@ -62,13 +62,13 @@ def scale_attention(
     """
     op = "scale_attention"
     sizes: dict[str, int] = {}
-    checks.tensor(op, "q", q, "B Lq H D", sizes)
-    checks.tensor(op, "k", k, "B L H D", sizes, like=q)
-    checks.tensor(op, "v", v, "B L H D", sizes, like=q)
-    checks.same_dtype(op, "q", q=q, k=k, v=v)
+    validation.tensor(op, "q", q, "B Lq H D", sizes)
+    validation.tensor(op, "k", k, "B L H D", sizes, like=q)
+    validation.tensor(op, "v", v, "B L H D", sizes, like=q)
+    validation.same_dtype(op, "q", q=q, k=k, v=v)
     if log_temperature is not None:
-        checks.tensor(op, "log_temperature", log_temperature, "H", sizes, like=q)
-    scales = checks.scale_lengths(op, scales, k.shape[1])
+        validation.tensor(op, "log_temperature", log_temperature, "H", sizes, like=q)
+    scales = validation.scale_lengths(op, scales, k.shape[1])
     if not any(q.shape[1] == sum(scales[i:]) for i in range(len(scales))):  # symbolic sizes are in no set
         raise ValueError(f"{op}: q: expected L or the length of the last few of scales {scales}, got Lq={q.shape[1]}")
     if pattern not in PATTERNS:
@@ -78,14 +78,14 @@ def scale_attention(
         raise ValueError(f"{op}: q: expected head dimension D of at least 1, got shape {tuple(q.shape)}")
     if scale is None:
         scale = 1.0 if log_temperature is not None else 0.25 * int(q.shape[-1]) ** -0.5
-    scale = checks.positive(op, "scale", scale)
+    scale = validation.positive(op, "scale", scale)
     call = Attention(q, k, v, log_temperature, scales, pattern == "causal", scale)
     return _scale_attention(call, backend)[0]
 
 
 def _fake(call: Attention) -> tuple[Tensor, Tensor]:
     B, Lq, H, _ = call.q.shape
-    lse = call.q.new_empty((B, H, Lq), dtype=checks.accumulator(call.q.dtype))
+    lse = call.q.new_empty((B, H, Lq), dtype=validation.accumulator(call.q.dtype))
     return call.q.new_empty(call.q.shape), lse
 
 

@@ -19,7 +19,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import check_not_capturing
+from mvar_kernels.dispatch import check_not_capturing
 
 Span = tuple[int, int, int]  # rows that share columns [lo, hi): rows, lo, hi
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mvar_kernels.backends import Kernel
-from mvar_kernels.checks import accumulator
+from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ops.scale_attention.inputs import Attention
+from mvar_kernels.validation import accumulator
 
 MAX_LOG_TEMPERATURE = math.log(100)  # VAR's bound on the learned temperature
 NORM_EPS = 1e-12
@@ -54,4 +54,4 @@ def scale_attention_backward(grads: Sequence[Tensor], call: Attention) -> list[T
     return list(torch.func.vjp(forward, *tensors)[1](grads[0]))
 
 
-scale_attention_reference = Kernel(lambda call: None, scale_attention, scale_attention_backward)
+scale_attention_reference = Implementation(lambda call: None, scale_attention, scale_attention_backward)

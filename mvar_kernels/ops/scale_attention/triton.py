@@ -38,20 +38,20 @@ numbers where the weights are not: a common offset of 100 would be multiplied by
 """
 
 from mvar_kernels import tiling
-from mvar_kernels.backends import Kernel
+from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.triton_backward import backward
 from mvar_kernels.ops.scale_attention.triton_forward import forward
 
 
-def _why_not(call: Attention) -> str | None:
+def _unsupported(call: Attention) -> str | None:
     # k and v share its dtype, and no other size is limited: the public function has checked.
     B, _, H, D = call.q.shape
-    if (objection := tiling.objection(call.q)) is not None:
-        return objection
+    if (reason := tiling.unsupported_dtype(call.q)) is not None:
+        return reason
     if D > 256:
         return f"head dimension D={D} is more than 256"
     return f"batch B={B} or heads H={H} is more than the 65535 that a launch may have" if max(B, H) > 65535 else None
 
 
-scale_attention_triton = Kernel(_why_not, forward, backward)
+scale_attention_triton = Implementation(_unsupported, forward, backward)

@@ -12,12 +12,12 @@ Where = tuple[int, int]
 Pointer = tuple[int, tuple[int, ...], int | torch.SymInt]
 
 
-def where(t: Tensor) -> Where:
+def dtype_and_stream(t: Tensor) -> Where:
     """How a call names the kernel's dtype and, on a GPU, the stream it runs on."""
     return DTYPES[t.dtype], torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
 
 
-def dtype_objection(t: Tensor, allowed: tuple[torch.dtype, ...]) -> str | None:
+def unsupported_dtype(t: Tensor, allowed: tuple[torch.dtype, ...]) -> str | None:
     """What a kernel for these dtypes has against `t`, or None."""
     if t.dtype in allowed:
         return None
@@ -25,15 +25,19 @@ def dtype_objection(t: Tensor, allowed: tuple[torch.dtype, ...]) -> str | None:
     return f"dtype {names[0]} is not {', '.join(names[1:-1])} or {names[-1]}"
 
 
-def view(t: Tensor) -> Tensor:
+def last_dim_contiguous(t: Tensor) -> Tensor:
     """`t` with its last dimension contiguous: itself, or a copy where it must be."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def aligned(t: Tensor, alignment: int = 16) -> Tensor:
+def as_aligned(t: Tensor, alignment: int = 16) -> Tensor:
     """`t`, or a copy: its last dimension contiguous, its rows starting at multiples of `alignment` bytes."""
     per_access = alignment // t.itemsize
-    fits = view(t) is t and t.data_ptr() % alignment == 0 and all(s % per_access == 0 for s in t.stride()[:-1])
+    fits = (
+        last_dim_contiguous(t) is t
+        and t.data_ptr() % alignment == 0
+        and all(s % per_access == 0 for s in t.stride()[:-1])
+    )
     return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 
@@ -42,8 +46,8 @@ def with_aligned_rows(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*arguments: Any) -> Any:
         *grads, inputs = arguments
-        ready = [[aligned(t) for t in given] for given in grads]
-        return kernel(*ready, inputs._make(aligned(t) if isinstance(t, Tensor) else t for t in inputs))
+        ready = [[as_aligned(t) for t in given] for given in grads]
+        return kernel(*ready, inputs._make(as_aligned(t) if isinstance(t, Tensor) else t for t in inputs))
 
     return call
 
@@ -63,6 +67,6 @@ def pointers(*tensors: Tensor | None) -> tuple[Pointer | None, ...]:
     )
 
 
-def empty(like: Tensor) -> Tensor:
+def empty_contiguous(like: Tensor) -> Tensor:
     """Contiguous, as every output is. A microsecond cheaper than torch.empty with a shape and a dtype."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)

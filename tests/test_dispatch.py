@@ -17,7 +17,7 @@ import mvar_kernels as mk
 from benchmarks.prefer import faster_in_cuda
 from mvar_kernels.ops.adaln import op as adaln
 
-backends = importlib.import_module("mvar_kernels.backends")  # the package calls a function by that name
+backends = importlib.import_module("mvar_kernels.dispatch")  # the package calls a function by that name
 
 
 def test_triton_goes_first_unless_cuda_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_an_interpreter_that_is_switched_on_too_late(nothing_found: None, monkey
 def test_an_extension_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Built for another Python, of another ABI, or not built: a reason, and the reference runs."""
     here = Path(backends.__file__).parent
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "dispatch.py"))
     load = backends._extension.__wrapped__
     assert load("_nowhere") == "was not built"
     (tmp_path / "_nowhere.cpython-39-x86_64-linux-gnu.so").write_bytes(b"")

@@ -1,8 +1,8 @@
 """What can run on this machine, and which kernel an op uses.
 
 The only place that looks at hardware. An op asks :meth:`Op.choose`; `auto` takes the first kernel
-without an objection, in the device's order of preference; a backend asked for by name raises with
-its objection instead of falling back.
+that supports the inputs, in the device's order of preference; a backend asked for by name raises with
+its reason instead of falling back.
 """
 
 import importlib
@@ -36,17 +36,17 @@ NAMES = ("auto", "reference", "cpu", "triton", "cuda", *PEERS)
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Implementation:
     """One op on one backend: the same three functions everywhere, of the op's inputs, a NamedTuple.
 
-    why_not(inputs): None, or an objection ("dtype float64 is not float32 or bfloat16").
+    unsupported_reason(inputs): None, or why they are not supported ("dtype float64 is not float32 or bfloat16").
     forward(inputs): the outputs, a tuple.
     backward(grads, inputs): gradients of the inputs' tensors, those that there are, in their order; None: there is no
         backward.
     own_arithmetic: no setting of torch, autocast's or that of float32 products, changes what it computes.
     """
 
-    why_not: Callable[[Any], str | None]
+    unsupported_reason: Callable[[Any], str | None]
     forward: Callable[[Any], tuple[Any, ...]]
     backward: Callable[[Any, Any], Sequence[Any]] | None
     own_arithmetic: bool = False
@@ -231,7 +231,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def guarded(kernel: Kernel, device: torch.device) -> Kernel:
+def guarded(kernel: Implementation, device: torch.device) -> Implementation:
     """The kernel as an op may call it: with the inputs' GPU as the current one, and in true float32.
 
     Triton launches on the current GPU; autocast, and on some CPUs torch's setting of float32 products, would compute
@@ -267,7 +267,7 @@ OPS: dict[str, "Op"] = {}
 class Op:
     """The kernels of one op: `modules` maps a backend to its module inside the op's package.
 
-    The module exports the :class:`Kernel` as `<op>_<backend>` and is imported when first asked
+    The module exports the :class:`Implementation` as `<op>_<backend>` and is imported when first asked
     for, so that importing mvar_kernels never imports Triton.
     """
 
@@ -277,13 +277,13 @@ class Op:
 
     # Looked up at every call of an op; ops are made once, with their modules, and live as long as the process.
     @cache  # noqa: B019
-    def kernel(self, backend: str) -> Kernel:
+    def kernel(self, backend: str) -> Implementation:
         """The op's kernel of that name; imports its module."""
         module = importlib.import_module(f".{self.modules[backend]}", self.package)
-        kernel: Kernel = getattr(module, f"{self.name}_{backend}")
+        kernel: Implementation = getattr(module, f"{self.name}_{backend}")
         return kernel
 
-    def objection(self, backend: str, device: torch.device, inputs: Any, backward: bool) -> str | None:
+    def unsupported_reason(self, backend: str, device: torch.device, inputs: Any, backward: bool) -> str | None:
         """Why `backend` cannot run this op on these inputs, or None."""
         if backend not in self.modules:
             return f"has no {self.name} kernel"
@@ -297,10 +297,10 @@ class Op:
         kernel = self.kernel(backend)
         if backward and kernel.backward is None:
             return f"{self.name} has no backward kernel"
-        return kernel.why_not(inputs)
+        return kernel.unsupported_reason(inputs)
 
     @cache  # noqa: B019
-    def available(self, device: torch.device, backward: bool) -> tuple[Kernel, ...]:
+    def available(self, device: torch.device, backward: bool) -> tuple[Implementation, ...]:
         """The kernels that can run a pass on this device, in order of preference."""
         names = PREFERENCE.get(device.type, ("reference",))
         one_pass = "backward" if backward else "forward"
@@ -309,14 +309,14 @@ class Op:
         here = (self.kernel(name) for name in names if name in self.modules and unavailable(name) is None)
         return tuple(kernel for kernel in here if kernel.backward or not backward)
 
-    def choose(self, backend: str, device: torch.device, inputs: Any, *, backward: bool = False) -> Kernel:
+    def choose(self, backend: str, device: torch.device, inputs: Any, *, backward: bool = False) -> Implementation:
         """The kernel to use for these inputs."""
         if backend != "auto":
-            objection = self.objection(backend, device, inputs, backward)
-            if objection is not None:
-                raise BackendError(f"{self.name}: backend {backend!r} asked for, but: {objection}")
+            reason = self.unsupported_reason(backend, device, inputs, backward)
+            if reason is not None:
+                raise BackendError(f"{self.name}: backend {backend!r} asked for, but: {reason}")
             return guarded(self.kernel(backend), device)
         for kernel in self.available(device, backward):
-            if kernel.why_not(inputs) is None:
+            if kernel.unsupported_reason(inputs) is None:
                 return guarded(kernel, device)
         raise BackendError(f"{self.name}: no backend takes these inputs")

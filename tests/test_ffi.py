@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import mvar_kernels as mk
-from mvar_kernels import binding
-from mvar_kernels.backends import native
+from mvar_kernels import ffi
 from mvar_kernels.catalogue import SPECS
+from mvar_kernels.dispatch import native
 from mvar_kernels.specs import Spec
 from tests.test_contract import evaluate, prepared
 
@@ -35,7 +35,7 @@ def shortened(monkeypatch: pytest.MonkeyPatch, spec: Spec, backend: str, index: 
 
     def pointers(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
         nonlocal count
-        given = list(binding.pointers(*tensors))
+        given = list(ffi.pointers(*tensors))
         for i, t in enumerate(tensors):
             if t is None:
                 continue
@@ -78,7 +78,7 @@ def test_scales_that_do_not_add_up_are_refused() -> None:
     extension = native()
     assert extension is not None
     q = torch.randn(1, 4, 1, 8)
-    given = binding.pointers(q, q, q, None), binding.pointers(q, torch.empty(1, 1, 4, dtype=torch.float32))
+    given = ffi.pointers(q, q, q, None), ffi.pointers(q, torch.empty(1, 1, 4, dtype=torch.float32))
     for scales in ((1, 2), (1, 4), (5, -1)):
         with pytest.raises(ValueError, match="scales: expected to add up"):
             extension.scale_attention_forward(False, (1, 4, 4, 1, 8), scales, False, 1.0, *given)
