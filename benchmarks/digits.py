@@ -119,7 +119,7 @@ def median_parts(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def agreement(model: mvar.Model, tokenizer: mvar.Tokenizer) -> float:
     """Share of digits drawn that a classifier of real ones takes for the class asked for."""
     labels = torch.arange(DRAWN) % digits.NUM_CLASSES
-    drawing: Mapping[str, Any] = digits.DRAWING
+    drawing: Mapping[str, Any] = digits.SAMPLING
     out = mvar.generate(model, tokenizer, labels, dtype=torch.float32, **drawing)
     return digits.quality(out.images * 2 - 1, labels).agreement
 

@@ -21,7 +21,7 @@ COPY_BYTES_PER_S = 4.3e12  # read and written, by a device copy
 PRODUCT_FLOPS_PER_S = 790e12  # bfloat16, dense
 ITEMSIZE = 2
 DEPTHS, RESOLUTIONS, BATCHES = (16, 30), (256, 512), (1, 8, 64)
-DRAWING = ("sample_tokens", "soft_embedding")
+SAMPLING = ("sample_tokens", "soft_embedding")
 DOCUMENT = RESULTS.parent.parent / "docs" / "generated" / "lower_bounds.md"
 
 
@@ -76,7 +76,7 @@ def cases(config: ModelConfig, rows: int, images: int, scales: tuple[int, ...], 
         "scale_attention (causal)": Case("", attention, {"scales": scales, "pattern": "causal", "query_scales": new}),
         "ssd_scan": Case("", scan, {"scales": None}),
         "mamba2_mixer": Case("", scan, {"scales": None}),
-        **dict.fromkeys(DRAWING, draw),
+        **dict.fromkeys(SAMPLING, draw),
     }
 
 
@@ -87,7 +87,7 @@ def floors(depth: int, resolution: int, batch: int) -> Iterator[Floor]:
         scales, new = (config.scales, count) if scale is None else (config.scales[:scale], 1)
         rows = batch if scale is None else 2 * batch
         for op, case in cases(config, rows, batch, scales, new).items():
-            if scale is not None or op not in DRAWING:  # training draws no tokens
+            if scale is not None or op not in SAMPLING:  # training draws no tokens
                 work = SPECS[op.split()[0]].work(case, ITEMSIZE)
                 yield Floor(op, depth, resolution, batch, scale, sum(scales[-new:]), *work)
 

@@ -243,7 +243,7 @@ def main() -> None:
     model, tokenizer = load(options.weights, options.tokenizer, DEVICE)
     ours = options.weights is None
     judge = digit_judge() if ours else inception_judge(options.inception, options.reference)
-    drawing: dict[str, Any] = dict(digits.DRAWING if ours else {"cfg": 1.5, "top_k": 900, "top_p": 0.96})
+    drawing: dict[str, Any] = dict(digits.SAMPLING if ours else {"cfg": 1.5, "top_k": 900, "top_p": 0.96})
     labels = torch.arange(options.count * model.config.num_classes) % model.config.num_classes
     rows = measure(model, tokenizer, labels, drawing, judge, options.seed)
     setup = {"model": options.weights or "digits", "images": len(labels), "drawing": drawing, "judge": judge.name}

@@ -25,7 +25,7 @@ def check_images(options: argparse.Namespace, classes: int) -> None:
         raise ValueError(f"--count: expected at most {MAX_IMAGES} images of all classes, got {classes * options.count}")
 
 
-def drawing(options: argparse.Namespace) -> dict[str, Any]:
+def sampling_params(options: argparse.Namespace) -> dict[str, Any]:
     """The options that `generate` shares with the command line."""
     names = ("cfg", "top_k", "top_p", "seed", "backend", "graph")
     return {name: getattr(options, name) for name in names} | {"dtype": DTYPES[options.dtype]}

@@ -6,12 +6,12 @@ from functools import partial
 
 from torch import Tensor
 
-from mvar.generate import Launched
+from mvar.generate import PendingResult
 from mvar.pictures import to_bytes
 from mvar.transfer import to_host
 
 
-def drawn_batches(begin: Callable[[int], Launched], starts: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+def drawn_batches(begin: Callable[[int], PendingResult], starts: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
     """The batches that begin at these images, as (first image, (B, H, W, 3) uint8 on the host).
 
     Raises FloatingPointError where a batch is not finite.
@@ -27,7 +27,7 @@ def drawn_batches(begin: Callable[[int], Launched], starts: Iterable[int]) -> It
         yield before()
 
 
-def _arrived(start: int, launched: Launched, arriving: Callable[[], tuple[Tensor, ...]]) -> tuple[int, Tensor]:
+def _arrived(start: int, launched: PendingResult, arriving: Callable[[], tuple[Tensor, ...]]) -> tuple[int, Tensor]:
     pixels, finite = arriving()
-    replace(launched, finite=finite).checked()
+    replace(launched, finite=finite).result()
     return start, pixels

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from mvar import digits
-from mvar.arguments import drawing
+from mvar.arguments import sampling_params
 from mvar.files import check_writable
 from mvar.generate import generate
 from mvar.pictures import grid, save_picture
@@ -27,13 +27,13 @@ def demo(options: argparse.Namespace) -> None:
         raise ValueError(f"--checked: expected {expected}, got {options.checked}")
     check_writable(options.out / "samples.png")
     device = own_device(options.device)
-    for name, value in digits.DRAWING.items():
+    for name, value in digits.SAMPLING.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     model, tokenizer = digits.pretrained(bidirectional=options.bidirectional)
     model.to(device)
     tokenizer.to(device)
-    shared = drawing(options)
+    shared = sampling_params(options)
 
     count = max(options.checked, COLUMNS * digits.NUM_CLASSES)
     labels = torch.arange(count, dtype=torch.int64, device="cpu") % digits.NUM_CLASSES

@@ -140,7 +140,7 @@ def _nearest(rows: Tensor, others: Tensor) -> Tensor:
     return torch.cdist(rows.double(), others.double()).min(1).values  # in float32 it would follow torch's settings
 
 
-DRAWING = {"cfg": 0.0, "top_k": 0, "top_p": 1.0}
+SAMPLING = {"cfg": 0.0, "top_k": 0, "top_p": 1.0}
 """How the demo draws: no filter and no guidance, which would narrow the classes."""
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mvar.config import unboxed
-from mvar.drawing import Drawing, draw_batch
 from mvar.engine import counts_changes, own_dtype, prepared_model, prepared_tokenizer, used_itself
 from mvar.errors import message
 from mvar.graphs import CaptureError, Graphs, has_graphs, padded_batch, warn_of
 from mvar.model import Model
+from mvar.sampling import SamplingParams, sample_batch
 from mvar.tokenizer import Tokenizer
 from mvar.weights import unwrapped
 from mvar_kernels.precision import true_float32
@@ -32,7 +32,7 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Launched:
+class PendingResult:
     """A generation that the device may still be at."""
 
     generated: Generated
@@ -40,7 +40,7 @@ class Launched:
     """() bool: whether the generation is of any use."""
     dtype: torch.dtype
 
-    def checked(self) -> Generated:
+    def result(self) -> Generated:
         """Wait for the device. FloatingPointError: logits or images are not finite."""
         if not bool(self.finite):
             raise FloatingPointError(
@@ -101,7 +101,7 @@ def generate(
         RuntimeError: graph=True, and there is no GPU or the capture failed; or a layer of its own that cannot take the
             place of the plain one, by its name.
     """
-    how = Drawing(cfg, top_k, top_p, more_smooth, return_scales, backend)
+    how = SamplingParams(cfg, top_k, top_p, more_smooth, return_scales, backend)
     return launch(
         model,
         tokenizer,
@@ -112,7 +112,7 @@ def generate(
         dtype=dtype,
         graph=graph,
         compile_decoder=compile_decoder,
-    ).checked()
+    ).result()
 
 
 @torch.inference_mode(False)  # what is made here may be used anywhere
@@ -121,14 +121,14 @@ def launch(
     model: Model,
     tokenizer: Tokenizer,
     labels: Sequence[int] | Tensor,
-    how: Drawing,
+    how: SamplingParams,
     *,
     seed: int = 0,
     first_index: int = 0,
     dtype: torch.dtype | None = None,
     graph: bool | None = None,
     compile_decoder: bool = False,
-) -> Launched:
+) -> PendingResult:
     """:func:`generate` without waiting for the device."""
     model, tokenizer = unwrapped(model, Model), unwrapped(tokenizer, Tokenizer)
     check_fit(model, tokenizer)
@@ -164,10 +164,10 @@ def launch(
         tokens, finite, *images = (
             _replayed(model, tokenizer, how, inputs, required=bool(graph))
             if use_graph
-            else draw_batch(model, tokenizer, how, *inputs)
+            else sample_batch(model, tokenizer, how, *inputs)
         )
     pictures = tuple(t[:B] for t in images)
-    return Launched(
+    return PendingResult(
         Generated(pictures[-1], tokens[:B], pictures if how.return_scales else None), finite, own_dtype(model)
     )
 
@@ -192,9 +192,9 @@ def _used_themselves(modules: Sequence[Model | Tokenizer]) -> Iterator[None]:
 
 
 def _replayed(
-    model: Model, tokenizer: Tokenizer, how: Drawing, inputs: tuple[Tensor, Tensor, Tensor], required: bool
+    model: Model, tokenizer: Tokenizer, how: SamplingParams, inputs: tuple[Tensor, Tensor, Tensor], required: bool
 ) -> tuple[Tensor, ...]:
-    draw = partial(draw_batch, model, tokenizer, how)
+    draw = partial(sample_batch, model, tokenizer, how)
     try:
         return GRAPHS.run((model, tokenizer), how, draw, inputs)
     except CaptureError as error:

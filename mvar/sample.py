@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mvar.arguments import check_images, drawing, load
+from mvar.arguments import check_images, load, sampling_params
 from mvar.batches import drawn_batches
 from mvar.classes import numbers, parsed
-from mvar.drawing import Drawing
 from mvar.files import beside, check_writable, is_standard_output
-from mvar.generate import Launched, launch
+from mvar.generate import PendingResult, launch
 from mvar.pictures import check_picture, grid, grid_size, save_npz, save_picture, save_pixels
 from mvar.processes import Processes, joined, own_device
+from mvar.sampling import SamplingParams
 
 IMAGE = re.compile(r"\d{6,}_\d{4,}\.png")  # as this command names them, whichever images and classes
 
@@ -47,14 +47,14 @@ def sample(options: argparse.Namespace) -> None:
     side = tokenizer.resolution
     if options.grid is not None:
         check_picture(options.grid, *grid_size(len(labels), options.count, side, side))
-    shared = drawing(options)
-    how = Drawing(
+    shared = sampling_params(options)
+    how = SamplingParams(
         more_smooth=options.smooth,
         return_scales=False,
         **{name: shared.pop(name) for name in ("cfg", "top_k", "top_p", "backend")},
     )
 
-    def begin(start: int) -> Launched:
+    def begin(start: int) -> PendingResult:
         return launch(
             model,
             tokenizer,

@@ -102,7 +102,7 @@ def test_parity_of_a_wrong_backend_shows(monkeypatch: pytest.MonkeyPatch) -> Non
     labels = torch.arange(20) % 10
     monkeypatch.setattr(parity, "sides", lambda: iter([("reference", torch.float32), ("cpu", torch.bfloat16)]))
     monkeypatch.setattr(parity, "RESAMPLES", 2)
-    rows = parity.measure(model, tokenizer, labels, dict(digits.DRAWING), parity.digit_judge(), 0)
+    rows = parity.measure(model, tokenizer, labels, dict(digits.SAMPLING), parity.digit_judge(), 0)
     exact, rough, another = rows
     assert exact["equal_tokens"] == 1 and exact["logit_error_rms"] == 0 and exact["psnr_db"] is None
     assert 0.5 < rough["equal_tokens"] < 1 and 1e-3 < rough["logit_error_rms"] < 0.1
@@ -112,7 +112,7 @@ def test_parity_of_a_wrong_backend_shows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (rough["backend"], rough["dtype"], another["dtype"]) == ("cpu", "bfloat16", "float32")
 
     first, second = (
-        mvar.generate(model, tokenizer, labels, **digits.DRAWING, seed=0, backend=backend, dtype=dtype)
+        mvar.generate(model, tokenizer, labels, **digits.SAMPLING, seed=0, backend=backend, dtype=dtype)
         for backend, dtype in (("reference", torch.float32), ("cpu", torch.bfloat16))
     )
     equal = (first.tokens == second.tokens).double()

@@ -20,10 +20,10 @@ from mvar import digits
 from mvar import sample as sampling
 from mvar.batches import drawn_batches
 from mvar.cli import main
-from mvar.drawing import Drawing
-from mvar.generate import Generated, Launched
+from mvar.generate import Generated, PendingResult
 from mvar.pictures import to_bytes
 from mvar.processes import Processes
+from mvar.sampling import SamplingParams
 from tests.test_cli import fails
 
 ARGUMENTS = ["--classes", "3,5-8", "--seed", "4", "--batch", "2", "--dtype", "fp32", "--device", "cpu"]
@@ -52,7 +52,7 @@ def test_images_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
         assert np.array_equal(np.asarray(Image.open(path)), contents[0]["arr_0"][i])
 
 
-Asked = tuple[list[int], Drawing, dict[str, object]]
+Asked = tuple[list[int], SamplingParams, dict[str, object]]
 
 
 @pytest.fixture
@@ -60,10 +60,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
     """Labels and options of every batch, which comes out black."""
     seen: list[Asked] = []
 
-    def launched(model: object, tokenizer: object, labels: torch.Tensor, how: Drawing, **options: object) -> Launched:
+    def launched(
+        model: object, tokenizer: object, labels: torch.Tensor, how: SamplingParams, **options: object
+    ) -> PendingResult:
         seen.append((labels.tolist(), how, options))
         images = torch.zeros(len(labels), 3, 32, 32)
-        return Launched(Generated(images, labels[:, None]), torch.tensor(True), torch.float32)
+        return PendingResult(Generated(images, labels[:, None]), torch.tensor(True), torch.float32)
 
     monkeypatch.setattr(sampling, "launch", launched)
     return seen
@@ -206,20 +208,20 @@ def test_each_batch_is_one_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         (  # VAR's recipe
             "",
-            Drawing(1.5, 900, 0.96, False, False, "auto"),
+            SamplingParams(1.5, 900, 0.96, False, False, "auto"),
             {"seed": 0, "dtype": None, "graph": None, "compile_decoder": False},
         ),
         (
             "--cfg 2 --top-k 7 --top-p 0.5 --smooth --backend reference --seed 3 --dtype bf16 --no-graph "
             "--compile-decoder",
-            Drawing(2, 7, 0.5, True, False, "reference"),
+            SamplingParams(2, 7, 0.5, True, False, "reference"),
             {"seed": 3, "dtype": torch.bfloat16, "graph": False, "compile_decoder": True},
         ),
     ],
     ids=["defaults", "others"],
 )
 def test_every_option_reaches_the_draw(
-    arguments: str, how: Drawing, options: dict[str, object], tmp_path: Path, launches: list[Asked]
+    arguments: str, how: SamplingParams, options: dict[str, object], tmp_path: Path, launches: list[Asked]
 ) -> None:
     target = ["--grid", f"{tmp_path}/grid.png", "--device", "cpu"]
     main(["sample", "--classes", "3,5", "--count", "2", "--batch", "3", *target, *arguments.split()])
@@ -291,11 +293,11 @@ def test_pixels_are_rounded_to_the_nearest() -> None:
 def test_the_next_batch_is_begun_before_one_is_given() -> None:
     begun: list[int] = []
 
-    def begin(start: int) -> Launched:
+    def begin(start: int) -> PendingResult:
         begun.append(start)
         images = torch.full((2, 3, 4, 4), start / 255)
         finite = torch.tensor(start != 4)
-        return Launched(Generated(images, torch.zeros(2, 1, dtype=torch.int64)), finite, torch.float32)
+        return PendingResult(Generated(images, torch.zeros(2, 1, dtype=torch.int64)), finite, torch.float32)
 
     batches = drawn_batches(begin, (0, 2, 4, 6))
     for expected in (0, 2):

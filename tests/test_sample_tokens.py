@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvar_kernels as mk
 from mvar_kernels.ops.sample_tokens import noise
-from mvar_kernels.ops.sample_tokens.inputs import Draw
+from mvar_kernels.ops.sample_tokens.inputs import Sampling
 from mvar_kernels.ops.sample_tokens.reference import filtered_logits, guided_logits, relative_logits, sample_tokens
 from mvar_kernels.validation import FLOATS
 
@@ -60,7 +60,7 @@ class Divisors(TorchDispatchMode):
 def test_nothing_is_divided_by_a_number() -> None:
     """For which torch multiplies by the inverse on a GPU, and a reference there would draw by other weights."""
     with Divisors() as divisors:
-        sample_tokens(Draw(torch.zeros(2, 3, 5), None, torch.arange(2), 0.0, 2, 0.5, torch.tensor(7), 0))
+        sample_tokens(Sampling(torch.zeros(2, 3, 5), None, torch.arange(2), 0.0, 2, 0.5, torch.tensor(7), 0))
     assert divisors.found and all(isinstance(divisor, Tensor) for divisor in divisors.found)
 
 

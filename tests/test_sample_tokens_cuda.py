@@ -13,7 +13,7 @@ from torch import Tensor
 import mvar_kernels as mk
 from mvar_kernels.dispatch import unavailable
 from mvar_kernels.ops.sample_tokens import native, noise, reference
-from mvar_kernels.ops.sample_tokens.inputs import Draw
+from mvar_kernels.ops.sample_tokens.inputs import Sampling
 from tests import cuda_on_cpu
 from tests.test_sample_tokens_native import finite_rows, image_indices, infinite_rows
 
@@ -32,9 +32,9 @@ FILTERS = [
 ]  # of V, and top_p
 
 
-def draw(call: Draw) -> Tensor:
+def draw(call: Sampling) -> Tensor:
     if ON_GPU:
-        call = Draw(*(value.cuda() if isinstance(value, Tensor) else value for value in call))
+        call = Sampling(*(value.cuda() if isinstance(value, Tensor) else value for value in call))
     assert native.sample_tokens_cuda.unsupported_reason(call) is None
     with nullcontext() if ON_GPU else cuda_on_cpu.installed():
         tokens: Tensor = native.sample_tokens_cuda.forward(call)[0]
@@ -48,7 +48,7 @@ def test_tokens_are_the_reference_s(V: int) -> None:
     index = image_indices(len(cond)) + 2**40  # counted modulo 2³²
     for share, top_p in FILTERS if V < 4096 else FILTERS[3:5]:
         top_k = int(share * V) if isinstance(share, float) else share
-        call = Draw(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
+        call = Sampling(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
         assert torch.equal(draw(call), reference.sample_tokens(call)[0]), (top_k, top_p)
 
 
@@ -59,7 +59,7 @@ def test_guided_tokens_are_the_reference_s(guidance: float, dtype: torch.dtype) 
     kinds = (finite_rows, infinite_rows)
     cond, uncond = (torch.cat([rows(130, 1, generator) for rows in kinds]).to(dtype) for _ in range(2))
     for top_k, top_p in ((0, 1.0), (30, 0.96)):
-        call = Draw(cond, uncond, image_indices(len(cond)), guidance, top_k, top_p, SEED, 1)
+        call = Sampling(cond, uncond, image_indices(len(cond)), guidance, top_k, top_p, SEED, 1)
         assert torch.equal(draw(call), reference.sample_tokens(call)[0]), (top_k, top_p)
 
 
@@ -70,9 +70,9 @@ def test_near_winners_are_told_apart() -> None:
     cond = torch.stack([torch.zeros(2, 400), values[..., 0] - values[..., 1]], -1)
     uncond = torch.randn(cond.shape, generator=torch.Generator().manual_seed(0))
     for call in (
-        Draw(cond, None, index, 0.0, 0, 1.0, SEED, SCALE),
-        Draw(cond + 2.0**20, None, index, 0.0, 0, 1.0, SEED, SCALE),
-        Draw((cond + 1.3 * uncond) / 2.3, uncond, index, 1.3, 0, 1.0, SEED, SCALE),
+        Sampling(cond, None, index, 0.0, 0, 1.0, SEED, SCALE),
+        Sampling(cond + 2.0**20, None, index, 0.0, 0, 1.0, SEED, SCALE),
+        Sampling((cond + 1.3 * uncond) / 2.3, uncond, index, 1.3, 0, 1.0, SEED, SCALE),
     ):
         want = reference.sample_tokens(call)[0]
         assert 0 < want.sum() < want.numel()
@@ -88,7 +88,7 @@ def test_cut_of_top_p_to_one_unit() -> None:
         cond = torch.tensor([0.0, x]).expand(1, 100, 2)
         for limit, kept in ((weight + 0.5, False), (weight - 0.5, True)):
             filters = (0, 1 - limit / (2**30 + weight))
-            tokens = draw(Draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0))
+            tokens = draw(Sampling(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0))
             assert bool(tokens.any()) == kept, x
 
 
@@ -96,7 +96,7 @@ def test_equal_logits_are_dropped_in_the_order_of_their_codes() -> None:
     """Of 300 equal codes, whose weights pass 2³² together, the share that top-p leaves is drawn from, to the code."""
     cond = torch.zeros(1, 100, 300)
     for dropped in (1, 149, 290, 299):
-        call = Draw(cond, None, torch.zeros(1).long(), 0.0, 0, 1 - (dropped + 0.5) / 300, SEED, 0)
+        call = Sampling(cond, None, torch.zeros(1).long(), 0.0, 0, 1 - (dropped + 0.5) / 300, SEED, 0)
         tokens = draw(call)
         assert torch.equal(tokens, reference.sample_tokens(call)[0])
         assert tokens.min() >= dropped
@@ -108,7 +108,7 @@ def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
     cond[0, 3] = -torch.nan
     cond[0, 4, 0] = -torch.inf
     for filters in ((0, 1.0), (5, 1.0), (5, 0.5)):
-        call = Draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
+        call = Sampling(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
         tokens = draw(call)
         assert ((tokens >= 0) & (tokens < 67)).all()
         assert torch.equal(tokens, draw(call))

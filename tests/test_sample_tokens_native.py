@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mvar_kernels.dispatch import native as import_native
 from mvar_kernels.ops.sample_tokens import native, reference
-from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
+from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
 
 extension = import_native()
 pytestmark = pytest.mark.skipif(extension is None, reason="the C++ extension was not built")
@@ -85,7 +85,7 @@ def test_tokens_are_the_reference_s(V: int) -> None:
     few = V >= 4096  # the reference takes its time
     for top_k in (0, V // 5) if few else top_ks(V):
         for top_p in TOP_P[:4] if few else TOP_P:
-            call = Draw(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
+            call = Sampling(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
             want = reference.sample_tokens(call)[0]
             for name in instruction_sets():
                 got = native.sample_tokens_cpu.forward(call)[0]
@@ -101,7 +101,7 @@ def test_guided_tokens_are_the_reference_s(V: int, dtype: torch.dtype, guidance:
     cond, uncond = (torch.cat([rows(V, 8 if V < 100 else 1, generator) for rows in kinds]).to(dtype) for _ in range(2))
     index = image_indices(len(cond))
     for top_k, top_p in ((0, 1.0), (V // 5, 1.0), (0, 0.9), (V // 4, 0.96)):
-        call = Draw(cond, uncond, index, guidance, top_k, top_p, SMALL_SEED, 1)
+        call = Sampling(cond, uncond, index, guidance, top_k, top_p, SMALL_SEED, 1)
         want = reference.sample_tokens(call)[0]
         for name in instruction_sets():
             assert torch.equal(native.sample_tokens_cpu.forward(call)[0], want), (name, top_k, top_p)
@@ -117,8 +117,8 @@ def test_kept_codes_are_the_reference_s(V: int) -> None:
         for top_p in TOP_P:
             want = reference.filtered_logits(cond, top_k, top_p).isfinite()
             for name in instruction_sets():
-                call = Draw(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
-                mean = native.soft_embedding_cpu.forward(SoftDraw(torch.eye(V), *call, 1e-38, 100.0))[0]
+                call = Sampling(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
+                mean = native.soft_embedding_cpu.forward(SoftSampling(torch.eye(V), *call, 1e-38, 100.0))[0]
                 some = want.any(-1)  # a row may be −∞ throughout
                 assert torch.equal((mean > 0)[some], want[some]), (name, top_k, top_p)
 
@@ -128,7 +128,7 @@ def test_noise_to_the_last_bit() -> None:
     index = torch.tensor([1, -1])
     noise = reference.noise.gumbel(index, (2, 4000, 2), SCALE, SEED)
     cond = torch.stack([torch.zeros(2, 4000), noise[..., 0] - noise[..., 1]], -1)
-    call = Draw(cond, None, index, 0.0, 0, 1.0, SEED, SCALE)
+    call = Sampling(cond, None, index, 0.0, 0, 1.0, SEED, SCALE)
     want = reference.sample_tokens(call)[0]
     assert 0.1 < want.double().mean() < 0.9
     for name in instruction_sets():
@@ -147,8 +147,8 @@ def test_weights_to_the_last_bit() -> None:
             filters = (0, 1 - limit / (2**30 + weight))
             assert reference.filtered_logits(cond, *filters).isfinite()[0, 0, 1] == kept
             for name in instruction_sets():
-                call = Draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
-                mean = native.soft_embedding_cpu.forward(SoftDraw(torch.eye(2), *call, 1e-38, 100.0))[0]
+                call = Sampling(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
+                mean = native.soft_embedding_cpu.forward(SoftSampling(torch.eye(2), *call, 1e-38, 100.0))[0]
                 assert (mean[0, 0, 1] > 0) == kept, (name, x)
 
 
@@ -160,10 +160,10 @@ def test_soft_embedding(width: int, dtype: torch.dtype, codebook_dtype: torch.dt
     cond, uncond = (torch.randn(3, 4, 301, generator=generator).to(dtype) for _ in range(2))
     codebook = torch.randn(301, width, generator=generator).to(codebook_dtype)
     for top_k, temperature in ((0, 1.0), (40, 0.27), (3, 0.005)):
-        call = Draw(cond, uncond, image_indices(3), 1.5, top_k, 0.9, SMALL_SEED, 2)
-        want = reference.soft_embedding(SoftDraw(codebook, *call, 1.7, temperature))[0]
+        call = Sampling(cond, uncond, image_indices(3), 1.5, top_k, 0.9, SMALL_SEED, 2)
+        want = reference.soft_embedding(SoftSampling(codebook, *call, 1.7, temperature))[0]
         for _ in instruction_sets():
-            got = native.soft_embedding_cpu.forward(SoftDraw(codebook, *call, 1.7, temperature))[0]
+            got = native.soft_embedding_cpu.forward(SoftSampling(codebook, *call, 1.7, temperature))[0]
             tolerance = 4 * torch.finfo(codebook_dtype).eps
             torch.testing.assert_close(got, want, rtol=tolerance, atol=20 * torch.finfo(torch.float32).eps)
 
@@ -177,7 +177,7 @@ def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
         cond[-1] = payloads[:, None]
         for top_k in top_ks(V):
             for top_p in TOP_P:
-                call = Draw(cond, None, image_indices(len(cond)), 0.0, top_k, top_p, SEED, 0)
+                call = Sampling(cond, None, image_indices(len(cond)), 0.0, top_k, top_p, SEED, 0)
                 results = [native.sample_tokens_cpu.forward(call)[0] for _ in instruction_sets()]
                 assert ((results[0] >= 0) & (results[0] < V)).all()
                 assert all(torch.equal(results[0], other) for other in results[1:])
@@ -194,9 +194,9 @@ def test_threads_do_not_change_a_bit(V: int) -> None:
             results = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                call = Draw(cond, None, index, 0.0, V // 4, 0.9, SEED, 2)
+                call = Sampling(cond, None, index, 0.0, V // 4, 0.9, SEED, 2)
                 tokens = native.sample_tokens_cpu.forward(call)[0]
-                results.append((tokens, native.soft_embedding_cpu.forward(SoftDraw(codebook, *call, 1.5, 0.3))[0]))
+                results.append((tokens, native.soft_embedding_cpu.forward(SoftSampling(codebook, *call, 1.5, 0.3))[0]))
             for other in results[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     finally:
@@ -210,8 +210,8 @@ def test_strided_inputs_are_read_in_place() -> None:
     strided = (both[::2], both[1::2].transpose(0, 1).contiguous().transpose(0, 1), wide_index[::2])
     same = tuple(t.contiguous() for t in strided)
     options = (1.0, 20, 0.9, SEED, 2)
-    got = native.sample_tokens_cpu.forward(Draw(*strided, *options))[0]
-    assert torch.equal(got, native.sample_tokens_cpu.forward(Draw(*same, *options))[0])
-    expanded = Draw(both[:1, :1].expand(3, 7, 67), None, same[2], *options)
+    got = native.sample_tokens_cpu.forward(Sampling(*strided, *options))[0]
+    assert torch.equal(got, native.sample_tokens_cpu.forward(Sampling(*same, *options))[0])
+    expanded = Sampling(both[:1, :1].expand(3, 7, 67), None, same[2], *options)
     got = native.sample_tokens_cpu.forward(expanded)[0]
     assert torch.equal(got, native.sample_tokens_cpu.forward(expanded._replace(cond=expanded.cond.contiguous()))[0])

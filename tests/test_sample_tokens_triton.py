@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mvar_kernels.dispatch import interpreted, unavailable
 from mvar_kernels.ops.sample_tokens import noise, reference
-from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
+from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
 from tests.test_sample_tokens_native import finite_rows, image_indices, infinite_rows
 
 REASON = unavailable("triton")
@@ -27,11 +27,11 @@ SEED, SCALE = torch.tensor(2**63 - 5), 2**32 - 1
 FILTERS = [(0, 1.0), (1, 1.0), (0.2, 1.0), (0, 0.96), (0.6, 0.5), (0, 1e-20)]  # of V, and top_p
 
 
-def moved(call: Draw) -> Draw:
-    return Draw(*(value.to(DEVICE) if isinstance(value, Tensor) else value for value in call))
+def moved(call: Sampling) -> Sampling:
+    return Sampling(*(value.to(DEVICE) if isinstance(value, Tensor) else value for value in call))
 
 
-def draw(call: Draw) -> Tensor:
+def draw(call: Sampling) -> Tensor:
     tokens: Tensor = sample_tokens_triton.forward(moved(call))[0]
     return tokens.cpu()
 
@@ -96,7 +96,7 @@ def test_tokens_are_the_reference_s(V: int) -> None:
     index = image_indices(len(cond)) + 2**40  # counted modulo 2³²
     for share, top_p in FILTERS:
         top_k = int(share * V) if isinstance(share, float) else share
-        call = Draw(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
+        call = Sampling(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
         assert torch.equal(draw(call), reference.sample_tokens(call)[0]), (top_k, top_p)
 
 
@@ -105,7 +105,7 @@ def test_one_code_above_minus_infinity() -> None:
     for position, code in enumerate((0, 33, 69)):
         cond[0, position, code] = -5.0
     for filters in ((0, 1.0), (3, 1.0), (3, 0.5)):
-        call = Draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 2)
+        call = Sampling(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 2)
         assert draw(call).tolist() == [[0, 33, 69]]
 
 
@@ -114,7 +114,7 @@ def test_guided_tokens_are_the_reference_s(guidance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     cond, uncond = (torch.cat([rows(130, 1, generator) for rows in (finite_rows, infinite_rows)]) for _ in range(2))
     for top_k, top_p in ((0, 1.0), (30, 0.96)):
-        call = Draw(cond, uncond, image_indices(len(cond)), guidance, top_k, top_p, SEED, 1)
+        call = Sampling(cond, uncond, image_indices(len(cond)), guidance, top_k, top_p, SEED, 1)
         assert torch.equal(draw(call), reference.sample_tokens(call)[0]), (top_k, top_p)
 
 
@@ -124,7 +124,7 @@ def test_near_winners_are_told_apart() -> None:
     values = noise.gumbel(index, (2, 16, 2), SCALE, SEED)
     for offset in (0.0, 2.0**20):
         cond = torch.stack([torch.zeros(2, 16), values[..., 0] - values[..., 1]], -1) + offset
-        call = Draw(cond, None, index, 0.0, 0, 1.0, SEED, SCALE)
+        call = Sampling(cond, None, index, 0.0, 0, 1.0, SEED, SCALE)
         want = reference.sample_tokens(call)[0]
         assert 0 < want.sum() < want.numel()
         assert torch.equal(draw(call), want)
@@ -137,7 +137,7 @@ def test_guidance_to_the_last_bit() -> None:
     uncond = torch.randn(2, 16, 2, generator=torch.Generator().manual_seed(0))
     cond = torch.stack([torch.zeros(2, 16), values[..., 0] - values[..., 1]], -1)
     cond = (cond + 1.3 * uncond) / 2.3
-    call = Draw(cond, uncond, index, 1.3, 0, 1.0, SEED, SCALE)
+    call = Sampling(cond, uncond, index, 1.3, 0, 1.0, SEED, SCALE)
     want = reference.sample_tokens(call)[0]
     assert 0 < want.sum() < want.numel()
     assert torch.equal(draw(call), want)
@@ -150,8 +150,10 @@ def test_cut_of_top_p_to_one_unit() -> None:
     for x, weight in zip(second.tolist(), weights, strict=True):
         cond = torch.tensor([[[0.0, x]]])
         for limit, kept in ((weight + 0.5, False), (weight - 0.5, True)):
-            call = Draw(cond, None, torch.zeros(1).long(), 0.0, 0, 1 - limit / (2**30 + weight), SEED, 0)
-            mean = soft_embedding_triton.forward(SoftDraw(torch.eye(2, device=DEVICE), *moved(call), 1e-38, 100.0))[0]
+            call = Sampling(cond, None, torch.zeros(1).long(), 0.0, 0, 1 - limit / (2**30 + weight), SEED, 0)
+            mean = soft_embedding_triton.forward(SoftSampling(torch.eye(2, device=DEVICE), *moved(call), 1e-38, 100.0))[
+                0
+            ]
             assert (mean[0, 0, 1] > 0) == kept, x
 
 
@@ -161,7 +163,7 @@ def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
     cond[0, 3] = torch.nan
     cond[0, 4, 0] = -torch.inf
     for filters in ((0, 1.0), (5, 1.0), (5, 0.5)):
-        call = Draw(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
+        call = Sampling(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
         tokens = draw(call)
         assert ((tokens >= 0) & (tokens < 67)).all()
         assert torch.equal(tokens, draw(call))

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 import mvar
-from mvar.arguments import check_images, drawing, load
-from mvar.drawing import Drawing
+from mvar.arguments import check_images, load, sampling_params
 from mvar.evaluate.images import Recipe, draw_images, write_pngs
 from mvar.evaluate.inception import Sources, check, figures, sources
 from mvar.files import write_json
-from mvar.generate import Launched, launch
+from mvar.generate import PendingResult, launch
 from mvar.machine import version
 from mvar.model import Model
 from mvar.processes import joined, own_device
+from mvar.sampling import SamplingParams
 from mvar.tokenizer import Tokenizer
 from mvar.weights import weights
 from mvar_kernels.dispatch import backends, fastest_dtype
@@ -27,14 +27,14 @@ PACKAGES = ("numpy", "triton", "torchvision", "torch-fidelity")
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Draw `count` images a class, go on where a run was stopped, measure them, write evaluation.json."""
+    """Sample `count` images a class, go on where a run was stopped, measure them, write evaluation.json."""
     check_images(options, 1)
     found = sources(options.inception, options.reference)
     device = own_device(options.device)
     model, tokenizer = load(options.weights, options.tokenizer, device)
     check_images(options, model.config.num_classes)
-    shared = drawing(options)
-    how = Drawing(
+    shared = sampling_params(options)
+    how = SamplingParams(
         more_smooth=False,
         return_scales=False,
         **{name: shared.pop(name) for name in ("cfg", "top_k", "top_p", "backend")},
@@ -59,7 +59,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     labels = recipe.labels()
 
-    def begin(start: int) -> Launched:
+    def begin(start: int) -> PendingResult:
         rows = labels[start : start + recipe.batch]
         compiled = recipe.compiled_decoder
         return launch(model, tokenizer, rows, how, first_index=start, compile_decoder=compiled, **shared)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mvar.batches import drawn_batches
 from mvar.files import check_writable, replacing, write_json
-from mvar.generate import Launched
+from mvar.generate import PendingResult
 from mvar.pictures import read_npz, save_npz, save_pixels
 from mvar.processes import Processes
 
@@ -79,11 +79,11 @@ class Recipe:
 def draw_images(
     folder: Path,
     recipe: Recipe,
-    begin: Callable[[int], Launched],
+    begin: Callable[[int], PendingResult],
     processes: Processes,
     drawn_by: Mapping[str, Any],
 ) -> Path:
-    """Draw what is missing, and give the npz with all images. For every process of a run; all of them get the path.
+    """Sample what is missing, and give the npz with all images. For every process of a run; all of them get the path.
 
     begin: launches the batch of `recipe.batch` images (the last one: what is left) from a first one on.
     drawn_by: versions and machine, for the record.

@@ -160,7 +160,7 @@ def draw(model: Model, tokenizer: Tokenizer, flags: Flags, path: Path) -> None:
     """A grid of pictures, one row a class, classes evenly apart."""
     last, count = model.config.num_classes - 1, min(flags.pictures, model.config.num_classes)
     classes = torch.linspace(0, last, count, dtype=torch.float32, device="cpu").long()
-    drawing: Mapping[str, Any] = digits.DRAWING if flags.preset == "digits" else {}
+    drawing: Mapping[str, Any] = digits.SAMPLING if flags.preset == "digits" else {}
     rows = []
     for i, label in enumerate(classes):
         out = generate(model, tokenizer, label.repeat(ROW), first_index=i * ROW, backend=flags.backend, **drawing)

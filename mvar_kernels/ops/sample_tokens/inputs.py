@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Draw(NamedTuple):
+class Sampling(NamedTuple):
     """One draw at every position of one scale, as in :func:`mvar_kernels.sample_tokens`; the seed is in memory."""
 
     cond: Tensor
@@ -18,7 +18,7 @@ class Draw(NamedTuple):
     scale_index: int
 
 
-class SoftDraw(NamedTuple):
+class SoftSampling(NamedTuple):
     """A draw's mean instead of a token: codebook (V, width), else as in :func:`mvar_kernels.soft_embedding`."""
 
     codebook: Tensor
@@ -34,5 +34,5 @@ class SoftDraw(NamedTuple):
     temperature: float
 
     @property
-    def draw(self) -> Draw:
-        return Draw(*self[1:-2])
+    def sampling(self) -> Sampling:
+        return Sampling(*self[1:-2])

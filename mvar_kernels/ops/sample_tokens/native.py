@@ -1,11 +1,11 @@
-"""Token drawing in C++ and CUDA (csrc/sample_tokens): logits with a contiguous last dimension are read in place."""
+"""Token sampling in C++ and CUDA (csrc/sample_tokens): logits with a contiguous last dimension are read in place."""
 
 import torch
 from torch import Tensor
 
 from mvar_kernels.dispatch import Implementation, extension
 from mvar_kernels.ffi import DTYPES, dtype_and_stream, last_dim_contiguous, pointers, unsupported_dtype
-from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
+from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
 
 MAX_CODES = 2**30
 CUDA_MAX_CODES = 2**14  # of a row in the shared memory of a block
@@ -13,7 +13,7 @@ CUDA_MAX_ROWS = 2**31 - 1  # of a grid
 
 
 # All else shares the device of cond, and the other logits its dtype: the public functions have checked.
-def _unsupported_cpu(call: Draw | SoftDraw) -> str | None:
+def _unsupported_cpu(call: Sampling | SoftSampling) -> str | None:
     if call.cond.device.type != "cpu":
         return f"inputs are on {call.cond.device.type}"
     codes = call.cond.shape[-1]
@@ -21,11 +21,11 @@ def _unsupported_cpu(call: Draw | SoftDraw) -> str | None:
         return f"{codes} codes are not 1 to 2³⁰"
     known = (torch.float32, torch.bfloat16)
     return unsupported_dtype(call.cond, known) or (
-        unsupported_dtype(call.codebook, known) if isinstance(call, SoftDraw) else None
+        unsupported_dtype(call.codebook, known) if isinstance(call, SoftSampling) else None
     )
 
 
-def _unsupported_cuda(call: Draw) -> str | None:
+def _unsupported_cuda(call: Sampling) -> str | None:
     B, positions, codes = call.cond.shape
     if codes > CUDA_MAX_CODES:
         return f"{codes} codes are not 1 to {CUDA_MAX_CODES}"
@@ -34,7 +34,7 @@ def _unsupported_cuda(call: Draw) -> str | None:
     return unsupported_dtype(call.cond, (torch.float32, torch.float16, torch.bfloat16))
 
 
-def _sample_tokens(call: Draw) -> tuple[Tensor]:
+def _sample_tokens(call: Sampling) -> tuple[Tensor]:
     cond, uncond = last_dim_contiguous(call.cond), None if call.uncond is None else last_dim_contiguous(call.uncond)
     tokens = torch.empty(cond.shape[:2], dtype=torch.int64, device=cond.device)
     extension(cond).sample_tokens(
@@ -47,7 +47,7 @@ def _sample_tokens(call: Draw) -> tuple[Tensor]:
     return (tokens,)
 
 
-def _soft_embedding(call: SoftDraw) -> tuple[Tensor]:
+def _soft_embedding(call: SoftSampling) -> tuple[Tensor]:
     cond, uncond, codebook = (
         last_dim_contiguous(call.cond),
         None if call.uncond is None else last_dim_contiguous(call.uncond),

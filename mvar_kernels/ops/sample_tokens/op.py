@@ -23,7 +23,7 @@ from torch import Tensor
 from mvar_kernels import validation
 from mvar_kernels.custom_op import RegisteredOp
 from mvar_kernels.dispatch import Op, check_name
-from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
+from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
 
 _SAMPLE = Op(
     "sample_tokens",
@@ -48,7 +48,7 @@ def sample_tokens(
     scale_index: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """Draw a token at every position of one scale.
+    """Sample a token at every position of one scale.
 
     Args:
         cond: (B, l, V) logits, float16, bfloat16, float32 or float64. A code at −∞ is never drawn, +∞ counts as the
@@ -111,7 +111,7 @@ def soft_embedding(
     validation.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
     sharpness = validation.positive(op, "sharpness", sharpness)
     temperature = validation.positive(op, "temperature", temperature)
-    return _soft_embedding(SoftDraw(codebook, *call, sharpness, temperature), backend)[0]
+    return _soft_embedding(SoftSampling(codebook, *call, sharpness, temperature), backend)[0]
 
 
 def _checked(
@@ -125,7 +125,7 @@ def _checked(
     image_index: Tensor | None,
     scale_index: int,
     backend: str,
-) -> Draw:
+) -> Sampling:
     """Everything the two ops share, checked; image indices and seed as tensors, made here if need be."""
     sizes: dict[str, int] = {}
     validation.tensor(op, "cond", cond, "B l V", sizes)
@@ -152,7 +152,7 @@ def _checked(
     else:
         seed = image_index.new_full((), _whole(op, "seed", seed, MAX_SEED))  # a GPU's kernel writes it: nothing waits
     check_name(backend)
-    return Draw(cond, uncond if c else None, image_index, float(c), min(k, sizes["V"]), float(p), seed, scale_index)
+    return Sampling(cond, uncond if c else None, image_index, float(c), min(k, sizes["V"]), float(p), seed, scale_index)
 
 
 def _whole(op: str, name: str, value: object, most: int) -> int:
@@ -162,13 +162,15 @@ def _whole(op: str, name: str, value: object, most: int) -> int:
     return known
 
 
-def _fake(call: Draw) -> tuple[Tensor]:
+def _fake(call: Sampling) -> tuple[Tensor]:
     return (call.cond.new_empty(call.cond.shape[:2], dtype=torch.int64),)
 
 
-def _soft_fake(call: SoftDraw) -> tuple[Tensor]:
+def _soft_fake(call: SoftSampling) -> tuple[Tensor]:
     return (call.codebook.new_empty(*call.cond.shape[:2], call.codebook.shape[1]),)
 
 
-_sample_tokens = RegisteredOp(_SAMPLE, Draw, _fake, outputs=1, differentiable=False)
-_soft_embedding = RegisteredOp(_SOFT, SoftDraw, _soft_fake, outputs=1, differentiable=False, reference_gradients=True)
+_sample_tokens = RegisteredOp(_SAMPLE, Sampling, _fake, outputs=1, differentiable=False)
+_soft_embedding = RegisteredOp(
+    _SOFT, SoftSampling, _soft_fake, outputs=1, differentiable=False, reference_gradients=True
+)

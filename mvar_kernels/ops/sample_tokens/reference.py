@@ -1,11 +1,11 @@
-"""Token drawing in plain PyTorch: the specification."""
+"""Token sampling in plain PyTorch: the specification."""
 
 import torch
 from torch import Tensor
 
 from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ops.sample_tokens import noise
-from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
+from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
 from mvar_kernels.validation import accumulator
 
 # Softmax weights as whole numbers: their sums are exact in any order, so every backend cuts at the same code.
@@ -50,23 +50,23 @@ def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return kept
 
 
-def _kept(call: Draw) -> Tensor:
+def _kept(call: Sampling) -> Tensor:
     logits = guided_logits(call.cond, call.uncond, call.guidance)
     return relative_logits(filtered_logits(logits, call.top_k, call.top_p))
 
 
-def _noise(call: Draw) -> Tensor:
+def _noise(call: Sampling) -> Tensor:
     return noise.gumbel(call.image_index, call.cond.shape, call.scale_index, call.seed)
 
 
-def sample_tokens(call: Draw) -> tuple[Tensor]:
+def sample_tokens(call: Sampling) -> tuple[Tensor]:
     """The Gumbel-max draw from what is left: int64 (B, l)."""
     return ((_kept(call) + _noise(call)).argmax(-1),)
 
 
-def soft_embedding(call: SoftDraw) -> tuple[Tensor]:
+def soft_embedding(call: SoftSampling) -> tuple[Tensor]:
     """The codebook averaged with Gumbel-softmax weights: (B, l, width) in the codebook's dtype."""
-    noisy = _kept(call.draw) * call.sharpness + _noise(call.draw)
+    noisy = _kept(call.sampling) * call.sharpness + _noise(call.sampling)
     return (((noisy / call.temperature).softmax(-1) @ call.codebook.to(noisy.dtype)).to(call.codebook.dtype),)
 
 

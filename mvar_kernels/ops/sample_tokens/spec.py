@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mvar_kernels.ops.sample_tokens import reference
-from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
+from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
 from mvar_kernels.ops.sample_tokens.op import sample_tokens, soft_embedding
 from mvar_kernels.specs import Case, Inputs, Spec
 
@@ -71,10 +71,10 @@ DRAW: dict[str, Any] = {"seed": 2**40 + 3, "scale_index": 5}
 SOFT: dict[str, Any] = {"sharpness": 1.5, "temperature": 0.2}
 
 
-def _draw(t: Inputs, case: Case) -> Draw:
+def _draw(t: Inputs, case: Case) -> Sampling:
     image_index = _image_index(t)
     options = _filters(case) | DRAW | {"seed": image_index.new_full((), DRAW["seed"])}
-    return Draw(t["cond"], t.get("uncond"), image_index, **options)
+    return Sampling(t["cond"], t.get("uncond"), image_index, **options)
 
 
 def _work(case: Case, itemsize: int) -> tuple[int, int]:
@@ -119,7 +119,7 @@ SPECS = (
                 backend=backend,
             ),
         ),
-        reference=lambda t, case: reference.soft_embedding(SoftDraw(t["codebook"], *_draw(t, case), **SOFT)),
+        reference=lambda t, case: reference.soft_embedding(SoftSampling(t["codebook"], *_draw(t, case), **SOFT)),
         outputs=("mean",),
         bench=BENCH,
         bench_cuda=BENCH_CUDA,

@@ -1,4 +1,4 @@
-"""Token drawing in Triton: one launch from two rows of logits to a token.
+"""Token sampling in Triton: one launch from two rows of logits to a token.
 
 One program draws at one position of one image. It reads its rows of V logits once, guides them, and keeps the
 guided row in registers (16 codes a thread at V = 4096) for everything after: the two threshold searches go over it
@@ -29,7 +29,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ffi import last_dim_contiguous
-from mvar_kernels.ops.sample_tokens.inputs import Draw, SoftDraw
+from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
 from mvar_kernels.ops.sample_tokens.triton_parts import (
     INFINITY,
     below_infinity,
@@ -218,7 +218,7 @@ def _soft_embedding_fwd_kernel(
     tl.store(weights_ptr + offs_v, weights, mask=offs_v < codes)
 
 
-def _unsupported(call: Draw | SoftDraw) -> str | None:
+def _unsupported(call: Sampling | SoftSampling) -> str | None:
     codes = call.cond.shape[-1]
     return tiling.unsupported_dtype(call.cond) or (
         None if codes <= MAX_CODES else f"{codes} codes are not 1 to {MAX_CODES}"
@@ -231,7 +231,7 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def _launch(kernel: Any, name: str, out: Tensor, call: Draw, *softening: float) -> None:
+def _launch(kernel: Any, name: str, out: Tensor, call: Sampling, *softening: float) -> None:
     B, positions, codes = call.cond.shape
     cond = last_dim_contiguous(call.cond)
     second = cond if call.uncond is None else last_dim_contiguous(call.uncond)
@@ -265,15 +265,15 @@ def _launch(kernel: Any, name: str, out: Tensor, call: Draw, *softening: float) 
     )
 
 
-def _sample_tokens(call: Draw) -> tuple[Tensor]:
+def _sample_tokens(call: Sampling) -> tuple[Tensor]:
     tokens = torch.empty(call.cond.shape[:2], dtype=torch.int64, device=call.cond.device)
     _launch(_sample_tokens_fwd_kernel, "sample_tokens", tokens, call)
     return (tokens,)
 
 
-def _soft_embedding(call: SoftDraw) -> tuple[Tensor]:
+def _soft_embedding(call: SoftSampling) -> tuple[Tensor]:
     weights = torch.empty(call.cond.shape, dtype=torch.float32, device=call.cond.device)
-    _launch(_soft_embedding_fwd_kernel, "soft_embedding", weights, call.draw, call.sharpness, call.temperature)
+    _launch(_soft_embedding_fwd_kernel, "soft_embedding", weights, call.sampling, call.sharpness, call.temperature)
     return ((weights @ call.codebook.float()).to(call.codebook.dtype),)
 
 

@@ -1,4 +1,4 @@
-"""Drawing a batch of images: every token passes every layer once, because the blocks' states are carried.
+"""Sampling of a batch of images: every token passes every layer once, because the blocks' states are carried.
 
 From tensors to tensors: nothing waits for the device, and no value decides what is done, so that a CUDA graph can
 hold all of it (graphs.py).
@@ -19,8 +19,8 @@ from mvar.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How to draw: see :func:`mvar.generate`."""
+class SamplingParams:
+    """How to sample: see :func:`mvar.generate`."""
 
     cfg: float
     top_k: int
@@ -31,10 +31,10 @@ class Drawing:
 
 
 @torch.no_grad()
-def draw_batch(
-    model: Model, tokenizer: Tokenizer, how: Drawing, labels: Tensor, image_index: Tensor, seed: Tensor
+def sample_batch(
+    model: Model, tokenizer: Tokenizer, how: SamplingParams, labels: Tensor, image_index: Tensor, seed: Tensor
 ) -> tuple[Tensor, ...]:
-    """Draw one image a row.
+    """Sample one image a row.
 
     Args:
         model, tokenizer: as mvar.engine prepares them.
