@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "mvar sample --classes 0-9 --count 8 --grid digits.png\n"
         "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 207,980 --out images\n"
         "mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth --classes 0-999 --count 50 --npz fid.npz\n"
-        "torchrun --nproc_per_node=8 -m mvar.sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth "
+        "torchrun --nproc_per_node=8 -m mvar sample --weights d16.pth --tokenizer vae_ch160v4096z32.pth "
         "--classes 0-999 --count 50 --npz fid.npz",
     )
     group = sample.add_argument_group("images")
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         "recall",
         "mvar evaluate --weights d16.pth --tokenizer vae_ch160v4096z32.pth --out d16 "
         "--reference VIRTUAL_imagenet256_labeled.npz --inception weights-inception-2015-12-05-6726825d.pth\n"
-        "torchrun --nproc_per_node=8 -m mvar.cli evaluate --weights d16.pth --tokenizer vae_ch160v4096z32.pth "
+        "torchrun --nproc_per_node=8 -m mvar evaluate --weights d16.pth --tokenizer vae_ch160v4096z32.pth "
         "--out d16",
     )
     group = evaluate.add_argument_group("images")
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         "train a model, with the flags of VAR's and M-VAR's trainers; in one process or under torchrun",
         "mvar train --preset digits --out runs/digits\n"
         "mvar train --preset digits --bidirectional --tokenizer runs/digits/tokenizer.safetensors --out runs/both\n"
-        "torchrun --nproc_per_node=8 -m mvar.train --depth=16 --bs=768 --ep=200 --fp16=1 --alng=1e-3 --wpe=0.1 "
+        "torchrun --nproc_per_node=8 -m mvar train --depth=16 --bs=768 --ep=200 --fp16=1 --alng=1e-3 --wpe=0.1 "
         "--data_path=imagenet",
     )
     add_flags(train)
@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         _tokenize,
         "write the tokens of a data set once, for training without an encoder",
         "mvar tokenize --data_path imagenet --tokenizer vae_ch160v4096z32.pth --out tokens --crops 4\n"
-        "torchrun --nproc_per_node=8 -m mvar.cli tokenize --data_path imagenet --tokenizer vae_ch160v4096z32.pth "
+        "torchrun --nproc_per_node=8 -m mvar tokenize --data_path imagenet --tokenizer vae_ch160v4096z32.pth "
         "--out tokens",
     )
     group = tokenize.add_argument_group("input and output")
@@ -400,7 +400,3 @@ def _info(options: argparse.Namespace) -> None:
     from mvar import machine
 
     print(*machine.lines(), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

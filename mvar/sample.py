@@ -129,9 +129,3 @@ def _opened(path: Path | None) -> Iterator[Any]:
     yield pixels
     if pixels is not None:
         pixels.flush()
-
-
-if __name__ == "__main__":
-    from mvar.cli import main
-
-    main(["sample", *sys.argv[1:]])

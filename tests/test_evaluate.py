@@ -38,7 +38,7 @@ BATCHES = set(range(0, 40, 3))
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted run of one process writes."""
     folder = tmp_path_factory.mktemp("whole")
-    done = subprocess.run([sys.executable, "-m", "mvar.cli", *ARGUMENTS, "--out", folder], env=ENVIRONMENT)
+    done = subprocess.run([sys.executable, "-m", "mvar", *ARGUMENTS, "--out", folder], env=ENVIRONMENT)
     assert done.returncode == 0
     return folder
 
@@ -89,7 +89,7 @@ def test_every_process_draws_its_share(tmp_path: Path, monkeypatch: pytest.Monke
 def test_goes_on_after_a_kill_and_draws_nothing_twice(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = subprocess.Popen([sys.executable, "-m", "mvar.cli", *ARGUMENTS, "--out", tmp_path], env=ENVIRONMENT)
+    run = subprocess.Popen([sys.executable, "-m", "mvar", *ARGUMENTS, "--out", tmp_path], env=ENVIRONMENT)
     while len(list(tmp_path.glob("parts/[0-9]*.npy"))) < 3:
         assert run.poll() is None, "ended before it was killed"
         time.sleep(0.005)
@@ -118,7 +118,7 @@ def test_goes_on_after_a_kill_and_draws_nothing_twice(
 
 
 def test_images_do_not_depend_on_the_number_of_processes(whole: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mvar.cli"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mvar"]
     done = subprocess.run(
         [*torchrun, *ARGUMENTS, "--out", tmp_path, "--png"], capture_output=True, text=True, env=ENVIRONMENT
     )

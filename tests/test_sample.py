@@ -37,7 +37,16 @@ def test_images_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
     """torchrun with two: three batches, the last one short; the same bytes in the same files, and no others."""
     one, two = tmp_path / "one", tmp_path / "two"
     main(["sample", *ARGUMENTS, *outputs(one)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mvar.sample"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "mvar",
+        "sample",
+    ]
     environment = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
     done = subprocess.run([*command, *ARGUMENTS, *outputs(two)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

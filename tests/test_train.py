@@ -50,7 +50,7 @@ def test_a_run_learns_and_leaves_what_it_should(finished: Path) -> None:
 
 def test_killed_and_started_again_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     """SIGKILL at a moment that nothing prepared for."""
-    command = [sys.executable, "-m", "mvar.train", *training.arguments(tmp_path, pictures=3)]
+    command = [sys.executable, "-m", "mvar", "train", *training.arguments(tmp_path, pictures=3)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (tmp_path / "checkpoints" / "00000008").is_dir() and process.poll() is None:
         time.sleep(0.01)

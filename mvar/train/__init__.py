@@ -1,4 +1,4 @@
-"""Training: `mvar train`, `torchrun -m mvar.train`, under the flags of VAR's and M-VAR's trainers.
+"""Training: `mvar train`, `torchrun -m mvar train`, under the flags of VAR's and M-VAR's trainers.
 
 flags       what can be asked for, and presets
 checks      what is refused before anything is read, built or written
