@@ -12,7 +12,6 @@ In a process of its own: Triton must not interpret here.
 
 import argparse
 import contextlib
-import importlib
 import itertools
 import json
 import re
@@ -34,14 +33,12 @@ from triton.runtime.driver import driver
 from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
-from mvar_kernels import tiling
+from mvar_kernels import dispatch, tiling
 from mvar_kernels.catalogue import SPECS
 from mvar_kernels.contract import LAYOUTS
 from mvar_kernels.dispatch import BackendError
 from mvar_kernels.specs import Case, Inputs, Spec
 
-# The package's name `backends` is the public function, not this module.
-backends = importlib.import_module("mvar_kernels.dispatch")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 NARROW_LOAD = re.compile(r"\bld\.global(?:\.[a-z]\w*(?:::\w+)*)*\.[bsu](?:8|16) ")
@@ -227,7 +224,7 @@ def compile_op(
 
 def inputs_allowed() -> contextlib.AbstractContextManager[Any]:
     """The ops' door lets CPU tensors in for the interpreter only."""
-    return mock.patch.multiple(backends, interpreted=lambda: True, _another_mode=lambda: None)
+    return mock.patch.multiple(dispatch, interpreted=lambda: True, _another_mode=lambda: None)
 
 
 def main() -> int:
@@ -240,7 +237,7 @@ def main() -> int:
     parser.add_argument("--tiles", choices=("every", "first"), default="every", help="first: those of no tuning")
     parser.add_argument("--write", type=Path, help="a JSON file for the table")
     options = parser.parse_args()
-    if backends.interpreted():
+    if dispatch.interpreted():
         parser.error("TRITON_INTERPRET=1 is set: kernels would be interpreted, not compiled")
     chosen = [
         (SPECS[op], SPECS[op].bench_cuda + (SPECS[op].cases if options.all else ())) for op in options.ops or SPECS

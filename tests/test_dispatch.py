@@ -15,21 +15,20 @@ import torch
 
 import mvar_kernels as mk
 from benchmarks.prefer import faster_in_cuda
+from mvar_kernels import dispatch
 from mvar_kernels.ops.adaln import op as adaln
-
-backends = importlib.import_module("mvar_kernels.dispatch")  # the package calls a function by that name
 
 
 def test_triton_goes_first_unless_cuda_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(backends, "unavailable", lambda name: None)
-    monkeypatch.setattr(backends, "architecture", lambda device: "sm_90")
-    op = backends.Op("adaln", adaln.__package__, adaln._ADALN.modules)
+    monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    op = dispatch.Op("adaln", adaln.__package__, adaln._ADALN.modules)
     cuda, triton = op.kernel("cuda"), op.kernel("triton")
     assert op.available(device, False)[:2] == (triton, cuda)
     for passes in (["forward"], ["backward"]):
-        op = backends.Op("adaln", adaln.__package__, adaln._ADALN.modules)
-        monkeypatch.setattr(backends, "measured", lambda passes=passes: {"sm_90": {"adaln": passes}})
+        op = dispatch.Op("adaln", adaln.__package__, adaln._ADALN.modules)
+        monkeypatch.setattr(dispatch, "measured", lambda passes=passes: {"sm_90": {"adaln": passes}})
         for backward in (False, True):
             first = cuda if passes == ["backward" if backward else "forward"] else triton
             assert op.available(device, backward)[0] is first
@@ -45,19 +44,19 @@ def test_cuda_is_preferred_only_where_it_won_every_case() -> None:
 
 
 def test_committed_preferences_name_ops_and_passes() -> None:
-    table = json.loads(Path(backends.MEASURED).read_text())
+    table = json.loads(Path(dispatch.MEASURED).read_text())
     assert all(set(passes) <= {"forward", "backward"} for ops in table.values() for passes in ops.values())
 
 
 @pytest.fixture
 def nothing_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if no backend had been looked for yet; what is imported in the test is forgotten after it."""
-    monkeypatch.setattr(backends, "_found", set())
+    monkeypatch.setattr(dispatch, "_found", set())
     before = dict(sys.modules)
-    backends._imported.cache_clear()
+    dispatch._imported.cache_clear()
     yield
-    backends._imported.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] in backends.PEERS and name not in before]:
+    dispatch._imported.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] in dispatch.PEERS and name not in before]:
         del sys.modules[name]
 
 
@@ -76,7 +75,7 @@ STAND_INS: dict[str, Callable[[str], Any]] = {
 
 
 @pytest.mark.parametrize("kind", STAND_INS)
-@pytest.mark.parametrize("name", backends.PEERS)
+@pytest.mark.parametrize("name", dispatch.PEERS)
 def test_stand_ins_of_peers(name: str, kind: str, nothing_found: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, STAND_INS[kind](name))
     reason = mk.backends()[name]
@@ -128,7 +127,7 @@ def test_a_stand_in_of_triton(nothing_found: None, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_interpreter_that_is_switched_on_too_late(nothing_found: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backends._not_installed("triton"):
+    if dispatch._not_installed("triton"):
         pytest.skip("triton is not installed")
     language = with_spec("triton.language")
     language.cdiv = lambda: None  # type: ignore[attr-defined]
@@ -140,9 +139,9 @@ def test_an_interpreter_that_is_switched_on_too_late(nothing_found: None, monkey
 
 def test_an_extension_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Built for another Python, of another ABI, or not built: a reason, and the reference runs."""
-    here = Path(backends.__file__).parent
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "dispatch.py"))
-    load = backends._extension.__wrapped__
+    here = Path(dispatch.__file__).parent
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    load = dispatch._extension.__wrapped__
     assert load("_nowhere") == "was not built"
     (tmp_path / "_nowhere.cpython-39-x86_64-linux-gnu.so").write_bytes(b"")
     assert load("_nowhere") == "was built for another Python: _nowhere.cpython-39-x86_64-linux-gnu.so"
@@ -152,8 +151,8 @@ def test_an_extension_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(mk, "__path__", [str(here), str(tmp_path)])
     assert str(load("_damaged")).startswith("cannot be imported: ImportError: ")
 
-    monkeypatch.setattr(backends, "_found", set())
-    monkeypatch.setattr(backends, "_extension", lambda name: load("_damaged"))
+    monkeypatch.setattr(dispatch, "_found", set())
+    monkeypatch.setattr(dispatch, "_extension", lambda name: load("_damaged"))
     for name in ("cpu", "cuda"):
         assert "cannot be imported: ImportError" in str(mk.backends()[name])
 
@@ -161,7 +160,7 @@ def test_an_extension_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp
 def test_tables_are_not_copied_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     from mvar_kernels.ops.scale_attention.plan import plan
 
-    monkeypatch.setattr(backends, "capturing", lambda device: True)
+    monkeypatch.setattr(dispatch, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="call it once with these sizes before the capture"):
         plan((1, 2, 39), 42, False, False, 64, 64, torch.device("cpu"))
     monkeypatch.undo()

@@ -18,7 +18,8 @@ from types import ModuleType
 import pybind11
 import pytest
 
-backends = importlib.import_module("mvar_kernels.dispatch")  # the package calls a function by that name
+from mvar_kernels import dispatch
+
 HERE = Path(__file__).parent
 BUILD = HERE.parent.parent / "build" / "cuda-on-cpu"
 NAME = "_cuda_on_cpu"
@@ -73,7 +74,7 @@ def playing(kernels: ModuleType) -> Iterator[None]:
 def installed() -> Iterator[None]:
     """The backend "cuda" takes CPU tensors, and the CPU plays the GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "native", lambda: _playing[-1] if _playing else module())
-        patch.setattr(backends, "unavailable", lambda name: None if name == "cuda" else "the CPU plays a GPU")
-        patch.setattr(backends, "PREFERENCE", {"cpu": ("cuda",)})
+        patch.setattr(dispatch, "native", lambda: _playing[-1] if _playing else module())
+        patch.setattr(dispatch, "unavailable", lambda name: None if name == "cuda" else "the CPU plays a GPU")
+        patch.setattr(dispatch, "PREFERENCE", {"cpu": ("cuda",)})
         yield
