@@ -220,6 +220,14 @@ def test_rows_are_written_as_they_come_and_only_failed_ones_tried_again(
     assert "--backend: expected one of cpu" in fails(capsys, "check", "--backend", "cuda")
 
 
+@pytest.mark.parametrize(("free_gib", "expected"), [(78, 16), (7, 3), (1, 1)])
+def test_a_small_gpu_has_few_processes(free_gib: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_gib * 2**30, 80 * 2**30))
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 16)
+    assert command.processes() == expected
+
+
 @pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["check", "adaln", "--backend", "cpu"])

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from mvar import machine
@@ -19,6 +20,7 @@ from mvar_kernels.check import Row
 from mvar_kernels.dispatch import OPS, PEERS, backends
 
 DTYPES = ("bfloat16", "float16", "float32")  # what is used most goes first
+PROCESS_BYTES = 2**31
 SECONDS = 120.0  # of one case, in which a GPU's kernels may have to be compiled
 
 
@@ -33,13 +35,22 @@ def check(options: argparse.Namespace) -> None:
     cases = sum(len(job.cases) for job in jobs)
     print(*machine.lines(), "", sep="\n")
     print(f"{cases} cases of {len({job.op for job in jobs})} ops: a minute or two", flush=True)
-    found = recorded(jobs, run(jobs, processes=os.cpu_count() or 1, seconds=SECONDS), options.out)
+    found = recorded(jobs, run(jobs, processes=processes(), seconds=SECONDS), options.out)
     rows = [row for _, row in tqdm(found, total=cases, unit="case", disable=None)]
     print(*table(rows), sep="\n")
     wrong = [row for row in rows if not row.right]
     print(f"{len(wrong)} of {len(rows)} cases are wrong" if wrong else "all right")
     if wrong:
         sys.exit(1)
+
+
+def processes() -> int:
+    """One for each core; on a GPU no more than its free memory has room for, context, kernels and cases of each."""
+    cores = os.cpu_count() or 1
+    if not torch.cuda.is_available():
+        return cores
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min(cores, free // PROCESS_BYTES))
 
 
 def recorded(jobs: Sequence[Job], found: Iterable[tuple[Job, Row]], path: Path | None) -> Iterator[tuple[Job, Row]]:
