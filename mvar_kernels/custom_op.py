@@ -12,12 +12,14 @@ An eager call, with nothing but autograd between it and the kernel, does not go 
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 from torch._library.autograd import make_autograd_impl, not_list_of_tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionMeta
 from torch.library import CustomOpDef
 from torch.nn import Parameter
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -58,7 +60,8 @@ class RegisteredOp(Generic[Inputs]):
         inputs: the NamedTuple that every kernel of the op takes.
         fake: outputs of the right shapes, dtypes and device, without values.
         differentiable: the op has a backward: kernels give a gradient of every tensor of the inputs that there is.
-        saved_as: inputs that the backward gets an output in the place of, by the output's number.
+        saved_as: inputs that the backward gets another tensor in the place of: an output, by its number, or an input,
+            by its name, where no backward reads more than the shape.
         reference_gradients: no kernel has a backward, and gradients are the reference's.
 
     Outputs are contiguous. Under forward-mode differentiation (torch.autograd.forward_ad, torch.func.jvp, jacfwd) and
@@ -76,14 +79,16 @@ class RegisteredOp(Generic[Inputs]):
         *,
         outputs: int,
         differentiable: bool = True,
-        saved_as: Mapping[str, int] | None = None,
+        saved_as: Mapping[str, int | str] | None = None,
         reference_gradients: bool = False,
     ) -> None:
         hints = get_type_hints(inputs)
         self.op, self._inputs, self._one = op, inputs, outputs == 1
         self._tensors = [i for i, hint in enumerate(hints.values()) if hint in (Tensor, Tensor | None)]
         self._lists = [i for i, hint in enumerate(hints.values()) if hint == tuple[int, ...]]
-        self._saved_as = {list(hints).index(name): output for name, output in (saved_as or {}).items()}
+        place = {name: i for i, name in enumerate(hints)}
+        self._outputs_as = {place[name]: by for name, by in (saved_as or {}).items() if isinstance(by, int)}
+        self._inputs_as = {place[name]: place[by] for name, by in (saved_as or {}).items() if isinstance(by, str)}
         fields = ", ".join(f"{_SCHEMA[hint]} {name}" for name, hint in hints.items())
         results = "Tensor" if self._one else f"({', '.join(['Tensor'] * outputs)})"
 
@@ -113,27 +118,20 @@ class RegisteredOp(Generic[Inputs]):
         custom_backward.register_fake(faked_backward)
         self._backward_overload = custom_backward._opoverload
         custom.register_autograd(self._gradients, setup_context=self._save)
-        registered = self
 
-        class Eager(torch.autograd.Function):
-            """The op under eager autograd, which runs the same two functions as the dispatcher does."""
+        # Under eager autograd the same two functions run; named as the op, which anomaly mode and profilers print.
+        def eager_forward(ctx: Any, *arguments: Any) -> Outputs:
+            found = self._forward(self._inputs(*arguments[:-1]), arguments[-1])
+            self._save(ctx, arguments, found)
+            return found
 
-            @staticmethod
-            def forward(ctx: Any, *arguments: Any) -> Outputs:
-                inputs, backend = registered._inputs(*arguments[:-1]), arguments[-1]
-                found = registered._forward(inputs, backend)
-                registered._save(ctx, arguments, found)
-                return found
-
-            @staticmethod
-            def backward(ctx: Any, *grads: Tensor) -> Any:
-                return registered._gradients(ctx, *grads)
-
-        self._eager = Eager
+        functions = {"forward": staticmethod(eager_forward), "backward": staticmethod(self._gradients)}
+        self._eager = FunctionMeta(op.name, (torch.autograd.Function,), functions)
 
     def __call__(self, inputs: Inputs, backend: str) -> Outputs:
         if not torch.compiler.is_compiling() and _is_eager(tensors := [inputs[i] for i in self._tensors]):
-            if not torch.is_grad_enabled() or not any([t is not None and t.requires_grad for t in tensors]):
+            recorded = torch.is_grad_enabled() and not _below_autograd()
+            if not recorded or not any([t is not None and t.requires_grad for t in tensors]):
                 return self._forward(inputs, backend)
             if self._eager is not None:
                 outputs: Outputs = self._eager.apply(*inputs, backend)
@@ -162,7 +160,9 @@ class RegisteredOp(Generic[Inputs]):
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         kept = list(inputs)
-        for i, number in self._saved_as.items():
+        for i, other in self._inputs_as.items():
+            kept[i] = inputs[other]
+        for i, number in self._outputs_as.items():
             kept[i] = output if self._one else output[number]
         ctx.save_for_backward(*self._present(kept))
         for i in self._tensors:
@@ -191,6 +191,7 @@ _is_seen = (
     torch._C._autograd._profiler_enabled,
     torch._C._get_tracing_state,
 )
+_below_autograd = partial(torch._C._dispatch_tls_is_dispatch_key_excluded, torch._C.DispatchKey.AutogradOther)
 _dispatch_keys = torch._C._dispatch_keys
 _plain: dict[int, bool] = {}
 

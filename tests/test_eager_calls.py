@@ -60,6 +60,7 @@ def test_both_ways_give_the_same_bits(spec: Spec, backend: str, monkeypatch: pyt
         (lambda: torch.device("cpu"), False),
         (torch.profiler.profile, False),
         (forward_ad.dual_level, False),
+        (torch._C._AutoDispatchBelowAutograd, True),
     ],
 )
 def test_what_wants_to_see_an_op_sees_it(context: Callable[[], AbstractContextManager[Any]], eager: bool) -> None:
@@ -130,6 +131,36 @@ def test_a_batch_of_gradients_is_dispatched() -> None:
     x = torch.ones(2, requires_grad=True)
     torch.autograd.grad(Probe.apply(x), x, torch.eye(2), is_grads_batched=True)
     assert found == [False]
+
+
+def test_below_autograd_nothing_is_recorded() -> None:
+    """As of torch's own ops, inside another operator's kernel."""
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not mk.adaln(x, *torch.randn(2, 2, 8).unbind(0)).requires_grad
+
+
+def test_what_no_backward_reads_is_not_kept() -> None:
+    """It may be changed in place before the backward, and takes no memory."""
+    x, scale, shift = (torch.randn(*size, requires_grad=True) for size in ((2, 3, 8), (2, 8), (2, 8)))
+    changed = shift.clone()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        out = mk.adaln(x, scale, changed)
+    assert changed.data_ptr() not in {t.data_ptr() for t in kept}
+    changed.data.copy_(0)
+    with torch.no_grad():
+        changed.mul_(2)
+    (of_shift,) = torch.autograd.grad(out.sum(), shift)
+    assert torch.equal(of_shift, torch.full_like(shift, 3.0))
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_node_has_the_op_s_name(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not eager:
+        monkeypatch.setattr(custom_op, "_is_eager", lambda tensors: False)
+    out = mk.adaln(torch.randn(2, 3, 8, requires_grad=True), *torch.randn(2, 2, 8).unbind(0))
+    assert out.grad_fn is not None and "adaln" in out.grad_fn.name()
 
 
 def test_gradients_of_gradients() -> None:

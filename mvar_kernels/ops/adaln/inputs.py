@@ -8,7 +8,7 @@ from mvar_kernels.ffi import last_dim_contiguous
 
 
 class AdaLN(NamedTuple):
-    """x (B, L, C); scale and shift (B, C)."""
+    """x (B, L, C); scale and shift (B, C). In the backward shift is scale: nothing of it is read."""
 
     x: Tensor
     scale: Tensor
@@ -23,7 +23,7 @@ class AdaLN(NamedTuple):
 
 
 class GatedAdaLN(NamedTuple):
-    """x and branch (B, L, C), in the backward x' in the place of x; gate, scale and shift (B, C)."""
+    """x and branch (B, L, C); gate, scale and shift (B, C). In the backward x is x', and shift is scale."""
 
     x: Tensor
     branch: Tensor

@@ -90,5 +90,5 @@ def _gated_fake(call: GatedAdaLN) -> tuple[Tensor, Tensor]:
     return call.x.new_empty(call.x.shape), call.x.new_empty(call.x.shape)
 
 
-_adaln = RegisteredOp(_ADALN, AdaLN, _fake, outputs=1)
-_gated_adaln = RegisteredOp(_GATED, GatedAdaLN, _gated_fake, outputs=2, saved_as={"x": 0})
+_adaln = RegisteredOp(_ADALN, AdaLN, _fake, outputs=1, saved_as={"shift": "scale"})
+_gated_adaln = RegisteredOp(_GATED, GatedAdaLN, _gated_fake, outputs=2, saved_as={"x": 0, "shift": "scale"})
