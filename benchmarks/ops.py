@@ -35,6 +35,7 @@ from benchmarks.measure import (
 from benchmarks.products import DTYPES
 from benchmarks.rivals import RIVALS
 from mvar_kernels.catalogue import SPECS
+from mvar_kernels.check import device_answers
 from mvar_kernels.contract import prepared
 from mvar_kernels.dispatch import PEERS, BackendError, backends
 from mvar_kernels.precision import float32_products
@@ -218,16 +219,6 @@ def row(run: Run, seconds: float, *, compiled: bool = True) -> Row:
     }
 
 
-def answers() -> bool:
-    """Whether the GPU still does what it is asked: after an illegal access it never again does in this process."""
-    if DEVICE.type == "cuda":
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            return False
-    return True
-
-
 def go_on_after(op: str, ops: Sequence[str], failed: Sequence[str]) -> None:
     """With the ops after this one in a new process, which is told what failed."""
     rest = ops[list(ops).index(op) + 1 :]
@@ -294,7 +285,7 @@ def main() -> None:
                     measured = row(run, options.seconds, compiled=not options.eager)
                 except Exception as error:  # the rows before and after stand
                     failed.append(f"{op}, {run.case.name}: {first_line(error)}")
-                    if not answers():
+                    if not device_answers():
                         go_on_after(op, options.ops or list(SPECS), failed)
                     continue
                 rows[name(measured)] = measured

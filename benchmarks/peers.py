@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.steps import ROOT
 from mvar.files import make_folder
+from mvar_kernels.ops.adaln.spec import EPS as ADALN_EPS
 from mvar_kernels.ops.mamba2.spec import EPS
 from mvar_kernels.specs import Case, Inputs
 
@@ -119,19 +120,13 @@ def takes_mixer(t: Inputs, case: Case) -> bool:
     return one_direction and "dt" in t and has_mamba_ssm()
 
 
-def adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
-    """Liger's layer norm, and the modulation in PyTorch."""
+def layer_norm(x: Tensor) -> Tensor:
+    """Liger's, over the last dimension, without weight and bias."""
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
-    x = t["x"]
     weight, bias = (x.new_full(x.shape[-1:], value) for value in (1.0, 0.0))
-    normed = LigerLayerNormFunction.apply(x, weight, bias, 1e-6)
-    return (normed * (1 + t["scale"][:, None]) + t["shift"][:, None],)
-
-
-def gated_adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
-    x = t["x"] + t["gate"][:, None] * t["branch"]
-    return x, *adaln(t | {"x": x}, case)
+    normed: Tensor = LigerLayerNormFunction.apply(x, weight, bias, ADALN_EPS)
+    return normed
 
 
 def takes_adaln(t: Inputs, case: Case) -> bool:

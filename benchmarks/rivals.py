@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers, public
+from mvar_kernels.ops.adaln.spec import EPS as ADALN_EPS
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, SSD_SCAN
 from mvar_kernels.ops.scale_attention.flash_attn import boundaries
 from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, spans
@@ -32,14 +33,20 @@ class Rival:
     peer: bool = False
 
 
-def _adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
-    normed = F.layer_norm(t["x"], t["x"].shape[-1:], eps=1e-6)
-    return (normed * (1 + t["scale"][:, None]) + t["shift"][:, None],)
+Norm = Callable[[Tensor], Tensor]
 
 
-def _gated_adaln(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+def _layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=ADALN_EPS)
+
+
+def _adaln(t: Inputs, case: Case, norm: Norm = _layer_norm) -> tuple[Tensor, ...]:
+    return (norm(t["x"]) * (1 + t["scale"][:, None]) + t["shift"][:, None],)
+
+
+def _gated_adaln(t: Inputs, case: Case, norm: Norm = _layer_norm) -> tuple[Tensor, ...]:
     x = t["x"] + t["gate"][:, None] * t["branch"]
-    return x, *_adaln(t | {"x": x}, case)
+    return x, *_adaln(t | {"x": x}, case, norm)
 
 
 def _qkv(t: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,10 +152,13 @@ def _draw(t: Inputs, case: Case) -> tuple[Tensor, ...]:
 
 
 RIVALS: Mapping[str, Mapping[str, Rival]] = {
-    "adaln": {"eager": Rival(_adaln), "Liger's norm": Rival(peers.adaln, peers.takes_adaln, gpu=True, peer=True)},
+    "adaln": {
+        "eager": Rival(_adaln),
+        "Liger's norm": Rival(partial(_adaln, norm=peers.layer_norm), peers.takes_adaln, gpu=True, peer=True),
+    },
     "gated_adaln": {
         "eager": Rival(_gated_adaln),
-        "Liger's norm": Rival(peers.gated_adaln, peers.takes_adaln, gpu=True, peer=True),
+        "Liger's norm": Rival(partial(_gated_adaln, norm=peers.layer_norm), peers.takes_adaln, gpu=True, peer=True),
     },
     "scale_attention": {
         "SDPA by scale": Rival(_sdpa_by_scale),

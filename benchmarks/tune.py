@@ -22,9 +22,10 @@ import torch
 
 from benchmarks import carried, measure
 from benchmarks.measure import DEVICE, REHEARSAL, graphed, interleaved, require_gpu, results, use_own_stream
-from benchmarks.ops import SPECS, Results, answers, benchmarked, first_line, gradients
+from benchmarks.ops import SPECS, Results, benchmarked, first_line, gradients
 from mvar.files import replacing
 from mvar_kernels import tiling
+from mvar_kernels.check import device_answers
 from mvar_kernels.contract import prepared
 from mvar_kernels.dispatch import architecture
 from mvar_kernels.specs import Case, Spec
@@ -98,7 +99,7 @@ def compare(run: Callable[[], Results], found: dict[Key, Found], end: float) -> 
 
 def check_answers() -> None:
     """End the program where the GPU answers no more: what was measured is written."""
-    if not answers():
+    if not device_answers():
         raise SystemExit("the GPU answers no more")
 
 

@@ -126,7 +126,7 @@ def tried(spec: Spec, case: Case, backend: str, dtype: torch.dtype, how: How = H
         refused = str(error)
     except Exception as error:
         fault = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        answers = _answers()
+        answers = device_answers()
     name = str(dtype).removeprefix("torch.")
     row = Row(spec.op, backend, name, case.name, found, fault, refused, time.monotonic() - start)
     return replace(row, compiled=hits.count(False), cached=hits.count(True)), answers
@@ -150,7 +150,7 @@ def timed(spec: Spec) -> tuple[Case, ...]:
     return tuple(case.at_batch(2) for case in spec.bench_cuda)
 
 
-def _answers() -> bool:
+def device_answers() -> bool:
     """Whether the GPU still does what it is asked: after an illegal access it never again does in this process."""
     if not torch.cuda.is_initialized():
         return True

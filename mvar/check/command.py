@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -62,15 +61,18 @@ def recorded(jobs: Sequence[Job], found: Iterable[tuple[Job, Row]], path: Path |
         yield from found
         return
     rows = {key(row): row for row in (read(path) if path.is_file() else ())}
-    planned_rows = (job.fault(case, "not tried") for job in jobs for case in job.cases)
-    rows |= {key(row): row for row in planned_rows}
-    for job, row in chain([(None, None)], found):
-        if row is not None:
-            rows[key(row)] = row
-        with replacing(path) as aside:
-            aside.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows.values()))
-        if job is not None and row is not None:
-            yield job, row
+    untried = (job.fault(case, "not tried") for job in jobs for case in job.cases)
+    rows |= {key(row): row for row in untried}
+    _write(path, rows.values())
+    for job, row in found:
+        rows[key(row)] = row
+        _write(path, rows.values())
+        yield job, row
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    with replacing(path) as aside:
+        aside.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows))
 
 
 def planned(ops: Sequence[str], backend: str | None, only_failed: Path | None) -> list[Job]:
