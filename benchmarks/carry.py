@@ -31,7 +31,7 @@ from benchmarks import peers
 from benchmarks.carried import ARCHIVE, CACHE, pack
 from benchmarks.rivals import RIVALS
 from mvar.check.command import DTYPES
-from mvar_kernels.catalogue import SPECS
+from mvar_kernels.testing.registry import SPECS
 from tests import compile_ahead
 
 MULTIPROCESSORS = 132  # of an H100: in the other projects' kernels a size follows from it

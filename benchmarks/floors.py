@@ -14,8 +14,8 @@ from itertools import product
 from benchmarks.measure import RESULTS
 from mvar.config import HEAD_DIM, SCHEDULES, ModelConfig
 from mvar.files import replacing
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.specs import Case
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case
 
 COPY_BYTES_PER_S = 4.3e12  # read and written, by a device copy
 PRODUCT_FLOPS_PER_S = 790e12  # bfloat16, dense

@@ -31,15 +31,15 @@ from mvar import machine
 from mvar.check.command import key, planned, recorded, table
 from mvar.check.jobs import Job, run
 from mvar.files import make_folder
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.check import Row
+from mvar_kernels.testing.check import Row
+from mvar_kernels.testing.registry import SPECS
 
 SECONDS = 100.0
 # Shares of it: at what time each part ends at the latest.
 CASES_END, DIAGNOSIS_END, TIMED_END = 0.55, 0.7, 0.85
 CASE_SECONDS = 40.0
 MAX_DIAGNOSED = 6
-WORKER = (sys.executable, "-m", "mvar_kernels.check")
+WORKER = (sys.executable, "-m", "mvar_kernels.testing.check")
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "7")
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a tensor's end is an allocation's
 BATCH = 25

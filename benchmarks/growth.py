@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.states import carried_bytes, public_bytes
 from mvar.config import HEAD_DIM, SCHEDULES, ModelConfig
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.specs import Case
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case
 
 OURS, PUBLIC, VAR = "mvar", "public algorithm", "VAR"
 ITEMSIZE = 2

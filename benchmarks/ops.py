@@ -34,12 +34,12 @@ from benchmarks.measure import (
 )
 from benchmarks.products import DTYPES
 from benchmarks.rivals import RIVALS
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.check import device_answers
-from mvar_kernels.contract import prepared
 from mvar_kernels.dispatch import PEERS, BackendError, backends
 from mvar_kernels.precision import float32_products
-from mvar_kernels.specs import Case, Inputs, Spec
+from mvar_kernels.testing.check import device_answers
+from mvar_kernels.testing.contract import prepared
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 JUDGED_BATCH = 2
 FAILED = "MVAR_OPS_FAILED"  # in the environment of a process that goes on for one that has lost its GPU

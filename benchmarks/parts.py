@@ -18,8 +18,8 @@ from mvar.engine import prepared_tokenizer
 from mvar.layers import Linear
 from mvar.packed import PackedLinear, packs
 from mvar.tokenizer import Tokenizer, TokenizerConfig
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.specs import Case
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case
 
 PARTS = ("linear layers", "attention", "mixer", "adaLN", "drawing", "quantizer", "decoder")
 

@@ -27,7 +27,7 @@ from benchmarks.steps import ROOT
 from mvar.files import make_folder
 from mvar_kernels.ops.adaln.spec import EPS as ADALN_EPS
 from mvar_kernels.ops.mamba2.spec import EPS
-from mvar_kernels.specs import Case, Inputs
+from mvar_kernels.testing.spec import Case, Inputs
 
 FOLDER = ROOT / "build" / "carry" / "peers"
 WHEELS = ("fla-core==0.6.0", "liger-kernel==0.8.5")

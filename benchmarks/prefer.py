@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mvar.files import replacing
-from mvar_kernels.catalogue import SPECS
 from mvar_kernels.dispatch import MEASURED
+from mvar_kernels.testing.registry import SPECS
 
 
 def faster_in_cuda(rows: list[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from benchmarks import plots, report_kernels, report_ops, report_quality, report_throughput, report_training
 from benchmarks.measure import RESULTS
 from mvar.files import replacing
-from mvar_kernels.catalogue import SPECS
+from mvar_kernels.testing.registry import SPECS
 
 ROOT = RESULTS.parent.parent
 GENERATED = ROOT / "docs" / "generated"

@@ -15,7 +15,7 @@ from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, SSD_SCAN
 from mvar_kernels.ops.scale_attention.flash_attn import boundaries
 from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, spans
 from mvar_kernels.ops.scale_attention.spec import score_scale
-from mvar_kernels.specs import Case, Inputs
+from mvar_kernels.testing.spec import Case, Inputs
 
 
 @dataclass(frozen=True)

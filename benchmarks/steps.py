@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvar.check.jobs import GROUP, kill
-from mvar_kernels.check import end_with_parent
+from mvar_kernels.testing.check import end_with_parent
 
 ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "build" / "gpu"

@@ -25,10 +25,10 @@ from benchmarks.measure import DEVICE, REHEARSAL, graphed, interleaved, require_
 from benchmarks.ops import SPECS, Results, benchmarked, first_line, gradients
 from mvar.files import replacing
 from mvar_kernels import tiling
-from mvar_kernels.check import device_answers
-from mvar_kernels.contract import prepared
 from mvar_kernels.dispatch import architecture
-from mvar_kernels.specs import Case, Spec
+from mvar_kernels.testing.check import device_answers
+from mvar_kernels.testing.contract import prepared
+from mvar_kernels.testing.spec import Case, Spec
 from mvar_kernels.tiling import Tile
 
 NOISE = 0.02  # a candidate has to win by more than two runs of the same one differ

@@ -13,7 +13,7 @@ from mvar_kernels.ops.sample_tokens.op import sample_tokens, soft_embedding
 from mvar_kernels.ops.scale_attention.op import scale_attention
 
 if TYPE_CHECKING:
-    from mvar_kernels.plug_in import Report, accelerate, restore
+    from mvar_kernels.patching import Report, accelerate, restore
 
 __all__ = [
     "BackendError",
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
     """What needs torch.compiler.disable, at its first use: it imports torch._dynamo, and that sympy and Triton, which
     made up 1.9 of the 4.3 s of `import mvar_kernels` (AMD EPYC, Zen 3)."""
     if name in ("Report", "accelerate", "restore"):
-        from mvar_kernels import plug_in
+        from mvar_kernels import patching
 
-        return getattr(plug_in, name)
+        return getattr(patching, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

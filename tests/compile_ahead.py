@@ -34,10 +34,10 @@ from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
 from mvar_kernels import dispatch, tiling
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.contract import LAYOUTS
 from mvar_kernels.dispatch import BackendError
-from mvar_kernels.specs import Case, Inputs, Spec
+from mvar_kernels.testing.contract import LAYOUTS
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")

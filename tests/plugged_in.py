@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvar_kernels.replacements import Replacement
+from mvar_kernels.patching.modules import Replacement
 from tests.plain_var import PlainVAR, randomised
 
 LABELS = torch.tensor([3, 7])

@@ -74,8 +74,8 @@ def run(only: str | None, sets: list[str] | None) -> None:
     """Every case in this process, in which the sanitizers are."""
     import torch
 
-    from mvar_kernels.catalogue import SPECS
     from mvar_kernels.dispatch import native
+    from mvar_kernels.testing.registry import SPECS
 
     extension = native()
     assert extension is not None
@@ -104,7 +104,7 @@ def calls(spec: "Spec") -> Iterator[Callable[[], object]]:  # type: ignore[name-
 
     import torch
 
-    from mvar_kernels.contract import evaluate, every_other, prepared, transposed
+    from mvar_kernels.testing.contract import evaluate, every_other, prepared, transposed
 
     cases = [case for case in spec.cases if case.name != "d16_256"]  # nothing new in minutes
     base = next(case for case in cases if case.name in ("odd", "top_k"))

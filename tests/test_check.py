@@ -16,11 +16,11 @@ from mvar.check import command
 from mvar.check.command import key, planned, read, recorded, table, verdict
 from mvar.check.jobs import MAX_DEATHS, Job, run
 from mvar.cli import main
-from mvar_kernels import check as worker
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.check import Row, tried
-from mvar_kernels.contract import LAYOUTS
 from mvar_kernels.dispatch import OPS
+from mvar_kernels.testing import check as worker
+from mvar_kernels.testing.check import Row, tried
+from mvar_kernels.testing.contract import LAYOUTS
+from mvar_kernels.testing.registry import SPECS
 from tests.test_cli import fails
 
 ODD = next(case for case in SPECS["adaln"].cases if case.name == "odd")
@@ -95,7 +95,7 @@ def test_a_worker_ends_with_what_started_it(tmp_path: Path) -> None:
     """Killed, so that it can do nothing about it; the worker would sleep for ten minutes."""
     program = (
         "import subprocess, sys\n"
-        "worker = subprocess.Popen([sys.executable, '-c', 'from mvar_kernels.check import end_with_parent; "
+        "worker = subprocess.Popen([sys.executable, '-c', 'from mvar_kernels.testing.check import end_with_parent; "
         "end_with_parent(); print(1, flush=True); import time; time.sleep(600)'], stdout=subprocess.PIPE)\n"
         "worker.stdout.readline(); print(worker.pid, flush=True); import time; time.sleep(600)"
     )

@@ -1,4 +1,4 @@
-"""Every op × backend × case × dtype, from the specs alone, by the rule of mvar_kernels/contract.py.
+"""Every op × backend × case × dtype, from the specs alone, by the rule of mvar_kernels/testing/contract.py.
 
 Where there is no GPU, Triton interprets its kernels, and the CUDA kernels run on the CPU (tests/cuda_on_cpu).
 """
@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels import contract
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.contract import every_other, transposed
 from mvar_kernels.dispatch import PEERS, Op, backends, interpreted
-from mvar_kernels.specs import Case, Inputs, Spec
+from mvar_kernels.testing import contract
+from mvar_kernels.testing.contract import every_other, transposed
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case, Inputs, Spec
 from tests import cuda_on_cpu
 from tests.dispatched import dispatched
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvar_kernels.catalogue import SPECS
+from mvar_kernels.testing.registry import SPECS
 from tests import cuda_on_cpu
 from tests.test_contract import CUDA_ON_CPU, compare, evaluate, prepared, refusal
 

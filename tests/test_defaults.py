@@ -13,9 +13,9 @@ from torch import Tensor
 import mvar
 from mvar.digits import pretrained
 from mvar.train.objective import Objective
-from mvar_kernels.catalogue import SPECS
 from mvar_kernels.dispatch import unavailable
-from mvar_kernels.specs import Spec
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Spec
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = [(torch.bfloat16, "cpu"), (torch.float16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")]

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvar_kernels as mk
 from mvar_kernels import custom_op
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.contract import evaluate, prepared
 from mvar_kernels.dispatch import unavailable
-from mvar_kernels.specs import Spec
+from mvar_kernels.testing.contract import evaluate, prepared
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Spec
 
 BACKENDS = [name for name in ("reference", "cpu") if unavailable(name) is None]
 

@@ -8,9 +8,9 @@ import torch
 
 import mvar_kernels as mk
 from mvar_kernels import ffi
-from mvar_kernels.catalogue import SPECS
 from mvar_kernels.dispatch import native
-from mvar_kernels.specs import Spec
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Spec
 from tests.test_contract import evaluate, prepared
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built")

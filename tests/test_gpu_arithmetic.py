@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.catalogue import SPECS
 from mvar_kernels.dispatch import interpreted, unavailable
-from mvar_kernels.specs import Case, Inputs, Spec
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case, Inputs, Spec
 from tests.test_contract import compare, evaluate, prepared, scattered
 
 if unavailable("triton") is not None or not interpreted():
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from mvar_kernels import triton_math
-from mvar_kernels.ops.mamba2 import triton_backward
+from mvar_kernels.ops.mamba2.triton import backward as triton_backward
 from tests.gpu_arithmetic import gpu_arithmetic
 
 FLOAT32 = {

@@ -16,7 +16,7 @@ from benchmarks import carried, gpu_bench, gpu_check, measure, ops, peers, produ
 from benchmarks.steps import Step, together
 from mvar.check.command import read
 from mvar.check.jobs import Job
-from mvar_kernels.catalogue import SPECS
+from mvar_kernels.testing.registry import SPECS
 from tests.test_check import STAND_IN
 
 REHEARSED = {"MVAR_REHEARSAL": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(steps.ROOT)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mvar_kernels.dispatch import BackendError, unavailable
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER
-from mvar_kernels.specs import Case, Inputs
+from mvar_kernels.testing.spec import Case, Inputs
 from tests.test_contract import CUDA_ON_CPU, compare, evaluate, named, prepared
 
 BACKEND = "cuda" if torch.cuda.is_available() else CUDA_ON_CPU

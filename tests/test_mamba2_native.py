@@ -13,7 +13,7 @@ from mvar_kernels.ops.mamba2 import native as mamba2_native
 from mvar_kernels.ops.mamba2 import reference
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, PARAMETERS, SSD_SCAN
-from mvar_kernels.specs import Case, Spec
+from mvar_kernels.testing.spec import Case, Spec
 
 native = import_native()
 pytestmark = pytest.mark.skipif(native is None, reason="the C++ extension was not built")

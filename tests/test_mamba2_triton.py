@@ -13,7 +13,7 @@ from mvar_kernels.dispatch import unavailable
 from mvar_kernels.ops.mamba2 import reference
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 from mvar_kernels.ops.mamba2.spec import SSD_SCAN
-from mvar_kernels.specs import Case
+from mvar_kernels.testing.spec import Case
 
 if unavailable("triton") is not None:
     pytest.skip(str(unavailable("triton")), allow_module_level=True)

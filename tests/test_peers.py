@@ -16,12 +16,12 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.rivals import RIVALS
-from mvar_kernels.contract import prepared
 from mvar_kernels.ops.adaln.spec import SPECS as ADALN
 from mvar_kernels.ops.mamba2 import reference
 from mvar_kernels.ops.mamba2.inputs import Scan
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER
-from mvar_kernels.specs import Case
+from mvar_kernels.testing.contract import prepared
+from mvar_kernels.testing.spec import Case
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,7 +134,7 @@ import triton
 import triton.language as tl
 from benchmarks import carry
 from tests import compile_ahead
-from mvar_kernels.catalogue import SPECS
+from mvar_kernels.testing.registry import SPECS
 
 @triton.autotune([triton.Config({"BLOCK": n}, num_warps=w) for n, w in ((64, 1), (128, 4))], key=["size"])
 @triton.jit

@@ -13,7 +13,7 @@ import mvar
 import mvar_kernels as mk
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.dispatch import native
-from mvar_kernels.replacements import made_once, schedule_of
+from mvar_kernels.patching.modules import made_once, schedule_of
 from tests.plain_mamba2 import PlainMamba2
 from tests.plain_var import PlainVAR, SelfAttention, randomised
 

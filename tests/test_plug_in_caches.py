@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import mvar_kernels as mk
 from mvar_kernels.dispatch import native
-from mvar_kernels.remembered import made_once, schedule_of
+from mvar_kernels.patching.cache import made_once, schedule_of
 from tests.plain_var import SelfAttention
 from tests.plugged_in import accelerated, close, normal, plain
 
@@ -242,7 +242,7 @@ def test_modulation_that_cannot_be_known_to_stay_runs_every_time() -> None:
 
 def test_under_capture_nothing_is_remembered_or_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's CUDA graph has to hold the layer, and may not wait for a mask."""
-    monkeypatch.setattr("mvar_kernels.remembered.capturing", lambda device: True)
+    monkeypatch.setattr("mvar_kernels.patching.cache.capturing", lambda device: True)
     layer, cond, ran = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3), []
     layer.register_forward_hook(lambda *_: ran.append(1))
     with torch.no_grad():

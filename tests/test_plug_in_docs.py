@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import mvar
 from mvar_kernels.dispatch import native
-from mvar_kernels.replacements import Replacement
+from mvar_kernels.patching.modules import Replacement
 from tests.plain_mamba2 import PlainMamba2
 from tests.plain_var import PlainVAR, randomised
 

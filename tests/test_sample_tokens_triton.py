@@ -16,7 +16,7 @@ if REASON is not None:
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from mvar_kernels.ops.sample_tokens import triton_parts as parts  # noqa: E402
+from mvar_kernels.ops.sample_tokens.triton import common as parts  # noqa: E402
 from mvar_kernels.ops.sample_tokens.triton import sample_tokens_triton, soft_embedding_triton  # noqa: E402
 
 # Infinite logits overflow where they should; NumPy, which interprets, says so.

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mvar_kernels as mk
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.specs import Spec
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Spec
 from tests.dispatched import dispatched
 
 

@@ -34,9 +34,9 @@ from benchmarks.plan import ALL, PLANS, Size
 from benchmarks.sides import CHUNKS, SIDES, Pair, Side, flops_per_image, generate
 from benchmarks.timeline import timeline
 from mvar.autoencoder import Decoder
-from mvar_kernels.catalogue import SPECS
 from mvar_kernels.dispatch import BackendError
-from mvar_kernels.specs import Case
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case
 
 TINY = mvar.TokenizerConfig((1, 2, 3), num_codes=1024, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False)
 OURS, PUBLIC = SIDES["mvar"], SIDES["public"]

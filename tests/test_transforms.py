@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 import mvar
 import mvar_kernels as mk
 from mvar import TokenizerConfig
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.specs import Case, Inputs, Spec
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 Function = Callable[[Inputs], tuple[Tensor, ...]]
 FIRST = next(iter(SPECS))

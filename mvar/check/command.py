@@ -14,9 +14,9 @@ from tqdm import tqdm
 from mvar import machine
 from mvar.check.jobs import Job, run
 from mvar.files import check_writable, replacing
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.check import Row
 from mvar_kernels.dispatch import OPS, PEERS, backends
+from mvar_kernels.testing.check import Row
+from mvar_kernels.testing.registry import SPECS
 
 DTYPES = ("bfloat16", "float16", "float32")  # what is used most goes first
 PROCESS_BYTES = 2**31

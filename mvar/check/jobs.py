@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from mvar_kernels.check import BEGINS, BROKEN, Row
+from mvar_kernels.testing.check import BEGINS, BROKEN, Row
 
 # A process is killed with all that it started. In this session where Python can, so that what ends that ends it, too.
 GROUP: Mapping[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
@@ -28,7 +28,7 @@ MAX_DEATHS = 4  # of one job's processes, after which the rest of its cases is g
 class Job:
     """Cases that one process checks, one after the other.
 
-    environment: added to the process's. command: starts it, before the arguments of `mvar_kernels.check`.
+    environment: added to the process's. command: starts it, before the arguments of `mvar_kernels.testing.check`.
     """
 
     op: str
@@ -36,7 +36,7 @@ class Job:
     dtype: str
     cases: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
-    command: Sequence[str] = (sys.executable, "-m", "mvar_kernels.check")
+    command: Sequence[str] = (sys.executable, "-m", "mvar_kernels.testing.check")
 
     def fault(self, case: str, what: str) -> Row:
         return Row(self.op, self.backend, self.dtype, case, fault=what)

@@ -6,7 +6,7 @@ from torch import Tensor
 from mvar_kernels.ops.adaln import reference
 from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
-from mvar_kernels.specs import Case, Inputs, Spec
+from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 EPS = 1e-6
 

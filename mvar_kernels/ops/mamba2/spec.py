@@ -10,7 +10,7 @@ from mvar_kernels.ops.mamba2 import reference
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 from mvar_kernels.ops.mamba2.mixer import Mamba2State, mamba2_mixer
 from mvar_kernels.ops.mamba2.scan import ssd_scan
-from mvar_kernels.specs import PER_HEAD_SUM, Case, Inputs, Spec
+from mvar_kernels.testing.spec import PER_HEAD_SUM, Case, Inputs, Spec
 
 EPS = 1e-5
 # Of 16-bit inputs tensor cores make it of three tf32 products, which keep 23 of the 24 bits of each factor; few tokens

@@ -7,7 +7,7 @@ import torch
 from mvar_kernels.ops.sample_tokens import reference
 from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
 from mvar_kernels.ops.sample_tokens.op import sample_tokens, soft_embedding
-from mvar_kernels.specs import Case, Inputs, Spec
+from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 
 def _case(name: str, B: int, length: int, V: int, **options: object) -> Case:

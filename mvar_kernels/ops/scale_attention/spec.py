@@ -5,7 +5,7 @@ import torch
 from mvar_kernels.ops.scale_attention import reference
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.op import scale_attention
-from mvar_kernels.specs import PER_HEAD_SUM, Case, Inputs, Spec
+from mvar_kernels.testing.spec import PER_HEAD_SUM, Case, Inputs, Spec
 
 VAR_256 = tuple(n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 SMALL = (1, 4, 9, 16)

@@ -1,4 +1,4 @@
-"""What the forward and backward kernels of scale attention share (see triton.py)."""
+"""What the forward and backward kernels of scale attention share (see the package)."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Backward kernels of scale attention: queries, then keys and values, then the temperature (see triton.py)."""
+"""Backward kernels of scale attention: queries, then keys and values, then the temperature (see the package)."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.plan import plan
-from mvar_kernels.ops.scale_attention.triton_parts import (
+from mvar_kernels.ops.scale_attention.triton.common import (
     ABSENT,
     LEAST_FACTOR,
     LOWEST,

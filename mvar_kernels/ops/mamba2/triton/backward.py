@@ -1,4 +1,4 @@
-"""The backward of ssd_scan in Triton: its launches. The maths is in triton_backward_parts.py."""
+"""The backward of ssd_scan in Triton: its launches. The maths is in backward_kernels.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +11,8 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.ffi import empty_contiguous, last_dim_contiguous
 from mvar_kernels.ops.mamba2.inputs import Scan
-from mvar_kernels.ops.mamba2.triton_backward_parts import _ssd_scan_bwd_grads_kernel, _ssd_scan_bwd_sweep_kernel
-from mvar_kernels.ops.mamba2.triton_parts import scale_of_tokens
+from mvar_kernels.ops.mamba2.triton.backward_kernels import _ssd_scan_bwd_grads_kernel, _ssd_scan_bwd_sweep_kernel
+from mvar_kernels.ops.mamba2.triton.common import scale_of_tokens
 from mvar_kernels.tiling import Tile
 
 # Tokens. With 64 the tiles of `grads` do not fit in the registers. Nor do 32 where products take float32's operands, or
@@ -24,7 +24,7 @@ CHUNKS = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 32}
 HEAD_GROUPS = (8, 4, 2, 1)
 PROGRAMS = 512
 
-PRECISE = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}  # see triton_backward_parts.py
+PRECISE = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}  # see backward_kernels.py
 
 # With 4 warps float32's products take up to all 255 registers of a thread (sm_90, Triton 3.6).
 SWEEP_TILES = {

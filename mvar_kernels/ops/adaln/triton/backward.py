@@ -1,9 +1,9 @@
-"""Backward kernels of adaln and gated_adaln: slabs of tokens, then the sum of slabs; triton.py has the maths."""
+"""Backward kernels of adaln and gated_adaln: slabs of tokens, then the sum of slabs; see the package for the maths."""
 
 import triton
 import triton.language as tl
 
-from mvar_kernels.ops.adaln.triton_parts import load_vector, normalised_vjp
+from mvar_kernels.ops.adaln.triton.common import load_vector, normalised_vjp
 
 
 @triton.jit(do_not_specialize=["L", "slab"])

@@ -1,4 +1,4 @@
-"""Forward kernel of scale attention: online softmax over a tile of queries (see triton.py)."""
+"""Forward kernel of scale attention: online softmax over a tile of queries (see the package)."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.plan import plan
-from mvar_kernels.ops.scale_attention.triton_parts import (
+from mvar_kernels.ops.scale_attention.triton.common import (
     LEAST_FACTOR,
     LOWEST,
     candidates,

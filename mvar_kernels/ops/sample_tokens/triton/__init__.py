@@ -4,7 +4,7 @@ One program draws at one position of one image. It reads its rows of V logits on
 guided row in registers (16 codes a thread at V = 4096) for everything after: the two threshold searches go over it
 again and again, with nothing moved but a number or two a round between the warps; a dropped code is a −∞ in its place.
 The arg-max of logits and noise is found by a race of all codes with a rough noise, and the exact noise of those
-near to winning (triton_parts.draw). Nothing is written but the token.
+near to winning (common.draw). Nothing is written but the token.
 
 Tokens are bit for bit those of reference.py: top-k counts, top-p sums whole numbers, and guidance, weights and noise
 are float32 operations rounded one by one (enable_fp_fusion=False). A NaN counts as +∞, which counts as the largest
@@ -30,7 +30,7 @@ from mvar_kernels import tiling
 from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ffi import last_dim_contiguous
 from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
-from mvar_kernels.ops.sample_tokens.triton_parts import (
+from mvar_kernels.ops.sample_tokens.triton.common import (
     INFINITY,
     below_infinity,
     draw,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvar_kernels.patching.modules import Replacement
 from mvar_kernels.precision import true_float32
-from mvar_kernels.replacements import Replacement
 
 # Relative to the largest value: products in TF32, on a GPU, keep few bits, and another computation is farther off.
 TOLERANCE = 1e-2

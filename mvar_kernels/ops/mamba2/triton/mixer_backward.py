@@ -1,4 +1,4 @@
-"""The backward of mamba2_mixer in Triton: what is around the two kernels of triton_backward.py.
+"""The backward of mamba2_mixer in Triton: what is around the two kernels of backward.py.
 
     v            = causal convolution of xBC, with bias
     [x, B, C]    = SiLU(v),  Δ = softplus(dt + dt_bias),  A = −exp(A_log)
@@ -30,9 +30,9 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.ffi import empty_contiguous
 from mvar_kernels.ops.mamba2.inputs import Mixer
-from mvar_kernels.ops.mamba2.triton_backward import CHUNKS, ScanGradients, rows_of
-from mvar_kernels.ops.mamba2.triton_backward_parts import edges, head_steps, prefix_sums
-from mvar_kernels.ops.mamba2.triton_parts import (
+from mvar_kernels.ops.mamba2.triton.backward import CHUNKS, ScanGradients, rows_of
+from mvar_kernels.ops.mamba2.triton.backward_kernels import edges, head_steps, prefix_sums
+from mvar_kernels.ops.mamba2.triton.common import (
     clamped,
     conv_rows,
     conv_weights,

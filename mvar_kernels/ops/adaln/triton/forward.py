@@ -1,9 +1,9 @@
-"""Forward kernels of adaln and gated_adaln: a program is BLOCK_L whole rows of one sample; triton.py has the maths."""
+"""Forward kernels of adaln and gated_adaln: a program is BLOCK_L whole rows of one sample; see the package."""
 
 import triton
 import triton.language as tl
 
-from mvar_kernels.ops.adaln.triton_parts import centre, load_vector
+from mvar_kernels.ops.adaln.triton.common import centre, load_vector
 
 
 @triton.jit(do_not_specialize=["L"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.dispatch import OPS, PEERS
-from mvar_kernels.specs import Case, Inputs, Spec
+from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 Results = Mapping[str, Tensor]
 

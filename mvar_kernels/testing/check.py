@@ -1,8 +1,8 @@
-"""Hold an op on a backend in a dtype to its contract: `python -m mvar_kernels.check [options] OP BACKEND DTYPE CASE …`.
+"""Check an op on a backend in a dtype: `python -m mvar_kernels.testing.check [options] OP BACKEND DTYPE CASE …`.
 
-A process of its own, for a fault in a kernel can end it. It prints a case's name when it begins and a line of JSON (see
-`Row`) when it is done, each at once, so that whoever started it knows where it ended. Exit status `BROKEN`: the GPU
-answers no more to this process, and the cases after the last row were not tried.
+Run in a process of its own, as a faulty kernel can end the process. Prints the name of each case when it starts and a
+line of JSON (see `Row`) when it is done, each flushed, so that the parent process knows which case ended the process.
+Exit status `BROKEN`: the GPU no longer works in this process, and the cases after the last row were not run.
 """
 
 import argparse
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from mvar_kernels import tiling
-from mvar_kernels.catalogue import SPECS
-from mvar_kernels.contract import LAYOUTS, cotangents, device_of, evaluate, prepared, shares
 from mvar_kernels.dispatch import BackendError, interpreted
-from mvar_kernels.specs import Case, Inputs, Spec
+from mvar_kernels.testing.contract import LAYOUTS, cotangents, device_of, evaluate, prepared, shares
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 BROKEN = 99
 PR_SET_PDEATHSIG = 1  # of prctl(2)

@@ -32,8 +32,8 @@ from mvar_kernels import tiling
 from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ffi import empty_contiguous, last_dim_contiguous
 from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
-from mvar_kernels.ops.adaln.triton_backward import _adaln_bwd_kernel, _adaln_sums_kernel, _gated_adaln_bwd_kernel
-from mvar_kernels.ops.adaln.triton_forward import _adaln_fwd_kernel, _gated_adaln_fwd_kernel
+from mvar_kernels.ops.adaln.triton.backward import _adaln_bwd_kernel, _adaln_sums_kernel, _gated_adaln_bwd_kernel
+from mvar_kernels.ops.adaln.triton.forward import _adaln_fwd_kernel, _gated_adaln_fwd_kernel
 from mvar_kernels.tiling import Tile
 
 WIDEST = 4096  # channels that 16 warps hold in registers, forward and backward, on every architecture

@@ -1,4 +1,4 @@
-"""Mamba-2 in Triton: the kernels are in triton_forward.py, which says what one program does.
+"""Mamba-2 in Triton: the kernels are in forward.py, which says what one program does.
 
 mamba2_mixer takes three launches:
 
@@ -42,15 +42,15 @@ from mvar_kernels import tiling
 from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ffi import last_dim_contiguous
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
-from mvar_kernels.ops.mamba2.triton_backward import ssd_scan_backward
-from mvar_kernels.ops.mamba2.triton_forward import (
+from mvar_kernels.ops.mamba2.triton.backward import ssd_scan_backward
+from mvar_kernels.ops.mamba2.triton.common import scale_of_tokens
+from mvar_kernels.ops.mamba2.triton.forward import (
     _mamba2_mixer_fwd_kernel,
     _mamba2_mixer_norm_kernel,
     _mamba2_mixer_prepare_kernel,
     _ssd_scan_fwd_kernel,
 )
-from mvar_kernels.ops.mamba2.triton_mixer_backward import mamba2_mixer_backward
-from mvar_kernels.ops.mamba2.triton_parts import scale_of_tokens
+from mvar_kernels.ops.mamba2.triton.mixer_backward import mamba2_mixer_backward
 from mvar_kernels.tiling import Tile
 
 SHORT = 16  # tokens: one chunk

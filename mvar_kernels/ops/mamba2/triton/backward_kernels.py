@@ -39,7 +39,7 @@ and dt_bias, is a head of one direction: direction·H + head.
 import triton
 import triton.language as tl
 
-from mvar_kernels.ops.mamba2.triton_parts import (
+from mvar_kernels.ops.mamba2.triton.common import (
     clamped,
     decay_matrix,
     finite_rate,

@@ -40,8 +40,8 @@ numbers where the weights are not: a common offset of 100 would be multiplied by
 from mvar_kernels import tiling
 from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ops.scale_attention.inputs import Attention
-from mvar_kernels.ops.scale_attention.triton_backward import backward
-from mvar_kernels.ops.scale_attention.triton_forward import forward
+from mvar_kernels.ops.scale_attention.triton.backward import backward
+from mvar_kernels.ops.scale_attention.triton.forward import forward
 
 
 def _unsupported(call: Attention) -> str | None:

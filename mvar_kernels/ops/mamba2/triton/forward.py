@@ -2,7 +2,7 @@
 
 One program owns a head of a batch row, or BLOCK_P of its P channels, and walks the sequence in chunks of CHUNK
 tokens with h in registers, float32 [BLOCK_P, BLOCK_N]. With S the prefix sums of log decays in the chunk and
-W[t, s] = exp(S_t − S_s) Δ_s for s < t (triton_parts.py), a chunk is four products of small matrices:
+W[t, s] = exp(S_t − S_s) Δ_s for s < t (common.py), a chunk is four products of small matrices:
 
     y_t = ((C Bᵀ ⊙ W) x)_t + exp(S_t) h C_t + (D + Δ_t C_t·B_t) x_t
     h ← exp(S_end) h + (x ⊙ Δ exp(S_end − S))ᵀ B
@@ -27,7 +27,7 @@ back in the sweep from left to right.
 import triton
 import triton.language as tl
 
-from mvar_kernels.ops.mamba2.triton_parts import (
+from mvar_kernels.ops.mamba2.triton.common import (
     backward_decays,
     conv_silu,
     conv_weights,

@@ -1,6 +1,6 @@
 """What `accelerate` puts in the place of a module: the same computation on the kernels, with the same parameters.
 
-A replacement is mixed into the class of the module that it stands in for (plug_in.py), so that `super().forward` is
+A replacement is mixed into the class of the module that it stands in for (api.py), so that `super().forward` is
 what was there before; it is called wherever the kernels cannot do the same. It says by which names a module is
 recognised, what keeps it from being replaced, and how to try it beside the original.
 
@@ -21,7 +21,7 @@ from torch.nn.modules import module as nn_module
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
 from mvar_kernels.ops.mamba2.mixer import Mamba2State, mamba2_mixer
 from mvar_kernels.ops.scale_attention.op import scale_attention
-from mvar_kernels.remembered import made_once, schedule_of
+from mvar_kernels.patching.cache import made_once, schedule_of
 from mvar_kernels.validation import accumulator
 
 Draw = Callable[..., Tensor]
@@ -42,7 +42,7 @@ class Replacement:
     left: ClassVar[dict[str, str]] = {}
     """children that stay as they are, and why"""
 
-    # Of the class that is made of a replacement and an original (plug_in.py):
+    # Of the class that is made of a replacement and an original (api.py):
     original: ClassVar[type]
     original_forward: ClassVar[Any]
     tried: ClassVar[dict[str, tuple[type, bool]]]

@@ -1,12 +1,12 @@
 """accelerate and restore: swap the slow parts of somebody else's live model for the kernels, in place.
 
-A part is found by what it is: by the names of its parameters and options, then by trying (trial.py). A copy of it with
-random weights and the replacement are given the same inputs, in evaluation and in training mode, with the same random
-numbers; only if outputs and gradients agree is the part replaced. Whose repository it came from does not matter.
+A module is recognized by the names of its parameters and options, whatever repository it is from, and then checked
+(equivalence.py): a copy with random weights and its patched version get the same inputs and random numbers, in
+evaluation and in training mode, and the module is patched only if outputs and gradients agree.
 
-To replace a part is to give it another class, made of the replacement and its own class (as torch's parametrizations
-do): parameters, buffers, hooks, names and the state dict stay what they are, and `restore` gives the class back. All
-parts are tried before the first is replaced.
+To patch a module is to set its `__class__` to a subclass of its class (as torch's parametrizations do): parameters,
+buffers, hooks, names and the state dict stay, and `restore` sets the class back. All modules are checked before the
+first is patched.
 """
 
 import inspect
@@ -18,10 +18,10 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from mvar_kernels.class_swap import with_ancestor
 from mvar_kernels.dispatch import PREFERENCE, unavailable
-from mvar_kernels.replacements import REPLACEMENTS, Replacement, has_hooks, kind_of, observed
-from mvar_kernels.trial import Trials
+from mvar_kernels.patching.class_swap import with_ancestor
+from mvar_kernels.patching.equivalence import Trials
+from mvar_kernels.patching.modules import REPLACEMENTS, Replacement, has_hooks, kind_of, observed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What the tests, `mvar check` and the benchmarks share: an op's cases, inputs and tolerance."""
