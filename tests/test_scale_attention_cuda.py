@@ -64,7 +64,7 @@ def test_packed_views_are_read_in_place() -> None:
     spy = SimpleNamespace(scale_attention_forward=forward)
     with cuda_on_cpu.playing(spy), cuda_on_cpu.installed():  # type: ignore[arg-type]
         mk.scale_attention(q, k, v, SCALES, backend="cuda")
-    assert [view[:2] for view in calls[0][3][:3]] == [(t.data_ptr(), t.stride()) for t in (q, k, v)]
+    assert [view[:2] for view in calls[0][-2][:3]] == [(t.data_ptr(), t.stride()) for t in (q, k, v)]
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ namespace {
 
 const AdalnKernels* const adaln_tables[] = MVAR_TABLES(adaln);
 
-// A call's sizes, by which its tensors are read. where: the dtype's index and, on a GPU, the stream.
+// A call's dtype and sizes, by which its tensors are read.
 struct Call {
   const AdalnSizes n;
   const Dtype dtype;
 
-  Call(const Where& where, const py::tuple& shape, float eps)
-      : n{entry(shape, 0), entry(shape, 1), entry(shape, 2), eps, where.stream}, dtype(where.dtype) {}
+  Call(const DtypeAndStream& at, const py::tuple& shape, float eps)
+      : n{entry(shape, 0), entry(shape, 1), entry(shape, 2), eps, at.stream}, dtype(at.dtype) {}
 
   Tokens tokens(const Tensors& t, size_t i, const char* name) const {
     return t.tokens(i, name, {n.B, n.L, n.C}, kItemsizes[dtype]);
@@ -42,9 +42,9 @@ int64_t backward_workspace(const py::tuple& shape) {
 }
 
 // inputs: x, scale, shift; outputs: out
-void adaln_forward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
+void adaln_forward(const py::tuple& at, const py::tuple& shape, float eps, const py::tuple& inputs,
                    const py::tuple& outputs) {
-  const Call call(Where(where), shape, eps);
+  const Call call(DtypeAndStream(at), shape, eps);
   const Tensors in(inputs), out(outputs);
   AdalnForward a{};
   a.x = call.tokens(in, 0, "x");
@@ -54,15 +54,15 @@ void adaln_forward(const py::tuple& where, const py::tuple& shape, float eps, co
   call.run(adaln_tables[current]->plain[call.dtype], a);
 }
 
-// inputs: the gradient of out, x, scale; outputs: the gradients of x, scale, shift, and a workspace
-void adaln_backward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
-                    const py::tuple& outputs) {
-  const Call call(Where(where), shape, eps);
-  const Tensors in(inputs), out(outputs, "gradient of ");
+// grads: of out; inputs: x, scale; outputs: the gradients of x, scale, shift, and a workspace
+void adaln_backward(const py::tuple& at, const py::tuple& shape, float eps, const py::tuple& grads,
+                    const py::tuple& inputs, const py::tuple& outputs) {
+  const Call call(DtypeAndStream(at), shape, eps);
+  const Tensors given(grads, "gradient of "), in(inputs), out(outputs, "gradient of ");
   AdalnBackward a{};
-  a.grad_out = call.tokens(in, 0, "gradient of out");
-  a.x = call.tokens(in, 1, "x");
-  a.scale = call.per_sample(in, 2, "scale");
+  a.grad_out = call.tokens(given, 0, "out");
+  a.x = call.tokens(in, 0, "x");
+  a.scale = call.per_sample(in, 1, "scale");
   a.dx = call.tokens(out, 0, "x");
   a.dscale = call.per_sample(out, 1, "scale");
   a.dshift = call.per_sample(out, 2, "shift");
@@ -70,9 +70,9 @@ void adaln_backward(const py::tuple& where, const py::tuple& shape, float eps, c
 }
 
 // inputs: x, branch, gate, scale, shift; outputs: the new x, out
-void gated_adaln_forward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
+void gated_adaln_forward(const py::tuple& at, const py::tuple& shape, float eps, const py::tuple& inputs,
                          const py::tuple& outputs) {
-  const Call call(Where(where), shape, eps);
+  const Call call(DtypeAndStream(at), shape, eps);
   const Tensors in(inputs), out(outputs);
   AdalnForward a{};
   a.x = call.tokens(in, 0, "x");
@@ -85,19 +85,19 @@ void gated_adaln_forward(const py::tuple& where, const py::tuple& shape, float e
   call.run(adaln_tables[current]->gated[call.dtype], a);
 }
 
-// inputs: the gradients of the new x and of out, the new x, branch, gate, scale;
+// grads: of the new x and of out; inputs: the new x, branch, gate, scale;
 // outputs: the gradients of x, branch, gate, scale, shift, and a workspace
-void gated_adaln_backward(const py::tuple& where, const py::tuple& shape, float eps, const py::tuple& inputs,
-                          const py::tuple& outputs) {
-  const Call call(Where(where), shape, eps);
-  const Tensors in(inputs), out(outputs, "gradient of ");
+void gated_adaln_backward(const py::tuple& at, const py::tuple& shape, float eps, const py::tuple& grads,
+                          const py::tuple& inputs, const py::tuple& outputs) {
+  const Call call(DtypeAndStream(at), shape, eps);
+  const Tensors given(grads, "gradient of "), in(inputs), out(outputs, "gradient of ");
   AdalnBackward a{};
-  a.grad_x_new = call.tokens(in, 0, "gradient of the new x");
-  a.grad_out = call.tokens(in, 1, "gradient of out");
-  a.x = call.tokens(in, 2, "the new x");
-  a.branch = call.tokens(in, 3, "branch");
-  a.gate = call.per_sample(in, 4, "gate");
-  a.scale = call.per_sample(in, 5, "scale");
+  a.grad_x_new = call.tokens(given, 0, "the new x");
+  a.grad_out = call.tokens(given, 1, "out");
+  a.x = call.tokens(in, 0, "the new x");
+  a.branch = call.tokens(in, 1, "branch");
+  a.gate = call.per_sample(in, 2, "gate");
+  a.scale = call.per_sample(in, 3, "scale");
   a.dx = call.tokens(out, 0, "x");
   a.dbranch = call.tokens(out, 1, "branch");
   a.dgate = call.per_sample(out, 2, "gate");

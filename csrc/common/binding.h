@@ -1,4 +1,7 @@
-// What every csrc/<op>/bindings.cpp needs. Such a file defines bind_<op>, which csrc/bindings.cpp calls.
+// What every csrc/<op>/bindings.cpp needs. Such a file defines bind_<op>, which csrc/bindings.cpp and
+// csrc/cuda_bindings.cpp call: the functions of both modules have the same arguments,
+//     (dtype and stream, sizes, options…, gradients of the outputs (of a backward), inputs, outputs)
+// and tensors come in the order of the op's inputs (mvar_kernels/ops/<op>/inputs.py) unless a comment says otherwise.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,12 +18,12 @@ namespace mvar {
 // The instruction set in use: the index of an op's MVAR_TABLES.
 extern InstructionSet current;
 
-// How a call names the dtype and, on a GPU, the stream: where() in mvar_kernels/ffi.py.
-struct Where {
+// dtype_and_stream() in mvar_kernels/ffi.py. The stream is null on a CPU.
+struct DtypeAndStream {
   Dtype dtype;
   void* stream;
 
-  explicit Where(const py::tuple& where) : dtype(checked(entry(where, 0))), stream((void*)entry(where, 1)) {}
+  explicit DtypeAndStream(const py::tuple& pair) : dtype(checked(entry(pair, 0))), stream((void*)entry(pair, 1)) {}
   int64_t itemsize() const { return kItemsizes[dtype]; }
 
   static Dtype checked(int64_t index) {

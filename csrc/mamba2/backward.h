@@ -91,6 +91,7 @@ struct BackwardSpace {
 int64_t backward_workspace(const Sizes& n, const Plan& plan) {
   Carver counter(nullptr);
   BackwardSpace(counter, n, plan, Geometry(n, plan, true));
+  counter.take(n.directions * n.H);  // A of a mixer
   return counter.needed();
 }
 

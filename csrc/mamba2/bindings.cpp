@@ -4,21 +4,43 @@
 #include <vector>
 
 #include "mamba2/mamba2.h"
-#if defined(MVAR_CUDA_MODULE)
-#include "mamba2/cuda.h"
-#else
 #include "mamba2/plan.h"
-#endif
 
 namespace mvar {
 namespace {
 
 using namespace mamba2;
 
+const Kernels* const tables[] = MVAR_TABLES(mamba2_kernels);
+
 // sizes: B, L, H, P, N, directions, taps
-Sizes sizes_of(const py::tuple& sizes, float eps) {
+Sizes sizes_of(const py::tuple& sizes, const DtypeAndStream& at, float eps = 0) {
   return {entry(sizes, 0), entry(sizes, 1), entry(sizes, 2), entry(sizes, 3),
-          entry(sizes, 4), entry(sizes, 5), entry(sizes, 6), eps};
+          entry(sizes, 4), entry(sizes, 5), entry(sizes, 6), eps, at.stream};
+}
+
+template <typename Arguments>
+using Kernel = void (*)(const Arguments&, const Sizes&, const Plan&, float* workspace);
+using WorkspaceFloats = int64_t (*)(const Sizes&, const Plan&);
+
+// With the workspace that is the last of `outputs`, if there is one, else with one of its own.
+template <typename Arguments>
+void run(Kernel<Arguments> kernel, WorkspaceFloats workspace_floats, const Arguments& a, const Sizes& n,
+         const py::tuple& scales, const Tensors* outputs = nullptr) {
+  const Cut pieces(scale_lengths(scales, n.L), n.directions == 2);
+  const Plan plan = pieces.plan();
+  const int64_t floats = present(workspace_floats)(n, plan);
+  std::unique_ptr<float[]> own;
+  float* workspace;
+  if (outputs != nullptr) {
+    workspace = outputs->dense<float>(3, "workspace", {floats});
+  } else {
+    own.reset(new float[floats]);
+    workspace = own.get();
+  }
+  present(kernel);
+  py::gil_scoped_release release;
+  kernel(a, n, plan, workspace);
 }
 
 States states(const Tensors& t, size_t i, const char* name, const Sizes& n) {
@@ -26,13 +48,13 @@ States states(const Tensors& t, size_t i, const char* name, const Sizes& n) {
   return {(float*)v.data, v.batch_stride, v.row_stride, v.head_stride};
 }
 
-// Where the mixer's tensors are: [z, x, B, C], conv state, initial state, conv_weight, conv_bias, dt_bias, A, D,
-// norm_weight, dt; or, in this order, their gradients.
+// The mixer's inputs: [z, x, B, C], dt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv state, ssm state; or,
+// in this order, their gradients.
 struct MixerTensors {
   Tokens z, xbc, conv_state;
   StepTokens dt;
   States initial;
-  float *conv_weight, *conv_bias, *dt_bias, *A, *D, *norm_weight;
+  float *conv_weight, *conv_bias, *dt_bias, *A_log, *D, *norm_weight;
 
   // itemsize: of [z, x, B, C] and the conv state; all else is float32, but for dt where it says so
   MixerTensors(const Tensors& t, const Sizes& n, int64_t itemsize, int64_t dt_itemsize = sizeof(float)) {
@@ -40,16 +62,16 @@ struct MixerTensors {
     const Tokens whole = t.tokens(0, "zxbcdt", {n.B, n.L, E + channels}, itemsize);
     z = whole;
     xbc = {(char*)whole.data + E * itemsize, whole.batch_stride, whole.row_stride};
-    conv_state = t.tokens(1, "conv state", {n.B, n.taps - 1, channels}, itemsize);
-    initial = states(t, 2, "ssm state", n);
-    conv_weight = t.dense<float>(3, "conv_weight", {channels, n.taps});
-    conv_bias = t.dense<float>(4, "conv_bias", {channels});
-    dt_bias = per_direction(t, 5, "dt_bias", n);
-    A = per_direction(t, 6, "A_log", n);
-    D = t.dense<float>(7, "D", {n.H});
-    norm_weight = t.dense<float>(8, "norm_weight", {E});
-    const Tokens steps = t.tokens(9, "dt", {n.B, n.L, n.directions * n.H}, dt_itemsize);
+    const Tokens steps = t.tokens(1, "dt", {n.B, n.L, n.directions * n.H}, dt_itemsize);
     dt = {steps.data, steps.batch_stride, steps.row_stride, n.H, dt_itemsize == sizeof(float)};
+    conv_weight = t.dense<float>(2, "conv_weight", {channels, n.taps});
+    conv_bias = t.dense<float>(3, "conv_bias", {channels});
+    dt_bias = per_direction(t, 4, "dt_bias", n);
+    A_log = per_direction(t, 5, "A_log", n);
+    D = t.dense<float>(6, "D", {n.H});
+    norm_weight = t.dense<float>(7, "norm_weight", {E});
+    conv_state = t.tokens(8, "conv state", {n.B, n.taps - 1, channels}, itemsize);
+    initial = states(t, 9, "ssm state", n);
   }
 
   // (H), or (2, H)
@@ -58,8 +80,7 @@ struct MixerTensors {
   }
 };
 
-MixerForward mixer_inputs(const Tensors& inputs, const Sizes& n, int64_t itemsize,
-                          int64_t dt_itemsize = sizeof(float)) {
+MixerForward mixer_inputs(const Tensors& inputs, const Sizes& n, int64_t itemsize, int64_t dt_itemsize) {
   const MixerTensors t(inputs, n, itemsize, dt_itemsize);
   MixerForward a{};
   a.z = t.z;
@@ -70,7 +91,7 @@ MixerForward mixer_inputs(const Tensors& inputs, const Sizes& n, int64_t itemsiz
   a.conv_weight = t.conv_weight;
   a.conv_bias = t.conv_bias;
   a.dt_bias = t.dt_bias;
-  a.A = t.A;
+  a.A_log = t.A_log;
   a.D = t.D;
   a.norm_weight = t.norm_weight;
   return a;
@@ -84,54 +105,7 @@ void set_outputs(MixerForward& a, const Tensors& t, const Sizes& n, int64_t item
   a.last = states(t, 2, "new ssm state", n);
 }
 
-#if defined(MVAR_CUDA_MODULE)
-
-const CudaMixer* const tables[] = MVAR_TABLES(mamba2_mixer);
-
-int64_t mamba2_mixer_workspace(const py::tuple& where, const py::tuple& sizes) {
-  return present(tables[current]->workspace_bytes[Where(where).dtype])(sizes_of(sizes, 0));
-}
-
-// where: the dtype's index, the stream and the bytes of a number of dt; of the parameters, A_log takes the place of A;
-// outputs: y, the two new states, and a workspace
-void mamba2_mixer_forward(const py::tuple& where, const py::tuple& sizes, float eps, const py::tuple& inputs,
-                          const py::tuple& outputs) {
-  const Sizes n = sizes_of(sizes, eps);
-  const Where at(where);
-  const Tensors out(outputs);
-  MixerForward a = mixer_inputs(Tensors(inputs), n, at.itemsize(), entry(where, 2));
-  set_outputs(a, out, n, at.itemsize());
-  char* const workspace = out.dense<char>(3, "workspace", {mamba2_mixer_workspace(where, sizes)});
-  const auto forward = present(tables[current]->forward[at.dtype]);
-  py::gil_scoped_release release;
-  forward(a, n, workspace, at.stream);
-}
-
-}  // namespace
-
-void bind_mamba2(py::module_& m) {
-  m.def("mamba2_mixer_workspace", &mamba2_mixer_workspace);
-  m.def("mamba2_mixer_forward", &mamba2_mixer_forward);
-}
-
-#else
-
-const Kernels* const tables[] = MVAR_TABLES(mamba2_kernels);
-
-template <typename Arguments>
-void run(void (*kernel)(const Arguments&, const Sizes&, const Plan&, float*),
-         int64_t (*workspace_floats)(const Sizes&, const Plan&), const Arguments& a, const Sizes& n,
-         const py::tuple& scales) {
-  const Cut pieces(scale_lengths(scales, n.L), n.directions == 2);
-  const Plan plan = pieces.plan();
-  const std::unique_ptr<float[]> workspace(new float[workspace_floats(n, plan)]);
-  py::gil_scoped_release release;
-  kernel(a, n, plan, workspace.get());
-}
-
-int64_t itemsize_of(bool bf16) { return kItemsizes[bf16 ? kBfloat16 : kFloat32]; }
-
-// Where the scan's tensors are: x, dt, A, B, C, D, initial state; or, in this order, their gradients.
+// The scan's inputs: x, dt, A, B, C, D, initial state; or, in this order, their gradients.
 struct ScanTensors {
   Heads x;
   StepTokens dt;
@@ -176,21 +150,22 @@ ScanForward scan_inputs(const Tensors& inputs, const Sizes& n, int64_t itemsize)
 }
 
 // outputs: y, the last state
-void ssd_scan_forward(bool bf16, const py::tuple& sizes, const py::tuple& scales, const py::tuple& inputs,
+void ssd_scan_forward(const py::tuple& at, const py::tuple& sizes, const py::tuple& scales, const py::tuple& inputs,
                       const py::tuple& outputs) {
-  const Sizes n = sizes_of(sizes, 0);
+  const DtypeAndStream call(at);
+  const Sizes n = sizes_of(sizes, call);
   const Tensors out(outputs);
-  ScanForward a = scan_inputs(Tensors(inputs), n, itemsize_of(bf16));
-  a.y = out.heads(0, "y", {n.B, n.L, n.H, n.P}, itemsize_of(bf16));
+  ScanForward a = scan_inputs(Tensors(inputs), n, call.itemsize());
+  a.y = out.heads(0, "y", {n.B, n.L, n.H, n.P}, call.itemsize());
   a.last = states(out, 1, "last state", n);
   const Kernels& kernels = *tables[current];
-  run(bf16 ? kernels.scan_bf16 : kernels.scan_f32, kernels.forward_workspace, a, n, scales);
+  run(kernels.scan_forward[call.dtype], kernels.forward_workspace[call.dtype], a, n, scales);
 }
 
-// grads: of y and the last state; outputs: the gradients of the inputs, in their order
-void ssd_scan_backward(const py::tuple& sizes, const py::tuple& scales, const py::tuple& grads,
+// All tensors are float32. grads: of y and the last state; outputs: the gradients of the inputs
+void ssd_scan_backward(const py::tuple& at, const py::tuple& sizes, const py::tuple& scales, const py::tuple& grads,
                        const py::tuple& inputs, const py::tuple& outputs) {
-  const Sizes n = sizes_of(sizes, 0);
+  const Sizes n = sizes_of(sizes, DtypeAndStream(at));
   const Tensors given(grads, "gradient of ");
   const ScanTensors out(Tensors(outputs, "gradient of "), n, sizeof(float));
   ScanBackward a{};
@@ -208,24 +183,36 @@ void ssd_scan_backward(const py::tuple& sizes, const py::tuple& scales, const py
   run(kernels.scan_backward, kernels.backward_workspace, a, n, scales);
 }
 
-void mamba2_mixer_forward(bool bf16, const py::tuple& sizes, const py::tuple& scales, float eps,
-                          const py::tuple& inputs, const py::tuple& outputs) {
-  const Sizes n = sizes_of(sizes, eps);
-  MixerForward a = mixer_inputs(Tensors(inputs), n, itemsize_of(bf16));
-  set_outputs(a, Tensors(outputs), n, itemsize_of(bf16));
-  const Kernels& kernels = *tables[current];
-  run(bf16 ? kernels.mixer_bf16 : kernels.mixer_f32, kernels.forward_workspace, a, n, scales);
+// Floats of mamba2_mixer_forward's workspace.
+int64_t mamba2_mixer_workspace(const py::tuple& at, const py::tuple& sizes, const py::tuple& scales) {
+  const DtypeAndStream call(at);
+  const Sizes n = sizes_of(sizes, call);
+  const Cut pieces(scale_lengths(scales, n.L), n.directions == 2);
+  return present(tables[current]->forward_workspace[call.dtype])(n, pieces.plan());
 }
 
-// grads: of y and the two new states; outputs: the gradients of the inputs, in their order
-void mamba2_mixer_backward(const py::tuple& sizes, const py::tuple& scales, float eps, const py::tuple& grads,
-                           const py::tuple& inputs, const py::tuple& outputs) {
-  const Sizes n = sizes_of(sizes, eps);
+// dt_dtype: the index of dt's dtype, on a CPU float32; outputs: y, the two new states and, on a GPU, a workspace
+void mamba2_mixer_forward(const py::tuple& at, const py::tuple& sizes, const py::tuple& scales, float eps,
+                          int64_t dt_dtype, const py::tuple& inputs, const py::tuple& outputs) {
+  const DtypeAndStream call(at);
+  const Sizes n = sizes_of(sizes, call, eps);
+  const Tensors out(outputs);
+  MixerForward a = mixer_inputs(Tensors(inputs), n, call.itemsize(), kItemsizes[DtypeAndStream::checked(dt_dtype)]);
+  set_outputs(a, out, n, call.itemsize());
+  const Kernels& kernels = *tables[current];
+  run(kernels.mixer_forward[call.dtype], kernels.forward_workspace[call.dtype], a, n, scales,
+      outputs.size() > 3 ? &out : nullptr);
+}
+
+// All tensors are float32. grads: of y and the two new states; outputs: the gradients of the inputs
+void mamba2_mixer_backward(const py::tuple& at, const py::tuple& sizes, const py::tuple& scales, float eps,
+                           const py::tuple& grads, const py::tuple& inputs, const py::tuple& outputs) {
+  const Sizes n = sizes_of(sizes, DtypeAndStream(at), eps);
   MixerForward given{};
   set_outputs(given, Tensors(grads, "gradient of "), n, sizeof(float));
   const MixerTensors out(Tensors(outputs, "gradient of "), n, sizeof(float));
   MixerBackward a{};
-  a.forward = mixer_inputs(Tensors(inputs), n, sizeof(float));
+  a.forward = mixer_inputs(Tensors(inputs), n, sizeof(float), sizeof(float));
   a.grad_y = given.y;
   a.grad_last_conv = given.last_conv;
   a.grad_last = given.last;
@@ -237,7 +224,7 @@ void mamba2_mixer_backward(const py::tuple& sizes, const py::tuple& scales, floa
   a.dconv_weight = out.conv_weight;
   a.dconv_bias = out.conv_bias;
   a.ddt_bias = out.dt_bias;
-  a.dA_log = out.A;
+  a.dA_log = out.A_log;
   a.dD = out.D;
   a.dnorm_weight = out.norm_weight;
   const Kernels& kernels = *tables[current];
@@ -249,10 +236,9 @@ void mamba2_mixer_backward(const py::tuple& sizes, const py::tuple& scales, floa
 void bind_mamba2(py::module_& m) {
   m.def("ssd_scan_forward", &ssd_scan_forward);
   m.def("ssd_scan_backward", &ssd_scan_backward);
+  m.def("mamba2_mixer_workspace", &mamba2_mixer_workspace);
   m.def("mamba2_mixer_forward", &mamba2_mixer_forward);
   m.def("mamba2_mixer_backward", &mamba2_mixer_backward);
 }
-
-#endif
 
 }  // namespace mvar

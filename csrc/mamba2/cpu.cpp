@@ -10,8 +10,12 @@ namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
 
 const mamba2::Kernels mamba2_kernels = {
-    scan<float>,   scan<bf16>,     mixer<float>,       mixer<bf16>, forward_workspace,
-    scan_backward, mixer_backward, backward_workspace,
+    {scan<float>, scan<bf16>},
+    {mixer<float>, mixer<bf16>},
+    {forward_workspace, forward_workspace},
+    scan_backward,
+    mixer_backward,
+    backward_workspace,
 };
 
 }  // namespace MVAR_INSTRUCTION_SET

@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(kBlock) mamba2_mixer_fwd_norm_kernel(MixerForw
   }
 }
 
-// Scratch memory in the workspace, and how many bytes of it. `y`: where gated is, if it is of y's dtype.
+// Scratch memory in the workspace, and how many floats of it. `y`: where gated is, if it is of y's dtype.
 template <typename T>
-Scratch carve(const Sizes& n, void* workspace, void* y, int64_t* bytes) {
+Scratch carve(const Sizes& n, float* workspace, void* y, int64_t* floats) {
   int64_t taken = 0;
   const auto take = [&](int64_t wanted) {
     char* at = (char*)workspace + taken;
@@ -68,36 +68,40 @@ Scratch carve(const Sizes& n, void* workspace, void* y, int64_t* bytes) {
     s.products = (float*)take(tokens * (int64_t)sizeof(float));
     s.prepared = take(tokens * kArrays<T> * kN * 2);
   }
-  if (bytes) *bytes = taken;
+  if (floats) *floats = taken / (int64_t)sizeof(float);
   return s;
 }
 
 template <typename T>
-int64_t workspace_bytes(const Sizes& n) {
-  int64_t bytes = 0;
-  carve<T>(n, nullptr, nullptr, &bytes);
-  return bytes;
+int64_t forward_workspace(const Sizes& n, const Plan&) {
+  int64_t floats = 0;
+  carve<T>(n, nullptr, nullptr, &floats);
+  return floats;
 }
 
 template <typename T>
-void forward(const MixerForward& a, const Sizes& n, void* workspace, void* stream) {
+void forward(const MixerForward& a, const Sizes& n, const Plan&, float* workspace) {
   const Scratch scratch = carve<T>(n, workspace, a.y.data, nullptr);
   const dim3 heads((unsigned)(n.B * n.H)), tokens((unsigned)(n.B * n.L));
   if (n.L <= kShort) {
-    launch(mamba2_mixer_fwd_short_kernel<T>, heads, kBlock, sizeof(ShortShared), stream, a, n, scratch);
+    launch(mamba2_mixer_fwd_short_kernel<T>, heads, kBlock, sizeof(ShortShared), n.stream, a, n, scratch);
   } else {
     const dim3 blocks((unsigned)((n.B * n.L + kWarps - 1) / kWarps));
-    launch(mamba2_mixer_fwd_prepare_kernel<T>, blocks, kBlock, 0, stream, a, n, scratch);
-    launch(mamba2_mixer_fwd_chunks_kernel<T>, heads, kBlock, sizeof(ChunkShared<T>), stream, a, n, scratch);
+    launch(mamba2_mixer_fwd_prepare_kernel<T>, blocks, kBlock, 0, n.stream, a, n, scratch);
+    launch(mamba2_mixer_fwd_chunks_kernel<T>, heads, kBlock, sizeof(ChunkShared<T>), n.stream, a, n, scratch);
   }
-  launch(mamba2_mixer_fwd_norm_kernel<T>, tokens, kBlock, 0, stream, a, n, scratch);
+  launch(mamba2_mixer_fwd_norm_kernel<T>, tokens, kBlock, 0, n.stream, a, n, scratch);
 }
 
 }  // namespace
 
-const mamba2::CudaMixer mamba2_mixer = {
+const mamba2::Kernels mamba2_kernels = {
+    {},
     {nullptr, forward<bf16>, forward<f16>},
-    {nullptr, workspace_bytes<bf16>, workspace_bytes<f16>},
+    {nullptr, forward_workspace<bf16>, forward_workspace<f16>},
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace cuda

@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kBlock, 3) mamba2_mixer_fwd_chunks_kernel(Mixe
   for (int start = 0; start < L; start += kChunk) {
     const int turn = start / kChunk % 2;
     // The head's parameters are read anew for every chunk: their registers are needed.
-    const Decays d(start + lane < L ? softplus(raw_step + a.dt_bias[head]) : 0.0f, decay_rate(a.A[head]));
+    const Decays d(start + lane < L ? softplus(raw_step + a.dt_bias[head]) : 0.0f, decay_rate(a.A_log[head]));
     const Convolution convolution(a, channel);
 
     // Lane i has those of this warp's token i.

@@ -12,13 +12,14 @@
 #include "common/cuda/numbers.h"
 #include "common/cuda/reduce.h"
 #include "common/cuda/tensor_core.h"
-#include "mamba2/cuda.h"
+#include "mamba2/mamba2.h"
 
 namespace mvar {
 namespace cuda {
 namespace {
 
 using mamba2::MixerForward;
+using mamba2::Plan;
 using mamba2::Sizes;
 
 constexpr int kP = 64, kN = 64, kTaps = 4;

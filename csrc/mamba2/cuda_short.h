@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kBlock) mamba2_mixer_fwd_short_kernel(MixerFor
   if ((int)threadIdx.x < L) {
     const float delta = softplus(step_of<T>(a, b, threadIdx.x, head) + a.dt_bias[head]);
     m.delta[threadIdx.x] = delta;
-    m.decay[threadIdx.x] = expf(delta * decay_rate(a.A[head]));
+    m.decay[threadIdx.x] = expf(delta * decay_rate(a.A_log[head]));
   }
   __syncthreads();
 

@@ -56,6 +56,7 @@ struct ForwardSpace {
 
 int64_t forward_workspace(const Sizes& n, const Plan& plan) {
   Carver counter(nullptr);
+  counter.take(n.directions * n.H);  // A of a mixer
   ForwardSpace(counter, n, plan, Geometry(n, plan, false));
   return counter.needed();
 }
@@ -148,7 +149,7 @@ void run_forward(const Form& form, const Sizes& n, const Plan& plan, float* work
             const int64_t line = (i / n.H * lines + segment.first - first) * n.H;
             float* shared = space.shared + (i / n.H * chunks + segment.first_chunk) * g.shared;
             form.fill_x(b, h, segment, scratch, g);
-            scan_segment(segment, shared, h, form.a.A, state, scratch, n, g,
+            scan_segment(segment, shared, h, form.A(), state, scratch, n, g,
                          [&](const Chunk& chunk) { form.ask_ahead(b, h, chunk, segment.tokens); });
             form.finish_head(b, h, segment, scratch, g, gated + line * n.P, squares + line);
           }

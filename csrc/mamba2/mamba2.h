@@ -1,8 +1,9 @@
-// Mamba-2 on CPU: what bindings.cpp calls. The mathematics is in mvar_kernels/ops/mamba2/{scan,mixer}.py.
+// Mamba-2 in C++ and CUDA: what bindings.cpp calls. The mathematics is in mvar_kernels/ops/mamba2/{scan,mixer}.py.
 //
 // Results do not depend on the number of threads.
 #pragma once
 
+#include "common/dtype.h"
 #include "common/instruction_set.h"
 #include "common/views.h"
 
@@ -14,6 +15,7 @@ struct Sizes {
   int64_t directions;  // 2: bidirectional
   int64_t taps;        // of the convolution
   float eps;           // of the RMSNorm
+  void* stream;        // on a GPU
 };
 
 // A run of tokens of one scale that is computed by matrix products: q ≤ kChunk of them.
@@ -33,7 +35,7 @@ struct Plan {
   int64_t chunk_count() const { return segments[segment_count]; }
 };
 
-// Δ or what becomes it: (B, L, H), or (B, L, 2, H). On the CPU always float32.
+// Δ, or dt before its bias and softplus: (B, L, H), or (B, L, 2, H). On a CPU always float32.
 struct StepTokens {
   void* data;
   int64_t batch_stride, row_stride, direction_stride;
@@ -46,7 +48,7 @@ struct States {
   int64_t batch_stride, head_stride, row_stride;
 };
 
-// Parameters are contiguous float32; A and dt_bias are (directions, H), A < 0.
+// Parameters are contiguous float32; A, A_log and dt_bias are (directions, H), A < 0.
 struct ScanForward {
   Heads x;
   StepTokens dt;
@@ -63,7 +65,7 @@ struct MixerForward {
   StepTokens dt;
   Tokens conv_state;  // (B, taps−1, E+2N)
   States initial;
-  const float *conv_weight, *conv_bias, *dt_bias, *A, *D, *norm_weight;
+  const float *conv_weight, *conv_bias, *dt_bias, *A_log, *D, *norm_weight;
   Tokens y, last_conv;
   States last;
 };
@@ -91,13 +93,13 @@ struct MixerBackward {
   float *dconv_weight, *dconv_bias, *ddt_bias, *dA_log, *dD, *dnorm_weight;
 };
 
+// Null: there is no such kernel. workspace: as many floats as the function of that pass says, in the memory of the GPU
+// where the kernel runs there. On a GPU the plan is not read; rows of zxbcdt and of the convolution's state start at
+// multiples of 4 bytes there, those of all else at multiples of 16.
 struct Kernels {
-  // workspace: as many floats as forward_workspace says
-  void (*scan_f32)(const ScanForward&, const Sizes&, const Plan&, float* workspace);
-  void (*scan_bf16)(const ScanForward&, const Sizes&, const Plan&, float* workspace);
-  void (*mixer_f32)(const MixerForward&, const Sizes&, const Plan&, float* workspace);
-  void (*mixer_bf16)(const MixerForward&, const Sizes&, const Plan&, float* workspace);
-  int64_t (*forward_workspace)(const Sizes&, const Plan&);
+  void (*scan_forward[kDtypes])(const ScanForward&, const Sizes&, const Plan&, float* workspace);
+  void (*mixer_forward[kDtypes])(const MixerForward&, const Sizes&, const Plan&, float* workspace);
+  int64_t (*forward_workspace[kDtypes])(const Sizes&, const Plan&);
   void (*scan_backward)(const ScanBackward&, const Sizes&, const Plan&, float* workspace);
   void (*mixer_backward)(const MixerBackward&, const Sizes&, const Plan&, float* workspace);
   int64_t (*backward_workspace)(const Sizes&, const Plan&);

@@ -19,7 +19,9 @@ struct MixerForm {
   static constexpr bool kInPlace = sizeof(T) == sizeof(float);
   const MixerForward& a;
   const Sizes& n;
+  const float* rates;
 
+  const float* A() const { return rates; }
   int64_t E() const { return n.H * n.P; }
 
   void fill_shared(int64_t b, const Chunk& chunk, const Shared& shared, const Scratch& s, const Geometry& g) const {
@@ -117,9 +119,18 @@ void keep_last_rows(const MixerForward& a, const Sizes& n) {
   }
 }
 
+// A = −exp(A_log) of every direction and head.
+const float* find_rates(const MixerForward& a, const Sizes& n, Carver& pieces) {
+  float* A = pieces.take(n.directions * n.H);
+  for (int64_t head = 0; head < n.directions * n.H; ++head) A[head] = -__builtin_expf(a.A_log[head]);
+  return A;
+}
+
 template <typename T>
 void mixer(const MixerForward& a, const Sizes& n, const Plan& plan, float* workspace) {
-  run_forward(MixerForm<T>{a, n}, n, plan, workspace);
+  Carver pieces(workspace);
+  const float* A = find_rates(a, n, pieces);
+  run_forward(MixerForm<T>{a, n, A}, n, plan, pieces.memory + pieces.floats);
   keep_last_rows<T>(a, n);
 }
 

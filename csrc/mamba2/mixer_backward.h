@@ -19,20 +19,21 @@ struct MixerBackwardForm {
   const MixerBackward& a;
   const Sizes& n;
   const BackwardSpace& space;
+  const float* rates;
 
   int64_t E() const { return n.H * n.P; }
   const States& initial() const { return a.forward.initial; }
   const States& grad_last() const { return a.grad_last; }
   const States& dinitial() const { return a.dinitial; }
-  const float* A() const { return a.forward.A; }
+  const float* A() const { return rates; }
 
   void fill_shared(int64_t b, const Chunk& chunk, const Shared& shared, const BackwardScratch& s,
                    const Geometry& g) const {
-    MixerForm<float>{a.forward, n}.fill_shared(b, chunk, shared, s.forward, g);
+    MixerForm<float>{a.forward, n, rates}.fill_shared(b, chunk, shared, s.forward, g);
   }
 
   void fill_x(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g) const {
-    const MixerForm<float> form{a.forward, n};
+    const MixerForm<float> form{a.forward, n, rates};
     form.start_head(h, s.forward, g);
     form.fill_x(b, h, segment, s.forward, g);
     for (int64_t c = 0; c < segment.count; ++c) {
@@ -205,7 +206,7 @@ void mixer_backward(const MixerBackward& a, const Sizes& n, const Plan& plan, fl
   const Geometry g(n, plan, true);
   Carver pieces(workspace);
   const BackwardSpace space(pieces, n, plan, g);
-  run_backward(MixerBackwardForm{a, n, space}, n, plan, space, g);
+  run_backward(MixerBackwardForm{a, n, space, find_rates(a.forward, n, pieces)}, n, plan, space, g);
 }
 
 }  // namespace

@@ -20,6 +20,8 @@ struct ScanForm {
   const ScanForward& a;
   const Sizes& n;
 
+  const float* A() const { return a.A; }
+
   void fill_shared(int64_t b, const Chunk& chunk, const Shared& shared, const Scratch&, const Geometry& g) const {
     for (int64_t i = 0; i < chunk.q; ++i) {
       const int64_t l = chunk.first + i;

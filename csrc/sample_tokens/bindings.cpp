@@ -9,59 +9,61 @@ namespace {
 
 const SampleTokensKernels* const tables[] = MVAR_TABLES(sample_tokens);
 
-// where: the dtype's index and, on a GPU, the stream; inputs: cond, uncond or None, image_index, seed; the options in
-// the order of the op.
+// options: guidance, top_k, top_p, scale_index; inputs: cond, uncond or None, image_index, seed.
 struct Call {
   const Dtype dtype;
-  DrawSizes n;
-  Draw draw;
+  SamplingSizes n;
+  Sampling sampling;
   std::unique_ptr<float[]> workspace;
 
-  Call(const Where& where, const py::tuple& shape, const Tensors& in, const py::tuple& options)
-      : dtype(where.dtype), n{entry(shape, 0), entry(shape, 1), entry(shape, 2), where.stream}, draw{} {
-    draw.cond = in.tokens(0, "cond", {n.B, n.L, n.V}, kItemsizes[dtype]);
-    if (in.has(1)) draw.uncond = in.tokens(1, "uncond", {n.B, n.L, n.V}, kItemsizes[dtype]);
+  Call(const DtypeAndStream& at, const py::tuple& shape, const py::tuple& options, const Tensors& in)
+      : dtype(at.dtype), n{entry(shape, 0), entry(shape, 1), entry(shape, 2), at.stream}, sampling{} {
+    sampling.cond = in.tokens(0, "cond", {n.B, n.L, n.V}, kItemsizes[dtype]);
+    if (in.has(1)) sampling.uncond = in.tokens(1, "uncond", {n.B, n.L, n.V}, kItemsizes[dtype]);
     const auto image_index = in.view(2, "image_index", {n.B}, sizeof(int64_t));
-    draw.image_index = (const int64_t*)image_index.data;
-    draw.image_index_stride = image_index.strides[0];
-    draw.seed = in.scalar<const uint64_t>(3, "seed");
-    draw.guidance = (float)py::cast<double>(options[0]);
-    draw.top_k = entry(options, 1);
-    draw.top_p = py::cast<double>(options[2]);
-    draw.scale_index = py::cast<uint32_t>(options[3]);
+    sampling.image_index = (const int64_t*)image_index.data;
+    sampling.image_index_stride = image_index.strides[0];
+    sampling.seed = in.scalar<const uint64_t>(3, "seed");
+    sampling.guidance = (float)py::cast<double>(options[0]);
+    sampling.top_k = entry(options, 1);
+    sampling.top_p = py::cast<double>(options[2]);
+    sampling.scale_index = py::cast<uint32_t>(options[3]);
     workspace.reset(new float[tables[current]->workspace(n.V)]);
   }
 };
 
 // outputs: the tokens
-void sample(const py::tuple& where, const py::tuple& shape, const py::tuple& inputs, const py::tuple& options,
+void sample(const py::tuple& at, const py::tuple& shape, const py::tuple& options, const py::tuple& inputs,
             const py::tuple& outputs) {
-  const Call call(Where(where), shape, Tensors(inputs), options);
+  const Call call(DtypeAndStream(at), shape, options, Tensors(inputs));
   int64_t* const tokens = Tensors(outputs).dense<int64_t>(0, "tokens", {call.n.B, call.n.L});
   const auto kernel = present(tables[current]->sample[call.dtype]);
   py::gil_scoped_release release;
-  kernel(call.draw, call.n, tokens, call.workspace.get());
+  kernel(call.sampling, call.n, tokens, call.workspace.get());
 }
 
-// inputs: and the codebook, (V, width); outputs: the mean
-void soften(const py::tuple& where, const py::tuple& shape, const py::tuple& inputs, const py::tuple& options,
-            int64_t codebook_dtype, int64_t width, float sharpness, float temperature, const py::tuple& outputs) {
+// options: and the dtype and the width of the codebook, sharpness, temperature; inputs: and the codebook (V, width);
+// outputs: the mean
+void soft_embedding(const py::tuple& at, const py::tuple& shape, const py::tuple& options, const py::tuple& inputs,
+                    const py::tuple& outputs) {
   const Tensors in(inputs);
-  const Call call(Where(where), shape, in, options);
-  const Dtype dtype = Where::checked(codebook_dtype);
+  const Call call(DtypeAndStream(at), shape, options, in);
+  const Dtype dtype = DtypeAndStream::checked(entry(options, 4));
+  const int64_t width = entry(options, 5);
   const PerSample codebook = in.per_sample(4, "codebook", {call.n.V, width}, kItemsizes[dtype]);
-  const Softening soft{codebook.data, codebook.batch_stride, width, sharpness, temperature};
+  const SoftEmbedding soft{codebook.data, codebook.batch_stride, width, py::cast<float>(options[6]),
+                           py::cast<float>(options[7])};
   void* const mean = Tensors(outputs).dense<char>(0, "mean", {call.n.B, call.n.L, width}, kItemsizes[dtype]);
-  const auto kernel = present(tables[current]->soften[call.dtype][dtype]);
+  const auto kernel = present(tables[current]->soft_embedding[call.dtype][dtype]);
   py::gil_scoped_release release;
-  kernel(call.draw, soft, call.n, mean, call.workspace.get());
+  kernel(call.sampling, soft, call.n, mean, call.workspace.get());
 }
 
 }  // namespace
 
 void bind_sample_tokens(py::module_& m) {
   m.def("sample_tokens", &sample);
-  m.def("soft_embedding", &soften);
+  m.def("soft_embedding", &soft_embedding);
 }
 
 }  // namespace mvar

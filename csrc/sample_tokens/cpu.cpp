@@ -1,4 +1,4 @@
-// Drawing tokens on CPU. A row of logits is read from memory once, into the first-level cache, as keys
+// Token sampling on CPU. A row of logits is read from memory once, into the first-level cache, as keys
 // (filter.h); noise is made for the codes alone that the filters leave.
 
 #include "sample_tokens.h"
@@ -64,7 +64,7 @@ float largest_of(const T* logits, int64_t V) {
 
 // The guided logits of one position as keys, all codes.
 template <typename T>
-void read_row(Row& row, const Draw& draw, int64_t V, const T* cond, const T* uncond) {
+void read_row(Row& row, const Sampling& sampling, int64_t V, const T* cond, const T* uncond) {
   const Vec cond_largest = splat(uncond ? largest_of(cond, V) : 0.0f);
   const Vec uncond_largest = splat(uncond ? largest_of(uncond, V) : 0.0f);
   VecInt lowest = splat_int(INT32_MAX), highest = splat_int(INT32_MIN);
@@ -74,7 +74,7 @@ void read_row(Row& row, const Draw& draw, int64_t V, const T* cond, const T* unc
       logits = finite(logits) - cond_largest;
       const Vec other = finite(load(uncond + v, lanes)) - uncond_largest;
       const VecInt ruled_out = (logits == -__builtin_inff()) | (other == -__builtin_inff());
-      logits += draw.guidance * (ruled_out ? Vec{} : logits - other);
+      logits += sampling.guidance * (ruled_out ? Vec{} : logits - other);
     }
     const VecInt key = finite_key(logits);
     store_int(row.keys + v, key);
@@ -151,11 +151,11 @@ void make_words(const Scratch& scratch, const Philox& philox, int64_t V, const A
 
 // body(i, scratch) for the i-th of all positions, with its codes filtered and its noise words made.
 template <typename T, typename Body>
-void for_each_position(const Draw& draw, DrawSizes n, float* shares, Body body) {
+void for_each_position(const Sampling& sampling, SamplingSizes n, float* shares, Body body) {
   const int64_t positions = n.B * n.L;
-  auto cond = [&](int64_t i) { return row_of<T>(draw.cond, i / n.L, i % n.L); };
+  auto cond = [&](int64_t i) { return row_of<T>(sampling.cond, i / n.L, i % n.L); };
   auto uncond = [&](int64_t i) {
-    return draw.uncond.data ? row_of<T>(draw.uncond, i / n.L, i % n.L) : nullptr;
+    return sampling.uncond.data ? row_of<T>(sampling.uncond, i / n.L, i % n.L) : nullptr;
   };
 #pragma omp parallel if (positions * n.V > kParallelElements)
   {
@@ -164,11 +164,11 @@ void for_each_position(const Draw& draw, DrawSizes n, float* shares, Body body) 
     Row& row = scratch.row;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < positions; ++i) {
-      read_row<T>(row, draw, n.V, cond(i), uncond(i));
-      if (0 < draw.top_k && draw.top_k < n.V) keep_top_k(row, draw.top_k);
-      if (draw.top_p < 1) keep_top_p(row, draw.top_p);
-      const uint32_t image = (uint32_t)draw.image_index[i / n.L * draw.image_index_stride];
-      const Philox philox{*draw.seed, (uint32_t)(i % n.L), draw.scale_index, image};
+      read_row<T>(row, sampling, n.V, cond(i), uncond(i));
+      if (0 < sampling.top_k && sampling.top_k < n.V) keep_top_k(row, sampling.top_k);
+      if (sampling.top_p < 1) keep_top_p(row, sampling.top_p);
+      const uint32_t image = (uint32_t)sampling.image_index[i / n.L * sampling.image_index_stride];
+      const Philox philox{*sampling.seed, (uint32_t)(i % n.L), sampling.scale_index, image};
       const int64_t next = i + 1 < positions ? i + 1 : i;
       make_words(scratch, philox, n.V,
                  {(const char*)cond(next), (const char*)uncond(next), n.V * (int64_t)sizeof(T)});
@@ -197,14 +197,14 @@ int64_t largest_code(const Scratch& scratch) {
 }
 
 template <typename T>
-void sample(const Draw& draw, DrawSizes n, int64_t* tokens, float* workspace) {
-  for_each_position<T>(draw, n, workspace,
+void sample(const Sampling& sampling, SamplingSizes n, int64_t* tokens, float* workspace) {
+  for_each_position<T>(sampling, n, workspace,
                        [&](int64_t i, const Scratch& scratch) { tokens[i] = largest_code(scratch); });
 }
 
 // Leaves in the row the codes whose softmax weight is not zero, and in row.weights the weights, as floats
 // and relative to the largest; answers their sum.
-float soft_weights(Scratch& scratch, const Softening& soft) {
+float soft_weights(Scratch& scratch, const SoftEmbedding& soft) {
   Row& row = scratch.row;
   const Vec largest = splat(row.largest());
   Vec highest = splat(-__builtin_inff());
@@ -233,7 +233,7 @@ float soft_weights(Scratch& scratch, const Softening& soft) {
 
 // The codebook's rows averaged with the row's weights.
 template <typename C>
-void average(C* mean, const Row& row, const Softening& soft, float total) {
+void average(C* mean, const Row& row, const SoftEmbedding& soft, float total) {
   const float* weights = (const float*)row.weights;
   for_each_vector(soft.width, [&](int64_t c, auto lanes, int) MVAR_INLINE_LAMBDA {
     const C* column = (const C*)soft.codebook + c;
@@ -251,8 +251,8 @@ void average(C* mean, const Row& row, const Softening& soft, float total) {
 }
 
 template <typename T, typename C>
-void soften(const Draw& draw, const Softening& soft, DrawSizes n, void* mean, float* workspace) {
-  for_each_position<T>(draw, n, workspace, [&](int64_t i, Scratch& scratch) {
+void soft_embedding(const Sampling& sampling, const SoftEmbedding& soft, SamplingSizes n, void* mean, float* workspace) {
+  for_each_position<T>(sampling, n, workspace, [&](int64_t i, Scratch& scratch) {
     const float total = soft_weights(scratch, soft);
     average((C*)mean + i * soft.width, scratch.row, soft, total);
   });
@@ -262,7 +262,7 @@ void soften(const Draw& draw, const Softening& soft, DrawSizes n, void* mean, fl
 
 const SampleTokensKernels sample_tokens = {
     {sample<float>, sample<bf16>},
-    {{soften<float, float>, soften<float, bf16>}, {soften<bf16, float>, soften<bf16, bf16>}},
+    {{soft_embedding<float, float>, soft_embedding<float, bf16>}, {soft_embedding<bf16, float>, soft_embedding<bf16, bf16>}},
     workspace,
 };
 

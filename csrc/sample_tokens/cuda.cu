@@ -1,11 +1,11 @@
-// Drawing tokens in CUDA: one launch from two rows of logits to a token. The result at one position
+// Token sampling in CUDA: one launch from two rows of logits to a token. The result at one position
 // (mvar_kernels/ops/sample_tokens/reference.py), bit for bit:
 //
 //     logits = cond + c·(cond − uncond), each row relative to its largest
 //     left   = the codes that top-k, and then top-p, keep
 //     token  = the code left with the largest sum of logit, relative to the largest, and noise, the first of equals
 //
-// A block draws at one position, in shared memory: logits are read from memory once, two rows of them twice, as keys,
+// A block samples at one position, in shared memory: logits are read from memory once, two rows of them twice, as keys,
 // which are whole numbers of the same order. Filters write down which codes are left, in an order that does not matter; noise is made for
 // those alone.
 //
@@ -278,7 +278,7 @@ struct Row {
   }
 
   // The code with the largest sum of logit and noise, the first of equals; 0 if there is none above −∞.
-  __device__ uint32_t draw(const Philox& philox) {
+  __device__ uint32_t sample(const Philox& philox) {
     const auto ranked = [](Vec score, uint32_t code) { return (uint64_t)key_of(score) << 32 | ~code; };
     const Vec largest = largest_logit(highest);
     uint64_t best = ranked(-kInfinity, 0);
@@ -299,22 +299,22 @@ __device__ const T* row_of(const Tokens& t, uint32_t b, uint32_t l) {
 
 template <typename T, int kThreads, int kMaxCodes>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
-    sample_tokens_fwd_kernel(Draw draw, DrawSizes n, int64_t* tokens) {
+    sample_tokens_fwd_kernel(Sampling sampling, SamplingSizes n, int64_t* tokens) {
   const uint32_t b = blockIdx.x / (uint32_t)n.L, l = blockIdx.x % (uint32_t)n.L;
   Row<kThreads, kMaxCodes> row((int)n.V);
-  row.read(row_of<T>(draw.cond, b, l), draw.uncond.data ? row_of<T>(draw.uncond, b, l) : nullptr, draw.guidance);
-  if (0 < draw.top_k && draw.top_k < n.V) row.keep_top_k((uint32_t)draw.top_k);
-  if (draw.top_p < 1) row.keep_top_p(draw.top_p);
-  const uint32_t image = (uint32_t)draw.image_index[b * draw.image_index_stride];
-  const uint32_t token = row.draw({*draw.seed, l, draw.scale_index, image});
+  row.read(row_of<T>(sampling.cond, b, l), sampling.uncond.data ? row_of<T>(sampling.uncond, b, l) : nullptr, sampling.guidance);
+  if (0 < sampling.top_k && sampling.top_k < n.V) row.keep_top_k((uint32_t)sampling.top_k);
+  if (sampling.top_p < 1) row.keep_top_p(sampling.top_p);
+  const uint32_t image = (uint32_t)sampling.image_index[b * sampling.image_index_stride];
+  const uint32_t token = row.sample({*sampling.seed, l, sampling.scale_index, image});
   if (threadIdx.x == 0) tokens[blockIdx.x] = token;
 }
 
 template <typename T>
-void sample(const Draw& draw, DrawSizes n, int64_t* tokens, float*) {
+void sample(const Sampling& sampling, SamplingSizes n, int64_t* tokens, float*) {
   const auto start = [&](auto threads, auto codes) {
     launch(sample_tokens_fwd_kernel<T, threads, codes>, dim3((unsigned)(n.B * n.L)), threads,
-           sizeof(Shared<threads, codes>), n.stream, draw, n, tokens);
+           sizeof(Shared<threads, codes>), n.stream, sampling, n, tokens);
   };
   if (n.V <= 4096) return start(Number<256>{}, Number<4096>{});
   start(Number<1024>{}, Number<16384>{});

@@ -1,4 +1,4 @@
-// Drawing tokens in C++ and CUDA: what bindings.cpp calls. The mathematics is in mvar_kernels/ops/sample_tokens/op.py.
+// Token sampling in C++ and CUDA: what bindings.cpp calls. The mathematics is in mvar_kernels/ops/sample_tokens/op.py.
 //
 // Tokens are bit for bit those of reference.py, whatever the instruction set. Results do not depend on
 // the number of threads.
@@ -10,13 +10,13 @@
 
 namespace mvar {
 
-struct DrawSizes {
+struct SamplingSizes {
   int64_t B, L, V;
   void* stream;  // on a GPU
 };
 
-// One scale's logits and how to draw from them.
-struct Draw {
+// One scale's logits and how to sample from them.
+struct Sampling {
   Tokens cond, uncond;  // (B, L, V); uncond.data null: cond is guided already
   const int64_t* image_index;
   int64_t image_index_stride;
@@ -27,7 +27,7 @@ struct Draw {
   uint32_t scale_index;
 };
 
-struct Softening {
+struct SoftEmbedding {
   const void* codebook;  // (V, width)
   int64_t codebook_stride, width;
   float sharpness, temperature;
@@ -35,9 +35,9 @@ struct Softening {
 
 struct SampleTokensKernels {
   // tokens: (B, L); workspace: as many floats as `workspace` says
-  void (*sample[kDtypes])(const Draw&, DrawSizes, int64_t* tokens, float* workspace);
+  void (*sample[kDtypes])(const Sampling&, SamplingSizes, int64_t* tokens, float* workspace);
   // mean: (B, L, width) in the codebook's dtype, the second index
-  void (*soften[kDtypes][kDtypes])(const Draw&, const Softening&, DrawSizes, void* mean, float* workspace);
+  void (*soft_embedding[kDtypes][kDtypes])(const Sampling&, const SoftEmbedding&, SamplingSizes, void* mean, float* workspace);
   int64_t (*workspace)(int64_t V);
 };
 

@@ -9,10 +9,10 @@
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
 
-const ScaleAttentionKernels scale_attention = {
+const ScaleAttentionKernels scale_attention = {{
     {forward<float>, forward_workspace<float>, backward<float>, backward_workspace},
     {forward<bf16>, forward_workspace<bf16>, backward<bf16>, backward_workspace},
-};
+}};
 
 }  // namespace MVAR_INSTRUCTION_SET
 }  // namespace mvar

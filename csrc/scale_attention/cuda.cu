@@ -325,7 +325,7 @@ void start(const ScaleAttentionForward& a, const ScaleAttentionSizes& n) {
 }
 
 template <typename T>
-void forward(const ScaleAttentionForward& a, const ScaleAttentionSizes& n) {
+void forward(const ScaleAttentionForward& a, const ScaleAttentionSizes& n, float*) {
   if (n.D == 64) {
     start<T, 64>(a, n);
   } else {
@@ -333,9 +333,15 @@ void forward(const ScaleAttentionForward& a, const ScaleAttentionSizes& n) {
   }
 }
 
+int64_t forward_workspace(const ScaleAttentionSizes&) { return 0; }
+
 }  // namespace
 
-const ScaleAttentionKernels scale_attention = {{nullptr, forward<bf16>, forward<f16>}};
+const ScaleAttentionKernels scale_attention = {{
+    {},
+    {forward<bf16>, forward_workspace, nullptr, nullptr},
+    {forward<f16>, forward_workspace, nullptr, nullptr},
+}};
 
 }  // namespace cuda
 }  // namespace mvar

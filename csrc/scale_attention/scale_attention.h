@@ -17,23 +17,11 @@ struct ScaleAttentionForward {
   float* lse;  // (B, H, Lq)
 };
 
-#if defined(MVAR_CUDA_MODULE)
-
-// `tiles` (tile_count, 6) and `spans` (2, Lq): mvar_kernels/ops/scale_attention/plan.py, on the GPU
-struct ScaleAttentionSizes {
-  int64_t B, Lq, H, D;
-  float scale;
-  const float* log_temperature;  // (H), or null where q and k are not normalised
-  const int32_t *tiles, *spans;
-  int64_t tile_count;
-  void* stream;
+struct ScaleAttentionBackward {
+  Heads grad_out, q, k, v;
+  Heads dq, dk, dv;
+  float* dlog_temperature;  // (H), written where log_temperature is given
 };
-
-struct ScaleAttentionKernels {
-  void (*forward[kDtypes])(const ScaleAttentionForward&, const ScaleAttentionSizes&);
-};
-
-#else
 
 struct ScaleAttentionSizes {
   int64_t B, Lq, L, H, D;
@@ -42,15 +30,13 @@ struct ScaleAttentionSizes {
   bool causal;
   float scale;
   const float* log_temperature;  // (H), or null where q and k are not normalised
+  // On a GPU: tiles (tile_count, 6) and spans (2, Lq) of mvar_kernels/ops/scale_attention/plan.py
+  const int32_t *tiles, *spans;
+  int64_t tile_count;
+  void* stream;
 };
 
-struct ScaleAttentionBackward {
-  Heads grad_out, q, k, v;
-  Heads dq, dk, dv;
-  float* dlog_temperature;  // (H), written where log_temperature is given
-};
-
-// `workspace`: as many floats as the function beside it says
+// Null: there is no such kernel. `workspace`: as many floats as the function of that pass says
 struct ScaleAttentionPair {
   void (*forward)(const ScaleAttentionForward&, const ScaleAttentionSizes&, float* workspace);
   int64_t (*forward_workspace)(const ScaleAttentionSizes&);
@@ -59,10 +45,8 @@ struct ScaleAttentionPair {
 };
 
 struct ScaleAttentionKernels {
-  ScaleAttentionPair f32, bf16;
+  ScaleAttentionPair of_dtype[kDtypes];
 };
-
-#endif
 
 MVAR_DECLARE_TABLE(ScaleAttentionKernels, scale_attention)
 

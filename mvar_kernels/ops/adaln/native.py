@@ -59,8 +59,8 @@ def _adaln_backward(grads: Sequence[Tensor], call: AdaLN) -> tuple[Tensor, ...]:
     x, scale, _, eps = call.readable()
     grad_out = last_dim_contiguous(grads[0])
     dx, dscale, dshift, workspace = empty_contiguous(x), empty_contiguous(scale), empty_contiguous(scale), _workspace(x)
-    inputs, outputs = pointers(grad_out, x, scale), pointers(dx, dscale, dshift, workspace)
-    extension(x).adaln_backward(dtype_and_stream(x), x.shape, eps, inputs, outputs)
+    inputs, outputs = pointers(x, scale), pointers(dx, dscale, dshift, workspace)
+    extension(x).adaln_backward(dtype_and_stream(x), x.shape, eps, pointers(grad_out), inputs, outputs)
     return dx, dscale, dshift
 
 
@@ -74,9 +74,11 @@ def _gated_adaln_backward(grads: Sequence[Tensor], call: GatedAdaLN) -> tuple[Te
         empty_contiguous(scale),
         _workspace(x_new),
     )
-    inputs = pointers(grad_x_new, grad_out, x_new, branch, gate, scale)
+    inputs = pointers(x_new, branch, gate, scale)
     outputs = pointers(dx, dbranch, dgate, dscale, dshift, workspace)
-    extension(x_new).gated_adaln_backward(dtype_and_stream(x_new), x_new.shape, eps, inputs, outputs)
+    extension(x_new).gated_adaln_backward(
+        dtype_and_stream(x_new), x_new.shape, eps, pointers(grad_x_new, grad_out), inputs, outputs
+    )
     return dx, dbranch, dgate, dscale, dshift
 
 

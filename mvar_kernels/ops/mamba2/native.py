@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mvar_kernels.dispatch import Implementation, extension
 from mvar_kernels.ffi import (
+    DTYPES,
     as_aligned,
     dtype_and_stream,
     empty_contiguous,
@@ -68,10 +69,9 @@ def _scan_inputs(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ..
 
 
 def _ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
-    inputs, sizes = _scan_inputs(call[:-1])
-    y, last = empty_contiguous(call.x), empty_contiguous(call.state)
-    bf16 = call.x.dtype is torch.bfloat16
-    extension(call.x).ssd_scan_forward(bf16, sizes, call.scales, pointers(*inputs), pointers(y, last))
+    x, inputs, sizes = call.x, *_scan_inputs(call[:-1])
+    y, last = empty_contiguous(x), empty_contiguous(call.state)
+    extension(x).ssd_scan_forward(dtype_and_stream(x), sizes, call.scales, pointers(*inputs), pointers(y, last))
     return y, last
 
 
@@ -81,66 +81,68 @@ def _ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     inputs, sizes = _scan_inputs([t.float() for t in tensors])
     given = [last_dim_contiguous(g.float()) for g in grads]
     outputs = [empty_contiguous(t) for t in inputs]
-    extension(call.x).ssd_scan_backward(sizes, call.scales, pointers(*given), pointers(*inputs), pointers(*outputs))
+    extension(call.x).ssd_scan_backward(
+        dtype_and_stream(inputs[0]), sizes, call.scales, pointers(*given), pointers(*inputs), pointers(*outputs)
+    )
     return [out.to(t.dtype) for out, t in zip(outputs, tensors, strict=True)]
 
 
-def _mixer_inputs(call: Mixer) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The tensors as the kernel takes them, A in place of A_log, and their sizes."""
-    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = map(_parameter, call.parameters)
-    parameters = [conv_weight, conv_bias, dt_bias, -A_log.exp(), D, norm_weight]
-    sizes = (*call.zxbcdt.shape[:2], *call.ssm.shape[1:], dt_bias.dim(), conv_weight.shape[1])
-    return [
-        last_dim_contiguous(call.zxbcdt),
-        last_dim_contiguous(call.conv),
-        last_dim_contiguous(call.ssm),
-        *parameters,
-        last_dim_contiguous(call.steps.float()),
-    ], sizes
+def _sizes(call: Mixer) -> tuple[int, ...]:
+    """B, L, H, P, N, directions, taps"""
+    return *call.zxbcdt.shape[:2], *call.ssm.shape[1:], call.dt_bias.dim(), call.conv_weight.shape[1]
 
 
-def _mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
-    ready, sizes = _mixer_inputs(call)
+def _run_mixer(call: Mixer, *workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """call: with dt and all tensors as the kernel takes them. workspace: of the CUDA kernel."""
     first = call.zxbcdt
     y = first.new_empty(*first.shape[:2], call.norm_weight.shape[0])
     conv, ssm = empty_contiguous(call.conv), empty_contiguous(call.ssm)
-    bf16 = first.dtype is torch.bfloat16
-    inputs, outputs = pointers(*ready), pointers(y, conv, ssm)
-    extension(first).mamba2_mixer_forward(bf16, sizes, call.scales, call.eps, inputs, outputs)
+    extension(first).mamba2_mixer_forward(
+        *(dtype_and_stream(first), _sizes(call), call.scales, call.eps, DTYPES[call.steps.dtype]),
+        *(pointers(*call[:-2]), pointers(y, conv, ssm, *workspace)),
+    )
     return y, conv, ssm
 
 
-def _mamba2_mixer_on_cuda(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
-    first, dt = call.zxbcdt, call.steps
-    pair = 2 * first.itemsize
-    ready = [as_aligned(first, pair), as_aligned(call.conv, pair), as_aligned(call.ssm)]
-    ready += [*(as_aligned(_parameter(p)) for p in call.parameters), last_dim_contiguous(dt)]
-    sizes = (*first.shape[:2], *call.ssm.shape[1:], 1, CUDA_TAPS)
-    kernels, at = extension(first), (*dtype_and_stream(first), dt.itemsize)
-    y = first.new_empty(*first.shape[:2], call.norm_weight.shape[0])
-    last_conv, last_ssm = empty_contiguous(call.conv), empty_contiguous(call.ssm)
-    workspace = y.new_empty(kernels.mamba2_mixer_workspace(at, sizes), dtype=torch.uint8)
-    outputs = pointers(y, last_conv, last_ssm, workspace)
-    kernels.mamba2_mixer_forward(at, sizes, call.eps, pointers(*ready), outputs)
-    return y, last_conv, last_ssm
+def _cpu_inputs(call: Mixer) -> Mixer:
+    first, dt, conv, ssm = map(last_dim_contiguous, (call.zxbcdt, call.steps.float(), call.conv, call.ssm))
+    return Mixer._make([first, dt, *map(_parameter, call.parameters), conv, ssm, call.scales, call.eps])
+
+
+def _cuda_inputs(call: Mixer) -> Mixer:
+    pair = 2 * call.zxbcdt.itemsize
+    first, dt, parameters = as_aligned(call.zxbcdt, pair), last_dim_contiguous(call.steps), call.parameters
+    states = as_aligned(call.conv, pair), as_aligned(call.ssm)
+    return Mixer._make([first, dt, *(as_aligned(_parameter(p)) for p in parameters), *states, call.scales, call.eps])
+
+
+def _mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
+    return _run_mixer(_cpu_inputs(call))
+
+
+def _mamba2_mixer_cuda(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
+    call = _cuda_inputs(call)
+    first = call.zxbcdt
+    floats = extension(first).mamba2_mixer_workspace(dtype_and_stream(first), _sizes(call), call.scales)
+    return _run_mixer(call, first.new_empty(floats, dtype=torch.float32))
 
 
 def _mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     """In float32 whatever the dtype of the inputs; each gradient is then rounded to that of its input."""
     dt = None if call.dt is None else call.dt.float()
     single = call._replace(zxbcdt=call.zxbcdt.float(), dt=dt, conv=call.conv.float(), ssm=call.ssm.float())
-    ready, sizes = _mixer_inputs(single)
+    ready = _cpu_inputs(single)
     given = [last_dim_contiguous(g.float()) for g in grads]
     dzxbcdt, ddt = empty_contiguous(single.zxbcdt), None if dt is None else empty_contiguous(dt)
-    dconv, dssm, *dparameters = [empty_contiguous(t) for t in ready[1:-1]]
-    outputs = (dzxbcdt, dconv, dssm, *dparameters, call.steps_of(dzxbcdt, ddt))
-    extension(call.zxbcdt).mamba2_mixer_backward(
-        sizes, call.scales, call.eps, pointers(*given), pointers(*ready), pointers(*outputs)
+    rest = [empty_contiguous(t) for t in (*ready.parameters, ready.conv, ready.ssm)]
+    extension(ready.zxbcdt).mamba2_mixer_backward(
+        *(dtype_and_stream(ready.zxbcdt), _sizes(ready), call.scales, call.eps),
+        *(pointers(*given), pointers(*ready[:-2]), pointers(dzxbcdt, call.steps_of(dzxbcdt, ddt), *rest)),
     )
-    found = zip((dzxbcdt, ddt, *dparameters, dconv, dssm), call[:-2], strict=True)
+    found = zip((dzxbcdt, ddt, *rest), call[:-2], strict=True)
     return [d.to(t.dtype) for d, t in found if d is not None and t is not None]
 
 
 ssd_scan_cpu = Implementation(_unsupported_scan_cpu, _ssd_scan, _ssd_scan_backward, own_arithmetic=True)
 mamba2_mixer_cpu = Implementation(_unsupported_mixer_cpu, _mamba2_mixer, _mamba2_mixer_backward, own_arithmetic=True)
-mamba2_mixer_cuda = Implementation(_unsupported_mixer_cuda, _mamba2_mixer_on_cuda, None, own_arithmetic=True)
+mamba2_mixer_cuda = Implementation(_unsupported_mixer_cuda, _mamba2_mixer_cuda, None, own_arithmetic=True)

@@ -34,35 +34,28 @@ def _unsupported_cuda(call: Sampling) -> str | None:
     return unsupported_dtype(call.cond, (torch.float32, torch.float16, torch.bfloat16))
 
 
+def _contiguous(call: Sampling | SoftSampling) -> tuple[Tensor, Tensor | None]:
+    return last_dim_contiguous(call.cond), None if call.uncond is None else last_dim_contiguous(call.uncond)
+
+
+def _options(call: Sampling | SoftSampling) -> tuple[float, ...]:
+    return call.guidance, min(call.top_k, call.cond.shape[-1]), call.top_p, call.scale_index
+
+
 def _sample_tokens(call: Sampling) -> tuple[Tensor]:
-    cond, uncond = last_dim_contiguous(call.cond), None if call.uncond is None else last_dim_contiguous(call.uncond)
+    cond, uncond = _contiguous(call)
     tokens = torch.empty(cond.shape[:2], dtype=torch.int64, device=cond.device)
-    extension(cond).sample_tokens(
-        dtype_and_stream(cond),
-        cond.shape,
-        pointers(cond, uncond, call.image_index, call.seed),
-        (call.guidance, min(call.top_k, cond.shape[-1]), call.top_p, call.scale_index),
-        pointers(tokens),
-    )
+    inputs = pointers(cond, uncond, call.image_index, call.seed)
+    extension(cond).sample_tokens(dtype_and_stream(cond), cond.shape, _options(call), inputs, pointers(tokens))
     return (tokens,)
 
 
 def _soft_embedding(call: SoftSampling) -> tuple[Tensor]:
-    cond, uncond, codebook = (
-        last_dim_contiguous(call.cond),
-        None if call.uncond is None else last_dim_contiguous(call.uncond),
-        last_dim_contiguous(call.codebook),
-    )
+    (cond, uncond), codebook = _contiguous(call), last_dim_contiguous(call.codebook)
     mean = torch.empty((*cond.shape[:2], codebook.shape[1]), dtype=codebook.dtype, device=cond.device)
-    extension(cond).soft_embedding(
-        dtype_and_stream(cond),
-        cond.shape,
-        pointers(cond, uncond, call.image_index, call.seed, codebook),
-        (call.guidance, min(call.top_k, cond.shape[-1]), call.top_p, call.scale_index),
-        DTYPES[codebook.dtype],
-        *(codebook.shape[1], call.sharpness, call.temperature),
-        pointers(mean),
-    )
+    options = *_options(call), DTYPES[codebook.dtype], codebook.shape[1], call.sharpness, call.temperature
+    inputs = pointers(cond, uncond, call.image_index, call.seed, codebook)
+    extension(cond).soft_embedding(dtype_and_stream(cond), cond.shape, options, inputs, pointers(mean))
     return (mean,)
 
 

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from mvar_kernels.dispatch import Implementation, extension
 from mvar_kernels.ffi import (
-    as_aligned,
     dtype_and_stream,
     empty_contiguous,
     last_dim_contiguous,
     pointers,
     unsupported_dtype,
+    with_aligned_rows,
 )
 from mvar_kernels.ops.scale_attention.inputs import Attention
-from mvar_kernels.ops.scale_attention.plan import plan
+from mvar_kernels.ops.scale_attention.plan import Plan, plan
 
 CUDA_BLOCK = 64  # queries of a tile, and keys of a block of them: kTile in cuda.cu
 CUDA_HEAD_DIMS = (64, 128)
@@ -43,49 +43,40 @@ def _floats(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
-def _shape(call: Attention) -> tuple[int, ...]:
-    """(B, Lq, L, H, D)"""
-    B, Lq, H, D = call.q.shape
-    return B, Lq, call.k.shape[1], H, D
+def _forward(call: Attention, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
+    """plan: of the CUDA kernel."""
+    q, k, v, log_temperature, *options = call.readable()
+    temperature = _floats(log_temperature)
+    B, Lq, H, D = q.shape
+    out, lse = empty_contiguous(q), torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
+    tiles, spans = (None, None) if plan is None else (plan.tiles, plan.spans)
+    shape = B, Lq, k.shape[1], H, D, 0 if tiles is None else len(tiles)
+    inputs = pointers(q, k, v, temperature, tiles, spans)
+    extension(q).scale_attention_forward(dtype_and_stream(q), shape, *options, inputs, pointers(out, lse))
+    return out, lse
 
 
+@with_aligned_rows
 def _forward_cuda(call: Attention) -> tuple[Tensor, Tensor]:
-    q, k, v, temperature = as_aligned(call.q), as_aligned(call.k), as_aligned(call.v), _floats(call.log_temperature)
-    B, Lq, H, _ = q.shape
-    made = plan(call.scales, Lq, call.causal, False, CUDA_BLOCK, CUDA_BLOCK, q.device)
-    out, lse = empty_contiguous(q), torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
-    inputs = pointers(q, k, v, temperature, made.tiles, made.spans)
-    shape, outputs = _shape(call), pointers(out, lse)
-    extension(q).scale_attention_forward(dtype_and_stream(q), shape, call.scale, inputs, len(made.tiles), outputs)
-    return out, lse
+    lengths = call.q.shape[1], call.causal, False, CUDA_BLOCK, CUDA_BLOCK
+    return _forward(call, plan(call.scales, *lengths, call.q.device))
 
 
-def _how(call: Attention) -> tuple[object, ...]:
-    """What a call on the CPU says of its tensors: dtype, sizes and options."""
-    return call.q.dtype is torch.bfloat16, _shape(call), call.scales, call.causal, call.scale
-
-
-def _forward_cpu(call: Attention) -> tuple[Tensor, Tensor]:
-    q, k, v, log_temperature = call.readable()[:4]
+def _backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
+    q, k, v, log_temperature, *options = call.readable()
     temperature = _floats(log_temperature)
-    B, Lq, H, _ = q.shape
-    out, lse = empty_contiguous(q), torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
-    extension(q).scale_attention_forward(*_how(call), pointers(q, k, v, temperature), pointers(out, lse))
-    return out, lse
-
-
-def _backward_cpu(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
-    q, k, v, log_temperature = call.readable()[:4]
-    temperature = _floats(log_temperature)
-    grad_out = last_dim_contiguous(grads[0])
+    B, Lq, H, D = q.shape
     found = [empty_contiguous(q), empty_contiguous(k), empty_contiguous(v)]
     dtemperature = None if temperature is None else torch.empty_like(temperature)
-    inputs, outputs = pointers(q, k, v, temperature), pointers(*found, dtemperature)
-    extension(q).scale_attention_backward(*_how(call), pointers(grad_out), inputs, outputs)
+    grad_out = last_dim_contiguous(grads[0])
+    inputs, outputs = pointers(q, k, v, temperature, None, None), pointers(*found, dtemperature)
+    extension(q).scale_attention_backward(
+        dtype_and_stream(q), (B, Lq, k.shape[1], H, D), *options, pointers(grad_out), inputs, outputs
+    )
     if log_temperature is not None and dtemperature is not None:
         found.append(dtemperature.to(log_temperature.dtype))
     return found
 
 
-scale_attention_cpu = Implementation(_unsupported_cpu, _forward_cpu, _backward_cpu, own_arithmetic=True)
+scale_attention_cpu = Implementation(_unsupported_cpu, _forward, _backward, own_arithmetic=True)
 scale_attention_cuda = Implementation(_unsupported_cuda, _forward_cuda, None, own_arithmetic=True)
