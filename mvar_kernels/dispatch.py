@@ -63,11 +63,11 @@ def _extension(name: str) -> ModuleType | str:
         return importlib.import_module(f"mvar_kernels.{name}")
     except ModuleNotFoundError as error:
         if error.name != f"mvar_kernels.{name}":
-            return f"cannot be imported: {_words(error)}"
+            return f"cannot be imported: {error_message(error)}"
         others = sorted(path.name for path in Path(__file__).parent.glob(f"{name}.*.so"))
         return f"was built for another Python: {', '.join(others)}" if others else "was not built"
     except Exception as error:  # of another ABI, or damaged: ImportError, OSError, SystemError, …
-        return f"cannot be imported: {_words(error)}"
+        return f"cannot be imported: {error_message(error)}"
 
 
 @cache
@@ -96,8 +96,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 
 
-def _words(error: BaseException) -> str:
-    """An exception in one line."""
+def error_message(error: BaseException) -> str:
+    """The type of an exception and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -107,7 +107,7 @@ def _not_installed(package: str) -> str | None:
     try:
         found = importlib.util.find_spec(package) is not None
     except Exception as error:  # ValueError for a stand-in in sys.modules, which has no __spec__
-        return f"{package} is no installed package: {_words(error)}"
+        return f"{package} is no installed package: {error_message(error)}"
     return None if found else f"{package} is not installed"
 
 
@@ -130,7 +130,7 @@ def _not_importable(module: str, name: str) -> str | None:
     try:
         _imported(module, name)
     except (Exception, SystemExit) as error:
-        return f"{package} cannot be imported: {_words(error)}"
+        return f"{package} cannot be imported: {error_message(error)}"
     return None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# docs/accelerate.md has a test of its own (test_plug_in_docs.py).
+# docs/accelerate.md has a test of its own (test_patching_docs.py).
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 NEEDS_FILES = re.compile(r"\.pth|accelerate\(model\)")
 

@@ -1,4 +1,4 @@
-"""accelerate and restore: swap the slow parts of somebody else's live model for the kernels, in place.
+"""accelerate and restore: patch the modules of a live VAR model to use the kernels, in place.
 
 A module is recognized by the names of its parameters and options, whatever repository it is from, and then checked
 (equivalence.py): a copy with random weights and its patched version get the same inputs and random numbers, in
@@ -18,15 +18,15 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from mvar_kernels.dispatch import PREFERENCE, unavailable
+from mvar_kernels.dispatch import PREFERENCE, error_message, unavailable
 from mvar_kernels.patching.class_swap import with_ancestor
-from mvar_kernels.patching.equivalence import Trials
-from mvar_kernels.patching.modules import REPLACEMENTS, Replacement, has_hooks, kind_of, observed
+from mvar_kernels.patching.equivalence import EquivalenceCheck
+from mvar_kernels.patching.modules import PATCHES, Patch, has_global_hooks, has_hooks, kind_of
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` did, by the names of the modules: what was replaced and by what; what was left and why."""
+    """What `accelerate` did: name of module → the ops that replaced it, or why it was left as it is."""
 
     replaced: Mapping[str, str]
     left: Mapping[str, str]
@@ -37,66 +37,66 @@ class Report:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Put the kernels in the place of the parts of a model that they know, and say what was done.
+    """Patch the modules of a model that the kernels support, and report what was done.
 
-    Known are attention (`mat_qkv`, `q_bias`, `v_bias`, `proj`, `kv_caching`, …), blocks (`attn`, `ffn`, `ln_wo_grad`
-    with `ada_lin` or `ada_gss`) and the norm before the head as FoundationVision/VAR has them, and mamba_ssm's
-    Mamba2. They keep their parameters and their state dict; outputs and gradients stay the same up to rounding, in
-    training and in generation with their caches. Move the model to its device before: it is tried there, and call it
-    before `fully_shard`. The trials run on copies with random weights; random numbers and settings of the program stay
-    what they are, and if anything is raised, no part has been replaced.
+    Supported are attention (`mat_qkv`, `q_bias`, `v_bias`, `proj`, `kv_caching`, …), blocks (`attn`, `ffn`,
+    `ln_wo_grad` with `ada_lin` or `ada_gss`) and the norm before the head as FoundationVision/VAR has them, and
+    mamba_ssm's Mamba2. They keep their parameters and their state dict; outputs and gradients stay the same up to
+    rounding, in training and in generation with their caches. Call it when the model is on its device, and before
+    `fully_shard`. Modules are checked on copies with random weights; random states and global settings stay what they
+    are, and if an exception is raised, no module has been patched.
 
-    To save an accelerated model, save its state dict, or :func:`restore` it before: whole-module pickles would name
-    classes that are made on the fly.
+    To save an accelerated model, save its state dict, or call :func:`restore` before: a pickled module would refer to
+    classes that are created at run time.
 
     Raises:
         TypeError: `model` is not a module.
     """
-    _check("accelerate", model)
+    _check_module("accelerate", model)
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     classes: list[tuple[nn.Module, type]] = []
-    trials = Trials()
-    for name, part in model.named_modules():  # parents before children
-        replacement = _candidate(part)
-        if replacement is None:
+    check = EquivalenceCheck()
+    for name, module in model.named_modules():  # parents before children
+        patch = _patch_of(module)
+        if patch is None:
             continue
-        if isinstance(part, Replacement):
-            why = _bypass_unsupported(part, replacement) or "its class, or that of a child, has changed"
-            reason = None if part.as_tried() else f"accelerated, but it goes the old way: {why}"
+        if isinstance(module, Patch):
+            why = _bypass_unsupported(module, patch) or "its class, or that of a child, has changed"
+            reason = None if module.is_valid() else f"accelerated, but the original forward runs: {why}"
         else:
-            reason = _unsupported(part, replacement, trials)
+            reason = _unsupported(module, patch, check)
             if reason is None:
-                classes.append((part, _accelerated(part, replacement)))
+                classes.append((module, _patched_class(module, patch)))
         if reason is not None:
             left[name] = reason
             continue
-        replaced[name] = replacement.what
-        left |= {f"{name}.{child}".lstrip("."): why for child, why in replacement.left.items()}
-    for part, cls in classes:
-        part.__class__ = cls
+        replaced[name] = patch.ops
+        left |= {f"{name}.{child}".lstrip("."): why for child, why in patch.unpatched.items()}
+    for module, cls in classes:
+        module.__class__ = cls
     if hasattr(type(model), "autoregressive_infer_cfg") and replaced:
-        left["autoregressive_infer_cfg"] = "its draws are torch's; sample_tokens would give other, equally good ones"
+        left["autoregressive_infer_cfg"] = "it samples with torch's generator; sample_tokens would sample other tokens"
     if not replaced and not left:
         left[type(model).__name__] = "it has no part that looks like VAR's attention, block or norm, or like Mamba2"
     return Report(replaced, left)
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate`: every part has its own class again, and what others have put on top of it stays.
+    """Undo :func:`accelerate`: every module has its own class again; subclasses that were set later stay.
 
     Raises:
         TypeError: `model` is not a module.
     """
-    _check("restore", model)
-    made: dict[type, type] = {}
-    for part in model.modules():
-        if isinstance(part, Replacement):
-            accelerated = next(cls for cls in type(part).__mro__ if "original_forward" in vars(cls))
-            part.__class__ = with_ancestor(type(part), accelerated, part.original, made)
+    _check_module("restore", model)
+    new_classes: dict[type, type] = {}
+    for module in model.modules():
+        if isinstance(module, Patch):
+            patched = next(cls for cls in type(module).__mro__ if "original_forward" in vars(cls))
+            module.__class__ = with_ancestor(type(module), patched, module.original, new_classes)
 
 
-def _check(function: str, model: object) -> None:
+def _check_module(function: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"{function}: model: expected a torch.nn.Module, got {got}")
@@ -105,68 +105,68 @@ def _check(function: str, model: object) -> None:
 _classes: dict[tuple[Any, ...], type] = {}
 
 
-def _accelerated(part: nn.Module, replacement: type[Replacement]) -> type:
-    """The part's class with the replacement in it: one for all parts of a kind, so that torch.compile meets one.
+def _patched_class(module: nn.Module, patch: type[Patch]) -> type:
+    """The module's class with the patch in it: one for all modules of a kind, so that torch.compile sees one class.
 
-    Below parametrizations, which have to be on top: they take themselves off again.
+    Below the class of a parametrization, which has to be the most derived one to be removable.
     """
-    original: Any = type_before_parametrizations(part) if is_parametrized(part) else type(part)
-    children = {name: part._modules.get(name) for name in replacement.bypassed}
-    tried = {name: kind_of(child) for name, child in children.items() if child is not None}
-    key = (replacement, original, original.forward, *tried.items())
+    original: Any = type_before_parametrizations(module) if is_parametrized(module) else type(module)
+    children = {name: module._modules.get(name) for name in patch.bypassed}
+    checked = {name: kind_of(child) for name, child in children.items() if child is not None}
+    key = (patch, original, original.forward, *checked.items())
     if key not in _classes:
-        record = {"original": original, "original_forward": staticmethod(original.forward), "tried": tried}
-        _classes[key] = type(f"Accelerated{original.__name__}", (replacement, original), record)
-    return with_ancestor(type(part), original, _classes[key], {})
+        attributes = {"original": original, "original_forward": staticmethod(original.forward), "checked": checked}
+        _classes[key] = type(f"Accelerated{original.__name__}", (patch, original), attributes)
+    return with_ancestor(type(module), original, _classes[key], {})
 
 
-def _candidate(part: nn.Module) -> type[Replacement] | None:
-    """The replacement whose names the part has, or that it has already."""
-    for replacement in REPLACEMENTS:
+def _patch_of(module: nn.Module) -> type[Patch] | None:
+    """The patch that the module has, or whose attributes it has."""
+    for patch in PATCHES:
         try:
-            if isinstance(part, replacement) or all(hasattr(part, name) for name in replacement.names):
-                return replacement
-        except Exception:  # somebody else's property, which raises what it likes: it is none of VAR's
+            if isinstance(module, patch) or all(hasattr(module, name) for name in patch.attributes):
+                return patch
+        except Exception:  # of a property of the module's own code; VAR has none
             continue
     return None
 
 
-def _unsupported(part: nn.Module, replacement: type[Replacement], trials: Trials) -> str | None:
-    """Why the part stays what it is, or None; the cheapest questions first."""
+def _unsupported(module: nn.Module, patch: type[Patch], check: EquivalenceCheck) -> str | None:
+    """Why the module is not patched, or None; the cheapest checks first."""
     try:
-        reason = _call_unsupported(part, replacement) or _bypass_unsupported(part, replacement)
-        reason = reason or replacement.unsupported_reason(part) or _no_kernel(part)
-        return reason or trials.difference(part, replacement, _accelerated(part, replacement))
-    except Exception as error:  # somebody else's code: whatever it raises is a reason to leave it
-        return f"it lacks what is asked of such a part: {type(error).__name__}: {error}".rstrip(": ")
+        reason = _call_unsupported(module, patch) or _bypass_unsupported(module, patch)
+        reason = reason or patch.unsupported_reason(module) or _no_kernel(module)
+        return reason or check.difference(module, patch, _patched_class(module, patch))
+    except Exception as error:  # of the model's own code, which may raise anything
+        return f"it lacks what such a module has: {error_message(error)}"
 
 
-def _call_unsupported(part: nn.Module, replacement: type[Replacement]) -> str | None:
-    """Why the part is called in another way than the replacement, or None."""
-    if "forward" in vars(part):
+def _call_unsupported(module: nn.Module, patch: type[Patch]) -> str | None:
+    """Why the patch's forward cannot be called as the module's is, or None."""
+    if "forward" in vars(module):
         return "its forward has been replaced already, on the instance"
-    if any(cls.__name__ == "FSDPModule" for cls in type(part).__mro__):
+    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
         return "it is sharded: accelerate before fully_shard"
-    arguments = list(inspect.signature(type(part).forward).parameters)[1:]
-    wanted, ellipsis, _ = replacement.takes.partition(", …")
-    taken = ", ".join(arguments[: len(wanted.split(", "))] if ellipsis else arguments)
-    return None if taken == wanted else f"its forward takes ({', '.join(arguments)}), not ({replacement.takes})"
+    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
+    expected, ellipsis, _ = patch.arguments.partition(", …")
+    found = ", ".join(arguments[: len(expected.split(", "))] if ellipsis else arguments)
+    return None if found == expected else f"its forward takes ({', '.join(arguments)}), not ({patch.arguments})"
 
 
-def _bypass_unsupported(part: Any, replacement: type[Replacement]) -> str | None:
-    """What a replacement would hide: which child that it does not call does more than its class says. Or None."""
-    if observed():
+def _bypass_unsupported(module: Any, patch: type[Patch]) -> str | None:
+    """Which hooks, or forwards on instances, a patched module would not call, or None."""
+    if has_global_hooks():
         return "there are global hooks, torch.func or forward-mode differentiation at work, which want the original"
-    for name in replacement.bypassed:
-        child = part._modules.get(name)
+    for name in patch.bypassed:
+        child = module._modules.get(name)
         if child is not None and has_hooks(child):
             return f"its {name} has hooks or a forward of its own, which the kernels would not call"
     return None
 
 
-def _no_kernel(part: nn.Module) -> str | None:
-    """Why no kernel but the reference runs on the part's device, or None."""
-    first = next(part.parameters(), None)
+def _no_kernel(module: nn.Module) -> str | None:
+    """Why there is only the reference on the module's device, or None."""
+    first = next(module.parameters(), None)
     if first is None:
         return "it has no parameters"
     device = first.device
@@ -179,7 +179,7 @@ def _no_kernel(part: nn.Module) -> str | None:
 
 
 def _grouped(texts: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Names that differ in their numbers alone and have the same text, in one line: ("blocks.*.attn (16)", text)."""
+    """One line for names that differ only in numbers and have the same text: ("blocks.*.attn (16)", text)."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, text in texts.items():
         groups.setdefault((re.sub(r"\d+", "*", name), text), []).append(name)

@@ -1,7 +1,7 @@
-"""Exchange one class among the ancestors of a live module's class, below whatever others have derived from it.
+"""Exchange one base class of a live module's class, and keep the subclasses that are derived from it.
 
-`torch.nn.utils.parametrize`, `fully_shard` and users' own programs give a live module another class, too: one that is
-derived from the class that it had. So the class to exchange may lie anywhere below the module's own.
+`torch.nn.utils.parametrize`, `fully_shard` and other programs set the class of a live module, too, to a subclass of the
+class that it had. So the class to exchange may be any base of the module's class.
 """
 
 from types import CellType, FunctionType
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def with_ancestor(cls: type, old: type, new: type, made: dict[type, type]) -> type:
-    """`cls` with `new` in the place of its ancestor `old`: `new` for `old` itself, else classes made anew.
+    """`cls` with `new` instead of its base `old`: `new` if `cls` is `old`, else a new class.
 
-    `made` remembers the classes that were made, so that modules which shared a class share one again. Nothing that
-    exists is written to: other modules may have these classes, and parametrize writes properties into its own.
+    `made` caches the new classes, so that modules that share a class still do. Existing classes are not changed: other
+    modules may have them, and parametrize adds properties to its own.
     """
     if cls is old:
         return new
@@ -30,7 +30,7 @@ def with_ancestor(cls: type, old: type, new: type, made: dict[type, type]) -> ty
 
 
 def _rebound(value: Any, cell: CellType) -> Any:
-    """A class's attribute for another class: `super()` without arguments finds its class in a cell of the closure."""
+    """An attribute for the new class: `super()` without arguments finds its class in a cell of the closure."""
     match value:
         case staticmethod() | classmethod():
             return type(value)(_rebound(value.__func__, cell))

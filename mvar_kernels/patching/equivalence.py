@@ -1,4 +1,4 @@
-"""Does a replacement compute what the part of a model computes? Tried on random weights and inputs, side by side."""
+"""Does a patched module compute what the original computes? Compared on random weights and inputs."""
 
 import copy
 import random
@@ -11,77 +11,77 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvar_kernels.patching.modules import Replacement
+from mvar_kernels.dispatch import error_message
+from mvar_kernels.patching.modules import Patch
 from mvar_kernels.precision import true_float32
 
-# Relative to the largest value: products in TF32, on a GPU, keep few bits, and another computation is farther off.
+# Relative to the largest value. TF32 matmuls on a GPU have few bits; another computation differs by more.
 TOLERANCE = 1e-2
-EXACT_TOLERANCE = 1e-4  # on a CPU, where the products of a trial are true float32
+CPU_TOLERANCE = 1e-4  # where matmuls are true float32 during the check
 
 
-class Trials:
-    """The trials of one model's parts, which share their random weights.
+class EquivalenceCheck:
+    """Compares the modules of one model with their patched versions. Random weights are shared between modules.
 
-    Every part is tried in evaluation mode; the first of its kind (class, classes inside, shapes) also in training
-    mode, where random numbers must fall alike, and with all gradients.
+    Every module is checked in evaluation mode; the first of its kind (class, classes of submodules, shapes) also in
+    training mode, with the same random numbers, and with all gradients.
     """
 
     def __init__(self) -> None:
         self._weights: dict[tuple[str, torch.Size, torch.device], nn.Parameter] = {}
-        self._trained: set[Any] = set()
+        self._checked_in_training: set[Any] = set()
 
-    def difference(self, part: nn.Module, replacement: type[Replacement], replaced: type) -> str | None:
-        """How the part would differ if `replaced`, made of the replacement and its class, were its class; or None."""
-        device = next(part.parameters()).device
-        kind = (tuple(map(type, part.modules())), tuple((name, p.shape) for name, p in part.named_parameters()))
+    def difference(self, module: nn.Module, patch: type[Patch], patched_class: type) -> str | None:
+        """How the outputs would change if `patched_class` were the class of the module, or None."""
+        device = next(module.parameters()).device
+        kind = (tuple(map(type, module.modules())), tuple((name, p.shape) for name, p in module.named_parameters()))
         with (
             true_float32(device),
             torch.autocast(device.type, enabled=False),
             torch.inference_mode(False),
-            _untouched(part) as touched,
+            _state_restored(module) as changed_buffers,
         ):
             try:
-                stand_in = self._stand_in(part)
-                original = type(stand_in)
-                for training in (False,) if kind in self._trained else (False, True):
-                    stand_in.train(training)
-                    results = []
-                    for stand_in.__class__ in (original, replaced):
-                        assert stand_in.__class__ is original or stand_in.as_tried(), "it would be tried with itself"
-                        results.append(_results(stand_in, replacement, device, with_grads=training))
-                    if not _close(*results):
+                test_module = self._copy(module)
+                for training in (False,) if kind in self._checked_in_training else (False, True):
+                    test_module.train(training)
+                    expected = _results(test_module, patch, device, with_grads=training)
+                    with _of_class(test_module, patched_class):
+                        assert test_module.is_valid(), "the original forward would run"
+                        got = _results(test_module, patch, device, with_grads=training)
+                    if not _close(expected, got):
                         mode = "training" if training else "evaluation"
-                        return f"it does not compute what {replacement.what} does, in {mode}"
-            except Exception as error:  # somebody else's code: whatever it raises is a reason to leave it
-                words = (str(error).strip() or "no message").splitlines()[0]
-                return f"it could not be tried on {device}: {type(error).__name__}: {words}"
-        if touched:
-            return f"it could not be tried: a copy of it writes to the model itself, to {' and '.join(touched)}"
-        self._trained.add(kind)
+                        return f"it does not compute what {patch.ops} does, in {mode}"
+            except Exception as error:  # of the model's own code, which may raise anything
+                return f"it could not be checked on {device}: {error_message(error)}"
+        if changed_buffers:
+            names = " and ".join(changed_buffers)
+            return f"it could not be checked: a copy of it writes to the model itself, to {names}"
+        self._checked_in_training.add(kind)
         return None
 
-    def _stand_in(self, part: nn.Module) -> Any:
-        """A copy of the part with random float32 weights, and without hooks; nothing of it is the part's."""
-        instead: dict[int, Any] = {id(p): self._random(name, p) for name, p in part.named_parameters()}
-        for module in part.modules():
-            for name, value in vars(module).items():
+    def _copy(self, module: nn.Module) -> Any:
+        """A copy of the module with random float32 weights and without hooks, which shares no memory with it."""
+        memo: dict[int, Any] = {id(p): self._random(name, p) for name, p in module.named_parameters()}
+        for submodule in module.modules():
+            for name, value in vars(submodule).items():
                 if "_hooks" in name and isinstance(value, dict):
-                    instead[id(value)] = OrderedDict()
+                    memo[id(value)] = OrderedDict()
                 elif isinstance(value, Tensor):
-                    instead.setdefault(id(value), _own(value))
-        instead |= {id(b): _own(b) for b in part.buffers()}
-        stand_in = copy.deepcopy(part, instead)
-        theirs = {id(module) for module in part.modules()}
-        if any(id(module) in theirs for module in stand_in.modules()):
+                    memo.setdefault(id(value), _float32_copy(value))
+        memo |= {id(b): _float32_copy(b) for b in module.buffers()}
+        copied = copy.deepcopy(module, memo)
+        originals = {id(submodule) for submodule in module.modules()}
+        if any(id(submodule) in originals for submodule in copied.modules()):
             raise RuntimeError("its deepcopy is not a copy")
-        return stand_in
+        return copied
 
     def _random(self, name: str, like: nn.Parameter) -> nn.Parameter:
         key = (name, like.shape, like.device)
         if key not in self._weights:
             values = torch.empty(like.shape, dtype=torch.float32, device=like.device)
             if like.dim() > 1 and like.shape[-1] == 1:
-                # temperatures on both sides of their bound
+                # temperatures below and above their bound
                 values.view(-1).copy_(torch.linspace(0, 5, like.numel(), dtype=torch.float32, device=like.device))
             else:
                 generator = torch.Generator(like.device).manual_seed(len(self._weights))
@@ -90,28 +90,39 @@ class Trials:
         return self._weights[key]
 
 
-def _own(t: Tensor) -> Tensor:
-    """The same values in memory of their own, in float32 as the random weights are."""
+def _float32_copy(t: Tensor) -> Tensor:
+    """A copy, in float32 as the random weights are."""
     return t.detach().to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
 
 
 def _normal(*shape: int, generator: torch.Generator | None = None) -> Tensor:
-    """On the CPU in float32, whatever the program's default device and dtype are."""
+    """On the CPU in float32, independent of the default device and dtype."""
     generator = generator or torch.Generator("cpu").manual_seed(0)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @contextmanager
-def _untouched(part: nn.Module) -> Iterator[list[str]]:
-    """Puts back the random states and the part's buffers; the list then names buffers that had to be.
+def _of_class(module: nn.Module, cls: type) -> Iterator[None]:
+    """The module is of class `cls` inside the context."""
+    original = type(module)
+    module.__class__ = cls
+    try:
+        yield
+    finally:
+        module.__class__ = original
 
-    A copy's forward can reach the live model through a function that closes over it.
+
+@contextmanager
+def _state_restored(module: nn.Module) -> Iterator[list[str]]:
+    """Restores the random states and the module's buffers; the list then has the names of buffers that had changed.
+
+    The forward of a copy can reach the model itself through a closure.
     """
-    buffers = {name: (b, b.clone()) for name, b in part.named_buffers()}
+    buffers = {name: (b, b.clone()) for name, b in module.named_buffers()}
     changed: list[str] = []
     numpy = sys.modules.get("numpy.random")
     states = random.getstate(), numpy.get_state() if numpy else None
-    devices = {p.device for p in part.parameters() if p.is_cuda}
+    devices = {p.device for p in module.parameters() if p.is_cuda}
     try:
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
             yield changed
@@ -127,7 +138,7 @@ def _untouched(part: nn.Module) -> Iterator[list[str]]:
 
 
 def _seed(device: torch.device) -> None:
-    """The same random numbers for both sides: of this device alone, torch.manual_seed would reset those of all GPUs."""
+    """Seed the generators of the CPU and of this device; torch.manual_seed would seed those of all GPUs."""
     random.seed(0)
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed(0)
@@ -138,30 +149,30 @@ def _seed(device: torch.device) -> None:
         ].manual_seed(0)
 
 
-def _results(part: Any, replacement: type[Replacement], device: torch.device, *, with_grads: bool) -> list[Tensor]:
-    """Outputs of all trials and, if asked for, gradients of all inputs and parameters; each time the same inputs."""
+def _results(module: Any, patch: type[Patch], device: torch.device, *, with_grads: bool) -> list[Tensor]:
+    """Outputs of the example calls, with the same inputs each time, and gradients of all inputs and parameters."""
     generator = torch.Generator("cpu").manual_seed(0)
     inputs: list[Tensor] = []
 
-    def draw(*shape: int) -> Tensor:
+    def randn(*shape: int) -> Tensor:
         inputs.append(_normal(*shape, generator=generator).to(device).requires_grad_(with_grads))
         return inputs[-1]
 
     with torch.set_grad_enabled(with_grads):
         _seed(device)
-        outputs = list(replacement.trials(part, draw))
+        outputs = list(patch.example_calls(module, randn))
         if not with_grads:
             return outputs
         loss = torch.stack([(out * _normal(*out.shape, generator=generator).to(device)).sum() for out in outputs])
-        grads = torch.autograd.grad(loss.sum(), [*inputs, *part.parameters()], allow_unused=True)
+        grads = torch.autograd.grad(loss.sum(), [*inputs, *module.parameters()], allow_unused=True)
     return [*(out.detach() for out in outputs), *(grad for grad in grads if grad is not None)]
 
 
 def _close(expected: list[Tensor], got: list[Tensor]) -> bool:
     if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in got]:
         return False
-    tolerance = EXACT_TOLERANCE if expected[0].device.type == "cpu" else TOLERANCE
+    tolerance = CPU_TOLERANCE if expected[0].device.type == "cpu" else TOLERANCE
     largest = [float(e.abs().max()) for e in expected]
-    least = 1e-3 * max(largest)  # a gradient far below the others may be nothing but rounding
+    least = 1e-3 * max(largest)  # a much smaller gradient may be rounding errors alone
     errors = [float((g - e).abs().max()) for g, e in zip(got, expected, strict=True)]
     return all(error <= tolerance * max(size, least) for error, size in zip(errors, largest, strict=True))

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import mvar_kernels as mk
 from mvar_kernels.dispatch import native
-from mvar_kernels.patching.cache import made_once, schedule_of
+from mvar_kernels.patching.cache import cached_call, schedule_of
+from tests.patched import accelerated, close, normal, plain
 from tests.plain_var import SelfAttention
-from tests.plugged_in import accelerated, close, normal, plain
 
-pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built: there is nothing to plug in")
+pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
 
 
 # --- the key/value cache ----------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def cut_and_expanded(attn: Any, x: Tensor) -> Iterator[Tensor]:
 def hooked_in_the_middle(attn: Any, x: Tensor) -> Iterator[Tensor]:
     attn.kv_caching(True)
     yield attn(x[:, :5], attn_bias=None)
-    handle = attn.mat_qkv.register_forward_hook(lambda *_: None)  # so that the next call goes the old way
+    handle = attn.mat_qkv.register_forward_hook(lambda *_: None)  # so that the next call the original forward runs
     yield attn(x[:, 5:14], attn_bias=None)
     handle.remove()
     yield attn(x[:, 14:], attn_bias=None)
@@ -227,17 +227,17 @@ def test_modulation_once_a_generation_and_never_stale(mode: Callable[[], Any]) -
 def test_modulation_that_cannot_be_known_to_stay_runs_every_time() -> None:
     with torch.inference_mode():
         layer, cond = nn.Sequential(nn.SiLU(), nn.Linear(3, 3)), torch.randn(2, 3)
-        before = made_once(layer, cond)
+        before = cached_call(layer, cond)
         layer[1].weight.add_(1)
-        assert torch.equal(made_once(layer, cond), layer(cond)) and not torch.equal(made_once(layer, cond), before)
+        assert torch.equal(cached_call(layer, cond), layer(cond)) and not torch.equal(cached_call(layer, cond), before)
     dropping = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3))
     cond = torch.randn(50, 3)
     with torch.no_grad():
-        assert not torch.equal(made_once(dropping, cond), made_once(dropping, cond))
+        assert not torch.equal(cached_call(dropping, cond), cached_call(dropping, cond))
         with torch.autocast("cpu", torch.bfloat16):
             layer = nn.Sequential(nn.Linear(3, 3))
-            assert made_once(layer, cond).dtype == torch.bfloat16
-        assert made_once(layer, cond).dtype == torch.float32
+            assert cached_call(layer, cond).dtype == torch.bfloat16
+        assert cached_call(layer, cond).dtype == torch.float32
 
 
 def test_under_capture_nothing_is_remembered_or_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +246,6 @@ def test_under_capture_nothing_is_remembered_or_waited_for(monkeypatch: pytest.M
     layer, cond, ran = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3), []
     layer.register_forward_hook(lambda *_: ran.append(1))
     with torch.no_grad():
-        made_once(layer, cond), made_once(layer, cond)
+        cached_call(layer, cond), cached_call(layer, cond)
     assert ran == [1, 1]
     assert schedule_of(torch.zeros(1, 1, 4, 4)) is None

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvar_kernels.patching.modules import Replacement
+from mvar_kernels.patching.modules import Patch
 from tests.plain_var import PlainVAR, randomised
 
 LABELS = torch.tensor([3, 7])
-TOLERANCE = 1e-4  # as in test_plug_in.py, through one block of narrower layers
+TOLERANCE = 1e-4  # as in test_patching.py, through one block of narrower layers
 
 
 def plain(heads: int = 1, patch_nums: tuple[int, ...] = (1, 2), depth: int = 1, **sizes: Any) -> PlainVAR:
@@ -27,7 +27,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bool:
 
 
 def accelerated(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, Replacement)]
+    return [name for name, module in model.named_modules() if isinstance(module, Patch)]
 
 
 HOOKS: dict[str, Callable[[nn.Module, Callable[..., None]], Any]] = {

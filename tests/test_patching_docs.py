@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import mvar
 from mvar_kernels.dispatch import native
-from mvar_kernels.patching.modules import Replacement
+from mvar_kernels.patching.modules import Patch
 from tests.plain_mamba2 import PlainMamba2
 from tests.plain_var import PlainVAR, randomised
 
@@ -109,13 +109,13 @@ def test_mamba2_with_its_state_carried() -> None:
     assert_same([over_prefixes, carried], [u, *layer.parameters()])
 
 
-@pytest.mark.skipif(native() is None, reason="the C++ extension was not built: there is nothing to plug in")
+@pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
 def test_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = (block for block in BLOCKS if "mk.accelerate" in block)
     model: nn.Module = PlainVAR(1, (1, 2))
     exec(code, {"model": model})
     assert "replaced blocks.0.attn" in capsys.readouterr().out
-    assert not any(isinstance(module, Replacement) for module in model.modules())
+    assert not any(isinstance(module, Patch) for module in model.modules())
 
 
 def test_every_block_of_code_is_run_here() -> None:

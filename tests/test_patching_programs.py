@@ -19,11 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 import mvar_kernels as mk
 from mvar_kernels import precision
 from mvar_kernels.dispatch import native
+from tests.patched import HOOKS, LABELS, accelerated, close, normal, plain
 from tests.plain_mamba2 import PlainMamba2
 from tests.plain_var import PlainVAR, SelfAttention
-from tests.plugged_in import HOOKS, LABELS, accelerated, close, normal, plain
 
-pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built: there is nothing to plug in")
+pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
 
 
 # --- the trial leaves the live model and the program alone ------------------------------------------------------------

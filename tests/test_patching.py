@@ -13,11 +13,11 @@ import mvar
 import mvar_kernels as mk
 from mvar.tokenizer import Tokenizer
 from mvar_kernels.dispatch import native
-from mvar_kernels.patching.modules import made_once, schedule_of
+from mvar_kernels.patching.cache import cached_call, schedule_of
 from tests.plain_mamba2 import PlainMamba2
 from tests.plain_var import PlainVAR, SelfAttention, randomised
 
-pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built: there is nothing to plug in")
+pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
 SMALL = (1, 2, 3)
 LABELS = torch.tensor([3, 7])
 KINDS = [{}, {"attn_l2_norm": False}, {"shared_aln": True}]
@@ -199,10 +199,10 @@ def test_modulation_runs_once_a_generation() -> None:
     layer, cond = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)
     with torch.no_grad():
         for change in (cond, layer[0].weight):
-            before = made_once(layer, cond)
-            assert made_once(layer, cond) is before
+            before = cached_call(layer, cond)
+            assert cached_call(layer, cond) is before
             change.add_(1)
-            assert torch.equal(made_once(layer, cond), layer(cond)) and not torch.equal(before, layer(cond))
+            assert torch.equal(cached_call(layer, cond), layer(cond)) and not torch.equal(before, layer(cond))
 
 
 class OtherOrder(nn.Module):

@@ -11,10 +11,10 @@ from torch.nn.utils import parametrize
 
 import mvar_kernels as mk
 from mvar_kernels.dispatch import native
+from tests.patched import HOOKS, LABELS, accelerated, close, normal, plain
 from tests.plain_var import PlainVAR, SelfAttention, randomised
-from tests.plugged_in import HOOKS, LABELS, accelerated, close, normal, plain
 
-pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built: there is nothing to plug in")
+pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
 
 
 # --- hooks and replaced forwards --------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_a_forward_of_the_class_that_is_replaced_later(monkeypatch: pytest.Monke
     before = SelfAttention.forward
     monkeypatch.setattr(SelfAttention, "forward", lambda self, x, attn_bias: 2 * before(self, x, attn_bias))
     got = model.blocks[0].attn(x, None)
-    assert "goes the old way" in mk.accelerate(model).left["blocks.0.attn"]
+    assert "the original forward runs" in mk.accelerate(model).left["blocks.0.attn"]
     mk.restore(model)
     assert torch.equal(got, model.blocks[0].attn(x, None))
 
