@@ -31,7 +31,7 @@ from mvar import machine
 from mvar.check.command import key, planned, recorded, table
 from mvar.check.jobs import Job, run
 from mvar.files import make_folder
-from mvar_kernels.testing.check import Row
+from mvar_kernels.testing.check import Result
 from mvar_kernels.testing.registry import SPECS
 
 SECONDS = 100.0
@@ -54,12 +54,12 @@ def again(job: Job, case: str) -> Mapping[str, Job]:
         "launch by launch": replace(one, environment={**job.environment, "CUDA_LAUNCH_BLOCKING": "1"}),
     }
     if shutil.which(SANITIZER[0]) is not None:
-        command = (*SANITIZER, *WORKER, "--again", "0")
+        command = (*SANITIZER, *WORKER, "--reruns", "0")
         ways["under memcheck"] = replace(one, command=command, environment={**job.environment, **UNCACHED})
     return ways
 
 
-def diagnosed(failed: Sequence[tuple[Job, Row]], until: float) -> Iterator[str]:
+def diagnosed(failed: Sequence[tuple[Job, Result]], until: float) -> Iterator[str]:
     """A line for each way in which a failed case was tried again; one case of each process."""
     first = {key(row)[:3]: (job, row) for job, row in reversed(failed)}
     ways = [way for job, row in list(first.values())[:MAX_DIAGNOSED] for way in again(job, row.case).items()]
@@ -73,7 +73,7 @@ def timed_jobs(ops: Sequence[str], runs: int) -> list[Job]:
     """The shapes of the GPU's benchmarks, on the backend that `auto` takes."""
     if REHEARSAL:
         return [Job(op, "triton", "float32", [case.name for case in benchmarked(SPECS[op])]) for op in ops]
-    command = (*WORKER, "--timed", "--again", str(runs), "--graph")
+    command = (*WORKER, "--benchmark-cases", "--reruns", str(runs), "--cuda-graph")
     return [Job(op, "triton", "bfloat16", [case.name for case in SPECS[op].bench_cuda], command=command) for op in ops]
 
 
@@ -81,7 +81,7 @@ def generation(seconds: float) -> Step:
     return Step("generation", [sys.executable, "-m", "benchmarks.graph_check", "--batch", str(BATCH)], seconds)
 
 
-def said(found: Iterable[tuple[Job, Row]]) -> Iterator[tuple[Job, Row]]:
+def said(found: Iterable[tuple[Job, Result]]) -> Iterator[tuple[Job, Result]]:
     """The same, a line for each that is printed at once."""
     for job, row in found:
         what = row.fault or (row.refused and f"refused: {row.refused}") or f"error / tolerance {row.worst:.3g}"

@@ -36,7 +36,7 @@ from benchmarks.products import DTYPES
 from benchmarks.rivals import RIVALS
 from mvar_kernels.dispatch import PEERS, BackendError, backends
 from mvar_kernels.precision import float32_products
-from mvar_kernels.testing.check import device_answers
+from mvar_kernels.testing.check import device_works
 from mvar_kernels.testing.contract import prepared
 from mvar_kernels.testing.registry import SPECS
 from mvar_kernels.testing.spec import Case, Inputs, Spec
@@ -285,7 +285,7 @@ def main() -> None:
                     measured = row(run, options.seconds, compiled=not options.eager)
                 except Exception as error:  # the rows before and after stand
                     failed.append(f"{op}, {run.case.name}: {first_line(error)}")
-                    if not device_answers():
+                    if not device_works():
                         go_on_after(op, options.ops or list(SPECS), failed)
                     continue
                 rows[name(measured)] = measured

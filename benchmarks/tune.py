@@ -26,7 +26,7 @@ from benchmarks.ops import SPECS, Results, benchmarked, first_line, gradients
 from mvar.files import replacing
 from mvar_kernels import tiling
 from mvar_kernels.dispatch import architecture
-from mvar_kernels.testing.check import device_answers
+from mvar_kernels.testing.check import device_works
 from mvar_kernels.testing.contract import prepared
 from mvar_kernels.testing.spec import Case, Spec
 from mvar_kernels.tiling import Tile
@@ -99,7 +99,7 @@ def compare(run: Callable[[], Results], found: dict[Key, Found], end: float) -> 
 
 def check_answers() -> None:
     """End the program where the GPU answers no more: what was measured is written."""
-    if not device_answers():
+    if not device_works():
         raise SystemExit("the GPU answers no more")
 
 

@@ -18,7 +18,7 @@ from mvar.check.jobs import MAX_DEATHS, Job, run
 from mvar.cli import main
 from mvar_kernels.dispatch import OPS
 from mvar_kernels.testing import check as worker
-from mvar_kernels.testing.check import Row, tried
+from mvar_kernels.testing.check import Result, check_case
 from mvar_kernels.testing.contract import LAYOUTS
 from mvar_kernels.testing.registry import SPECS
 from tests.test_cli import fails
@@ -29,7 +29,7 @@ import json, os, signal, sys, time
 
 op, backend, dtype, *cases = (a for a in sys.argv[1:] if not a.startswith("--") and not a.isdecimal())
 for case in cases:
-    print(f"begins: {case}", flush=True)
+    print(f"starts: {case}", flush=True)
     print("a library's own words", flush=True)
     if case == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -80,7 +80,7 @@ def test_what_a_sanitizer_finds_is_a_fault(tmp_path: Path) -> None:
 
 def test_rows_replace_those_of_the_same_case_and_what_was_cut_is_to_be_tried(tmp_path: Path) -> None:
     path, jobs = tmp_path / "check.jsonl", [stand_in("first", "second"), stand_in("third")]
-    other, old = Row("adaln", "triton", "float32", "odd"), jobs[0].fault("first", "old")
+    other, old = Result("adaln", "triton", "float32", "odd"), jobs[0].fault("first", "old")
     path.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in (other, old)))
     row = replace(old, fault=None, shares={"out": 0.5})
     assert list(recorded(jobs, iter([(jobs[0], row)]), path)) == [(jobs[0], row)]
@@ -122,13 +122,13 @@ def test_processes_end_with_the_run() -> None:
 
 
 def test_a_kernel_s_row() -> None:
-    row, answers = tried(SPECS["adaln"], ODD, "cpu", torch.float32)
+    row, answers = check_case(SPECS["adaln"], ODD, "cpu", torch.float32)
     assert answers and row.right and row.fault is row.refused is None
     kinds = ["", *(f", {layout.__name__}" for layout in LAYOUTS)]
     names = ("out", "grad of x", "grad of scale", "grad of shift")
     assert row.shares.keys() == {name + kind for name in names for kind in kinds}
     assert 0 < row.worst <= 1
-    row, _ = tried(SPECS["adaln"], ODD, "cpu", torch.float16)
+    row, _ = check_case(SPECS["adaln"], ODD, "cpu", torch.float16)
     assert row.right and row.refused is not None and "dtype float16" in row.refused
 
 
@@ -159,17 +159,19 @@ def test_what_is_wrong_with_a_kernel(
         return {"out": plant(x, next(calls))}  # type: ignore[operator]
 
     monkeypatch.setattr(worker, "evaluate", evaluated)
-    row, _ = tried(spec, ODD, "cpu", torch.float32)
+    row, _ = check_case(spec, ODD, "cpu", torch.float32)
     assert not row.right and (row.fault or "").startswith(fault or "") and (fault is None) == (row.fault is None)
     assert share == 0 or max(row.shares.values()) >= share
 
 
 def test_the_table() -> None:
     rows = [
-        Row("adaln", "cpu", "float32", "odd", {"out": 0.25, "grad of x": 0.5}),
-        Row("adaln", "cpu", "float32", "even", {"out": 3.0, "grad of x": math.inf}, "inputs written to: x"),
-        Row("adaln", "cpu", "float16", "odd", refused="adaln: backend 'cpu' asked for, but: dtype float16 is not here"),
-        Row("ssd_scan", "triton", "bfloat16", "odd", {"y": 4.0}),
+        Result("adaln", "cpu", "float32", "odd", {"out": 0.25, "grad of x": 0.5}),
+        Result("adaln", "cpu", "float32", "even", {"out": 3.0, "grad of x": math.inf}, "inputs written to: x"),
+        Result(
+            "adaln", "cpu", "float16", "odd", refused="adaln: backend 'cpu' asked for, but: dtype float16 is not here"
+        ),
+        Result("ssd_scan", "triton", "bfloat16", "odd", {"y": 4.0}),
     ]
     lines = table(rows)
     assert any(
@@ -192,8 +194,8 @@ def test_rows_are_written_as_they_come_and_only_failed_ones_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "rows.jsonl"
-    wrong = Row("adaln", "cpu", "float32", "odd", {"out": 7.0})
-    right = Row("adaln", "cpu", "float32", "one_token", {"out": 0.5})
+    wrong = Result("adaln", "cpu", "float32", "odd", {"out": 7.0})
+    right = Result("adaln", "cpu", "float32", "one_token", {"out": 0.5})
 
     def stopped(jobs: object, **_: object) -> object:
         yield jobs, right

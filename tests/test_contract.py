@@ -94,8 +94,8 @@ PARAMS = list(params())
 
 def compare(spec: Spec, got: dict[str, Tensor], same: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     assert got.keys() <= same.keys() == exact.keys() and set(spec.outputs) <= got.keys()
-    shares = contract.shares(spec, got, same, exact)
-    assert all(share <= 1 for share in shares.values()), f"error over tolerance: {shares}"
+    ratios = contract.error_ratios(spec, got, same, exact)
+    assert all(ratio <= 1 for ratio in ratios.values()), f"error over tolerance: {ratios}"
 
 
 @pytest.mark.parametrize(("spec", "case", "backend", "dtype"), PARAMS)

@@ -156,7 +156,7 @@ def test_after_a_lost_gpu_the_ops_go_on_in_a_new_process(tmp_path: Path, monkeyp
     monkeypatch.setattr(peers, "FOLDER", tmp_path / "none")
     monkeypatch.setattr(measure, "REHEARSAL", True)
     monkeypatch.setattr(ops, "REHEARSAL", True)
-    monkeypatch.setattr(ops, "device_answers", lambda: False)
+    monkeypatch.setattr(ops, "device_works", lambda: False)
 
     def lost(run: ops.Run, seconds: float, *, compiled: bool) -> ops.Row:
         raise RuntimeError("illegal memory access")

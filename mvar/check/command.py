@@ -15,7 +15,7 @@ from mvar import machine
 from mvar.check.jobs import Job, run
 from mvar.files import check_writable, replacing
 from mvar_kernels.dispatch import OPS, PEERS, backends
-from mvar_kernels.testing.check import Row
+from mvar_kernels.testing.check import Result
 from mvar_kernels.testing.registry import SPECS
 
 DTYPES = ("bfloat16", "float16", "float32")  # what is used most goes first
@@ -52,7 +52,9 @@ def processes() -> int:
     return max(1, min(cores, free // PROCESS_BYTES))
 
 
-def recorded(jobs: Sequence[Job], found: Iterable[tuple[Job, Row]], path: Path | None) -> Iterator[tuple[Job, Row]]:
+def recorded(
+    jobs: Sequence[Job], found: Iterable[tuple[Job, Result]], path: Path | None
+) -> Iterator[tuple[Job, Result]]:
     """What is found, and each row in the file as soon as it comes, in the place of one of the same case.
 
     A case that no row comes of, for the run is cut, is in the file as one that was not tried; rows of others stay.
@@ -70,7 +72,7 @@ def recorded(jobs: Sequence[Job], found: Iterable[tuple[Job, Row]], path: Path |
         yield job, row
 
 
-def _write(path: Path, rows: Iterable[Row]) -> None:
+def _write(path: Path, rows: Iterable[Result]) -> None:
     with replacing(path) as aside:
         aside.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows))
 
@@ -102,14 +104,14 @@ def planned(ops: Sequence[str], backend: str | None, only_failed: Path | None) -
     return jobs
 
 
-def key(row: Row) -> tuple[str, str, str, str]:
+def key(row: Result) -> tuple[str, str, str, str]:
     return row.op, row.backend, row.dtype, row.case
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[Result]:
     """The rows of a file that was written before. Raises ValueError where it is none."""
     try:
-        return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+        return [Result(**json.loads(line)) for line in path.read_text().splitlines()]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: no rows of `mvar check --out`: {error}") from error
 
@@ -121,9 +123,9 @@ def verdict(worst: float) -> str:
     return "arithmetic" if worst <= 5 else "fault" if worst >= 30 else "unclear"
 
 
-def table(rows: Iterable[Row]) -> list[str]:
+def table(rows: Iterable[Result]) -> list[str]:
     """A line for each op, backend and dtype, and one for each case that is wrong."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Result]] = {}
     for row in rows:
         groups.setdefault((row.op, row.backend, row.dtype), []).append(row)
     lines = [f"{'op':16s} {'backend':8s} {'dtype':9s} {'right':>7s}  worst error / tolerance", ""]

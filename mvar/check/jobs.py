@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from mvar_kernels.testing.check import BEGINS, BROKEN, Row
+from mvar_kernels.testing.check import BROKEN, STARTS, Result
 
 # A process is killed with all that it started. In this session where Python can, so that what ends that ends it, too.
 GROUP: Mapping[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
@@ -38,17 +38,19 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
     command: Sequence[str] = (sys.executable, "-m", "mvar_kernels.testing.check")
 
-    def fault(self, case: str, what: str) -> Row:
-        return Row(self.op, self.backend, self.dtype, case, fault=what)
+    def fault(self, case: str, what: str) -> Result:
+        return Result(self.op, self.backend, self.dtype, case, fault=what)
 
 
-def run(jobs: Sequence[Job], *, processes: int, seconds: float, until: float = math.inf) -> Iterator[tuple[Job, Row]]:
+def run(
+    jobs: Sequence[Job], *, processes: int, seconds: float, until: float = math.inf
+) -> Iterator[tuple[Job, Result]]:
     """The row of every case as it comes, `processes` jobs at a time; a case that takes longer than `seconds` is ended.
 
     When the caller stops, or time.monotonic() comes to `until`, all processes end, and what they had not done has no
     row.
     """
-    rows: queue.SimpleQueue[tuple[Job, Row] | BaseException | None] = queue.SimpleQueue()
+    rows: queue.SimpleQueue[tuple[Job, Result] | BaseException | None] = queue.SimpleQueue()
     running = _Running()
 
     def work(job: Job) -> None:
@@ -115,7 +117,7 @@ def kill(process: subprocess.Popen[Any]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _rows(job: Job, seconds: float, running: _Running) -> Iterator[Row]:
+def _rows(job: Job, seconds: float, running: _Running) -> Iterator[Result]:
     """A row for each of the job's cases; after one that ended its process another process goes on."""
     left = list(job.cases)
     for _ in range(MAX_DEATHS + 1):
@@ -125,10 +127,10 @@ def _rows(job: Job, seconds: float, running: _Running) -> Iterator[Row]:
             case, hung, notes = None, threading.Event(), list[str]()
             assert process.stdout is not None
             for line in _lines(process, process.stdout, seconds, hung):
-                if line.startswith(BEGINS):
-                    case = line.removeprefix(BEGINS).strip()
+                if line.startswith(STARTS):
+                    case = line.removeprefix(STARTS).strip()
                 elif line.startswith("{") and case is not None:
-                    yield Row(**json.loads(line))
+                    yield Result(**json.loads(line))
                     left.remove(case)
                     case = None
                 elif line.startswith(SANITIZER):

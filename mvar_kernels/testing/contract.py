@@ -1,8 +1,8 @@
-"""The contract that holds for every op, backend, case and dtype, and how far from it an answer is.
+"""The contract of every op, backend, case and dtype.
 
 Against the reference in float64, a kernel's error is at most twice that of the reference in its own dtype plus one
 rounding at the largest value of the tensor, for every output and every gradient; slack is a number in spec.py with its
-reason. Outputs that are whole numbers are the reference's. Read by the tests and by `mvar check`.
+reason. Integer outputs equal the reference's. Used by the tests and by `mvar check`.
 """
 
 import math
@@ -18,7 +18,7 @@ Results = Mapping[str, Tensor]
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend's kernels run on this machine: Triton's and peers' on the CPU, where there is no GPU."""
+    """Where a backend's kernels run on this machine: Triton's and other packages' on the CPU if there is no GPU."""
     gpu = backend == "cuda" or (backend in ("triton", *PEERS) and torch.cuda.is_available())
     return torch.device("cuda" if gpu else "cpu")
 
@@ -36,9 +36,9 @@ def _seeded(device: torch.device | str = "cpu") -> torch.Generator:
 def prepared(
     spec: Spec, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", *, made_on: str = "cpu"
 ) -> Inputs:
-    """The case's inputs in `dtype`, strides kept; those that keep theirs in float32, or in float64 beside float64.
+    """The case's inputs in `dtype`, strides kept; those of `keeps_dtype` in float32 (float64 for float64).
 
-    made_on: the device whose generator they are from; the same numbers everywhere are the CPU's.
+    made_on: the device of the generator; the CPU's gives the same numbers on every machine.
     """
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     keeps, made = {*spec.keeps_dtype, *case.keeps_dtype}, spec.inputs(case, _seeded(made_on))
@@ -55,7 +55,7 @@ def cotangents(case: Case, outs: Sequence[Tensor]) -> list[Tensor]:
 def evaluate(
     spec: Spec, case: Case, inputs: Inputs, backend: str | None, given: Sequence[Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Outputs by name and, with gradients of the outputs, "grad of" inputs; backend None is the plain reference.
+    """Outputs by name and, with gradients of the outputs, "grad of" inputs; backend None is the reference.
 
     given: these gradients; None for :func:`cotangents`.
     """
@@ -70,11 +70,11 @@ def evaluate(
     return results
 
 
-def shares(spec: Spec, got: Results, same: Results, exact: Results) -> dict[str, float]:
-    """The share of its tolerance that each output and gradient uses up: at most 1 where it is right.
+def error_ratios(spec: Spec, got: Results, same: Results, exact: Results) -> dict[str, float]:
+    """error / tolerance of each output and gradient, at most 1 if it is right.
 
-    same, exact: the reference's, in the dtype of `got` and in float64, on one device. Infinite is the share of what is
-    not finite, of another shape or dtype, or of whole numbers that differ.
+    same, exact: the reference's, in the dtype of `got` and in float64, on one device. Infinite for values that are not
+    finite, another shape or dtype, and integers that differ.
     """
     found = {}
     for name, value in got.items():

@@ -1,7 +1,4 @@
-"""What an op's `spec.py` says of it: cases, inputs, slack, bytes and FLOPs.
-
-Read by the contract (contract.py) and by the benchmarks, so that what is timed is what is proved.
-"""
+"""What an op's `spec.py` defines: cases, inputs, slack, bytes and FLOPs, for tests and benchmarks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -42,7 +39,7 @@ class Spec:
 
     inputs: the case's input tensors in float64, from a seeded generator; those in `grads` get gradients.
     call: the public function on those inputs, as a tuple of outputs.
-    reference: the plain PyTorch specification on the same inputs, differentiable, in any dtype.
+    reference: the specification in PyTorch on the same inputs, differentiable, in any dtype.
     keeps_dtype: inputs that stay float32 when the rest is float16 or bfloat16.
     slack: output or gradient name → (factor on the tolerance, the reason for it).
     bench, bench_cuda: the cases that benchmarks time on a CPU and on a GPU, of sizes that occur in published models.
