@@ -21,12 +21,12 @@ import mvar
 from benchmarks.measure import DEVICE, interleaved, require_allocator, write
 from mvar.data import Batch, ImageFolder, Source, TokenStore
 from mvar.data.encode import write_tokens
-from mvar_kernels.precision import float32_products
+from mvar_kernels.precision import float32_matmuls
 
 PICTURES = 16
 
 
-@float32_products(DEVICE, fast=True)
+@float32_matmuls(DEVICE, fast=True)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=12)

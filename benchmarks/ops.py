@@ -34,8 +34,8 @@ from benchmarks.measure import (
 )
 from benchmarks.products import DTYPES
 from benchmarks.rivals import RIVALS
-from mvar_kernels.dispatch import PEERS, BackendError, backends
-from mvar_kernels.precision import float32_products
+from mvar_kernels.dispatch import THIRD_PARTY, BackendError, backends
+from mvar_kernels.precision import float32_matmuls
 from mvar_kernels.testing.check import device_works
 from mvar_kernels.testing.contract import prepared
 from mvar_kernels.testing.registry import SPECS
@@ -81,7 +81,7 @@ def forwards(spec: Spec, case: Case, inputs: Inputs, *, compiled: bool = True) -
                 continue
             except Exception:
                 pass  # said when the side is checked
-            name = backend if backend in PEERS else f"mvar {backend}"
+            name = backend if backend in THIRD_PARTY else f"mvar {backend}"
             sides[name] = lambda t, backend=backend: spec.call(t, case, backend)  # type: ignore[misc]
     rivals = RIVALS.get(spec.op, {})
     for name, rival in rivals.items():
@@ -252,7 +252,7 @@ def copy(moved_bytes: int) -> Callable[[], Tensor]:
 
 @torch.no_grad()
 # On a CPU torch's fastest true float32; on a GPU, where cases are in 16 bits, TF32 for what rivals leave in float32.
-@float32_products(DEVICE, fast=True)
+@float32_matmuls(DEVICE, fast=True)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(SPECS)}; default: all")

@@ -23,7 +23,7 @@ import mvar
 import mvar_kernels as mk
 from benchmarks.measure import DEVICE, interleaved, require_allocator, write
 from mvar.tokenizer import Tokenizer
-from mvar_kernels.precision import float32_products
+from mvar_kernels.precision import float32_matmuls
 from tests.plain_var import PlainVAR, randomised
 
 PATCH_NUMS = mvar.SCHEDULES[256]
@@ -161,7 +161,7 @@ def generation(subject: Subject, batch: int, rounds: int) -> dict[str, Any]:
     return {"batch": batch, "dtype": "float32", "greedy_tokens_equal": agree, "median_ms": times}
 
 
-@float32_products(DEVICE, fast=DEVICE.type == "cpu")  # true float32, for all sides
+@float32_matmuls(DEVICE, fast=DEVICE.type == "cpu")  # true float32, for all sides
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=16)

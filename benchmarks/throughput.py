@@ -43,7 +43,7 @@ from benchmarks.sides import (
 )
 from benchmarks.timeline import timeline
 from mvar.engine import prepared_model, prepared_tokenizer, release
-from mvar_kernels.precision import float32_products
+from mvar_kernels.precision import float32_matmuls
 
 NAME = "throughput"
 ALL_SECONDS = {"cpu": 3600.0, "cuda": 200.0}
@@ -268,7 +268,7 @@ def stored() -> Row | None:
     return None if machine()["commit"].endswith("with changes") else kept(NAME)
 
 
-@float32_products(DEVICE, fast=DEVICE.type == "cpu")  # true float32, for all sides: on a GPU the fast ones are TF32
+@float32_matmuls(DEVICE, fast=DEVICE.type == "cpu")  # true float32, for all sides: on a GPU the fast ones are TF32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)

@@ -25,7 +25,7 @@ from mvar.config import HEAD_DIM
 from mvar.train.metrics import flops_per_image
 from mvar.train.objective import Objective
 from mvar.train.optimizer import Stepper, adamw
-from mvar_kernels.precision import float32_products
+from mvar_kernels.precision import float32_matmuls
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(labels, inputs, tokens) → the mean loss"""
@@ -81,7 +81,7 @@ class Steps:
         self.step(side, dtype)
         return peak_gib(lambda: self.step(side, dtype))
 
-    @float32_products(DEVICE, fast=DEVICE.type == "cpu")
+    @float32_matmuls(DEVICE, fast=DEVICE.type == "cpu")
     def gradient_differences(self) -> dict[str, float]:
         """The largest, over the weights, of the difference to the eager side's gradient, relative to its norm.
 
@@ -108,7 +108,7 @@ class Steps:
         return {side: difference for side, (difference, _) in worst.items()}
 
 
-@float32_products(DEVICE, fast=True)  # as mvar train has them
+@float32_matmuls(DEVICE, fast=True)  # as mvar train has them
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_cpu = DEVICE.type == "cpu"

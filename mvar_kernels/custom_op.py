@@ -30,7 +30,7 @@ from mvar_kernels.dispatch import BackendError, Op
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")
 _KERNEL_KEYS = ("CPU", "CUDA")  # likewise, before "CompositeExplicitAutograd"
 _VMAP_KEYS = ("FuncTorchBatched", "Batched")  # torch.vmap, and autograd.grad with is_grads_batched
-_SAVED = object()  # stands for a tensor of an op's inputs that is saved apart from them
+_SAVED = object()  # placeholder of a tensor that is in ctx.saved_tensors
 _SCHEMA: Mapping[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -60,8 +60,8 @@ class RegisteredOp(Generic[Inputs]):
         inputs: the NamedTuple that every kernel of the op takes.
         fake: outputs of the right shapes, dtypes and device, without values.
         differentiable: the op has a backward: kernels give a gradient of every tensor of the inputs that there is.
-        saved_as: inputs that the backward gets another tensor in the place of: an output, by its number, or an input,
-            by its name, where no backward reads more than the shape.
+        saved_as: inputs that are replaced for the backward: by an output, given by its number, or by an input, given
+            by its name, of which no backward reads more than the shape.
         reference_gradients: no kernel has a backward, and gradients are the reference's.
 
     Outputs are contiguous. Under forward-mode differentiation (torch.autograd.forward_ad, torch.func.jvp, jacfwd) and
@@ -183,7 +183,7 @@ class RegisteredOp(Generic[Inputs]):
         return tuple([next(found) if value is _SAVED else None for value in ctx.kept])
 
 
-# Looked up once: a call of an op asks all of them.
+# Looked up once, as every call of an op calls all of them.
 _is_seen = (
     torch._C._len_torch_dispatch_stack,
     torch._C._is_torch_function_mode_enabled,

@@ -27,12 +27,12 @@ PREFERENCE: Mapping[str, tuple[str, ...]] = {
 }
 # Where a CUDA kernel was measured to be faster than Triton's and goes first; `python -m benchmarks.prefer` writes it.
 MEASURED = Path(__file__).with_name("measured.json")
-# Chosen by name only: other people's packages, kept for comparison.
-PEERS: Mapping[str, tuple[str, str]] = {  # the function that is called: its module and its name
+# Third-party packages, for comparison; used only when requested by name.
+THIRD_PARTY: Mapping[str, tuple[str, str]] = {  # the function that is called: its module and its name
     "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
     "mamba_ssm": ("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"),
 }
-NAMES = ("auto", "reference", "cpu", "triton", "cuda", *PEERS)
+NAMES = ("auto", "reference", "cpu", "triton", "cuda", *THIRD_PARTY)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Implementation:
     forward(inputs): the outputs, a tuple.
     backward(grads, inputs): gradients of the inputs' tensors, those that there are, in their order; None: there is no
         backward.
-    own_arithmetic: no setting of torch, autocast's or that of float32 products, changes what it computes.
+    own_arithmetic: no setting of torch (autocast, the precision of float32 matmuls) changes what it computes.
     """
 
     unsupported_reason: Callable[[Any], str | None]
@@ -106,7 +106,7 @@ def _not_installed(package: str) -> str | None:
     """Why there is nothing to import, or None; nothing is imported, which for Triton takes a second."""
     try:
         found = importlib.util.find_spec(package) is not None
-    except Exception as error:  # ValueError for a stand-in in sys.modules, which has no __spec__
+    except Exception as error:  # ValueError for a fake module in sys.modules, which has no __spec__
         return f"{package} is no installed package: {error_message(error)}"
     return None if found else f"{package} is not installed"
 
@@ -183,7 +183,7 @@ def _looked_for(name: str) -> str | None:
             reason = None if interpreted() else no_device
             return reason or _not_importable("triton.language", "cdiv") or _another_mode()
         case _:
-            return _not_installed(name) or _not_importable(*PEERS[name]) or no_device
+            return _not_installed(name) or _not_importable(*THIRD_PARTY[name]) or no_device
 
 
 def _unloaded(language: str, reason: str, why_not_built: str) -> str:
@@ -217,7 +217,7 @@ def check_name(backend: str) -> None:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The fastest dtype for matrix products that the device has natively.
+    """The fastest dtype for matmuls that the device has natively.
 
     bfloat16 where the device multiplies it natively (GPUs from Ampere on, CPUs with avx512_bf16),
     float16 on older GPUs, else float32.
@@ -227,14 +227,14 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if ampere else torch.float16
     module = native()
     if device.type == "cpu" and module is not None and module.instruction_set() == "avx512":
-        return torch.bfloat16  # the extension's "avx512" stands for a CPU with avx512_bf16
+        return torch.bfloat16  # the extension's "avx512" requires avx512_bf16
     return torch.float32
 
 
 def guarded(kernel: Implementation, device: torch.device) -> Implementation:
     """The kernel as an op may call it: with the inputs' GPU as the current one, and in true float32.
 
-    Triton launches on the current GPU; autocast, and on some CPUs torch's setting of float32 products, would compute
+    Triton launches on the current GPU; autocast, and on some CPUs torch's precision of float32 matmuls, would compute
     in 16 bits what an op promises in float32.
     """
     contexts: list[Callable[[], Any]] = []
@@ -290,7 +290,7 @@ class Op:
         reason = unavailable(backend)
         if reason is not None:
             return reason
-        if backend not in ("reference", *PREFERENCE.get(device.type, ()), *PEERS) and not (
+        if backend not in ("reference", *PREFERENCE.get(device.type, ()), *THIRD_PARTY) and not (
             backend == "triton" and interpreted()
         ):
             return f"inputs are on {device.type}"

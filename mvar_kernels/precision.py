@@ -1,11 +1,11 @@
-"""float32 matrix products that are float32, on every CPU, and the settings of torch that decide it.
+"""True float32 matmuls on every CPU, and the settings of torch for their precision.
 
-`torch.set_float32_matmul_precision("medium")` hands float32 products to oneDNN and lets it round their factors to
-bfloat16. On a CPU with AMX it does so: a 512×512 product is off by 2.4e-3 of its largest value instead of 5e-7. On
-AVX-512 CPUs without AMX the same setting gives oneDNN's true float32, on AMD Zen 5 with 2.2 times the speed of MKL's.
-So it is measured here, once in a process, whether the products of a setting are true.
+With `torch.set_float32_matmul_precision("medium")` float32 matmuls run in oneDNN, which may round the operands to
+bfloat16. On a CPU with AMX it does: the error of a 512×512 matmul is 2.4e-3 of its largest value instead of 5e-7. On
+AVX-512 CPUs without AMX the same setting gives oneDNN's true float32, on AMD Zen 5 at 2.2 times the speed of MKL's. So
+the error of a setting is measured here, once in a process.
 
-The settings belong to the process: they are changed for as long as a call lasts, and then are as they were.
+The settings are global: they are changed for the duration of a call and then restored.
 """
 
 import threading
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 MAX_ERROR = 1e-5
-"""Of a true float32 product, relative to its largest value; 5e-7 is usual, TF32 has 3e-4 and bfloat16 2e-3."""
+"""Of a true float32 matmul, relative to its largest value; 5e-7 is usual, TF32 has 3e-4 and bfloat16 2e-3."""
 
-# As Any, since the types of these modules do not tell what torch adds to them.
+# As Any: the types of these modules lack the attributes that torch adds.
 _MKLDNN: Any = torch.backends.mkldnn
 _CUDNN: Any = torch.backends.cudnn
 _CUBLAS: Any = torch.backends.cuda.matmul
-TRUE = ("none", "ieee")  # the values of fp32_precision by which no factor is rounded
+TRUE = ("none", "ieee")  # the values of fp32_precision with which operands are not rounded
 NEW_NAMES = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 # torch has two interfaces to one set of settings, the second one since version 2.9. Where they were made to differ, the
 # functions of the first raise RuntimeError.
@@ -33,7 +33,7 @@ PER_OPERATOR: tuple[Any, ...] = (_MKLDNN.matmul, _MKLDNN.conv, _CUBLAS, _CUDNN.c
 
 
 class Settings(NamedTuple):
-    """All that decides the precision of float32 products. None: torch does not tell, the two interfaces differ."""
+    """All settings for the precision of float32 matmuls. None: torch raises, as the two interfaces differ."""
 
     matmul: str | None
     cudnn: bool | None
@@ -41,7 +41,7 @@ class Settings(NamedTuple):
 
 
 def settings() -> Settings:
-    """As they are now."""
+    """The current settings."""
     return Settings(
         _unless_mixed(torch.get_float32_matmul_precision),
         _unless_mixed(lambda: _CUDNN.allow_tf32),
@@ -50,20 +50,20 @@ def settings() -> Settings:
 
 
 def restore(before: Settings) -> None:
-    """Make the settings what they were."""
+    """Restore settings."""
     if before.matmul is not None:
         torch.set_float32_matmul_precision(before.matmul)
     if before.cudnn is not None:
         _CUDNN.allow_tf32 = before.cudnn
     for operator, value in zip(PER_OPERATOR, before.per_operator, strict=True):
         if operator.fp32_precision != value:
-            operator.fp32_precision = "none"  # which follows the setting of the whole backend
+            operator.fp32_precision = "none"  # which follows the setting of the backend
         if operator.fp32_precision != value:
             operator.fp32_precision = value
 
 
 def is_true_float32() -> bool:
-    """Whether float32 products on the CPU have errors below :data:`MAX_ERROR`, as torch is set now."""
+    """Whether float32 matmuls on the CPU have errors below :data:`MAX_ERROR` with the current settings."""
     if not HAS_NEW:
         name = torch.get_float32_matmul_precision()
         return name == "highest" or _measured(NEW_NAMES[name])
@@ -73,14 +73,14 @@ def is_true_float32() -> bool:
 
 @contextmanager
 def true_float32(device: torch.device) -> Iterator[None]:
-    """In here float32 products on a CPU are true, whatever torch was told. On a GPU TF32 is the caller's choice."""
+    """A context with true float32 matmuls on a CPU, whatever the settings. On a GPU TF32 is the caller's choice."""
     claim = None
     try:
         if device.type == "cpu" and not torch.compiler.is_compiling():
             with _lock:
                 if _claims or not is_true_float32():
                     newest = next(reversed(_claims.values())).matmul if _claims else "highest"
-                    claim = _enter(_Wanted(newest if is_true_float32() else "highest", None))
+                    claim = _enter(_Request(newest if is_true_float32() else "highest", None))
         yield
     finally:
         if claim is not None:
@@ -88,17 +88,17 @@ def true_float32(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def float32_products(device: torch.device, *, fast: bool) -> Iterator[None]:
-    """In here float32 products are, if `fast`, in TF32 on a GPU, and on a CPU oneDNN's where those are true.
+def float32_matmuls(device: torch.device, *, fast: bool) -> Iterator[None]:
+    """A context in which float32 matmuls are, if `fast`, in TF32 on a GPU, and on a CPU oneDNN's if those are true.
 
-    All others are true float32, of cuBLAS, cuDNN and torch's BLAS.
+    Otherwise they are true float32, of cuBLAS, cuDNN and torch's BLAS.
     """
     claim = None
     try:
         name = "highest"
         if fast:
             name = "high" if device.type == "cuda" else "medium" if onednn_is_true() else "highest"
-        claim = _enter(_Wanted(name, fast))
+        claim = _enter(_Request(name, fast))
         yield
     finally:
         if claim is not None:
@@ -106,7 +106,7 @@ def float32_products(device: torch.device, *, fast: bool) -> Iterator[None]:
 
 
 def onednn_is_true() -> bool:
-    """Whether "medium" leaves float32 products on this CPU true."""
+    """Whether float32 matmuls on this CPU are true with "medium"."""
     with _lock:
         before = settings()
         try:
@@ -119,21 +119,21 @@ def onednn_is_true() -> bool:
             restore(before)
 
 
-class _Wanted(NamedTuple):
+class _Request(NamedTuple):
     matmul: str
     """as torch.set_float32_matmul_precision names it"""
     cudnn: bool | None
     """whether cuDNN may use TF32; None: as it is"""
 
 
-# Calls of several threads overlap in any order. What is wanted by the newest one that still runs holds; the last one to
-# end makes the settings what they were before the first.
+# Calls of several threads overlap in any order. The settings of the newest running call are in force; the last one to
+# end restores the settings from before the first.
 _lock = threading.RLock()
-_claims: dict[object, _Wanted] = {}
+_claims: dict[object, _Request] = {}
 _before: list[Settings] = []
 
 
-def _enter(wanted: _Wanted) -> object:
+def _enter(wanted: _Request) -> object:
     claim = object()
     with _lock:
         if not _claims:
@@ -158,7 +158,7 @@ def _leave(claim: object) -> None:
                 _apply(wanted)
 
 
-def _apply(wanted: _Wanted) -> None:
+def _apply(wanted: _Request) -> None:
     if _unless_mixed(torch.get_float32_matmul_precision) is not None:
         torch.set_float32_matmul_precision(wanted.matmul)
     else:
@@ -184,13 +184,13 @@ def _unless_mixed(read: Callable[[], Any]) -> Any:
 
 @cache
 def _measured(setting: str) -> bool:
-    """Whether products are true while this setting is in force. By products, since no name of a CPU tells."""
+    """Whether matmuls are true with the current setting. Measured, as it does not follow from the name of the CPU."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
-    products: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
+    matmuls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
         (torch.mm, (random(512, 512), random(512, 512))),
         (torch.mm, (random(256, 96).T, random(256, 160))),  # a weight's gradient
         (torch.addmm, (random(192), random(2, 256), random(192, 256).T)),  # a linear layer of two rows
@@ -198,9 +198,9 @@ def _measured(setting: str) -> bool:
         (torch.bmm, (random(4, 96, 64), random(4, 80, 64).mT)),
     ]
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        return all(_error(product, factors) < MAX_ERROR for product, factors in products)
+        return all(_error(matmul, operands) < MAX_ERROR for matmul, operands in matmuls)
 
 
-def _error(product: Callable[..., Tensor], factors: tuple[Tensor, ...]) -> float:
-    exact = product(*(t.double() for t in factors))
-    return float((product(*factors) - exact).abs().max() / exact.abs().max())
+def _error(matmul: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> float:
+    exact = matmul(*(t.double() for t in operands))
+    return float((matmul(*operands) - exact).abs().max() / exact.abs().max())

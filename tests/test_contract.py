@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_kernels.dispatch import PEERS, Op, backends, interpreted
+from mvar_kernels.dispatch import THIRD_PARTY, Op, backends, interpreted
 from mvar_kernels.testing import contract
 from mvar_kernels.testing.contract import every_other, transposed
 from mvar_kernels.testing.registry import SPECS
@@ -79,7 +79,7 @@ def params() -> Iterator[object]:
         for backend in AVAILABLE:
             for dtype in spec.dtypes:
                 # What a backend offers for one case, it must get right for all; these may be for some cases only.
-                partial = backend in (*PEERS, "cuda", CUDA_ON_CPU)
+                partial = backend in (*THIRD_PARTY, "cuda", CUDA_ON_CPU)
                 offered = partial or refusal(spec, backend, dtype, spec.cases[0]) is None
                 for case in spec.cases if offered else ():
                     if not partial or refusal(spec, backend, dtype, case) is None:

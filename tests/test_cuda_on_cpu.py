@@ -100,17 +100,17 @@ FAULTS = (
         "mamba2_mixer",
         "    __syncthreads();\n    from_inside(y, m);",
         "    from_inside(y, m);",
-        file="cuda_chunks.h",
+        file="cuda/chunks.h",
         dtype=torch.bfloat16,  # of one part: the warps of float16 are too far apart for the race to show
     ),
-    Fault("off_by_one", "mamba2", "mamba2_mixer", "score = s < t ?", "score = s <= t ?", file="cuda_chunks.h"),
+    Fault("off_by_one", "mamba2", "mamba2_mixer", "score = s < t ?", "score = s <= t ?", file="cuda/chunks.h"),
     Fault(
         "wrong_lane",
         "mamba2",
         "mamba2_mixer",
         "[first_row + lane / 2 % kRowsOfLane]",
         "[first_row + lane / 4 % kRowsOfLane]",
-        file="cuda_short.h",
+        file="cuda/short.h",
     ),
     Fault(
         "state_row_off_by_one",
@@ -118,7 +118,7 @@ FAULTS = (
         "mamba2_mixer",
         "(l + kTaps - 1) * before_stride",
         "(l + kTaps - 2) * before_stride",
-        file="cuda_parts.h",
+        file="cuda/common.h",
     ),
 )
 
@@ -131,7 +131,7 @@ def planted(fault: Fault, folder: Path) -> Path:
     text = (source.parent / fault.file).read_text()
     assert text.count(fault.before) == 1, "the fault's place has changed"
     faulty = folder / fault.folder / fault.file  # headers are looked for in `folder` first
-    faulty.parent.mkdir()
+    faulty.parent.mkdir(parents=True)
     faulty.write_text(text.replace(fault.before, fault.after))
     module = folder / cuda_on_cpu.build().name
     objects = []

@@ -56,7 +56,7 @@ def nothing_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch._imported.cache_clear()
     yield
     dispatch._imported.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] in dispatch.PEERS and name not in before]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in dispatch.THIRD_PARTY and name not in before]:
         del sys.modules[name]
 
 
@@ -75,7 +75,7 @@ STAND_INS: dict[str, Callable[[str], Any]] = {
 
 
 @pytest.mark.parametrize("kind", STAND_INS)
-@pytest.mark.parametrize("name", dispatch.PEERS)
+@pytest.mark.parametrize("name", dispatch.THIRD_PARTY)
 def test_stand_ins_of_peers(name: str, kind: str, nothing_found: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, STAND_INS[kind](name))
     reason = mk.backends()[name]

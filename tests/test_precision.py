@@ -18,7 +18,7 @@ from mvar.train.tokenizer import STEPS, train_digits_tokenizer
 from mvar.train.trainer import Interrupted
 from mvar_kernels import precision
 from mvar_kernels.dispatch import Implementation, guarded
-from mvar_kernels.precision import MAX_ERROR, float32_products, is_true_float32, onednn_is_true, true_float32
+from mvar_kernels.precision import MAX_ERROR, float32_matmuls, is_true_float32, onednn_is_true, true_float32
 from tests.bfloat16_products import amx, reduced
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_the_fast_path_is_taken_where_it_is_true() -> None:
     for on_amx in (False, True):
         with amx() if on_amx else contextlib.nullcontext():
             for fast in (True, False):
-                with float32_products(CPU, fast=fast):
+                with float32_matmuls(CPU, fast=fast):
                     expected = "medium" if fast and onednn_is_true() else "highest"
                     assert torch.get_float32_matmul_precision() == expected
                     assert torch.backends.cudnn.allow_tf32 == fast
@@ -112,7 +112,7 @@ def test_it_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tf32", [True, False])
 def test_on_a_gpu_fast_products_are_tf32(tf32: bool) -> None:
     """ "medium" there would be bfloat16."""
-    with float32_products(torch.device("cuda"), fast=tf32):
+    with float32_matmuls(torch.device("cuda"), fast=tf32):
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
 
@@ -127,7 +127,7 @@ def test_true_float32_in_a_program_that_set_otherwise(told: str) -> None:
             _ = 1 / 0
         with true_float32(torch.device("cuda")):  # where TF32 is the program's choice
             assert not is_true_float32()
-        with float32_products(CPU, fast=True), true_float32(CPU), float32_products(CPU, fast=False):
+        with float32_matmuls(CPU, fast=True), true_float32(CPU), float32_matmuls(CPU, fast=False):
             assert max(errors()) < MAX_ERROR
 
 
@@ -138,7 +138,7 @@ def test_cudnn_settings_of_the_new_interface_are_kept() -> None:
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # torch.backends.cudnn.allow_tf32 raises from here on
         told = precision.settings()
         assert told.cudnn is None
-        with float32_products(CPU, fast=True):
+        with float32_matmuls(CPU, fast=True):
             assert torch.backends.cudnn.conv.fp32_precision == "tf32"
         assert precision.settings() == told
     finally:
@@ -271,7 +271,7 @@ def test_the_digits_tokenizer_learns_with_amx_as_without(tmp_path: Path) -> None
     files = [tmp_path / name for name in ("without", "with")]
     random = torch.get_rng_state()
     train_digits_tokenizer(files[0], shorten=1 / STEPS)
-    with amx() as products, float32_products(CPU, fast=True):
+    with amx() as products, float32_matmuls(CPU, fast=True):
         measured = products.rounded
         train_digits_tokenizer(files[1], shorten=1 / STEPS)
         assert products.rounded == measured

@@ -15,7 +15,7 @@ from mvar.train.distributed import World
 from mvar.train.flags import PRESETS, Flags
 from mvar.train.run import Data, digits_data, new_model
 from mvar.train.trainer import Trainer
-from mvar_kernels.precision import float32_products
+from mvar_kernels.precision import float32_matmuls
 
 TOKENIZER = Path(mvar.__file__).parent / "assets" / "digits_tokenizer.safetensors"
 SMALL = {
@@ -52,7 +52,7 @@ class _Trainer(Trainer):
     """Computes as the command does: other products are other bits."""
 
     def run(self) -> None:
-        with float32_products(self.world.device, fast=self.flags.tf32):
+        with float32_matmuls(self.world.device, fast=self.flags.tf32):
             super().run()
 
 

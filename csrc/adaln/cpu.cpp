@@ -39,9 +39,8 @@ MVAR_INLINE float inverse_deviation(float squares, float sum, float rest, int64_
 template <typename T>
 constexpr int kRows = sizeof(T) == 2 ? 4 : 1;
 
-// The processor fetches ahead within a page: the rows after these are asked for by hand while these are worked on
-// (float32: 85 % of the time). What will be written is not: where its pages are new, asking for them took five times
-// as long as writing them.
+// The hardware prefetches within a page: the next rows are prefetched by hand while these are computed (float32: 85 % of
+// the time). Outputs are not: if their pages are new, prefetching took five times as long as writing them.
 
 template <typename T, bool gated, int rows>
 void forward_rows(const AdalnForward& a, const AdalnSizes& n, int64_t b, int64_t l) {

@@ -8,7 +8,7 @@
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
 
-// Added to a float of moderate size it leaves no bits for a fraction, and the whole number that the
+// Added to a float of moderate size it leaves no bits for a fraction, and the integer that the
 // sum was rounded to is in its lowest bits.
 constexpr float kRoundToWhole = 12582912.0f;  // 1.5·2²³
 
@@ -42,7 +42,7 @@ MVAR_INLINE Vec exp2(Vec x) {
 
 MVAR_INLINE Vec exp(Vec x) {
   const float log2_e = 1.4426950408889634f;
-  // log 2 in two parts, the first with so few bits that its product with a whole number is exact
+  // log 2 in two parts, the first with so few bits that its product with an integer is exact
   const float log_2_high = 0.693359375f, log_2_low = -2.12194440e-4f;
   const Vec rounded = fma(x, splat(log2_e), splat(kRoundToWhole));
   const Vec whole = rounded - kRoundToWhole;

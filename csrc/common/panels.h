@@ -1,5 +1,5 @@
-// Packing of operands for the product of tile.h. B lies in panels of kPanel columns, each panel's rows
-// one after another; A lies in rows. What pads an operand to whole words and vectors is zero.
+// Packing of operands for the matmul of tile.h. B lies in panels of kPanel columns, each panel's rows
+// one after another; A lies in rows. Padding to full words and vectors is zero.
 #pragma once
 
 #include "common/tile.h"

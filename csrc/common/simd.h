@@ -44,7 +44,7 @@ struct First {
 
 MVAR_INLINE Vec splat(float value) { return Vec{} + value; }
 
-// a·b + c, rounded once where there is an instruction for it. The compiler is told to form none by
+// a·b + c, rounded once where there is an instruction for it. The compiler must form none by
 // itself (-ffp-contract=off): an expression that occurs twice must be the same number twice, or
 // differences that should vanish (one channel's deviation from the mean of one channel) do not.
 MVAR_INLINE Vec fma(Vec a, Vec b, Vec c) {

@@ -1,4 +1,4 @@
-// A small matrix product in registers, A·B: kTileRows rows of A, up to kPanel columns of B.
+// A small matmul in registers, A·B: kTileRows rows of A, up to kPanel columns of B.
 //
 // Operands are made of 32-bit words, kept in arrays of float and only ever moved: a Single is one
 // float, a Pair two neighbouring bf16 of the dimension that is summed over.
@@ -34,7 +34,7 @@ struct Pair {
 };
 #endif
 
-// The words that products of T are best made of.
+// The words that matmuls of T are computed with.
 template <typename T>
 struct WordOf;
 template <>

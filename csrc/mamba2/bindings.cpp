@@ -59,9 +59,9 @@ struct MixerTensors {
   // itemsize: of [z, x, B, C] and the conv state; all else is float32, but for dt where it says so
   MixerTensors(const Tensors& t, const Sizes& n, int64_t itemsize, int64_t dt_itemsize = sizeof(float)) {
     const int64_t E = n.H * n.P, channels = E + 2 * n.N;
-    const Tokens whole = t.tokens(0, "zxbcdt", {n.B, n.L, E + channels}, itemsize);
-    z = whole;
-    xbc = {(char*)whole.data + E * itemsize, whole.batch_stride, whole.row_stride};
+    const Tokens all = t.tokens(0, "zxbcdt", {n.B, n.L, E + channels}, itemsize);
+    z = all;
+    xbc = {(char*)all.data + E * itemsize, all.batch_stride, all.row_stride};
     const Tokens steps = t.tokens(1, "dt", {n.B, n.L, n.directions * n.H}, dt_itemsize);
     dt = {steps.data, steps.batch_stride, steps.row_stride, n.H, dt_itemsize == sizeof(float)};
     conv_weight = t.dense<float>(2, "conv_weight", {channels, n.taps});

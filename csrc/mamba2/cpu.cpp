@@ -1,10 +1,10 @@
 // Mamba-2 on CPU: see chunk.h and chunk_backward.h for the arithmetic, forward.h and backward.h for the order
 // of work.
 
-#include "mixer.h"
-#include "mixer_backward.h"
-#include "scan.h"
-#include "scan_backward.h"
+#include "mamba2/cpu/mixer.h"
+#include "mamba2/cpu/mixer_backward.h"
+#include "mamba2/cpu/scan.h"
+#include "mamba2/cpu/scan_backward.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {

@@ -5,15 +5,15 @@
 //     h_t = a_t h_{t−1} + Δ_t x_t ⊗ B_t,   y_t = h_t C_t + D x_t            of each head
 //     out = RMSNorm(y · SiLU(z)) · norm_weight                              over all heads
 //
-// Launches: prepare and chunks (cuda_chunks.h), or for at most kShort tokens one for both (cuda_short.h), then norm.
+// Launches: prepare and chunks (cuda/chunks.h), or for at most kShort tokens one for both (cuda/short.h), then norm.
 // RMSNorm is over all heads, and blocks of one launch cannot wait for one another: a block leaves y · SiLU(z) and, per
 // token, the sum of its squares; norm adds the heads' sums in their order and scales the row. Clusters would not spare
 // it: they hold 16 blocks at most, M-VAR has 24 to 64 heads, and sm_80 has none.
 //
-// What y · SiLU(z) costs in between, at (B, L, H) = (16, 256, 32) in bfloat16: 16.8 MB are written and read, beside the
-// 51.6 MB of zxbcdt and out and the 16.8 MB of h that nothing spares. The L2 cache of an H200 (60 MB) may keep them.
+// What y · SiLU(z) costs in between, at (B, L, H) = (16, 256, 32) in bfloat16: 16.8 MB are written and read, in
+// addition to the 51.6 MB of zxbcdt and out and the 16.8 MB of h, which cannot be avoided. The L2 cache of an H200 (60 MB) may keep them.
 //
-// Not yet measured. Floors of an H200 (4.3 TB/s, 790 TFLOP/s; tensor-core work as in cuda_chunks.h, 64 kFLOP a token
+// Not yet measured. Lower bounds on an H200 (4.3 TB/s, 790 TFLOP/s; tensor-core work as in cuda/chunks.h, 64 kFLOP a token
 // and head), and what is expected of these kernels, a launch counted as 2 µs:
 //
 //     B, L, H          bytes needed         with y · SiLU(z)      tensor cores         expected
@@ -23,8 +23,8 @@
 //
 // In the last row 64 blocks walk 8 chunks each, at about 1.5 µs: not throughput but one block's latency decides. To
 // measure first there: two blocks a head, of 32 rows p each.
-#include "mamba2/cuda_chunks.h"
-#include "mamba2/cuda_short.h"
+#include "mamba2/cuda/chunks.h"
+#include "mamba2/cuda/short.h"
 
 namespace mvar {
 namespace cuda {

@@ -18,7 +18,7 @@ struct Sizes {
   void* stream;        // on a GPU
 };
 
-// A run of tokens of one scale that is computed by matrix products: q ≤ kChunk of them.
+// A run of tokens of one scale that is computed by matmuls: q ≤ kChunk of them.
 struct Chunk {
   int64_t first, q;
   bool starts_scale, ends_scale;
@@ -61,7 +61,7 @@ struct ScanForward {
 };
 
 struct MixerForward {
-  Tokens z, xbc;      // beside one another; xbc is (B, L, E+2N)
+  Tokens z, xbc;      // adjacent; xbc is (B, L, E+2N)
   StepTokens dt;
   Tokens conv_state;  // (B, taps−1, E+2N)
   States initial;
@@ -86,7 +86,7 @@ struct MixerBackward {
   MixerForward forward;  // but for y, last_conv and last
   Tokens grad_y, grad_last_conv;
   States grad_last;
-  Tokens dz, dxbc;  // beside one another
+  Tokens dz, dxbc;  // adjacent
   StepTokens ddt;
   Tokens dconv_state;
   States dinitial;

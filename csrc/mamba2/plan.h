@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "mamba2.h"
+#include "mamba2/mamba2.h"
 
 namespace mvar {
 namespace mamba2 {

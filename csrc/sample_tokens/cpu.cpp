@@ -82,7 +82,7 @@ void read_row(Row& row, const Sampling& sampling, int64_t V, const T* cond, cons
     highest = larger(highest, keep_or(INT32_MIN, key, lanes));
   });
   row.count = V;
-  row.whole = true;
+  row.unfiltered = true;
   row.finish();
   row.lowest = smallest(lowest);
   row.highest = largest(highest);
@@ -203,7 +203,7 @@ void sample(const Sampling& sampling, SamplingSizes n, int64_t* tokens, float* w
 }
 
 // Leaves in the row the codes whose softmax weight is not zero, and in row.weights the weights, as floats
-// and relative to the largest; answers their sum.
+// and relative to the largest; returns their sum.
 float soft_weights(Scratch& scratch, const SoftEmbedding& soft) {
   Row& row = scratch.row;
   const Vec largest = splat(row.largest());

@@ -6,8 +6,8 @@
 //     token  = the code left with the largest sum of logit, relative to the largest, and noise, the first of equals
 //
 // A block samples at one position, in shared memory: logits are read from memory once, two rows of them twice, as keys,
-// which are whole numbers of the same order. Filters write down which codes are left, in an order that does not matter; noise is made for
-// those alone.
+// which are integers of the same order. Filters store which codes are left, in an order that does not matter; noise is
+// computed for those alone.
 //
 //     keys    | code 0 | 1 | 2 | … | V−1 |
 //     left    | a code | … |                        none before the first filter: all are left
@@ -17,7 +17,7 @@
 // much as they need, and so does the choice between equal logits, over codes. A pass puts what is left in bins, adds
 // them up from the top and goes on inside of the bin where the sum is reached, 11 bits of the key at a time: three
 // passes of three barriers at most, whatever the logits are. (Halving the interval of keys would take 32 passes over
-// all codes, of a barrier each.) Atomics add whole numbers alone: the order in which threads arrive does not show.
+// all codes, of a barrier each.) Atomics add integers alone, so that results do not depend on the order of threads.
 //
 // A row of 4,096 codes in float32 with top-k = 900 and top-p = 0.96 reads 16 KB, twice that with an unconditional row,
 // and waits at 26 barriers. The 680 rows of an image are 11 MB, 2.6 µs at the 4.3 TB/s of an H200. By the machine code

@@ -1,6 +1,6 @@
 // Top-k and top-p on one row, exact and without a sort.
 //
-// Logits become whole numbers of the same order, their keys. Both filters look for the largest key such
+// Logits become integers of the same order, their keys. Both filters look for the largest key such
 // that what lies at or above it (a count of codes, a sum of weights) is at least so much, by narrowing an
 // interval of keys: a pass of comparisons over a row in the first-level cache costs less than moving it.
 #pragma once
@@ -24,14 +24,14 @@ MVAR_INLINE float largest_logit(int32_t highest) {
   return logit_of((int64_t)(highest < kSmallest ? kSmallest : highest > kLargest ? kLargest : highest));
 }
 
-// The codes that are left, in order, and their keys; from `count` to the next whole vector the keys are
-// the lowest and the codes 0. Each array has room for a row's codes, rounded up to whole vectors, and one
+// The codes that are left, in order, and their keys; from `count` to the next full vector the keys are
+// the lowest and the codes 0. Each array has room for a row's codes, rounded up to full vectors, and one
 // vector more.
 struct Row {
   int32_t *keys, *codes, *weights;
   int64_t count;
   int32_t lowest, highest;  // no key is outside of these
-  bool whole;               // nothing was dropped yet: codes are 0, 1, 2, … and not written down
+  bool unfiltered;          // nothing was dropped yet: codes are 0, 1, 2, … and not stored
 
   MVAR_INLINE float largest() const { return largest_logit(highest); }
 
@@ -41,7 +41,7 @@ struct Row {
   }
 
   MVAR_INLINE VecInt codes_at(int64_t i) const {
-    return whole ? lane_numbers() + (int32_t)i : load_int(codes + i);
+    return unfiltered ? lane_numbers() + (int32_t)i : load_int(codes + i);
   }
 
   // Keep the codes with keys of at least `threshold`.
@@ -57,7 +57,7 @@ struct Row {
     count = left;
     finish();
     lowest = threshold;
-    whole = false;
+    unfiltered = false;
   }
 
   // Drop the first `dropped` codes whose key is the lowest.
@@ -126,7 +126,7 @@ struct Threshold {
   int64_t above;  // how much lies at or above it
 };
 
-// Near enough to the logarithm of a whole number, in a unit of its own: the bits of the float.
+// Near enough to the logarithm of an integer, in a unit of its own: the bits of the float.
 MVAR_INLINE float logarithm(int64_t amount) {
   const float value = (float)amount;
   int32_t bits;
@@ -135,7 +135,7 @@ MVAR_INLINE float logarithm(int64_t amount) {
 }
 
 // The largest of the row's keys with at least `need` at or above it. `measure` is count_above or
-// weigh_above; `total` is what it finds in the whole row, `least` what it finds for the highest key or less.
+// weigh_above; `total` is what it finds in the row, `least` what it finds for the highest key or less.
 //
 // Each cut narrows the interval of keys: it is made where `need` would lie if the logarithm of the amount
 // fell on a straight line between the logits, or, every eighth time, in the middle of the keys, which
@@ -197,7 +197,7 @@ inline void keep_top_k(Row& row, int64_t k) {
   row.cut(largest_threshold(row, row.count, k, 1, count_above).key);
 }
 
-// Weights in whole multiples of 2⁻³⁰ of the largest; their sum.
+// Weights in multiples of 2⁻³⁰ of the largest; their sum.
 inline int64_t weigh(Row& row) {
   const Vec largest = splat(row.largest());
   WeightSum weight;

@@ -1,4 +1,4 @@
-// Whole numbers beside the floats of common/simd.h: vectors of int32, and of uint64 at half as many lanes.
+// Integer vectors of the width of common/simd.h: of int32, and of uint64 at half as many lanes.
 //
 // Arrays that are read through these are padded to whole vectors, and compress writes a whole vector
 // wherever it stands: see Row in filter.h.

@@ -274,7 +274,7 @@ void backward(const ScaleAttentionBackward& a, const Sizes& n, float* workspace)
   double* parts = (double*)carver.take(2 * n.B * n.H);
   float* shares = carver.memory + carver.floats;
   const int64_t share = backward_share(n);
-#pragma omp parallel if (products(n) > kParallelProducts)
+#pragma omp parallel if (multiplications(n) > kParallelMultiplications)
   {
     Carver own(shares + this_thread() * share);
     BackwardBuffers buffers(own, n);

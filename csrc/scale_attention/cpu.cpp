@@ -1,4 +1,4 @@
-// Attention over a pyramid of token maps on CPU: the products of each block of queries and keys are
+// Attention over a pyramid of token maps on CPU: the matmuls of each block of queries and keys are
 // those of common/tile.h, on operands packed once per head (common/panels.h).
 
 #include "scale_attention.h"

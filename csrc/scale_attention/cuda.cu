@@ -5,7 +5,7 @@
 //     out_i = Σ_j exp(s_ij) v_j / Σ_j exp(s_ij),   lse_i = log Σ_j exp(s_ij)
 //
 // A block of 4 warps takes one tile, at most 64 queries of one head, and goes through its keys, 64 at a time. Each warp
-// has 16 queries, the rows of a product on tensor cores (m16n8k16), and meets the others only to share keys and values:
+// has 16 queries, the rows of a matmul on tensor cores (m16n8k16); the warps share keys and values alone:
 //
 //                 64 keys
 //          ┌────────────────────┐      the tile's keys, a block after the other (plan.tiles):
@@ -23,7 +23,7 @@
 //     m' = max(m, max s),   p = 2^(c (s − m')),   l' = l·2^(c (m − m')) + Σ p,   a' = a·2^(c (m − m')) + p v
 //
 // with log2 e in c. The accumulators of s = q kᵀ have the very layout that p needs as left operand of p v. q and k go
-// to the tensor cores as they came; c and 1/‖k‖ stay outside of the product, in float32, which a score of 100 needs.
+// to the tensor cores as they came; c and 1/‖k‖ stay outside of the matmul, in float32, which a score of 100 needs.
 //
 // While one block of keys is worked on, the next one is copied to the other of two buffers; one barrier a block of keys
 // both publishes the new buffer and says that the old one is no longer read:
@@ -46,12 +46,12 @@
 // FlashAttention-2, also made of mma.sync, is reported at 35 % of an H100's peak (arXiv 2407.08608), about 345 TFLOP/s.
 // H200 (4.3 TB/s, 790 TFLOP/s measured), bf16, 16 heads of 64, every tensor moved once, pairs of the pattern alone:
 //
-//                                                  MB     GFLOP    floor    at 345 TFLOP/s    expected
+//                                                  MB     GFLOP    bound    at 345 TFLOP/s    expected
 //     256 tokens of scale 10, 16 rows (8 images)   33.6     4.3     8 µs         12 µs        15–20 µs
 //     the same, 128 rows (64 images)                268    34.4    62 µs        100 µs      105–130 µs
 //     all 680 tokens, 32 samples                    178    14.5    41 µs         50 µs*      55–75 µs
 //
-// * 0.84 of the tiles' area is pairs. Floors are memory's. Small scales are a launch and one trip to memory: 3–5 µs.
+// * 0.84 of the tiles' area is pairs. Lower bounds are of memory. Small scales are a launch and one trip to memory: 3–5 µs.
 #include "common/cuda/launch.h"
 #include "common/cuda/numbers.h"
 #include "common/cuda/reduce.h"
@@ -66,7 +66,7 @@ constexpr int kWarps = 4;
 constexpr int kBlock = kWarps * kWarpSize;
 constexpr int kRows = 16;              // queries of a warp
 constexpr int kTile = kWarps * kRows;  // queries of a tile, and keys of a block of them
-constexpr int kPart = 8;               // numbers in 16 bytes; and columns of a product
+constexpr int kPart = 8;               // numbers in 16 bytes; and columns of a matmul
 constexpr int kTileEntries = 6;        // of plan.tiles: row, rows, lo, full_lo, full_hi, hi
 // Blocks on a multiprocessor, as many as sm_80's shared memory has room for: registers for them and no more.
 constexpr int blocks_at_once(int D) { return D == 64 ? 3 : 2; }

@@ -150,9 +150,8 @@ void finish_queries(const ForwardBuffers<Word>& w, const ScaleAttentionForward& 
   }
 }
 
-// Asks for the q, k and v of the tokens that come kAhead after a block's, in this head or those after it,
-// while there is something to compute: the rows of a head lie far apart, where the hardware does not
-// look for them. Inlined, or the compiler takes it for a function that does nothing.
+// Prefetches q, k and v of the tokens that come kAhead after a block's, in this head or those after it: the rows of a
+// head are too far apart for the hardware. Inlined, or the compiler takes it for a function that does nothing.
 template <typename T>
 MVAR_INLINE void prefetch_ahead(const ScaleAttentionForward& a, const Sizes& n, Head at, QueryBlock block) {
   const int64_t first_row = n.L - n.Lq;
@@ -203,7 +202,7 @@ void forward_part(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const
 }
 
 // Into how many parts a head is cut: the fewest that give every thread as many, and none where the
-// heads are many, as each part packs the keys anew.
+// heads are many, as each part packs the keys again.
 int64_t parts_of_a_head(int64_t heads) {
   int64_t divisor = heads, rest = threads();
   if (heads >= 4 * rest) return 1;
@@ -226,7 +225,7 @@ template <typename T>
 void forward(const ScaleAttentionForward& a, const Sizes& n, float* workspace) {
   const int64_t parts = parts_of_a_head(n.B * n.H);
   const int64_t share = forward_workspace<T>(n) / threads();
-#pragma omp parallel if (products(n) > kParallelProducts)
+#pragma omp parallel if (multiplications(n) > kParallelMultiplications)
   {
     Carver carver(workspace + this_thread() * share);
     ForwardBuffers<typename WordOf<T>::Word> buffers(carver, n);

@@ -16,10 +16,10 @@ constexpr int64_t kKeyBlock = 256;
 // From one row of scores to the next. Rows a power of two apart would share few sets of the cache.
 constexpr int64_t score_stride(int64_t keys) { return (keys + kPanel - 1) / kPanel * kPanel + 16; }
 constexpr int64_t kScoreStride = score_stride(kKeyBlock);
-static_assert(kKeyBlock % kPanel == 0, "a block of keys is whole panels");
+static_assert(kKeyBlock % kPanel == 0, "a block of keys is a multiple of the panel");
 
 // Below this many multiplications starting the threads costs more than they save.
-constexpr int64_t kParallelProducts = 1 << 19;
+constexpr int64_t kParallelMultiplications = 1 << 19;
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLog2 = 0.6931471805599453f;
@@ -79,7 +79,7 @@ int64_t most_keys(const Sizes& n) {
 }
 
 // Pairs of a query and a key, times the elements of each.
-int64_t products(const Sizes& n) {
+int64_t multiplications(const Sizes& n) {
   int64_t pairs = 0;
   for_each_span(n, [&](const Span& s) { pairs += (s.last_row - s.first_row) * (s.last_key - s.first_key); });
   return n.B * n.H * n.D * pairs;
@@ -239,7 +239,7 @@ void score(const Scoring w, QueryBlock block, int64_t first_key, int64_t keys) {
   });
 }
 
-// Asks for the memory of a row that is read later.
+// Prefetches a row that is read later.
 template <typename T>
 MVAR_INLINE void prefetch(const T* row, int64_t elements) {
   for (int64_t i = 0; i < elements; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + i, 0, 2);

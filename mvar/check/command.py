@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mvar import machine
 from mvar.check.jobs import Job, run
 from mvar.files import check_writable, replacing
-from mvar_kernels.dispatch import OPS, PEERS, backends
+from mvar_kernels.dispatch import OPS, THIRD_PARTY, backends
 from mvar_kernels.testing.check import Result
 from mvar_kernels.testing.registry import SPECS
 
@@ -84,7 +84,7 @@ def planned(ops: Sequence[str], backend: str | None, only_failed: Path | None) -
     """
     if unknown := sorted(set(ops) - set(SPECS)):
         raise ValueError(f"op: expected any of {', '.join(SPECS)}, got {unknown[0]!r}")
-    found = [name for name, reason in backends().items() if reason is None and name not in ("reference", *PEERS)]
+    found = [name for name, reason in backends().items() if reason is None and name not in ("reference", *THIRD_PARTY)]
     if backend is not None and backend not in found:
         raise ValueError(f"--backend: expected one of {', '.join(found) or 'none that is available'}, got {backend!r}")
     failed = None if only_failed is None else {key(row) for row in read(only_failed) if not row.right}

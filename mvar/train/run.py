@@ -25,7 +25,7 @@ from mvar.train.lock import locked
 from mvar.train.schedule import check_stages
 from mvar.train.tokenizer import train_digits_tokenizer
 from mvar.train.trainer import Trainer
-from mvar_kernels.precision import float32_products
+from mvar_kernels.precision import float32_matmuls
 
 ENCODE_BATCH = 256
 ROW = 8  # pictures of a class in the grid at the end
@@ -43,7 +43,7 @@ def run(flags: Flags) -> None:
         check(flags, world)
         with (
             locked(Path(flags.out), world),
-            float32_products(world.device, fast=flags.tf32),
+            float32_matmuls(world.device, fast=flags.tf32),
             _optimizers_device(),
             torch.inference_mode(False),  # with gradients, whatever the caller has switched off
             torch.random.fork_rng(devices=[]),  # weights are made by the global generator before they are initialised

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mvar_kernels.dispatch import OPS, PEERS
+from mvar_kernels.dispatch import OPS, THIRD_PARTY
 from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 Results = Mapping[str, Tensor]
@@ -19,7 +19,7 @@ Results = Mapping[str, Tensor]
 
 def device_of(backend: str) -> torch.device:
     """Where a backend's kernels run on this machine: Triton's and other packages' on the CPU if there is no GPU."""
-    gpu = backend == "cuda" or (backend in ("triton", *PEERS) and torch.cuda.is_available())
+    gpu = backend == "cuda" or (backend in ("triton", *THIRD_PARTY) and torch.cuda.is_available())
     return torch.device("cuda" if gpu else "cpu")
 
 

@@ -1,4 +1,4 @@
-// Tensor cores and asynchronous copies (sm_80 and later): the PTX instruction, and beside it what it does, for a host.
+// Tensor cores and asynchronous copies (sm_80 and later): the PTX instructions, and the same for the host compiler.
 //
 // Fragments of m16n8k16, as the PTX ISA lays them out; lane = 4·g + t (g: 0–7, t: 0–3), two 16-bit numbers a register,
 // the lower column (of A, C) or row (of B) in the lower half:

@@ -23,7 +23,7 @@ _OP = Op("mamba2_mixer", __package__, {"cpu": "native", "cuda": "native", "trito
 
 
 class Mamba2State(NamedTuple):
-    """What a mixer remembers of all tokens so far.
+    """The state of a mixer after all tokens so far.
 
     conv: (B, width−1, E+2N), the last rows of [x, B, C] before the convolution, dtype of the input.
     ssm: (B, H, P, N), the scan's state, float32 (float64 for float64).
@@ -59,7 +59,7 @@ def mamba2_mixer(
         dt_bias, A_log: (H,), or (2, H) for both directions (forward first).
         D, norm_weight: (H,) and (E,). All parameters in any floating dtype, used in float32.
         dt: (B, L, H), or (B, L, 2, H) for both directions (forward first), before dt_bias; dtype of zxbcdt, or
-            float32 beside 16-bit zxbcdt, as rounding dt moves every decay. Its gradient is of its dtype.
+            float32 with 16-bit zxbcdt, as rounding dt moves every decay. Its gradient is of its dtype.
         eps: of the RMSNorm.
         state: from the call on the tokens before; None at the start of a sequence.
         scales: tokens per scale; needed when bidirectional, not used else.

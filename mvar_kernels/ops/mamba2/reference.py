@@ -1,6 +1,6 @@
 """Mamba-2's scan and mixer in plain PyTorch: the specification. Arithmetic in float32, or float64 for float64.
 
-The scan is computed chunk by chunk: inside a chunk as a masked matrix product, between chunks through
+The scan is computed chunk by chunk: inside a chunk as a masked matmul, between chunks through
 the state. The token-by-token recurrence it must equal is in the tests.
 """
 

@@ -44,7 +44,7 @@ def ssd_scan(
     Args:
         x: (B, L, H, P), float16, bfloat16, float32 or float64.
         dt: Δ, (B, L, H), positive, or (B, L, 2, H) for both directions (forward first); dtype of x, or float32
-            beside 16-bit x, as rounding Δ moves every decay.
+            with 16-bit x, as rounding Δ moves every decay.
         A: (H,), negative, or (2, H) for both directions.
         B, C: (B, L, N), dtype of x, shared by all heads.
         D: (H,), weight of the skip; None for none.
@@ -55,7 +55,7 @@ def ssd_scan(
     Returns:
         y (B, L, H, P) in the dtype of x, and the last forward state (B, H, P, N) in float32 (float64
         for float64). Inputs are never written to. A NaN or infinity at one token is in all that follows it, and may
-        reach up to 31 tokens before it: chunks of 16 or 32 tokens, on every backend, are matrix products in which what
+        reach up to 31 tokens before it: chunks of 16 or 32 tokens, on every backend, are matmuls in which what
         a token cannot see is multiplied by 0. Other batch rows stay as they are.
 
     Raises:

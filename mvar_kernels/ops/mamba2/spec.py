@@ -13,9 +13,9 @@ from mvar_kernels.ops.mamba2.scan import ssd_scan
 from mvar_kernels.testing.spec import PER_HEAD_SUM, Case, Inputs, Spec
 
 EPS = 1e-5
-# Of 16-bit inputs tensor cores make it of three tf32 products, which keep 23 of the 24 bits of each factor; few tokens
-# leave the float32 reference less than one rounding.
-LAST_STATE = (1.5, "made of products that keep 23 bits of each factor")
+# With 16-bit inputs tensor cores compute it as three tf32 matmuls, which keep 23 of the 24 bits of each factor; with
+# few tokens the error of the float32 reference is less than one rounding.
+LAST_STATE = (1.5, "computed by matmuls that keep 23 bits of each factor")
 PARAMETERS = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
 
 
@@ -121,9 +121,9 @@ def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
     if case.options.get("one_sign"):
         ones = {"x": (B, L, H, P), "dt": (B, L, H), "A": (H,), "B": (B, L, N), "C": (B, L, N), "D": (H,)}
         values = {"dt": 0.01, "A": -1e-3}
-        plain: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
-        inputs = {name: torch.full(shape, values.get(name, 1.0), **plain) for name, shape in ones.items()}
-        return inputs | {"initial_state": torch.zeros(B, H, P, N, **plain)}
+        float64: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
+        inputs = {name: torch.full(shape, values.get(name, 1.0), **float64) for name, shape in ones.items()}
+        return inputs | {"initial_state": torch.zeros(B, H, P, N, **float64)}
     inputs = {
         "x": _normal(generator, B, L, H, P),
         "dt": torch.nn.functional.softplus(_normal(generator, B, L, *_heads(case)) - 3),
@@ -153,7 +153,7 @@ def _mixer_inputs(case: Case, generator: torch.Generator) -> Inputs:
         "conv": _normal(generator, B, 3, E + 2 * N),
         "ssm": _normal(generator, B, H, P, N),
     }
-    if "dt" in case.keeps_dtype:  # beside the rest
+    if "dt" in case.keeps_dtype:
         inputs["zxbcdt"], dt = inputs["zxbcdt"].split([2 * E + 2 * N, count], -1)
         inputs["dt"] = dt.unflatten(-1, heads)
     return inputs

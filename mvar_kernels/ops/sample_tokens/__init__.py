@@ -1,1 +1,1 @@
-"""From logits to tokens: guidance, top-k, top-p and the draw."""
+"""From logits to tokens: guidance, top-k, top-p and sampling."""

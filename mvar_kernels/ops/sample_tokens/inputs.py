@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Sampling(NamedTuple):
-    """One draw at every position of one scale, as in :func:`mvar_kernels.sample_tokens`; the seed is in memory."""
+    """A token is sampled at every position of one scale, as in :func:`mvar_kernels.sample_tokens`."""
 
     cond: Tensor
     uncond: Tensor | None
@@ -19,7 +19,7 @@ class Sampling(NamedTuple):
 
 
 class SoftSampling(NamedTuple):
-    """A draw's mean instead of a token: codebook (V, width), else as in :func:`mvar_kernels.soft_embedding`."""
+    """Codebook vectors are averaged instead: codebook (V, width), else as in :func:`mvar_kernels.soft_embedding`."""
 
     codebook: Tensor
     cond: Tensor

@@ -41,7 +41,7 @@ def gumbel(image_index: Tensor, shape: Sequence[int], scale_index: int, seed: in
     """Standard Gumbel noise of shape (B, positions, codes) in float32 for images (B,) at one scale.
 
     G = −log E with E = −log(1 − u) exponential. u = word·2⁻³² + 2⁻³³ is fine near 0, where E is small and
-    G large: those are the values that win a draw.
+    G large: those are the values of sampled codes.
     """
     device = image_index.device
     _, positions, codes = shape

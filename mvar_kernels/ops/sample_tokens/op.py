@@ -4,7 +4,7 @@
     top-k    keeps every logit ≥ the k-th largest (ties stay)
     top-p    then: in ascending order, drops while the cumulative softmax ≤ 1−p, never the largest
              (equal logits in the order of their codes)
-    token    = argmax of logits + Gumbel noise over what is left             a draw from the softmax
+    token    = argmax of logits + Gumbel noise over what is left             a sample of the softmax
 
 The order and the rules are VAR's (arXiv 2404.02905). The softmax weights of top-p are whole multiples
 of 2⁻³⁰ of the largest, so that the cut is the same on every backend; noise.py has the noise.
@@ -51,7 +51,7 @@ def sample_tokens(
     """Sample a token at every position of one scale.
 
     Args:
-        cond: (B, l, V) logits, float16, bfloat16, float32 or float64. A code at −∞ is never drawn, +∞ counts as the
+        cond: (B, l, V) logits, float16, bfloat16, float32 or float64. A code at −∞ is never sampled, +∞ counts as the
             largest finite number; with all codes of a row at −∞ the token is 0; with a NaN it is some code, not the
             same one on every backend.
         uncond: as cond, or None where the logits are guided already. Not read where guidance is 0; a code at −∞ here

@@ -60,7 +60,7 @@ def _noise(call: Sampling) -> Tensor:
 
 
 def sample_tokens(call: Sampling) -> tuple[Tensor]:
-    """The Gumbel-max draw from what is left: int64 (B, l)."""
+    """The Gumbel-max sample of what is left: int64 (B, l)."""
     return ((_kept(call) + _noise(call)).argmax(-1),)
 
 

@@ -1,7 +1,7 @@
-"""The flash-attn package as a peer, chosen by name only: the diagonal pattern, each scale of each sample a sequence.
+"""The flash-attn package, for comparison: the diagonal pattern, each scale of each sample a sequence.
 
-Forward: one call of its varlen kernel; what it has no place for, the norms of q and k, is plain PyTorch before it.
-Backward: autograd through that same function, computed anew. So a backward here costs the forward as well: to time the
+Forward: one call of its varlen kernel, after the norms of q and k in plain PyTorch.
+Backward: autograd through that same function, computed again. So a backward here costs the forward as well: to time the
 package's own backward, call it on leaves.
 """
 

@@ -9,7 +9,7 @@ way the rows of one scale share one span of columns, and a tile is a run of at m
   the first five scales of 256×256, 55 tokens, which one by one would cost five tiles.
 
 The same rule serves the causal pattern: cutting a run of rows at every `block_rows`, whatever the scale, would let a
-few rows of the next scale drag its whole span into the tile (85 products of 64×64 instead of 79 at 256×256).
+few rows of the next scale drag its whole span into the tile (85 blocks of 64×64 instead of 79 at 256×256).
 """
 
 from dataclasses import dataclass

@@ -48,7 +48,7 @@ BENCH = (
 )
 
 BENCH_CUDA = (
-    # With the scale that all peers know.
+    # With the scale that all third-party backends support.
     _case("d16_256_training", VAR_256, 32, 16, 64, packed=True, scale=0.125),
     _case("d16_256_training_norm", VAR_256, 32, 16, 64, packed=True, norm=True),
     _case("d16_256_training_causal", VAR_256, 32, 16, 64, packed=True, pattern="causal", scale=0.125),
@@ -118,7 +118,7 @@ def _work(case: Case, itemsize: int) -> tuple[int, int]:
 
 
 def _work_backward(case: Case, itemsize: int) -> tuple[int, int]:
-    """q, k, v, out and its gradient are read, three gradients written; five products where the forward has two."""
+    """q, k, v, out and its gradient are read, three gradients written; five matmuls where the forward has two."""
     moved, flops = _work(case, itemsize)
     return 2 * moved, 5 * flops // 2
 

@@ -17,10 +17,10 @@ against 4 at 256; batch 50: 20 against 3, and 330 against 8. So one launch is ah
 and is a candidate there, for `benchmarks.tune` to find. Nothing of this has been timed.
 
 Why not 3. inside 2., or its row factor in what follows. The factor 1/σ of a token could multiply the rows of the
-next matrix product's result. That would save 4·E of the 10·E bytes a token that 2. and 3. move (bfloat16): 41 µs of
+next matmul's result. That would save 4·E of the 10·E bytes a token that 2. and 3. move (bfloat16): 41 µs of
 a training step's layer at d16 and batch 32, at 4.3 TB/s; in generation, where y · SiLU(z) is still in L2, little
-more than a launch. But that product is torch's, whose epilogue takes no such factor, and the op promises the
-normalised row. It stays a launch until there is a matrix product of our own.
+more than a launch. But that matmul is torch's, whose epilogue takes no such factor, and the op promises the
+normalised row. It stays a launch until there is a matmul of our own.
 
 y · SiLU(z) goes through memory between 2. and 3. In bfloat16 it is rounded once more; simulated at d16's sizes, y's
 error is then at most 0.4 of the tolerance. float32 would move 4 bytes more a value, where all else is 10. In
@@ -104,7 +104,7 @@ def _unsupported_mixer(call: Mixer) -> str | None:
 def _plan(
     kernel: str, tiles: Mapping[str, tuple[Tile, ...]], L: int, P: int, N: int, both: bool, like: Tensor
 ) -> dict[str, Any]:
-    """The launch's keyword arguments: tile, padded sizes, precision of the product that makes h."""
+    """The launch's keyword arguments: tile, padded sizes, precision of the matmul that gives h."""
     kind = "both" if both else "short" if L <= SHORT else "forward"
     dtype = str(like.dtype).removeprefix("torch.")
     candidates = tiles.get(f"{kind} {dtype}", tiles[kind])
@@ -115,7 +115,7 @@ def _plan(
 
 
 def _inner(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of what goes through memory between two products: one with the range for it."""
+    """The dtype of what goes through memory between two matmuls: one with the range for it."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

@@ -15,8 +15,8 @@ from mvar_kernels.ops.mamba2.triton.backward_kernels import _ssd_scan_bwd_grads_
 from mvar_kernels.ops.mamba2.triton.common import scale_of_tokens
 from mvar_kernels.tiling import Tile
 
-# Tokens. With 64 the tiles of `grads` do not fit in the registers. Nor do 32 where products take float32's operands, or
-# both parts of three tf32 products: with 32, `grads` spilled 176 to 280 bytes a thread in float16 and 760 to 848 in
+# Tokens. With 64 the tiles of `grads` do not fit in the registers. Nor do 32 where matmuls take float32's operands, or
+# both parts of three tf32 matmuls: with 32, `grads` spilled 176 to 280 bytes a thread in float16 and 760 to 848 in
 # float32 (sm_90, Triton 3.6 and 3.7); with 16, none and at most 32, while the states in memory are twice as many.
 CHUNKS = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 32}
 # Heads that one program adds dB and dC of: more leave fewer partials, fewer leave more programs. The most of
@@ -26,7 +26,7 @@ PROGRAMS = 512
 
 PRECISE = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}  # see backward_kernels.py
 
-# With 4 warps float32's products take up to all 255 registers of a thread (sm_90, Triton 3.6).
+# With 4 warps float32's matmuls take up to all 255 registers of a thread (sm_90, Triton 3.6).
 SWEEP_TILES = {
     dtype: (
         Tile({"BLOCK_P": 64}, warps, stages=2),

@@ -18,16 +18,16 @@ With decay[t, s] = a_{s+1} … a_t, since_t = a_first … a_t, until_s = a_{s+1}
     dB_s = Σ_t dG[t, s] C_t + Σ_heads Δ_s until_s λᵀ x_s
 
 The gradient of log a_u gathers all that passes over the step from u−1 to u: from s to t where s < u ≤ t, from h to
-t ≥ u, from s < u to λ, and from h to λ. Of the pairs (s, t) it is a sum over t, as a product with a triangle of
+t ≥ u, from s < u to λ, and from h to λ. Of the pairs (s, t) it is a sum over t, as a matmul with a triangle of
 ones, then over s: differences of row and column sums would be cheaper and cancel.
 
 The direction inside the scales is the mirror image: its pairs fill the other triangle of the same matrices, its
 state comes to a chunk from the right, and a scale that ends cuts it off. Both directions share the
 launches. Tokens' own terms (s = t) pass over no step and are kept apart.
 
-Precision, by the dtype of the inputs. float32: all products in float32, and no fast exponentials and quotients
-(EXACT, mvar_kernels/triton_math.py). float16: products that a float32 gradient depends on (of A, D, dt_bias, the state)
-as three tf32 products (PRECISE = tf32x3), the others as one (COARSE = tf32: float32's range, and no coarser than
+Precision, by the dtype of the inputs. float32: all matmuls in float32, and no fast exponentials and quotients
+(EXACT, mvar_kernels/triton_math.py). float16: matmuls that a float32 gradient depends on (of A, D, dt_bias, the state)
+as three tf32 matmuls (PRECISE = tf32x3), the others as one (COARSE = tf32: float32's range, and no coarser than
 float16). bfloat16: tf32, whose rounding is an eighth of that of dy as it is given, and bfloat16 operands where only a
 bfloat16 gradient comes of it. Tensor cores cut tf32 operands off instead of rounding them: emulated, the errors of
 float32 gradients are at most 0.8 of the tolerance (tests/test_gpu_arithmetic.py).
@@ -54,7 +54,7 @@ from mvar_kernels.triton_math import exp
 def head_steps(dt_ptr, bias_ptr, A_ptr, offs_dt, mask_t, column, always, MIXER: tl.constexpr, EXACT: tl.constexpr):
     """Δ (0 where masked), the slope of Δ in dt, and A. The mixer's dt is before softplus, and A_ptr holds A_log.
 
-    `always` is true: the branch keeps the compiler from computing softplus anew for every register layout.
+    `always` is true: the branch keeps the compiler from computing softplus again for every register layout.
     """
     A = tl.load(A_ptr + column).to(tl.float32)
     delta = tl.zeros([mask_t.shape[0]], tl.float32)
@@ -163,11 +163,11 @@ def _ssd_scan_bwd_sweep_kernel(
 
 
 @triton.jit
-def product(a, b_at, b_mask, once, TRANSPOSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+def matmul(a, b_at, b_mask, once, TRANSPOSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """a b, or a bᵀ, with both operands converted to OPERAND; b is loaded.
 
     `once` is 1, the grid's third size, which the compiler does not know. The loop keeps it from loading operands long
-    before, from computing what a product enters anew for each layout that it is needed in, and from treating products
+    before, from computing the operand of a matmul again for each layout that it is needed in, and from treating matmuls
     as one chain, in which all warps lie along one side and hold the other operand whole.
     """
     out = tl.zeros([a.shape[0], b_at.shape[0] if TRANSPOSE else b_at.shape[1]], tl.float32)
@@ -179,10 +179,10 @@ def product(a, b_at, b_mask, once, TRANSPOSE: tl.constexpr, OPERAND: tl.constexp
 
 
 @triton.jit
-def product_of_loaded(
+def matmul_of_loaded(
     a_at, a_mask, b_at, b_mask, once, TRANSPOSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """product, with a loaded in the loop as well."""
+    """matmul, with a loaded in the loop as well."""
     out = tl.zeros([a_at.shape[0], b_at.shape[0] if TRANSPOSE else b_at.shape[1]], tl.float32)
     for i in range(once):
         a = tl.load(a_at + i * 64, mask=a_mask, other=0.0).to(OPERAND)
@@ -200,7 +200,7 @@ def _direction_grads(
     """One direction of one head in one chunk. h and λ are (P, N) as they enter.
 
     Registers are what this kernel is short of: tiles are loaded, and B Cᵀ and x dyᵀ computed, again rather than kept.
-    Nor is a sum over heads the accumulator of a product: Triton would lay it out with every warp's rows twice.
+    Nor is a sum over heads the accumulator of a matmul: Triton would lay it out with every warp's rows twice.
     Returns dB, dC and dx with their parts added, and the gradients of Δ and of A, all without tokens' own terms.
     """
     EXACT: tl.constexpr = PRECISE == "ieee"
@@ -228,19 +228,19 @@ def _direction_grads(
         h = tl.load(h_at + i * 64, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
         adjoint = tl.load(adjoint_at + i * 64, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
         through = whole * tl.sum(tl.sum(h * adjoint, 1), 0)
-    from_h = product_of_loaded(dy_at, mask_x, h_at, mask_state, once, False, tl.float32, PRECISE)
+    from_h = matmul_of_loaded(dy_at, mask_x, h_at, mask_state, once, False, tl.float32, PRECISE)
     from_h *= entering[:, None]  # [CHUNK, BLOCK_N]
     dC += from_h
     arrived = tl.sum(from_h * tl.load(C_at, mask=mask_bc, other=0.0).to(tl.float32), 1)
-    xs = product_of_loaded(x_at, mask_x, adjoint_at, mask_state, once, False, OPERAND, COARSE)
+    xs = matmul_of_loaded(x_at, mask_x, adjoint_at, mask_state, once, False, OPERAND, COARSE)
     dB += xs * (leaving * delta)[:, None]  # [CHUNK, BLOCK_N]
-    from_adjoint = product_of_loaded(B_at, mask_bc, adjoint_at, mask_state, once, True, tl.float32, PRECISE)
+    from_adjoint = matmul_of_loaded(B_at, mask_bc, adjoint_at, mask_state, once, True, tl.float32, PRECISE)
     from_adjoint *= leaving[:, None]  # [CHUNK, BLOCK_P]
     left = tl.sum(from_adjoint * tl.load(x_at, mask=mask_x, other=0.0).to(tl.float32), 1)
     dx += from_adjoint * delta[:, None]
 
-    G = product_of_loaded(B_at, mask_bc, C_at, mask_bc, once, True, tl.float32, PRECISE)  # [s, t]
-    scores_grad = product_of_loaded(x_at, mask_x, dy_at, mask_x, once, True, tl.float32, PRECISE)  # [s, t]
+    G = matmul_of_loaded(B_at, mask_bc, C_at, mask_bc, once, True, tl.float32, PRECISE)  # [s, t]
+    scores_grad = matmul_of_loaded(x_at, mask_x, dy_at, mask_x, once, True, tl.float32, PRECISE)  # [s, t]
     decay = decay_matrix(-coarse, -fine, pairs, EXACT)  # [s, t]
     slopes = scores_grad * G * decay  # [s, t]: the gradient of Δ_s
     ddelta = left + tl.sum(slopes, 1)
@@ -251,10 +251,10 @@ def _direction_grads(
     dlog_a = through + tl.sum(tl.where(passes, arrived[:, None], over + (left * delta)[:, None]), 0)
     ddelta += A * dlog_a
 
-    dx += product(G * decay, dy_at, mask_x, once, False, OPERAND, COARSE) * delta[:, None]
+    dx += matmul(G * decay, dy_at, mask_x, once, False, OPERAND, COARSE) * delta[:, None]
     dG = scores_grad * decay
-    dB += product(dG, C_at, mask_bc, once, False, OPERAND, COARSE) * delta[:, None]
-    dC += product(tl.trans(dG * delta[:, None]), B_at, mask_bc, once, False, OPERAND, COARSE)
+    dB += matmul(dG, C_at, mask_bc, once, False, OPERAND, COARSE) * delta[:, None]
+    dC += matmul(tl.trans(dG * delta[:, None]), B_at, mask_bc, once, False, OPERAND, COARSE)
     return dB, dC, dx, ddelta, tl.sum(delta * dlog_a, 0)
 
 

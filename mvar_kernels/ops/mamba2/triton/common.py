@@ -174,8 +174,8 @@ def conv_silu(
 ):
     """SiLU of conv_rows, EXACT where xbc is float32.
 
-    start < L always: the branch keeps the compiler from computing the tile anew for every register layout in which the
-    matrix products want it.
+    start < L always: the branch keeps the compiler from computing the tile again for every register layout in which the
+    matmuls need it.
     """
     tile = tl.zeros([CHUNK, offs_c.shape[0]], tl.float32)
     if start < L:
@@ -248,7 +248,7 @@ def backward_decays(delta, A, scale, first, last, CHUNK: tl.constexpr, EXACT: tl
 def steps(dt_ptr, stride_l, start, L, CHUNK: tl.constexpr):
     """A chunk's column of dt or Δ in float32 [CHUNK], 0 in rows ≥ L. dt_ptr: the batch row's first, at its head.
 
-    start < L always: the branch keeps the compiler from loading the column anew for every register layout.
+    start < L always: the branch keeps the compiler from loading the column again for every register layout.
     """
     column = tl.zeros([CHUNK], tl.float32)
     if start < L:

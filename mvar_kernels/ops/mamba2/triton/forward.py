@@ -2,23 +2,23 @@
 
 One program owns a head of a batch row, or BLOCK_P of its P channels, and walks the sequence in chunks of CHUNK
 tokens with h in registers, float32 [BLOCK_P, BLOCK_N]. With S the prefix sums of log decays in the chunk and
-W[t, s] = exp(S_t − S_s) Δ_s for s < t (common.py), a chunk is four products of small matrices:
+W[t, s] = exp(S_t − S_s) Δ_s for s < t (common.py), a chunk is four small matmuls:
 
     y_t = ((C Bᵀ ⊙ W) x)_t + exp(S_t) h C_t + (D + Δ_t C_t·B_t) x_t
     h ← exp(S_end) h + (x ⊙ Δ exp(S_end − S))ᵀ B
 
-The chunk's y is made transposed, [BLOCK_P, CHUNK]: then h stands on the left of its product and the warps divide
-its rows among them, where each would hold all of C on the left. On Hopper h goes from one product to the next
+The chunk's y is made transposed, [BLOCK_P, CHUNK]: then h is the left operand of its matmul and the warps divide
+its rows among them, where each would hold all of C on the left. On Hopper h goes from one matmul to the next
 without leaving its registers.
 
-Precision: with bfloat16 inputs the operands of the three products that end in y are rounded to bfloat16, and
+Precision: with bfloat16 inputs the operands of the three matmuls that give y are rounded to bfloat16, and
 summed in float32; with float16 inputs to tf32, which is as precise and has float32's range: C·B, h and x after its
 convolution leave float16's where y fits. A token's own term stays in float32, together with the skip: where Δ is
 large they are all there is to y, a factor common to a head's channels, which RMSNorm scales up again where it nearly
-cancels. h is an output in float32 and lives for the whole sequence, so its own product keeps float32's precision:
-three tf32 products (tf32x3). It is added to the decayed h outside the tensor cores, whose accumulators truncate.
+cancels. h is an output in float32 and lives for the whole sequence, so its own matmul keeps float32's precision:
+three tf32 matmuls (tf32x3). It is added to the decayed h outside the tensor cores, whose accumulators truncate.
 
-Bidirectional: the backward direction only adds to W's upper triangle, so C Bᵀ and the product with x are shared.
+Bidirectional: the backward direction only adds to W's upper triangle, so C Bᵀ and the matmul with x are shared.
 What enters a chunk from its right, g, is found in a first sweep from right to left and kept in a workspace
 (B, H, chunks, P, N) of bfloat16 or float32, as it is only ever an operand of C gᵀ. The same program reads it
 back in the sweep from left to right.
@@ -45,7 +45,7 @@ from mvar_kernels.triton_math import divide, exp
 
 @triton.jit
 def _operand(v, DTYPE: tl.constexpr):
-    """v as a product ending in y takes it. tf32 is rounded here, as tensor cores truncate; NaN and inf stay."""
+    """v as an operand of a matmul that gives y. tf32 is rounded here, as tensor cores truncate; NaN and inf stay."""
     if DTYPE != tl.float16:
         operand = v.to(DTYPE)
     elif v.dtype == tl.float16:

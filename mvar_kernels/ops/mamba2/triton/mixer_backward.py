@@ -48,7 +48,7 @@ CONV_TILES = (
     Tile({"BLOCK_C": 128}, warps=8, stages=1),
     Tile({"BLOCK_C": 128}, warps=4, stages=1),
 )
-# With 4 warps products in float32 spill 248 bytes a thread (sm_90, Triton 3.6); with 8, those of three tf32 parts 8
+# With 4 warps matmuls in float32 spill 248 bytes a thread (sm_90, Triton 3.6); with 8, those of three tf32 parts 8
 # (sm_80, Triton 3.6 and 3.7).
 OUTPUTS_TILES = {
     torch.float32: (Tile({}, warps=8, stages=1),),

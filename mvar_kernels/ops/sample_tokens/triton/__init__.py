@@ -1,16 +1,16 @@
 """Token sampling in Triton: one launch from two rows of logits to a token.
 
-One program draws at one position of one image. It reads its rows of V logits once, guides them, and keeps the
+One program samples at one position of one image. It reads its rows of V logits once, guides them, and keeps the
 guided row in registers (16 codes a thread at V = 4096) for everything after: the two threshold searches go over it
-again and again, with nothing moved but a number or two a round between the warps; a dropped code is a −∞ in its place.
+again and again, with nothing moved but a number or two a round between the warps; a dropped code becomes −∞.
 The arg-max of logits and noise is found by a race of all codes with a rough noise, and the exact noise of those
-near to winning (common.draw). Nothing is written but the token.
+near to winning (common.sample). Nothing is written but the token.
 
 Tokens are bit for bit those of reference.py: top-k counts, top-p sums whole numbers, and guidance, weights and noise
 are float32 operations rounded one by one (enable_fp_fusion=False). A NaN counts as +∞, which counts as the largest
 finite number.
 
-The soft embedding writes its weights, and a matrix product averages the codebook with them: 2·4·V bytes a position
+The soft embedding writes its weights, and a matmul averages the codebook with them: 2·4·V bytes a position
 to write and read, where a program that multiplied for itself would read the codebook, 4·V·width, at every
 position.
 
@@ -33,11 +33,11 @@ from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
 from mvar_kernels.ops.sample_tokens.triton.common import (
     INFINITY,
     below_infinity,
-    draw,
     keep_top_k,
     keep_top_p,
     largest_logit,
     row_noise,
+    sample,
 )
 from mvar_kernels.tiling import Tile
 from mvar_kernels.triton_math import divide, exp
@@ -159,7 +159,7 @@ def _sample_tokens_fwd_kernel(
     position, scale, image, key_low, key_high = noise_counter(
         image_index_ptr, seed_ptr, image_stride, positions, scale_index
     )
-    token = draw(logits, position, scale, image, key_low, key_high, BLOCK_V)
+    token = sample(logits, position, scale, image, key_low, key_high, BLOCK_V)
     tl.store(tokens_ptr + tl.program_id(0), token.to(tl.int64))
 
 

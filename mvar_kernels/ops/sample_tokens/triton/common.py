@@ -1,7 +1,7 @@
 """Parts of the Triton kernels: one row of codes at a time, held in the registers of one program.
 
 Noise and weights: the same bits as noise.py, which explains them. Every operation here is one of its operations, in
-its order and rounded on its own, so launches must set enable_fp_fusion=False; tl.fma stands where its product
+its order and rounded on its own, so launches must set enable_fp_fusion=False; tl.fma is used where its product
 is exact, or where bits do not matter. Only x / 3, 5 and 7 are made of a multiplication and an exact remainder, which
 gives the same and spares the reciprocal, the checks and the branch of tl.div_rn.
 
@@ -278,7 +278,7 @@ def keep_top_p(logits, highest, dropped_share):
 
 
 @triton.jit
-def draw(logits, position, scale_index, image, seed_low, seed_high, BLOCK_V: tl.constexpr):
+def sample(logits, position, scale_index, image, seed_low, seed_high, BLOCK_V: tl.constexpr):
     """The code with the largest sum of logit and noise, the first of equals; 0 if all logits are −∞, the largest is 0.
 
     To the last bit the noise takes two long logarithms, of which nearly all are for codes that lose. So codes

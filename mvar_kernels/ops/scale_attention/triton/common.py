@@ -98,7 +98,7 @@ def inverse_norm(x):
 
 @triton.jit
 def unit_rows(x):
-    """Rows over their lengths, in the dtype of x: what a product takes."""
+    """Rows over their lengths, in the dtype of x: an operand of a matmul."""
     if x.dtype == tl.float32:
         x = tl.div_rn(x, tl.maximum(tl.sqrt_rn(square_sums(x)), NORM_EPS)[:, None])
     else:

@@ -1,7 +1,7 @@
-// The scan over one chunk of one head, as matrix products.
+// The scan over one chunk of one head, as matmuls.
 //
 // Token by token the state (P×N, 16 KB) is passed through once per token: three vector operations for
-// each of its vectors. Over a chunk of q tokens the same sums are two matrix products with the state,
+// each of its vectors. Over a chunk of q tokens the same sums are two matmuls with the state,
 // C hᵀ and the update Σ_s w_s x_s ⊗ B_s, and one of q×q, (C Bᵀ ∘ decay) x: (2 + 1/q + q/2N) operations
 // for each vector and token, and the state is loaded twice per chunk. That is least for q = √(2N), 11 for
 // N = 64; 16 is within 1 % of it and fills the vectors that run along tokens.
@@ -13,14 +13,14 @@
 // The backward direction is the same scan over reversed tokens: negative steps, own terms left out.
 //
 // A state that decays slowly is a sum over thousands of tokens, and would be rounded once for each chunk: by 4,096
-// equal tokens it was off by 1.7e-5 where nothing was done about it. What rounding takes off it therefore lies beside
-// it, in a second (N, P), and is added with the next chunk (Kahan's sum). Where a chunk leaves less than e^−⅛ of the
-// state, errors are forgotten as fast, and the second half is zero.
+// equal tokens the error was 1.7e-5 without compensation. The rounding error is therefore kept in a second (N, P) and
+// added with the next chunk (Kahan summation). Where a chunk leaves less than e^−⅛ of the state, errors decay as fast,
+// and the second half is zero.
 #pragma once
 
 #include "common/exp.h"
-#include "mamba2.h"
-#include "product.h"
+#include "mamba2/mamba2.h"
+#include "mamba2/cpu/matmul.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {

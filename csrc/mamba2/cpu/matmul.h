@@ -1,4 +1,4 @@
-// Matrix products in registers, a block of sums at a time, on operands as they lie: all are small and in
+// Matmuls in registers, a block of sums at a time, on unpacked operands: all are small and in
 // cache, and packing them into the panels of common/tile.h would cost as much as their few rows earn.
 #pragma once
 

@@ -3,9 +3,9 @@
 // loop turns into that of its input.
 #pragma once
 
-#include "backward.h"
-#include "convolution_backward.h"
-#include "mixer.h"
+#include "mamba2/cpu/backward.h"
+#include "mamba2/cpu/convolution_backward.h"
+#include "mamba2/cpu/mixer.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {

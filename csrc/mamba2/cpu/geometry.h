@@ -1,7 +1,7 @@
-// Where things lie in the workspace.
+// The layout of the workspace.
 #pragma once
 
-#include "chunk.h"
+#include "mamba2/cpu/chunk.h"
 #include "common/threads.h"
 #include "common/transpose.h"
 
@@ -11,9 +11,8 @@ namespace {
 
 using mamba2::States;
 
-// Between two meetings of the heads, for the RMSNorm or for sums over them, lies at least this many tokens'
-// work: few meetings, since a thread that comes late keeps all others waiting, and what the heads have
-// made is still in the last-level cache.
+// The heads are synchronized, for the RMSNorm or for sums over them, after at least this many tokens: rarely, since all
+// threads wait for the last one, and while the outputs of the heads are still in the last-level cache.
 constexpr int64_t kStageTokens = 256;
 
 // Lines are padded to whole vectors and chunks to kChunk lines, so that no loop over them has a tail.
@@ -24,7 +23,7 @@ struct Geometry {
   int64_t shared;     // floats of what the heads share of a chunk
   int64_t transposed; // floats of the transposes of B or of C of a chunk, for the backward
   int64_t slots;      // lines of a segment
-  int64_t stage;      // segments that a head computes before all heads meet
+  int64_t stage;      // segments that a head computes before all heads are synchronized
   int64_t samples;    // computed together: enough to keep all threads busy, and no more scratch than that
 
   Geometry(const Sizes& n, const Plan& plan, bool backward) {
@@ -57,15 +56,15 @@ struct Shared {
   }
 };
 
-// A row of one head is a few cache lines of a row of all heads, too short a run for the processor to foresee the
-// next: it is asked for a while before it is needed.
+// A row of one head is a few cache lines of a row of all heads, too short for the hardware to prefetch the
+// next.
 template <typename T>
-MVAR_INLINE void ask_for(const T* row, int64_t count) {
+MVAR_INLINE void prefetch(const T* row, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + i);
 }
 
 template <typename T>
-MVAR_INLINE void ask_to_write(T* row, int64_t count) {
+MVAR_INLINE void prefetch_for_write(T* row, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + i, 1);
 }
 

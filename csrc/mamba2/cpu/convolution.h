@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/activations.h"
-#include "geometry.h"
+#include "mamba2/cpu/geometry.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {

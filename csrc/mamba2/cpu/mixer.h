@@ -3,8 +3,8 @@
 // its rows are normalised.
 #pragma once
 
-#include "convolution.h"
-#include "forward.h"
+#include "mamba2/cpu/convolution.h"
+#include "mamba2/cpu/forward.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
@@ -64,11 +64,11 @@ struct MixerForm {
   }
 
   // What will be read and written last of this segment and, `tokens` later, read first of the next.
-  void ask_ahead(int64_t b, int64_t h, const Chunk& chunk, int64_t tokens) const {
+  void prefetch_next(int64_t b, int64_t h, const Chunk& chunk, int64_t tokens) const {
     for (int64_t l = chunk.first; l < chunk.first + chunk.q; ++l) {
-      ask_for(row<T>(a.z, b, l) + h * n.P, n.P);
-      if (kInPlace) ask_to_write(row<T>(a.y, b, l) + h * n.P, n.P);
-      if (l + tokens < n.L) ask_for(row<T>(a.xbc, b, l + tokens) + h * n.P, n.P);
+      prefetch(row<T>(a.z, b, l) + h * n.P, n.P);
+      if (kInPlace) prefetch_for_write(row<T>(a.y, b, l) + h * n.P, n.P);
+      if (l + tokens < n.L) prefetch(row<T>(a.xbc, b, l + tokens) + h * n.P, n.P);
     }
   }
 

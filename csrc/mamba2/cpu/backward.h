@@ -4,8 +4,8 @@
 // in a fixed order.
 #pragma once
 
-#include "chunk_backward.h"
-#include "forward.h"
+#include "mamba2/cpu/chunk_backward.h"
+#include "mamba2/cpu/forward.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {

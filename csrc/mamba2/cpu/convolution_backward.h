@@ -1,7 +1,7 @@
 // The backward of the mixer's convolution, over all tokens of a block of channels.
 #pragma once
 
-#include "convolution.h"
+#include "mamba2/cpu/convolution.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {

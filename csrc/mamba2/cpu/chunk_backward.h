@@ -7,7 +7,7 @@
 // from the one state to the other.
 #pragma once
 
-#include "chunk.h"
+#include "mamba2/cpu/chunk.h"
 #include "common/transpose.h"
 
 namespace mvar {
@@ -137,7 +137,7 @@ MVAR_INLINE void decay_gradients(const float* mix_grads, const Line& entering, c
 }
 
 // `before`: the state before the chunk; `adjoint`: of the state after it. Either is null where it is zero.
-// next_adjoint: of the state before, may be `adjoint`; null where nobody asks.
+// next_adjoint: of the state before, may be `adjoint`; null if not needed.
 void chunk_backward(const BackwardView& b, const float* before, const float* adjoint, float* next_adjoint,
                     const ChunkScratch& s, int64_t N, int64_t N_padded, int64_t P, int64_t width) {
   const View& c = b.c;

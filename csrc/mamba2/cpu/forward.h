@@ -2,7 +2,7 @@
 // with its state; and what needs all heads of a token.
 #pragma once
 
-#include "geometry.h"
+#include "mamba2/cpu/geometry.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
@@ -80,15 +80,15 @@ struct Segment {
 };
 
 // y of one segment of one head, both directions, from its x; `state` goes on to the segment's end.
-// `shared` is that of the segment's first chunk. ask_ahead(chunk) is called early, once for each chunk.
-template <typename AskAhead>
+// `shared` is that of the segment's first chunk. prefetch_next(chunk) is called early, once for each chunk.
+template <typename PrefetchNext>
 void scan_segment(const Segment& segment, float* shared, int64_t h, const float* A, float* state, const Scratch& s,
-                  const Sizes& n, const Geometry& g, AskAhead ask_ahead) {
+                  const Sizes& n, const Geometry& g, PrefetchNext prefetch_next) {
   Decays decays;
   for (int64_t i = 0; i < segment.count; ++i) {
     const int64_t at = i * kChunk * g.width;
     const View c = view_of(Shared(shared + i * g.shared, n, g), segment.chunks[i], 0, h, A, n, g, s.x + at, s.y + at);
-    ask_ahead(segment.chunks[i]);
+    prefetch_next(segment.chunks[i]);
     find_decays(c.delta, c.A, decays);
     find_mix(c, decays, s.mix);
     chunk_outputs<false>(c, decays, s.mix, state, n.N, g.width);
@@ -150,7 +150,7 @@ void run_forward(const Form& form, const Sizes& n, const Plan& plan, float* work
             float* shared = space.shared + (i / n.H * chunks + segment.first_chunk) * g.shared;
             form.fill_x(b, h, segment, scratch, g);
             scan_segment(segment, shared, h, form.A(), state, scratch, n, g,
-                         [&](const Chunk& chunk) { form.ask_ahead(b, h, chunk, segment.tokens); });
+                         [&](const Chunk& chunk) { form.prefetch_next(b, h, chunk, segment.tokens); });
             form.finish_head(b, h, segment, scratch, g, gated + line * n.P, squares + line);
           }
           if (end == segments) store_state(form.a.last, b, h, n, g, state);

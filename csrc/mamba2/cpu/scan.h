@@ -1,7 +1,7 @@
 // ssd_scan: the scan with its tensors read and written as they are.
 #pragma once
 
-#include "forward.h"
+#include "mamba2/cpu/forward.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
@@ -55,10 +55,10 @@ struct ScanForm {
   }
 
   // What will be written of this segment and, `tokens` later, read of the next.
-  void ask_ahead(int64_t b, int64_t h, const Chunk& chunk, int64_t tokens) const {
+  void prefetch_next(int64_t b, int64_t h, const Chunk& chunk, int64_t tokens) const {
     for (int64_t l = chunk.first; l < chunk.first + chunk.q; ++l) {
-      ask_to_write(row<T>(a.y, b, l, h), n.P);
-      if (l + tokens < n.L) ask_for(row<T>(a.x, b, l + tokens, h), n.P);
+      prefetch_for_write(row<T>(a.y, b, l, h), n.P);
+      if (l + tokens < n.L) prefetch(row<T>(a.x, b, l + tokens, h), n.P);
     }
   }
 

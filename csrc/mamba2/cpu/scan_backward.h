@@ -1,8 +1,8 @@
 // The backward of ssd_scan.
 #pragma once
 
-#include "backward.h"
-#include "scan.h"
+#include "mamba2/cpu/backward.h"
+#include "mamba2/cpu/scan.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {

@@ -1,4 +1,4 @@
-// More than kShort tokens: chunks of kChunk = 32, as products of small matrices on the tensor cores.
+// More than kShort tokens: chunks of kChunk = 32, as small matmuls on the tensor cores.
 //
 // With S the prefix sums of log decays in a chunk and W[t, s] = exp(S_t − S_s) Δ_s for s < t, else 0:
 //
@@ -6,7 +6,7 @@
 //     h   ← exp(S_end) h + (x ⊙ Δ exp(S_end − S))ᵀ B
 //
 // One block owns a head of a sample and walks its chunks; h (64 p × 64 n, float32) stays in the registers of its four
-// warps. y is made transposed, so that h, an accumulator, is also the left operand of its product:
+// warps. y is made transposed, so that h, an accumulator, is also the left operand of its matmul:
 //
 //         h                Cᵀ               xᵀ              (C Bᵀ ⊙ W)ᵀ             yᵀ
 //     n 0    …   63    t 0 … 31         s 0 … 31           t 0 … 31              t 0 … 31
@@ -19,22 +19,22 @@
 //
 // Each warp makes one 16 × 16 square of the scores for all, then its own 16 rows of y and of h.
 //
-// Precision: the operands of the three products that end in y are rounded (kOperandParts) and summed in float32. A
+// Precision: the operands of the three matmuls that give y are rounded (kOperandParts) and summed in float32. A
 // token's own term stays in float32, together with the skip: where Δ is large they are all there is to y, a factor
 // common to a head's channels, which RMSNorm scales up again where it nearly cancels. h is an output in float32 and
-// lives for the whole sequence: both operands of its product are three bf16 numbers each (split), and of the nine products the six
-// above 2⁻²⁴ are summed, the small ones first, and added to the decayed h outside the tensor cores, whose accumulators
-// truncate.
+// lives for the sequence: both operands of its matmul are three bf16 numbers each (split), and of the nine products the
+// six above 2⁻²⁴ are summed, the small ones first, and added to the decayed h outside the tensor cores, whose
+// accumulators truncate.
 //
 // What heads share is prepared once: of a token kArrays rows of 64 numbers (128 bytes): C, and B in three parts. Were
 // each head to redo it, two thirds of its convolution and SiLU would be this.
 //
-// Operations of a token and head, in multiply-adds: scores 32·64·¾, their product with x 32·64·¾, h C 4,096, the
+// Operations of a token and head, in multiply-adds: scores 32·64·¾, their matmul with x 32·64·¾, h C 4,096, the
 // update 6 · 4,096: 32 k, 64 kFLOP; in float16, of parts, 46 k. Bytes: x and z 256, y · SiLU(z) 128 written (read and
 // written again by the norm); from the L2 cache 512 of what is prepared.
 #pragma once
 
-#include "mamba2/cuda_parts.h"
+#include "mamba2/cuda/common.h"
 
 namespace mvar {
 namespace cuda {
@@ -42,12 +42,12 @@ namespace {
 
 constexpr int kChunk = 32;                 // a lane a token
 constexpr int kShare = kChunk / kWarps;    // the tokens whose convolution and gate are one warp's
-constexpr int kPitch = kN + 8;             // rows of 144 bytes: ldmatrix then meets every bank once
+constexpr int kPitch = kN + 8;             // rows of 144 bytes: ldmatrix then accesses every bank once
 constexpr int kScoresPitch = kChunk + 8;   // likewise
 constexpr int kYPitch = kP + 4;            // columns of yᵀ, two apart, 8 banks apart
 
-// An operand of the products that end in y is a sum of so many bf16 numbers: of one with bfloat16 inputs; with float16
-// of two, 16 bits beside float16's 11, in float32's range: C·B, h and x after its convolution leave float16's where y
+// An operand of the matmuls that give y is a sum of so many bf16 numbers: of one with bfloat16 inputs; with float16
+// of two, 16 bits where float16 has 11, in float32's range: C·B, h and x after its convolution leave float16's where y
 // fits.
 template <typename T>
 constexpr int kOperandParts = std::is_same_v<T, bf16> ? 1 : 2;
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kBlock, 3) mamba2_mixer_fwd_chunks_kernel(Mixe
 
   for (int start = 0; start < L; start += kChunk) {
     const int turn = start / kChunk % 2;
-    // The head's parameters are read anew for every chunk: their registers are needed.
+    // The head's parameters are read again for every chunk: their registers are needed.
     const Decays d(start + lane < L ? softplus(raw_step + a.dt_bias[head]) : 0.0f, decay_rate(a.A_log[head]));
     const Convolution convolution(a, channel);
 
@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(kBlock, 3) mamba2_mixer_fwd_chunks_kernel(Mixe
     for (int i = 0; i < kChunk / 2; ++i) {
       m.y[i / 4 * 8 + lane % 4 * 2 + i % 2][p + i / 2 % 2 * 8] += y[i / 4][i % 4];
     }
-    uint32_t z[kShare];  // asked for now, needed once h is advanced
+    uint32_t z[kShare];  // loaded now, needed once h is advanced
     const T* z_row = row_of<T>(a.z, b, start + warp * kShare) + channel;
 #pragma unroll
     for (int i = 0; i < kShare; ++i, z_row += a.z.row_stride) {

@@ -1,4 +1,4 @@
-// What the kernels of cuda.cu share: scratch memory, the convolution and its state, the gate, float32 in three parts.
+// Shared by the kernels of cuda.cu: scratch memory, the convolution and its state, the gate, float32 in three parts.
 //
 // In all of them a lane that reads or writes tokens holds two neighbouring channels, so that a warp takes the 64
 // channels of a head, or of B or C, in one access. Before they are computed with, the two are one register (pack).
@@ -33,7 +33,7 @@ using Gated = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
 struct Scratch {
   void* gated;      // (B·L, E) Gated<T>
   float* squares;   // (B·L, H): the sum of squares of a token's gated values in each head
-  char* prepared;   // (B·L, kArrays<T>, 64): see cuda_chunks.h
+  char* prepared;   // (B·L, kArrays<T>, 64): see chunks.h
   float* products;  // (B·L): C·B
 };
 

@@ -7,7 +7,7 @@
 //               n  0–3  4–7   …  60–63
 //     p 16w      | 0  | 1  | … | 15 |    8 rows; below them 8 more for lanes 16–31      w: warp
 //
-// so that h comes and goes in whole rows of 256 bytes, and B_t and C_t are 16 bytes a lane. y_t's sums over a row's 16
+// so that h is read and written in rows of 256 bytes, and B_t and C_t are 16 bytes a lane. y_t's sums over a row's 16
 // lanes are taken for all 8 rows at once (sum_of_each).
 //
 // Bytes and operations of one head: h in and out are 32 KiB; a token adds 4·64 two-byte numbers (z, x, y · SiLU(z)
@@ -16,7 +16,7 @@
 // decides up to about 14 tokens; tensor cores, which want three launches and tiles of 16, have nothing to add here.
 #pragma once
 
-#include "mamba2/cuda_parts.h"
+#include "mamba2/cuda/common.h"
 
 namespace mvar {
 namespace cuda {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kBlock) mamba2_mixer_fwd_short_kernel(MixerFor
     z[i] = l < L ? load_pair(row_of<T>(a.z, b, l) + head * kP + 2 * lane) : 0;
   }
 
-  // Every head convolves B and C anew: up to 16 · 128 channels are less than a launch.
+  // Every head convolves B and C itself: up to 16 · 128 channels are less than a launch.
   const Rows<T> rows(a, n, b);
   for (int part = 0; part < 3; ++part) {
     const int channel = (part == 0 ? head : H + part - 1) * kP + 2 * lane;
