@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvar_kernels import ffi
 from mvar_kernels.dispatch import architecture, interpreted
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -24,7 +25,10 @@ TABLE = Path(__file__).with_name("tiles.json")
 
 @dataclass(frozen=True)
 class Tile:
-    """constexpr sizes of a kernel ("BLOCK_L": 64), its warps and the depth of its software pipeline."""
+    """constexpr sizes of a kernel ("BLOCK_L": 64), its warps and the stages of its software pipeline.
+
+    Instead of triton.Config, since the table is also read where Triton is not installed.
+    """
 
     sizes: Mapping[str, int]
     warps: int = 4
@@ -45,23 +49,20 @@ def table() -> Mapping[str, Mapping[str, Mapping[str, Tile]]]:
 
 
 def chosen(kernel: str, shape_class: str, candidates: Sequence[Tile], device: torch.device) -> Tile:
-    """The tile to launch `kernel` with. `shape_class` says which shapes share one ("D64 bfloat16")."""
+    """The tile to launch `kernel` with. Shapes of one `shape_class` ("D64 bfloat16") share one."""
     classes, first = table().get(architecture(device), {}).get(kernel, {}), candidates[0]
     if "*" in classes:
         return replace(first, sizes={**first.sizes, **classes["*"].sizes})
     return classes.get(shape_class, first)
 
 
-def product_block(size: int) -> int:
-    """The block that holds `size` elements and that tl.dot takes: a power of two, at least 16."""
+def dot_block(size: int) -> int:
+    """The block size of an operand of tl.dot with `size` elements: a power of two, at least 16."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def unsupported_dtype(first: Tensor) -> str | None:
-    """What all Triton kernels ask of the dtype: that of the first input, which the others share."""
-    dtype = str(first.dtype).removeprefix("torch.")
-    if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"dtype {dtype} is not float32, float16 or bfloat16"
+    """Why Triton kernels do not support the dtype of the first input, which the others share, or None."""
     if interpreted() and first.dtype == torch.bfloat16:
         return "Triton's interpreter does not round bfloat16 as GPUs do"
-    return None
+    return ffi.unsupported_dtype(first, (torch.float32, torch.float16, torch.bfloat16))

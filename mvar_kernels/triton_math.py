@@ -10,7 +10,7 @@ from mvar_kernels.dispatch import interpreted
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-ROUNDER = tl.constexpr(1.5 * 2**23)  # in a sum: rounds the other number to a whole one, and has that in its last bits
+ROUNDER = tl.constexpr(1.5 * 2**23)  # in a sum: rounds the other number to an integer, which is in its last bits
 
 
 @triton.jit

@@ -72,8 +72,8 @@ def number(value: object) -> int | float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def whole_number(value: object) -> int | None:
-    """The Python whole number that `value` is, as :func:`number` takes it, or None."""
+def integer(value: object) -> int | None:
+    """The Python integer that `value` is, as :func:`number` takes it, or None."""
     known = number(value)
     return known if isinstance(known, int) else None
 
@@ -87,19 +87,19 @@ def positive(op: str, name: str, value: object) -> float:
 
 
 def scale_lengths(op: str, scales: object, length: int) -> tuple[int, ...]:
-    """Check tokens per scale: positive whole numbers, in any sequence, array or tensor, that add up to `length`."""
+    """Check tokens per scale: positive integers, in any sequence, array or tensor, that add up to `length`."""
     numbers = scales.tolist() if hasattr(scales, "tolist") else scales
-    known = tuple(whole_number(n) for n in numbers) if isinstance(numbers, Sequence) else ()
-    whole = tuple(n for n in known if n is not None)
-    if not whole or len(whole) < len(known) or min(whole) < 1:
-        raise ValueError(f"{op}: scales: expected positive whole numbers, got {scales!r}")
-    if sum(whole) != length:
-        raise ValueError(f"{op}: scales: expected to add up to L={length}, got {whole} with sum {sum(whole)}")
-    return whole
+    known = tuple(integer(n) for n in numbers) if isinstance(numbers, Sequence) else ()
+    lengths = tuple(n for n in known if n is not None)
+    if not lengths or len(lengths) < len(known) or min(lengths) < 1:
+        raise ValueError(f"{op}: scales: expected positive integers, got {scales!r}")
+    if sum(lengths) != length:
+        raise ValueError(f"{op}: scales: expected to add up to L={length}, got {lengths} with sum {sum(lengths)}")
+    return lengths
 
 
 def directions(op: str, both: bool, scales: Sequence[int] | None, length: int) -> tuple[int, ...]:
-    """The scales a scan needs: those given when bidirectional, one for the whole sequence else."""
+    """The scales a scan needs: those given when bidirectional, one for the sequence otherwise."""
     if not both:
         return (length,)
     if scales is None:

@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fill every torch.empty with NaN (or the largest whole number), so that an unwritten output shows."""
+    """Fill every torch.empty with NaN (or the largest integer), so that an unwritten output shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     yield

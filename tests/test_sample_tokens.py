@@ -228,7 +228,7 @@ def test_soft_embedding_nears_the_token_as_the_temperature_falls() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"top_k": -1}, r"top_k: expected a whole number of at least 0 \(0 keeps all\), got -1"),
+        ({"top_k": -1}, r"top_k: expected an integer of at least 0 \(0 keeps all\), got -1"),
         ({"top_k": 2.0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
@@ -289,7 +289,7 @@ def test_a_seed_in_memory_is_read_at_every_call(backend: str) -> None:
         (torch.tensor([1]), ValueError, r"seed: expected shape \(\), got \(1,\)"),
         (torch.tensor(1, dtype=torch.int32), TypeError, "seed: expected dtype int64, got int32"),
         (torch.tensor(1, device="meta"), ValueError, "seed: expected device cpu"),
-        (1.0, ValueError, "seed: expected a whole number from 0 to 9223372036854775807, got 1.0"),
+        (1.0, ValueError, "seed: expected an integer from 0 to 9223372036854775807, got 1.0"),
     ],
 )
 def test_errors_of_a_seed_in_memory(seed: Tensor, error: type[Exception], message: str) -> None:

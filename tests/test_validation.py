@@ -11,8 +11,8 @@ from mvar_kernels import validation
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)], ids=repr)
-def test_whole_numbers(value: object) -> None:
-    known = validation.whole_number(value)
+def test_integers(value: object) -> None:
+    known = validation.integer(value)
     assert known == 3 and type(known) is int
     assert validation.number(value) == 3
 
@@ -20,7 +20,7 @@ def test_whole_numbers(value: object) -> None:
 @pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5), np.float16(0.5), torch.tensor(0.5)], ids=repr)
 def test_real_numbers(value: object) -> None:
     known = validation.positive("op", "eps", value)
-    assert known == 0.5 and validation.whole_number(value) is None
+    assert known == 0.5 and validation.integer(value) is None
 
 
 NO_NUMBERS = [True, np.True_, torch.tensor(True), "1", None, 1j, np.array([1]), torch.tensor([1.0]), [1]]
@@ -28,7 +28,7 @@ NO_NUMBERS = [True, np.True_, torch.tensor(True), "1", None, 1j, np.array([1]), 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
 def test_what_is_no_number(value: object) -> None:
-    assert validation.number(value) is None and validation.whole_number(value) is None
+    assert validation.number(value) is None and validation.integer(value) is None
     with pytest.raises(ValueError, match="op: eps: expected a number above 0, got "):
         validation.positive("op", "eps", value)
 
@@ -38,7 +38,7 @@ def test_tokens_per_scale() -> None:
         known = validation.scale_lengths("op", scales, 5)
         assert known == (1, 4) and all(type(n) is int for n in known)
     for wrong in ((), (0, 5), (1.0, 4), (True, 4), 5, np.array(5), np.array([[1, 4]]), "14", None):
-        with pytest.raises(ValueError, match="op: scales: expected positive whole numbers, got "):
+        with pytest.raises(ValueError, match="op: scales: expected positive integers, got "):
             validation.scale_lengths("op", wrong, 5)
 
 

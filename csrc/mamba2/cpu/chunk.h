@@ -63,9 +63,9 @@ struct Decays {
   float logs[kChunk];         // of a_t
   float since_start[kChunk];  // a_0 … a_t
   float until_end[kChunk];    // a_{t+1} … a_{q−1}
-  float lost;                 // whole() − 1, to float32's precision of itself where slow
+  float lost;                 // chunk_decay() − 1, to float32's precision of itself where slow
   bool slow;
-  MVAR_INLINE float whole() const { return since_start[kChunk - 1]; }
+  MVAR_INLINE float chunk_decay() const { return since_start[kChunk - 1]; }
 };
 
 MVAR_INLINE void exp_of_chunk(const float* from, float* to) {
@@ -151,13 +151,13 @@ MVAR_INLINE void weigh(const float* weights, const float* lines, int64_t step, i
   }
 }
 
-// to = whole · from + Σ_i weighted_i ⊗ lines_i, over q lines of P; `from` is null where it is zero. Both are two
+// to = chunk_decay · from + Σ_i weighted_i ⊗ lines_i, over q lines of P; `from` is null where it is zero. Both are two
 // matrices (N, P), of which the second is what rounding took off the first.
 MVAR_INLINE void add_outer_products(const Decays& decays, const float* from, const float* weighted,
                                     const float* lines, int64_t step, int64_t q, float* to, int64_t N,
                                     int64_t N_padded, int64_t width) {
   const int64_t off = N * width;
-  const Vec whole = splat(decays.whole()), lost = splat(decays.lost);
+  const Vec chunk_decay = splat(decays.chunk_decay()), lost = splat(decays.lost);
   for_each_block(N, width, [&](int64_t n, auto rows, int64_t p, auto cols) MVAR_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value, K = decltype(cols)::value;
     Block<R, K> block{};
@@ -169,11 +169,11 @@ MVAR_INLINE void add_outer_products(const Decays& decays, const float* from, con
         if (from) {
           const Vec before = load(from + at, All{});
           if (decays.slow) {
-            const Vec change = fma(lost, before, fma(whole, load(from + off + at, All{}), value));
+            const Vec change = fma(lost, before, fma(chunk_decay, load(from + off + at, All{}), value));
             value = before + change;
             rounded_off = change - (value - before);
           } else {
-            value = fma(whole, before, value);
+            value = fma(chunk_decay, before, value);
           }
         }
         store(to + at, value, All{});

@@ -179,7 +179,7 @@ void chunk_backward(const BackwardView& b, const float* before, const float* adj
   } else {
     __builtin_memset(b.dB_transposed, 0, N * kChunk * sizeof(float));
   }
-  const float through = before && adjoint ? decays.whole() * dot(before, adjoint, N * width) : 0.0f;
+  const float through = before && adjoint ? decays.chunk_decay() * dot(before, adjoint, N * width) : 0.0f;
   decay_gradients(s.mix, entering, leaving, through, c.q, log_a);
 
   for (int i = 0; i < kChunk; ++i) {

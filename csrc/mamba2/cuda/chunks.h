@@ -112,7 +112,7 @@ struct Decays {
   float coarse, fine;  // S
   float from_start;    // exp(S)
   float until_end;     // Δ exp(S_end − S)
-  float whole;         // exp(S_end)
+  float chunk_decay;         // exp(S_end)
 
   __device__ Decays(float delta, float A) : delta(delta) {
     const float log_decay = fmaxf(delta * A, -256.0f);
@@ -127,7 +127,7 @@ struct Decays {
     const float coarse_end = from_lane(coarse, kChunk - 1), fine_end = from_lane(fine, kChunk - 1);
     from_start = expf(coarse + fine);
     until_end = expf((coarse_end - coarse) + (fine_end - fine)) * delta;
-    whole = expf(coarse_end + fine_end);
+    chunk_decay = expf(coarse_end + fine_end);
   }
 };
 
@@ -266,7 +266,7 @@ __device__ void from_inside(float (&y)[kChunk / 8][4], const ChunkShared<T>& m) 
 
 // h ← exp(S_end) h + (x ⊙ Δ exp(S_end − S))ᵀ B, this warp's 16 rows.
 template <typename T, typename Prepared>
-__device__ void advance(float (&h)[kN / 8][4], const ChunkShared<T>& m, const Prepared& prepared, float whole) {
+__device__ void advance(float (&h)[kN / 8][4], const ChunkShared<T>& m, const Prepared& prepared, float chunk_decay) {
   const int lane = lane_index();
   uint32_t x[2][kParts][4];
 #pragma unroll
@@ -292,7 +292,7 @@ __device__ void advance(float (&h)[kN / 8][4], const ChunkShared<T>& m, const Pr
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& value = h[n / 8 + i / 4][i % 4];
-      value = fmaf(whole, value, added[i / 4][i % 4]);
+      value = fmaf(chunk_decay, value, added[i / 4][i % 4]);
     }
   }
 }
@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(kBlock, 3) mamba2_mixer_fwd_chunks_kernel(Mixe
     for (int i = 0; i < kShare; ++i, z_row += a.z.row_stride) {
       z[i] = start + warp * kShare + i < L ? load_pair(z_row) : 0;
     }
-    advance(h, m, prepared, d.whole);
+    advance(h, m, prepared, d.chunk_decay);
     load_steps(start + kChunk);
     const int next = start + kChunk + warp * kShare - (kTaps - 1);
     const T* row = rows.tokens + next * rows.stride + channel;
@@ -389,8 +389,8 @@ __global__ void __launch_bounds__(kBlock, 3) mamba2_mixer_fwd_chunks_kernel(Mixe
     for (int i = 0; i < kShare; ++i, gated += H * kP) {
       const int token = warp * kShare + i;
       if (start + token >= L) break;
-      const auto whole = load_vector<2>(&m.y[token][2 * lane]);
-      squares[i] = write_gated<T>({whole.at[0], whole.at[1]}, z[i], gated);
+      const auto pair = load_vector<2>(&m.y[token][2 * lane]);
+      squares[i] = write_gated<T>({pair.at[0], pair.at[1]}, z[i], gated);
     }
     const float sum = sum_of_each<kWarpSize>(squares);
     const int token = start + warp * kShare + lane / (kWarpSize / kShare);

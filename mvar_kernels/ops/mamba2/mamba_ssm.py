@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.dispatch import Implementation
+from mvar_kernels.ffi import unsupported_dtype
 from mvar_kernels.ops.mamba2.inputs import Scan
 
 CHUNK = 256  # mamba_ssm's own default
@@ -15,9 +16,9 @@ def _unsupported(call: Scan) -> str | None:
     x, A = call.x, call.A
     if x.device.type != "cuda":
         return f"inputs are on {x.device.type}"
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"dtype {str(x.dtype).removeprefix('torch.')} is not float32, float16 or bfloat16"
-    return "A: has two directions, mamba_ssm scans forward only" if A.dim() == 2 else None
+    if A.dim() == 2:
+        return "A: has two directions, mamba_ssm scans forward only"
+    return unsupported_dtype(x, (torch.float32, torch.float16, torch.bfloat16))
 
 
 def _ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
-# ln 2 in two parts: multiples of the first by whole numbers below 2¹¹ are exact in float32.
+# ln 2 in two parts: multiples of the first by integers below 2¹¹ are exact in float32.
 LN2_HIGH = 0.693145751953125
 LN2_LOW = math.log(2) - LN2_HIGH
 

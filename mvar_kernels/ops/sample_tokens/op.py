@@ -6,7 +6,7 @@
              (equal logits in the order of their codes)
     token    = argmax of logits + Gumbel noise over what is left             a sample of the softmax
 
-The order and the rules are VAR's (arXiv 2404.02905). The softmax weights of top-p are whole multiples
+The order and the rules are VAR's (arXiv 2404.02905). The softmax weights of top-p are multiples
 of 2⁻³⁰ of the largest, so that the cut is the same on every backend; noise.py has the noise.
 
 A softmax does not change when a number is added to all logits of a row, and neither does the result here: both rows
@@ -135,7 +135,7 @@ def _checked(
     if image_index is None:
         image_index = torch.arange(cond.shape[0], dtype=torch.int64, device=cond.device)
     validation.tensor(op, "image_index", image_index, "B", sizes, like=cond, dtypes=(torch.int64,))
-    c, k, p = validation.number(guidance), validation.whole_number(top_k), validation.number(top_p)
+    c, k, p = validation.number(guidance), validation.integer(top_k), validation.number(top_p)
     if c is None or not 0 <= c <= MAX_GUIDANCE:
         raise ValueError(f"{op}: guidance: expected a number from 0 to {MAX_GUIDANCE:g}, got {guidance!r}")
     if c and uncond is None:
@@ -143,7 +143,7 @@ def _checked(
     if sizes["V"] < 1:
         raise ValueError(f"{op}: cond: expected at least one code, got shape {tuple(cond.shape)}")
     if k is None or k < 0:
-        raise ValueError(f"{op}: top_k: expected a whole number of at least 0 (0 keeps all), got {top_k}")
+        raise ValueError(f"{op}: top_k: expected an integer of at least 0 (0 keeps all), got {top_k}")
     if p is None or not 0 < p <= 1:
         raise ValueError(f"{op}: top_p: expected a number above 0 and up to 1 (all), got {top_p!r}")
     scale_index = _whole(op, "scale_index", scale_index, MAX_WORD)
@@ -156,9 +156,9 @@ def _checked(
 
 
 def _whole(op: str, name: str, value: object, most: int) -> int:
-    known = validation.whole_number(value)
+    known = validation.integer(value)
     if known is None or not 0 <= known <= most:
-        raise ValueError(f"{op}: {name}: expected a whole number from 0 to {most}, got {value!r}")
+        raise ValueError(f"{op}: {name}: expected an integer from 0 to {most}, got {value!r}")
     return known
 
 

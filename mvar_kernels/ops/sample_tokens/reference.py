@@ -8,7 +8,7 @@ from mvar_kernels.ops.sample_tokens import noise
 from mvar_kernels.ops.sample_tokens.inputs import Sampling, SoftSampling
 from mvar_kernels.validation import accumulator
 
-# Softmax weights as whole numbers: their sums are exact in any order, so every backend cuts at the same code.
+# Softmax weights as integers: their sums are exact in any order, so every backend cuts at the same code.
 WEIGHT_ONE = 2**30
 
 

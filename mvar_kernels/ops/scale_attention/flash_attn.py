@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.dispatch import Implementation
+from mvar_kernels.ffi import unsupported_dtype
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, NORM_EPS
 
@@ -21,8 +22,8 @@ def _unsupported(call: Attention) -> str | None:
     q = call.q
     if q.device.type != "cuda":
         return f"inputs are on {q.device.type}"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {str(q.dtype).removeprefix('torch.')} is not float16 or bfloat16"
+    if (reason := unsupported_dtype(q, (torch.float16, torch.bfloat16))) is not None:
+        return reason
     if call.causal:
         return "the causal pattern is not among its masks"
     return f"head dimension D={q.shape[-1]} is more than 256" if q.shape[-1] > 256 else None

@@ -109,9 +109,9 @@ def _plan(
     dtype = str(like.dtype).removeprefix("torch.")
     candidates = tiles.get(f"{kind} {dtype}", tiles[kind])
     arguments = tiling.chosen(kernel, f"{kind} P{P} N{N} {dtype}", candidates, like.device).arguments()
-    arguments["BLOCK_P"] = min(arguments["BLOCK_P"], tiling.product_block(P))
+    arguments["BLOCK_P"] = min(arguments["BLOCK_P"], tiling.dot_block(P))
     precision = "ieee" if like.dtype == torch.float32 else "tf32x3"
-    return arguments | {"P": P, "N": N, "BOTH": both, "PRECISION": precision, "BLOCK_N": tiling.product_block(N)}
+    return arguments | {"P": P, "N": N, "BOTH": both, "PRECISION": precision, "BLOCK_N": tiling.dot_block(N)}
 
 
 def _inner(dtype: torch.dtype) -> torch.dtype:

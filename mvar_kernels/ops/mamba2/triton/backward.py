@@ -83,7 +83,7 @@ class ScanGradients:
             "MIXER": bias is not None,
             "PRECISE": PRECISE[dtype],
             "CHUNK": CHUNKS[dtype],
-            "BLOCK_N": tiling.product_block(self.N),
+            "BLOCK_N": tiling.dot_block(self.N),
         }
 
     def sweep(self, came: Tensor, went: Tensor, first: Tensor, last: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ class ScanGradients:
             self.directions, self.batch, self.chunks, *first.shape[1:], dtype=torch.float32, device=first.device
         )
         tile = tiling.chosen("ssd_scan_bwd_sweep", self.shape_class, SWEEP_TILES[self.dtype], first.device).arguments()
-        tile["BLOCK_P"] = min(tile["BLOCK_P"], tiling.product_block(self.P))
+        tile["BLOCK_P"] = min(tile["BLOCK_P"], tiling.dot_block(self.P))
         grid = (self.batch * self.H, triton.cdiv(self.P, tile["BLOCK_P"]), self.directions)
         _ssd_scan_bwd_sweep_kernel[grid](
             came,
@@ -146,7 +146,7 @@ class ScanGradients:
             self.heads,
             OPERAND=self.operand,
             COARSE=self.coarse,
-            BLOCK_P=tiling.product_block(self.P),
+            BLOCK_P=tiling.dot_block(self.P),
             **self.options,
             **tile.arguments(),
         )

@@ -147,17 +147,17 @@ def _ssd_scan_bwd_sweep_kernel(
         delta, _, A = head_steps(at, bias_ptr, A_ptr, offs_i * dt_stride, mask_t, column, always, MIXER, EXACT)
         coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, direction)
         weight = exp(tl.where(rightwards, (all_coarse - coarse) + (all_fine - fine), coarse + fine), EXACT)
-        whole = exp(all_coarse + all_fine, EXACT)
+        chunk_decay = exp(all_coarse + all_fine, EXACT)
         if BOTH:
             scale, before, after = edges(scale_ptr, chunk, L, CHUNK)
             weight = tl.where((direction == 0) | (scale == (after if ADJOINT else before)), weight, 0.0)
-            whole = tl.where((direction == 0) | (before == after), whole, 0.0)
+            chunk_decay = tl.where((direction == 0) | (before == after), chunk_decay, 0.0)
         mask_from, mask_to = mask_t[:, None] & mask_p[None, :], mask_t[:, None] & mask_n[None, :]
         came = tl.load(from_ptr + row * from_stride + h * P + offs_from, mask=mask_from, other=0.0).to(tl.float32)
         went = tl.load(to_ptr + row * to_stride + offs_to, mask=mask_to, other=0.0).to(tl.float32)
         if not ADJOINT:
             weight *= delta
-        state = whole * state + tl.dot(tl.trans(came), went * weight[:, None], input_precision=PRECISE)
+        state = chunk_decay * state + tl.dot(tl.trans(came), went * weight[:, None], input_precision=PRECISE)
     if ADJOINT:
         tl.store(last_ptr + sequence * P * N + offs_state, state, mask=mask_state & (direction == 0))
 
@@ -168,7 +168,7 @@ def matmul(a, b_at, b_mask, once, TRANSPOSE: tl.constexpr, OPERAND: tl.constexpr
 
     `once` is 1, the grid's third size, which the compiler does not know. The loop keeps it from loading operands long
     before, from computing the operand of a matmul again for each layout that it is needed in, and from treating matmuls
-    as one chain, in which all warps lie along one side and hold the other operand whole.
+    as one chain, in which all warps lie along one side and hold all of the other operand.
     """
     out = tl.zeros([a.shape[0], b_at.shape[0] if TRANSPOSE else b_at.shape[1]], tl.float32)
     a = a.to(OPERAND)
@@ -207,7 +207,7 @@ def _direction_grads(
     coarse, fine, all_coarse, all_fine = prefix_sums(delta * A, direction)
     entering = exp(coarse + fine, EXACT)
     leaving = exp((all_coarse - coarse) + (all_fine - fine), EXACT)
-    whole = exp(all_coarse + all_fine, EXACT)
+    chunk_decay = exp(all_coarse + all_fine, EXACT)
     offs = tl.arange(0, delta.shape[0])
     # [t, u]: whether what comes to t passes over step u; if not, what goes from there may.
     passes = offs[:, None] >= offs[None, :]
@@ -218,7 +218,7 @@ def _direction_grads(
             tl.where(back, tl.where(scale == after, leaving, 0.0), entering),
             tl.where(back, tl.where(scale == before, entering, 0.0), leaving),
         )
-        whole = tl.where(back & (before != after), 0.0, whole)
+        chunk_decay = tl.where(back & (before != after), 0.0, chunk_decay)
         coarse, fine = tl.where(back, -coarse, coarse), tl.where(back, -fine, fine)
         passes = tl.where(back, offs[:, None] <= offs[None, :], passes)
         pairs = tl.where(back, (offs[:, None] > offs[None, :]) & (scale[:, None] == scale[None, :]), pairs)
@@ -227,7 +227,7 @@ def _direction_grads(
     for i in range(once):
         h = tl.load(h_at + i * 64, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
         adjoint = tl.load(adjoint_at + i * 64, mask=mask_state, other=0.0)  # [BLOCK_P, BLOCK_N]
-        through = whole * tl.sum(tl.sum(h * adjoint, 1), 0)
+        through = chunk_decay * tl.sum(tl.sum(h * adjoint, 1), 0)
     from_h = matmul_of_loaded(dy_at, mask_x, h_at, mask_state, once, False, tl.float32, PRECISE)
     from_h *= entering[:, None]  # [CHUNK, BLOCK_N]
     dC += from_h

@@ -240,8 +240,8 @@ def backward_decays(delta, A, scale, first, last, CHUNK: tl.constexpr, EXACT: tl
     inside = decay_matrix(-before_coarse, -before_fine, mask, EXACT) * delta[None, :]
     from_end = exp((all_coarse - before_coarse) + (all_fine - before_fine), EXACT)
     to_start = exp(before_coarse + before_fine, EXACT) * delta
-    whole = tl.where(first == last, exp(all_coarse + all_fine, EXACT), 0.0)
-    return inside, tl.where(scale == last, from_end, 0.0), tl.where(scale == first, to_start, 0.0), whole
+    chunk_decay = tl.where(first == last, exp(all_coarse + all_fine, EXACT), 0.0)
+    return inside, tl.where(scale == last, from_end, 0.0), tl.where(scale == first, to_start, 0.0), chunk_decay
 
 
 @triton.jit

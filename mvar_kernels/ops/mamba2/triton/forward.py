@@ -15,7 +15,7 @@ Precision: with bfloat16 inputs the operands of the three matmuls that give y ar
 summed in float32; with float16 inputs to tf32, which is as precise and has float32's range: C·B, h and x after its
 convolution leave float16's where y fits. A token's own term stays in float32, together with the skip: where Δ is
 large they are all there is to y, a factor common to a head's channels, which RMSNorm scales up again where it nearly
-cancels. h is an output in float32 and lives for the whole sequence, so its own matmul keeps float32's precision:
+cancels. h is an output in float32 and lives for the sequence, so its own matmul keeps float32's precision:
 three tf32 matmuls (tf32x3). It is added to the decayed h outside the tensor cores, whose accumulators truncate.
 
 Bidirectional: the backward direction only adds to W's upper triangle, so C Bᵀ and the matmul with x are shared.
@@ -69,9 +69,9 @@ def _chunk(x, B, C, h, from_right, inside, from_start, from_end, BOTH: tl.conste
 
 
 @triton.jit
-def _advance(state, whole, x, weights, B, PRECISION: tl.constexpr):
-    """whole · state + (x ⊙ weights)ᵀ B in float32 [BLOCK_P, BLOCK_N]."""
-    return tl.fma(state, whole, tl.dot(tl.trans(x * weights[:, None]), B, input_precision=PRECISION))
+def _advance(state, chunk_decay, x, weights, B, PRECISION: tl.constexpr):
+    """chunk_decay · state + (x ⊙ weights)ᵀ B in float32 [BLOCK_P, BLOCK_N]."""
+    return tl.fma(state, chunk_decay, tl.dot(tl.trans(x * weights[:, None]), B, input_precision=PRECISION))
 
 
 @triton.jit
@@ -152,8 +152,8 @@ def _ssd_scan_fwd_kernel(
             B = load_rows(B_ptr, stride_Bl, start, offs_n, mask_n, L, CHUNK)
             delta = steps(dt_ptr + stride_dd, stride_dl, start, L, CHUNK)
             scale, first, last, continues = _scales(scale_ptr, start, L, CHUNK)
-            _, _, to_start, whole = backward_decays(delta, A_back, scale, first, last, CHUNK, EXACT)
-            g = _advance(g, whole, x.to(tl.float32), to_start, B.to(tl.float32), PRECISION)
+            _, _, to_start, chunk_decay = backward_decays(delta, A_back, scale, first, last, CHUNK, EXACT)
+            g = _advance(g, chunk_decay, x.to(tl.float32), to_start, B.to(tl.float32), PRECISION)
             g = tl.where(continues, g, 0.0)
         tl.debug_barrier()
 
@@ -165,7 +165,7 @@ def _ssd_scan_fwd_kernel(
         C = load_rows(C_ptr, stride_Cl, start, offs_n, mask_n, L, CHUNK)
         delta = steps(dt_ptr, stride_dl, start, L, CHUNK)
         own = delta * tl.sum(B.to(tl.float32) * C.to(tl.float32), 1)
-        inside, from_start, until_end, whole = forward_decays(delta, A, CHUNK, EXACT)
+        inside, from_start, until_end, chunk_decay = forward_decays(delta, A, CHUNK, EXACT)
         from_right, from_end = h, from_start
         if BOTH:
             scale, first, last, _ = _scales(scale_ptr, start, L, CHUNK)
@@ -176,7 +176,7 @@ def _ssd_scan_fwd_kernel(
         y = _chunk(x, B, C, h, from_right, inside, from_start, from_end, BOTH, DTYPE)
         y += (D + own)[:, None] * x.to(tl.float32)
         store_rows(y_ptr, H * P, y, start, offs_p, mask_p, L, CHUNK)
-        h = _advance(h, whole, x.to(tl.float32), until_end, B.to(tl.float32), PRECISION)
+        h = _advance(h, chunk_decay, x.to(tl.float32), until_end, B.to(tl.float32), PRECISION)
     tl.store(state_out_ptr + offs_h, h, mask=mask_h)
 
 
@@ -351,8 +351,8 @@ def _mamba2_mixer_fwd_kernel(
             else:
                 delta = softplus_steps(dt_ptr + H, stride_dl, dt_bias_back, start, L, CHUNK)
             scale, first, last, continues = _scales(scale_ptr, start, L, CHUNK)
-            _, _, to_start, whole = backward_decays(delta, A_back, scale, first, last, CHUNK, EXACT)
-            g = tl.where(continues, _advance(g, whole, x, to_start, B, PRECISION), 0.0)
+            _, _, to_start, chunk_decay = backward_decays(delta, A_back, scale, first, last, CHUNK, EXACT)
+            g = tl.where(continues, _advance(g, chunk_decay, x, to_start, B, PRECISION), 0.0)
         tl.debug_barrier()
 
     h = tl.load(state_ptr + offs_h, mask=mask_h, other=0.0)
@@ -373,7 +373,7 @@ def _mamba2_mixer_fwd_kernel(
         else:
             delta = softplus_steps(dt_ptr, stride_dl, dt_bias, start, L, CHUNK)
             own = delta * tl.sum(B * C, 1)
-        inside, from_start, until_end, whole = forward_decays(delta, A, CHUNK, EXACT)
+        inside, from_start, until_end, chunk_decay = forward_decays(delta, A, CHUNK, EXACT)
         from_right, from_end = h, from_start
         if BOTH:
             scale, first, last, _ = _scales(scale_ptr, start, L, CHUNK)
@@ -385,7 +385,7 @@ def _mamba2_mixer_fwd_kernel(
             inside += upper
             from_right = tl.load(edges_ptr + chunk * P * N + offs_h, mask=mask_h, other=0.0)
         y = _chunk(x, B, C, h, from_right, inside, from_start, from_end, BOTH, DTYPE) + (D + own)[:, None] * x
-        h = _advance(h, whole, x, until_end, B, PRECISION)
+        h = _advance(h, chunk_decay, x, until_end, B, PRECISION)
         z = load_rows(z_ptr + channel, stride_zl, start, offs_p, mask_p, L, CHUNK).to(tl.float32)
         gated = y * silu(z, EXACT)
         store_rows(gated_ptr, E, gated, start, offs_p, mask_p, L, CHUNK)

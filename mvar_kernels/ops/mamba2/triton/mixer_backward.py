@@ -366,7 +366,7 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
         dt.stride(0),
         L,
         scan.heads,
-        BLOCK_P=tiling.product_block(scan.P),
+        BLOCK_P=tiling.dot_block(scan.P),
         **scan.options,
         **chosen("outputs", OUTPUTS_TILES[dtype]),
     )

@@ -6,7 +6,7 @@ again and again, with nothing moved but a number or two a round between the warp
 The arg-max of logits and noise is found by a race of all codes with a rough noise, and the exact noise of those
 near to winning (common.sample). Nothing is written but the token.
 
-Tokens are bit for bit those of reference.py: top-k counts, top-p sums whole numbers, and guidance, weights and noise
+Tokens are bit for bit those of reference.py: top-k counts, top-p sums integers, and guidance, weights and noise
 are float32 operations rounded one by one (enable_fp_fusion=False). A NaN counts as +∞, which counts as the largest
 finite number.
 

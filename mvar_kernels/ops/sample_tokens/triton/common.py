@@ -48,7 +48,7 @@ def quarters(row):
 
 
 @triton.jit
-def whole(first, second, third, fourth):
+def join(first, second, third, fourth):
     """The row [BLOCK_V] of four quarters."""
     return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
 
@@ -80,7 +80,7 @@ def divide(x, DIVISOR: tl.constexpr, POWER: tl.constexpr):
 
 @triton.jit
 def softmax_weight(x):
-    """noise.exp_negative in whole multiples of 2⁻³⁰, so that sums are exact in any order; 0 for NaN.
+    """noise.exp_negative in multiples of 2⁻³⁰, so that sums are exact in any order; 0 for NaN.
 
     Nothing is left of exp where exp_negative ends, and a power of two may be multiplied sooner or later.
     """
@@ -161,7 +161,7 @@ def row_noise(position, scale_index, image, seed_low, seed_high, BLOCK_V: tl.con
     """The Gumbel noise of all codes, [BLOCK_V]."""
     group = tl.arange(0, BLOCK_V // 4).to(tl.uint32)  # [BLOCK_V / 4]
     first, second, third, fourth = philox(group, position, scale_index, image, seed_low, seed_high)
-    return whole(gumbel(first), gumbel(second), gumbel(third), gumbel(fourth))
+    return join(gumbel(first), gumbel(second), gumbel(third), gumbel(fourth))
 
 
 @triton.jit
@@ -229,7 +229,7 @@ def keep_top_k(logits, highest, top_k):
     """Logits below the k-th largest become −∞; ties with it stay. top_k ≥ 1 is fewer than there are."""
     threshold = highest
     if top_k > 1:
-        # Counts are floats: compilers count whole numbers in bit masks, which takes twice the instructions.
+        # Counts are floats: compilers count integers in bit masks, which takes twice the instructions.
         need = top_k.to(tl.float32)
         some = logits > -INFINITY
         count = tl.sum(tl.where(some, 1.0, 0.0), 0)
@@ -248,7 +248,7 @@ def keep_top_p(logits, highest, dropped_share):
     dropped_share: 1 − top_p in float64.
     """
     first, second, third, fourth = quarters(logits)
-    weights = whole(
+    weights = join(
         softmax_weight(first - highest),
         softmax_weight(second - highest),
         softmax_weight(third - highest),
@@ -291,7 +291,7 @@ def sample(logits, position, scale_index, image, seed_low, seed_high, BLOCK_V: t
     group = tl.arange(0, BLOCK_V // 4).to(tl.uint32)  # [BLOCK_V / 4]
     first, second, third, fourth = philox(group, position, scale_index, image, seed_low, seed_high)
     logit0, logit1, logit2, logit3 = quarters(logits)
-    time = whole(
+    time = join(
         near_exponential(first) * tl.exp(-logit0),
         near_exponential(second) * tl.exp(-logit1),
         near_exponential(third) * tl.exp(-logit2),

@@ -392,7 +392,7 @@ def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     L, device, shapes = k.shape[1], q.device, shape_class(q)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))
     rows = torch.empty((3, B, H, Lq), dtype=torch.float32, device=device)  # of each query: m, 1/l, δ
-    sizes = {"HEAD_DIM": D, "BLOCK_D": tiling.product_block(D), "NORM": temperature is not None}
+    sizes = {"HEAD_DIM": D, "BLOCK_D": tiling.dot_block(D), "NORM": temperature is not None}
 
     chosen = tiling.chosen("scale_attention_dq", shapes, candidates(q, HALVES, SINGLE), device)
     made = plan(scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], device)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvar_kernels.tiling import Tile, product_block
+from mvar_kernels.tiling import Tile, dot_block
 from mvar_kernels.triton_math import LOG2_E, exp, exp2
 
 MAX_LOG_TEMPERATURE = tl.constexpr(4.605170185988092)  # log 100
@@ -29,11 +29,11 @@ Candidates = Mapping[int, tuple[Tile, ...]]
 
 def candidates(q: Tensor, halves: Candidates, single: Candidates) -> tuple[Tile, ...]:
     """The tiles for q's dtype and head dimension."""
-    return (single if q.itemsize == 4 else halves)[max(64, product_block(q.shape[-1]))]
+    return (single if q.itemsize == 4 else halves)[max(64, dot_block(q.shape[-1]))]
 
 
 def shape_class(q: Tensor) -> str:
-    return f"D{product_block(q.shape[-1])} {str(q.dtype).removeprefix('torch.')}"
+    return f"D{dot_block(q.shape[-1])} {str(q.dtype).removeprefix('torch.')}"
 
 
 def strides(*tensors: Tensor) -> list[int]:

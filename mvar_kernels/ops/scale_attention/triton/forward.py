@@ -155,7 +155,7 @@ def forward(call: Attention) -> tuple[Tensor, Tensor]:
         *strides(q, k, v),
         *(scale, Lq),
         HEAD_DIM=D,
-        BLOCK_D=tiling.product_block(D),
+        BLOCK_D=tiling.dot_block(D),
         NORM=temperature is not None,
         **chosen.arguments(),
     )
