@@ -9,7 +9,7 @@ from mvar_kernels import adaln, gated_adaln, tiling  # noqa: E402
 from mvar_kernels.dispatch import BackendError, unavailable  # noqa: E402
 from mvar_kernels.ops.adaln import reference  # noqa: E402
 from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
-from mvar_kernels.ops.adaln.triton import slab_length  # noqa: E402
+from mvar_kernels.ops.adaln.triton.backward import slab_length  # noqa: E402
 
 pytestmark = pytest.mark.skipif(unavailable("triton") is not None, reason=str(unavailable("triton")))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,31 @@
-"""Backward kernels of adaln and gated_adaln: slabs of tokens, then the sum of slabs; see the package for the maths."""
+"""Backward of adaln and gated_adaln: slabs of tokens, then the sum of slabs; see the package for the maths."""
 
+from collections.abc import Sequence
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mvar_kernels.ops.adaln.triton.common import load_vector, normalised_vjp
+from mvar_kernels import tiling
+from mvar_kernels.ffi import empty_contiguous, last_dim_contiguous
+from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
+from mvar_kernels.ops.adaln.triton.common import (
+    WIDEST,
+    chosen_tile,
+    load_vector,
+    normalised_vjp,
+    rows_together,
+    tile_of,
+    warps,
+)
+from mvar_kernels.tiling import Tile
+
+# Of the backward's slabs: programs at work at a time, counted in warps (16 on each of 132 multiprocessors, as 128
+# registers a thread allow); the least tokens in one; and what starting and ending one costs, in tokens.
+WARPS_AT_WORK, SHORTEST, SLAB_COST = 16 * 132, 8, 6
+STAGED_BYTES = 96 * 1024  # of shared memory: what a program may have on every architecture, less a little
 
 
 @triton.jit(do_not_specialize=["L", "slab"])
@@ -153,3 +175,113 @@ def _adaln_sums_kernel(
         tl.store(dshift_ptr + b * C + offs_c, total, mask=mask_c)
     else:
         tl.store(dgate_ptr + b * C + offs_c, total, mask=mask_c)
+
+
+@cache
+def backward_candidates(block_c: int, itemsize: int, gated: bool) -> tuple[Tile, ...]:
+    """Fewer rows in registers than forward, as more is alive; the next ones are on their way to shared memory.
+
+    The gated kernel reads four tensors, not two: with two rows of them, fewer warps than `slab_length` counts on, and
+    in the widest of them Triton 3.6 spills. The other spills 8 bytes with one row in three stages (C=1920, sm_90) or in
+    four (C=1024, sm_100).
+    """
+    row_bytes = (4 if gated else 2) * rows_together(block_c) * block_c * itemsize
+    rows_stages = ((1, 4), (1, 3), (2, 2), (1, 2), (1, 1)) if gated else ((2, 3), (2, 2), (1, 2), (1, 1))
+    fitting = [
+        (rows, stages)
+        for rows, stages in rows_stages
+        if rows * (stages - 1) * row_bytes <= STAGED_BYTES and (not gated or rows * block_c <= WIDEST)
+    ]
+    return tuple(tile_of(block_c, rows, STAGES=stages) for rows, stages in fitting[:3])
+
+
+SUMS_CANDIDATES = (Tile({"BLOCK_S": 32, "BLOCK_C": 128}), Tile({"BLOCK_S": 16, "BLOCK_C": 256}))
+
+
+@cache
+def slab_length(B: int, L: int, C: int) -> int:
+    """Tokens that one program of the backward walks.
+
+    All programs take about as long, so what counts is how many rounds of them the GPU makes, times the length
+    of one; the fewest slabs of the best are taken, as each writes float32 sums.
+    """
+    at_work = WARPS_AT_WORK // warps(triton.next_power_of_2(C))
+
+    def cost(slabs: int) -> int:
+        return triton.cdiv(B * slabs, at_work) * (triton.cdiv(L, slabs) + SLAB_COST)
+
+    slabs = min(range(1, triton.cdiv(L, SHORTEST) + 1), key=cost, default=1)
+    return max(triton.cdiv(L, slabs), 1)
+
+
+def adaln_backward(grads: Sequence[Tensor], call: AdaLN) -> tuple[Tensor, ...]:
+    x, scale, _, eps = call.readable()
+    grad_out = last_dim_contiguous(grads[0])
+    dx, dscale, dshift = empty_contiguous(x), empty_contiguous(scale), empty_contiguous(scale)
+    B, L, C = x.shape
+    slab = slab_length(B, L, C)
+    partials = x.new_empty((B, triton.cdiv(L, slab), 2, C), dtype=torch.float32)
+    tile = chosen_tile("adaln_bwd", x, backward_candidates(triton.next_power_of_2(C), x.itemsize, gated=False))
+    _adaln_bwd_kernel[(B * partials.shape[1],)](
+        grad_out,
+        x,
+        scale,
+        dx,
+        partials,
+        *grad_out.stride()[:2],
+        *x.stride()[:2],
+        scale.stride(0),
+        L,
+        slab,
+        eps,
+        C,
+        **tile.arguments(),
+    )
+    _add_slabs(partials, dscale, dshift, dshift)
+    return dx, dscale, dshift
+
+
+def gated_adaln_backward(grads: Sequence[Tensor], call: GatedAdaLN) -> tuple[Tensor, ...]:
+    grad_x_new, grad_out = map(last_dim_contiguous, grads)
+    x_new, branch, gate, scale, _, eps = call.readable()
+    dx, dbranch = empty_contiguous(x_new), empty_contiguous(x_new)
+    dgate, dscale, dshift = empty_contiguous(scale), empty_contiguous(scale), empty_contiguous(scale)
+    B, L, C = x_new.shape
+    slab = slab_length(B, L, C)
+    partials = x_new.new_empty((B, triton.cdiv(L, slab), 3, C), dtype=torch.float32)
+    tile = chosen_tile(
+        "gated_adaln_bwd", x_new, backward_candidates(triton.next_power_of_2(C), x_new.itemsize, gated=True)
+    )
+    _gated_adaln_bwd_kernel[(B * partials.shape[1],)](
+        grad_x_new,
+        grad_out,
+        x_new,
+        branch,
+        gate,
+        scale,
+        dx,
+        dbranch,
+        partials,
+        *grad_x_new.stride()[:2],
+        *grad_out.stride()[:2],
+        *x_new.stride()[:2],
+        *branch.stride()[:2],
+        gate.stride(0),
+        scale.stride(0),
+        L,
+        slab,
+        eps,
+        C,
+        **tile.arguments(),
+    )
+    _add_slabs(partials, dscale, dshift, dgate)
+    return dx, dbranch, dgate, dscale, dshift
+
+
+def _add_slabs(partials: Tensor, dscale: Tensor, dshift: Tensor, dgate: Tensor) -> None:
+    """Stage 2. With two sums dgate is not written."""
+    B, slabs, sums, C = partials.shape
+    tile = tiling.chosen("adaln_sums", f"sums{sums}", SUMS_CANDIDATES, partials.device)
+    _adaln_sums_kernel[(B * sums * triton.cdiv(C, tile.sizes["BLOCK_C"]),)](
+        partials, dscale, dshift, dgate, slabs, C, sums, **tile.arguments()
+    )

@@ -1,7 +1,13 @@
-"""What the forward and the backward kernels of adaln share: rows of C channels held in registers."""
+"""What forward and backward of adaln share: rows of C channels held in registers, and their tiles."""
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from mvar_kernels import tiling
+from mvar_kernels.tiling import Tile
+
+WIDEST = 4096  # channels that 16 warps hold in registers, forward and backward, on every architecture
 
 
 @triton.jit
@@ -41,3 +47,23 @@ def normalised_vjp(x, grad, one_plus_scale, mask_c, C: tl.constexpr, eps):
     mean_wn = tl.sum(w * centred, axis=1)[:, None] * (1.0 / C) * rstd
     normed = centred * rstd
     return normed, rstd * (w - mean_w - normed * mean_wn)
+
+
+def warps(block_c: int) -> int:
+    return min(max(block_c // 256, 4), 16)
+
+
+def rows_together(block_c: int) -> int:
+    """Rows that share a program's warps, where one row is too narrow for them."""
+    return min(max(256 * warps(block_c) // block_c, 1), 8)
+
+
+def tile_of(block_c: int, rows: int, **stages: int) -> Tile:
+    """`rows`: vectors of 16 bytes (of 16-bit numbers) that a thread holds of each tensor."""
+    sizes = {"BLOCK_L": rows * rows_together(block_c), "BLOCK_C": block_c} | stages
+    return Tile(sizes, warps(block_c), stages.get("STAGES", 1))
+
+
+def chosen_tile(kernel: str, x: Tensor, candidates: tuple[Tile, ...]) -> Tile:
+    dtype = str(x.dtype).removeprefix("torch.")
+    return tiling.chosen(kernel, f"C{candidates[0].sizes['BLOCK_C']} {dtype}", candidates, x.device)

@@ -1,9 +1,15 @@
-"""Forward kernels of adaln and gated_adaln: a program is BLOCK_L whole rows of one sample; see the package."""
+"""Forward of adaln and gated_adaln: a program is BLOCK_L whole rows of one sample; see the package."""
+
+from functools import cache
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mvar_kernels.ops.adaln.triton.common import centre, load_vector
+from mvar_kernels.ffi import empty_contiguous
+from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
+from mvar_kernels.ops.adaln.triton.common import centre, chosen_tile, load_vector, tile_of
+from mvar_kernels.tiling import Tile
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -83,3 +89,55 @@ def _gated_adaln_fwd_kernel(
     centred, rstd = centre(x_new.to(tl.float32), mask_c, C, eps)
     out = centred * rstd * (1.0 + scale) + shift
     tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@cache
+def forward_candidates(block_c: int) -> tuple[Tile, ...]:
+    return tuple(tile_of(block_c, rows) for rows in (4, 2, 1) if rows * block_c <= 4 * 4096)
+
+
+def adaln(call: AdaLN) -> tuple[Tensor]:
+    x, scale, shift, eps = call.readable()
+    out = empty_contiguous(x)
+    B, L, C = x.shape
+    tile = chosen_tile("adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)))
+    _adaln_fwd_kernel[(B * triton.cdiv(L, tile.sizes["BLOCK_L"]),)](
+        x,
+        scale,
+        shift,
+        out,
+        *x.stride()[:2],
+        scale.stride(0),
+        shift.stride(0),
+        L,
+        eps,
+        C,
+        **tile.arguments(),
+    )
+    return (out,)
+
+
+def gated_adaln(call: GatedAdaLN) -> tuple[Tensor, Tensor]:
+    x, branch, gate, scale, shift, eps = call.readable()
+    x_new, out = empty_contiguous(x), empty_contiguous(x)
+    B, L, C = x.shape
+    tile = chosen_tile("gated_adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)))
+    _gated_adaln_fwd_kernel[(B * triton.cdiv(L, tile.sizes["BLOCK_L"]),)](
+        x,
+        branch,
+        gate,
+        scale,
+        shift,
+        x_new,
+        out,
+        *x.stride()[:2],
+        *branch.stride()[:2],
+        gate.stride(0),
+        scale.stride(0),
+        shift.stride(0),
+        L,
+        eps,
+        C,
+        **tile.arguments(),
+    )
+    return x_new, out
