@@ -70,7 +70,7 @@ from triton.runtime.jit import JITFunction
 for op in sys.argv[1:]:
     for part in ("forward", "backward", "mixer_backward", ""):
         try:
-            module = importlib.import_module(f"mvar_kernels.ops.{op}.triton_{part}".rstrip("_"))
+            module = importlib.import_module(f"mvar_kernels.ops.{op}.triton.{part}".rstrip("."))
         except ModuleNotFoundError:
             continue
         for name, value in vars(module).items():
