@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-fast test-avx2 test-avx512 test-sanitizers lint docs demo bench gpu-carry gpu-check gpu-bench gpu-tune clean
+.PHONY: setup test test-fast test-avx2 test-avx512 test-sanitizers lint docs demo bench gpu-precompile gpu-check gpu-bench gpu-tune clean
 
 setup: .venv/native
 
@@ -30,16 +30,16 @@ test-fast: lint
 
 # The C++ kernels on a processor without AVX-512; needs qemu-x86_64 (Debian: qemu-user). Threads must not spin here.
 test-avx2: setup
-	OMP_WAIT_POLICY=passive qemu-x86_64 -cpu Haswell $(BIN)/python -m pytest -q tests/test_contract.py -k "agrees and cpu and not cuda"
+	OMP_WAIT_POLICY=passive qemu-x86_64 -cpu Haswell $(BIN)/python -m pytest -q tests/kernels/test_contract.py -k "agrees and cpu and not cuda"
 
 # The C++ kernels of every instruction set that this machine has, built with AddressSanitizer and
 # UndefinedBehaviorSanitizer (GCC's libasan and libubsan), over the specs' cases.
 test-sanitizers: setup
-	$(BIN)/python -m tests.sanitizers
+	$(BIN)/python -m tests.helpers.sanitizers
 
 # The C++ kernels for AVX-512 on a processor that has AVX2 alone: each of their instructions is emulated.
 test-avx512: setup
-	$(BIN)/python -m pytest -q -p tests.avx512_on_avx2 tests/test_contract.py -k "agrees and cpu and not cuda"
+	$(BIN)/python -m pytest -q -p tests.helpers.avx512_on_avx2 tests/kernels/test_contract.py -k "agrees and cpu and not cuda"
 
 lint: setup
 	$(BIN)/ruff check
@@ -56,19 +56,21 @@ docs: .venv/docs
 demo: setup
 	$(BIN)/mvar demo
 
+BENCHMARKS := ops generation data_loading accelerate training_step training_run quality
+
 bench: setup
-	$(BIN)/mvar bench --suite ops throughput data plug_in train digits parity
-	-$(BIN)/python tests/compile_ahead.py --write benchmarks/results/kernels.json > /dev/null
-	-$(BIN)/python tests/cuda_resources.py --write benchmarks/results/cuda_kernels.json > /dev/null
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
+	-$(BIN)/python tests/kernels/compile_ahead.py --write benchmarks/results/kernels.json > /dev/null
+	-$(BIN)/python tests/kernels/cuda_resources.py --write benchmarks/results/cuda_kernels.json > /dev/null
 	$(BIN)/python -m benchmarks.report
 
-# What needs a GPU, in three stages, without a build and without network, in the Python at hand (torch for CUDA, Triton,
-# mvar's dependencies): which kernels are right (100 s), how fast they are (150 s), their tiles (60 s). Each ends in time
-# and leaves what it found. Before them, where there is network: other projects' kernels to time beside ours, and all of
-# them compiled, by PYTHON of the GPU machine's version and with its version of Triton; build/carry goes there as it is.
-gpu-carry: setup
-	$(BIN)/python -m benchmarks.peers
-	$(PYTHON) -m benchmarks.carry
+# What needs a GPU, in three stages, without a build and without network, in any Python with torch for CUDA, Triton and
+# mvar's dependencies: which kernels are correct (100 s), how fast they are (150 s), their tiles (60 s). Each stops in
+# time and keeps what it found. Before them, on a machine with network: download third-party kernels as baselines and
+# compile all kernels, with a PYTHON of the GPU machine's version and its version of Triton; copy build/precompiled there.
+gpu-precompile: setup
+	$(BIN)/python -m benchmarks.fetch_third_party
+	$(PYTHON) -m benchmarks.precompile
 
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
@@ -77,7 +79,7 @@ gpu-bench:
 	$(PYTHON) -m benchmarks.gpu_bench
 
 gpu-tune:
-	$(PYTHON) -m benchmarks.tune --seconds 60
+	$(PYTHON) -m benchmarks.tune_triton --seconds 60
 
 clean:
 	rm -rf .venv build demo dist *.egg-info mvar_kernels/_native*.so

@@ -1,6 +1,6 @@
 """`python -m mvar <command>` and `torchrun … -m mvar <command>`: the same program as `mvar <command>`."""
 
-from mvar.cli import main
+from mvar.cli.main import main
 
 if __name__ == "__main__":
     main()

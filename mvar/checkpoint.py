@@ -1,4 +1,4 @@
-"""Reading and writing weights: official .pth files, and safetensors of our own with the configuration inside."""
+"""Loading and saving weights: official .pth files, and safetensors files of mvar that contain the configuration."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,39 +11,44 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mvar.config import SCHEDULES, ModelConfig
-from mvar.errors import message
-from mvar.files import expanded, replacing
-from mvar.model import Model, from_config
-from mvar.state_dict import CheckpointError, read
-from mvar.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
-from mvar.weights import surplus, unwrapped, weights, without_storage
+from mvar.models.config import SCHEDULES, ModelConfig
+from mvar.models.tokenizer import HITS_KEY, Tokenizer, TokenizerConfig
+from mvar.models.transformer import Model, from_config
+from mvar.models.weights import extra_weight, unwrapped, weights, without_storage
+from mvar.utils.errors import message
+from mvar.utils.files import atomic_write, expanded
+from mvar.utils.state_dict import CheckpointError, read
 
 CONFIGS: Mapping[str, type[Any]] = {"model": ModelConfig, "tokenizer": TokenizerConfig}
 HUB = "hf://"
-CONFIG_KEY, CLASS_NAMES_KEY = "mvar_config", "mvar_class_names"  # in the metadata of our own files
-# Buffers of the published files that follow from the configuration and that we do not keep.
-DERIVED = ("attn_bias_for_masking",)
+CONFIG_KEY, CLASS_NAMES_KEY = "mvar_config", "mvar_class_names"  # in the metadata of safetensors
+# Buffers of the published files that follow from the configuration and are not loaded.
+DERIVED_BUFFERS = ("attn_bias_for_masking",)
 
-STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@torch.inference_mode(False)  # else what is loaded could not be trained
+@torch.inference_mode(False)  # inference tensors could not be trained
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model:
-    """An M-VAR or VAR model in evaluation mode, float32, from an official or an own file, or from hf://owner/repository/file.
+    """Load an M-VAR or VAR model in float32 and evaluation mode.
 
-    Checkpoints of trainers are read too: state dicts under any names in them ("trainer" and "var_wo_ddp" as VAR's have,
-    "model", "state_dict", "ema", which goes first), with or without "module." and "_orig_mod." in the names.
-    Every size is read off the file: M-VAR from its mixers, q/k norm from whether `scale_mul_1H11` is there, patch
-    numbers from `blocks.0.attn.patch_nums` or (VAR) from
-    `lvl_1L`, the rest from shapes; our own files carry their configuration, and
-    `class_names` where the model had them.
+    Reads official files, files of :func:`save`, and trainers' checkpoints: state dicts under any names ("trainer" and
+    "var_wo_ddp" as VAR's, "model", "state_dict", "ema", which takes precedence), with or without "module." and
+    "_orig_mod." in the names of weights.
+
+    Files of :func:`save` contain the configuration, and `class_names` if the model had them. For others the
+    configuration is inferred: M-VAR from its mixers, q/k norm from the presence of `scale_mul_1H11`, patch numbers from
+    `blocks.0.attn.patch_nums` or (VAR) `lvl_1L`, and sizes from shapes.
+
+    Args:
+        path: a file, or hf://owner/repository/file on the Hugging Face Hub.
+        device: device of the weights.
 
     Raises:
-        OSError: no such file, or it could not be fetched.
-        CheckpointError: truncated, a pickle that is more than weights, a missing or unknown name, a wrong
+        OSError: the file does not exist or could not be downloaded.
+        CheckpointError: a truncated file, a pickle with other objects than weights, a missing or unknown name, a wrong
             shape, or a value that is not finite.
     """
     state, stored, metadata = _read(path, "model")
@@ -51,7 +56,8 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model
     def config(stored: dict[str, Any]) -> ModelConfig:
         return ModelConfig(**stored) if stored else ModelConfig.from_state_dict(state)
 
-    model = _filled(path, _built(path, lambda stored: from_config(config(stored)), "model", stored), state, device)
+    model = _build(path, lambda stored: from_config(config(stored)), "model", stored)
+    model = _load_weights(path, model, state, device)
     _check_schedule(path, model)
     model.class_names = _class_names(path, metadata, model.config.num_classes)
     return model
@@ -65,69 +71,104 @@ def load_tokenizer(
     patch_nums: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
 ) -> Tokenizer:
-    """A tokenizer in evaluation mode, float32, from an official or an own file.
+    """Load a tokenizer in float32 and evaluation mode, from an official file or a file of :func:`save`.
 
-    The official file serves several resolutions and does not say which: `resolution` (256, 512 or 1024)
-    or `patch_nums` does; without them, 10 scales mean 256×256 and 14 mean 1024×1024.
+    Args:
+        path, device: as in :func:`load_model`.
+        resolution: 256, 512 or 1024, with the published token maps, as the official file is used with several. None to
+            infer it from the number of scales: 256×256 from 10, 1024×1024 from 14.
+        patch_nums: side lengths of the token maps, instead of `resolution`.
 
     Raises:
-        as :func:`load_model`.
+        OSError, CheckpointError: as :func:`load_model`.
     """
     if resolution is not None:
         patch_nums = schedule(resolution, patch_nums)
     state, stored, _ = _read(path, "tokenizer")
 
     def config(stored: dict[str, Any]) -> TokenizerConfig:
-        given = {} if patch_nums is None else {"patch_nums": tuple(patch_nums)}
-        return TokenizerConfig(**(stored | given)) if stored else TokenizerConfig.from_state_dict(state, patch_nums)
+        override = {} if patch_nums is None else {"patch_nums": tuple(patch_nums)}
+        return TokenizerConfig(**(stored | override)) if stored else TokenizerConfig.from_state_dict(state, patch_nums)
 
-    return _filled(path, _built(path, lambda stored: Tokenizer(config(stored)), "tokenizer", stored), state, device)
+    tokenizer = _build(path, lambda stored: Tokenizer(config(stored)), "tokenizer", stored)
+    return _load_weights(path, tokenizer, state, device)
 
 
 def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | None = None) -> None:
-    """Write safetensors with the configuration inside; floating weights in `dtype`, None as they are.
+    """Save weights and configuration as safetensors, for :func:`load_model` and :func:`load_tokenizer`.
 
-    Wrapped, sharded, parametrized and pruned modules are written as the plain ones that :func:`load_model` and
-    :func:`load_tokenizer` make of the file. Hooks are not in it.
+    Wrapped, sharded, parametrized and pruned modules are saved with their effective weights. Hooks are not saved.
+
+    Args:
+        path: the file.
+        module: model or tokenizer.
+        dtype: of floating-point weights, one of :data:`STORAGE_DTYPES`; None for their own.
 
     Raises:
-        TypeError: no model or tokenizer, a wrapper that cannot be looked through, or another `dtype` than those of
-            :data:`STORED`.
-        ValueError: a layer whose weights would not come back, or that are not finite in `dtype`, by its name.
+        TypeError: not a model or tokenizer, an unsupported wrapper, or another `dtype`.
+        ValueError: a layer's weights could not be loaded again or are not finite in `dtype`; the message has its name.
         OSError: the file cannot be written.
     """
     module = unwrapped(module, Model, Tokenizer)
-    found = weights(module)
-    if (extra := surplus(module)) is not None:
-        raise ValueError(f"{extra} is no weight of this configuration, and would be lost: remove it first")
-    state = own_memory({name: t.cpu() for name, t in converted(found, dtype).items()})
+    state = weights(module)
+    if (extra := extra_weight(module)) is not None:
+        raise ValueError(f"{extra} is not a weight of this configuration and would not be saved: remove it first")
+    state = with_own_storage({name: t.cpu() for name, t in converted(state, dtype).items()})
     metadata = {CONFIG_KEY: json.dumps(asdict(module.config))}
     if isinstance(module, Model) and module.class_names is not None:
         if not _are_names(module.class_names, module.config.num_classes):
             expected = f"a list or tuple of {module.config.num_classes} names"
             raise ValueError(f"class_names: expected {expected}, got {module.class_names!r}")
         metadata[CLASS_NAMES_KEY] = json.dumps(module.class_names)
-    with replacing(path) as aside:
+    with atomic_write(path) as temporary:
         try:
-            save_file(state, aside, metadata=metadata)
+            save_file(state, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {message(error)}") from error
 
 
+def save_published(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | None = None) -> None:
+    """Save :func:`published_state_dict` as .pth. Raises its errors, and OSError if the file cannot be written."""
+    state = published_state_dict(module, dtype)
+    # A file object, as torch.save(path) stores the name of the file.
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # of torch, while an OSError is handled
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def published_state_dict(module: Model | Tokenizer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """State dict for the published code (strict=True), including the attention mask that `Model` does not store.
+
+    Raises:
+        ValueError: the published code does not support this model.
+        TypeError, ValueError: as :func:`save`.
+    """
+    state = converted(weights(module), dtype)
+    if isinstance(module, Model):
+        if module.config.bidirectional:
+            raise ValueError("a model with a bidirectional mixer has no published format; write .safetensors")
+        level = module.lvl_1L
+        visible = level.T >= level if module.architecture == "var" else level.T == level
+        state["attn_bias_for_masking"] = torch.where(visible, 0.0, -torch.inf)[None, None].to(dtype)
+    return state
+
+
 def converted(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The floating weights in `dtype`, None as they are. Raises as :func:`save`."""
-    if dtype not in (None, *STORED):
-        names = ", ".join(str(known).removeprefix("torch.") for known in STORED)
+    """Convert floating-point weights to `dtype`; None for their own. Raises as :func:`save`."""
+    if dtype not in (None, *STORAGE_DTYPES):
+        names = ", ".join(str(known).removeprefix("torch.") for known in STORAGE_DTYPES)
         raise TypeError(f"dtype: expected one of {names} or None, got {dtype}")
-    found = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-    for name, t in found.items():
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    for name, t in state.items():
         if t.is_floating_point() and not bool(t.float().isfinite().all()):
             raise ValueError(f"{name}: not all values are finite in {str(t.dtype).removeprefix('torch.')}")
-    return found
+    return state
 
 
 def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The token maps' side lengths: those given, or the published ones of a resolution."""
+    """Return `patch_nums`, or the published side lengths of the token maps for a resolution."""
     if patch_nums is not None:
         return tuple(patch_nums)
     if resolution not in SCHEDULES:
@@ -136,17 +177,17 @@ def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[
 
 
 def _read(path: str | Path, part: str) -> tuple[dict[str, Tensor], object, Mapping[str, str]]:
-    """The tensors of one part of a file, the stored configuration, empty if there is none, and all metadata."""
-    file = _local(str(path))
+    """Read the tensors of one part of a file, the stored configuration (empty if there is none) and the metadata."""
+    file = _local_file(str(path))
     state, metadata = read(file, part)
     try:
         return state, json.loads(metadata.get(CONFIG_KEY, "{}")), metadata
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: its stored configuration is no JSON: {error}") from error
+        raise CheckpointError(f"{file}: stored configuration: invalid JSON: {error}") from error
 
 
-def _local(path: str) -> Path:
-    """The file itself, or for hf://owner/repository/file its copy in the Hugging Face cache, fetched if need be."""
+def _local_file(path: str) -> Path:
+    """Return the local file; for hf://owner/repository/file that in the Hugging Face cache, downloaded if missing."""
     if not path.startswith(HUB):
         return expanded(path)
     owner, _, rest = path.removeprefix(HUB).partition("/")
@@ -158,21 +199,21 @@ def _local(path: str) -> Path:
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", name))
     except (OSError, ValueError, RuntimeError) as error:
-        raise OSError(f"{path}: could not be fetched: {message(error)}") from error
+        raise OSError(f"{path}: could not be downloaded: {message(error)}") from error
 
 
-def _built(path: str | Path, make: Callable[[dict[str, Any]], Module], kind: str, stored: object) -> Module:
-    """The module without storage, from the stored configuration or one read off the weights."""
+def _build(path: str | Path, make: Callable[[dict[str, Any]], Module], kind: str, stored: object) -> Module:
+    """Build the module without storage, from the stored configuration or one inferred from the weights."""
     try:
         if not isinstance(stored, dict):
-            raise TypeError(f"its stored configuration is no table of names: {stored!r}")
+            raise TypeError(f"stored configuration: expected a dict, got {stored!r}")
         for other, config in CONFIGS.items():
             if other != kind and stored and stored.keys() == {field.name for field in fields(config)}:
-                raise ValueError(f"it is a {other}'s file")
+                raise ValueError(f"it is the file of a {other}")
         with without_storage():
             return make(stored)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: no usable sizes for a {kind}: {message(error)}") from error
+        raise CheckpointError(f"{path}: no valid configuration of a {kind}: {message(error)}") from error
 
 
 def _class_names(path: str | Path, metadata: Mapping[str, str], num_classes: int) -> tuple[str, ...] | None:
@@ -181,9 +222,9 @@ def _class_names(path: str | Path, metadata: Mapping[str, str], num_classes: int
     try:
         names = json.loads(metadata[CLASS_NAMES_KEY])
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: its stored class names are no JSON: {error}") from error
+        raise CheckpointError(f"{path}: stored class names: invalid JSON: {error}") from error
     if not _are_names(names, num_classes):
-        raise CheckpointError(f"{path}: its stored class names are no list of {num_classes} names")
+        raise CheckpointError(f"{path}: stored class names: expected a list of {num_classes} names")
     return tuple(names)
 
 
@@ -191,20 +232,20 @@ def _are_names(names: object, count: int) -> bool:
     return isinstance(names, list | tuple) and len(names) == count and all(isinstance(n, str) for n in names)
 
 
-def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: str | torch.device) -> Module:
-    """The module with these weights, after a check of every name, shape, kind and value."""
+def _load_weights(path: str | Path, module: Module, state: dict[str, Tensor], device: str | torch.device) -> Module:
+    """Load the weights into the module, after validating all names, shapes, dtypes and values."""
     expected = module.state_dict()
-    found = state.keys() - {name for name in state if name.endswith(DERIVED)}
-    if missing := sorted(expected.keys() - found):
+    names = state.keys() - {name for name in state if name.endswith(DERIVED_BUFFERS)}
+    if missing := sorted(expected.keys() - names):
         raise CheckpointError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]!r}")
-    if unknown := sorted(found - expected.keys()):
+    if unknown := sorted(names - expected.keys()):
         raise CheckpointError(f"{path}: {len(unknown)} unknown weights, the first is {unknown[0]!r}")
-    # No arithmetic is there for float8.
+    # torch has no arithmetic for float8.
     state = {n: t.float() if t.is_floating_point() and t.element_size() == 1 else t for n, t in state.items()}
     for name, value in expected.items():
         got, shape = state[name], list(value.shape)
         if name == HITS_KEY and got.dim() == 2:
-            shape[0] = got.shape[0]  # statistics of one schedule, dropped by another
+            shape[0] = got.shape[0]  # statistics of another schedule are discarded
         if list(got.shape) != shape:
             raise CheckpointError(f"{path}: {name}: expected shape {tuple(shape)}, got {tuple(got.shape)}")
         if got.layout != torch.strided or got.is_meta or got.is_floating_point() != value.is_floating_point():
@@ -212,31 +253,31 @@ def _filled(path: str | Path, module: Module, state: dict[str, Tensor], device: 
         if got.is_complex() or not bool(got.isfinite().all()):
             raise CheckpointError(f"{path}: {name}: not all values are finite real numbers")
     values = {n: t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for n, t in state.items()}
-    module.load_state_dict(own_memory(values), strict=True, assign=True)
+    module.load_state_dict(with_own_storage(values), strict=True, assign=True)
     return module.eval()
 
 
-def own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, each tensor contiguous and alone in its memory: copied where it is not."""
+def with_own_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that are not contiguous or share storage with others, and inference tensors."""
     seen: set[int] = set()
-    apart = {}
+    result = {}
     for name, t in state.items():
         storage = t.untyped_storage()
-        alone = t.is_contiguous() and storage.nbytes() == t.nbytes and storage.data_ptr() not in seen
+        unshared = t.is_contiguous() and storage.nbytes() == t.nbytes and storage.data_ptr() not in seen
         seen.add(storage.data_ptr())
-        apart[name] = t if alone and not t.is_inference() else t.clone(memory_format=torch.contiguous_format)
-    return apart
+        result[name] = t if unshared and not t.is_inference() else t.clone(memory_format=torch.contiguous_format)
+    return result
 
 
 def _kind(value: Tensor) -> str:
-    return "floating-point" if value.is_floating_point() else "whole-number"
+    return "floating-point" if value.is_floating_point() else "integer"
 
 
 def _check_schedule(path: str | Path, model: Model) -> None:
-    """The buffers that repeat the schedule must all say the same."""
+    """Raise CheckpointError unless all buffers that repeat the schedule are equal to the configuration's."""
     scales = torch.tensor(model.config.scales, dtype=torch.int64, device="cpu")
     levels = torch.arange(len(scales), dtype=torch.int64, device="cpu").repeat_interleave(scales)[None]
     for name, value in model.named_buffers():
-        agreed = {"patch_nums": scales, "lvl_1L": levels}.get(name.rsplit(".")[-1])
-        if agreed is not None and not torch.equal(value.cpu().long(), agreed):
+        expected = {"patch_nums": scales, "lvl_1L": levels}.get(name.rsplit(".")[-1])
+        if expected is not None and not torch.equal(value.cpu().long(), expected):
             raise CheckpointError(f"{path}: {name}: does not follow from the patch numbers {model.config.patch_nums}")

@@ -1,6 +1,6 @@
 """Kernels for scale-wise autoregressive image models, usable without the rest of mvar.
 
-Importing this package imports torch, and never Triton until a Triton kernel is asked for.
+Importing this package imports torch, and never Triton until a Triton kernel is used.
 """
 
 from typing import TYPE_CHECKING, Any

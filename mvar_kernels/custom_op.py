@@ -5,7 +5,7 @@ An op's inputs are a NamedTuple of tensors and options. Its fields are the schem
 
 To PyTorch a custom op is opaque: forward-mode differentiation gives no tangent and no error, `torch.func`'s transforms
 raise, and there are no second derivatives. The ops here then compute with their reference backend, which is plain
-PyTorch and composes with all of these; another backend asked for by name raises instead.
+PyTorch and composes with all of these; another backend requested by name raises instead.
 
 An eager call, with nothing but autograd between it and the kernel, does not go through the dispatcher.
 """
@@ -292,7 +292,7 @@ def _reference(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         *others, backend = inputs
         if backend not in ("auto", "reference"):
             raise BackendError(
-                f"{name.removesuffix('_backward')}: backend {backend!r} asked for, but: forward-mode differentiation, "
+                f"{name.removesuffix('_backward')}: backend {backend!r} requested, but: forward-mode differentiation, "
                 "torch.func's transforms and second derivatives are the reference's alone; ask for 'auto' or "
                 "'reference'"
             )

@@ -1,7 +1,7 @@
 """What can run on this machine, and which kernel an op uses.
 
 The only place that looks at hardware. An op asks :meth:`Op.choose`; `auto` takes the first kernel
-that supports the inputs, in the device's order of preference; a backend asked for by name raises with
+that supports the inputs, in the device's order of preference; a backend requested by name raises with
 its reason instead of falling back.
 """
 
@@ -25,7 +25,7 @@ PREFERENCE: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "cuda", "reference"),
 }
-# Where a CUDA kernel was measured to be faster than Triton's and goes first; `python -m benchmarks.prefer` writes it.
+# Where a CUDA kernel was measured to be faster than Triton's and goes first; `benchmarks.select_backends` writes it.
 MEASURED = Path(__file__).with_name("measured.json")
 # Third-party packages, for comparison; used only when requested by name.
 THIRD_PARTY: Mapping[str, tuple[str, str]] = {  # the function that is called: its module and its name
@@ -53,7 +53,7 @@ class Implementation:
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot do what was asked."""
+    """A backend that was requested by name does not support the call."""
 
 
 @cache
@@ -150,7 +150,7 @@ def measured() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
     return table
 
 
-_found: set[str] = set()  # backends that can run here: asked for at every call by name
+_found: set[str] = set()  # backends that can run here: looked up at every call with a named backend
 
 
 def unavailable(name: str) -> str | None:
@@ -314,7 +314,7 @@ class Op:
         if backend != "auto":
             reason = self.unsupported_reason(backend, device, inputs, backward)
             if reason is not None:
-                raise BackendError(f"{self.name}: backend {backend!r} asked for, but: {reason}")
+                raise BackendError(f"{self.name}: backend {backend!r} requested, but: {reason}")
             return guarded(self.kernel(backend), device)
         for kernel in self.available(device, backward):
             if kernel.unsupported_reason(inputs) is None:

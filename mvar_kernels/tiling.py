@@ -1,6 +1,6 @@
 """Tile shapes of Triton kernels: read from a committed table, never tuned at the first call.
 
-So results and start-up time do not change from run to run. `python -m benchmarks.tune` writes
+So results and start-up time do not change from run to run. `python -m benchmarks.tune_triton` writes
 the table (tiles.json) on a GPU: architecture → kernel → shape class → tile. What is not in it gets the
 kernel's first candidate. "interpreter" is an architecture too: there, few and large tiles are fast. Its class "*" says
 how the first candidate differs whatever the shape. Attention's are as large as its cases bear: there BLAS multiplies,
@@ -8,7 +8,8 @@ so that a score's last bit depends on where in its tile it lies, which the float
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -48,8 +49,25 @@ def table() -> Mapping[str, Mapping[str, Mapping[str, Tile]]]:
     }
 
 
+Choose = Callable[[str, str, Sequence[Tile], torch.device], Tile]
+_override: Choose | None = None
+
+
+@contextmanager
+def override(choose: Choose) -> Iterator[None]:
+    """Select tiles by `choose`, with the arguments of :func:`chosen`, inside the context: for tuning."""
+    global _override
+    previous, _override = _override, choose
+    try:
+        yield
+    finally:
+        _override = previous
+
+
 def chosen(kernel: str, shape_class: str, candidates: Sequence[Tile], device: torch.device) -> Tile:
     """The tile to launch `kernel` with. Shapes of one `shape_class` ("D64 bfloat16") share one."""
+    if _override is not None:
+        return _override(kernel, shape_class, candidates, device)
     classes, first = table().get(architecture(device), {}).get(kernel, {}), candidates[0]
     if "*" in classes:
         return replace(first, sizes={**first.sizes, **classes["*"].sizes})

@@ -1,13 +1,13 @@
-"""What all tests share."""
+"""Environment and fixtures of all tests."""
 
 import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# A thread for each worker of pytest-xdist and for each process that a test starts; read when torch is imported.
+# A thread for each worker of pytest-xdist and for each process that a test starts; read at torch's import.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch's deterministic algorithms on a GPU
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by torch's deterministic algorithms on a GPU
 
 import pytest
 import torch
@@ -15,41 +15,19 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: its kernels then run on the CPU
 
-from tests.global_state import settings_of_the_session, unchanged_settings  # noqa: E402
+from tests.helpers.global_state import settings_of_the_session, unchanged_settings  # noqa: E402
 
 __all__ = ["settings_of_the_session", "unchanged_settings"]
 
-# A script's background is started to ignore SIGINT; what tests send is heard, as in the foreground.
+# Background jobs of a script ignore SIGINT, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Left out by `make test-fast`, beside tests marked where they stand: kernels interpreted and compiled, whole runs.
-SLOW = {
-    "test_adaln_triton",
-    "test_bench",
-    "test_compile_ahead",
-    "test_cuda_on_cpu",
-    "test_cuda_resources",
-    "test_evaluate",
-    "test_gpu_arithmetic",
-    "test_mamba2_cuda",
-    "test_mamba2_triton",
-    "test_sample",
-    "test_sample_tokens_cuda",
-    "test_sample_tokens_triton",
-    "test_scale_attention_cuda",
-    "test_scale_attention_triton",
-    "test_throughput",
-    "test_train",
-    "test_train_disk",
-    "test_train_distributed",
-    "test_training_benchmark",
-}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton kernels take seconds in the interpreter: slow, except for the contract test's reduced set of cases."""
     for item in items:
         interpreted = "-triton-" in item.name or "[triton]" in item.name
-        if item.path.stem in SLOW or (interpreted and item.path.stem != "test_contract"):
+        if interpreted and item.path.stem != "test_contract":
             item.add_marker(pytest.mark.slow)
 
 

@@ -1,1 +1,1 @@
-"""`mvar check`: the kernels on this machine, held to their contract."""
+"""`mvar check`: accuracy of the kernels on this machine."""

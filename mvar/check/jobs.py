@@ -1,4 +1,4 @@
-"""Cases of the contract in processes of their own, several at a time: one that dies takes no other case with it."""
+"""Run test cases of kernels in parallel subprocesses, so that a crash affects only one case."""
 
 import json
 import math
@@ -18,17 +18,20 @@ from typing import IO, Any
 
 from mvar_kernels.testing.check import BROKEN, STARTS, Result
 
-# A process is killed with all that it started. In this session where Python can, so that what ends that ends it, too.
+# Each subprocess leads a process group, to be killed together with its children. From Python 3.11 on it stays in this
+# session, so that the end of the session ends it.
 GROUP: Mapping[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
-SANITIZER = "========="  # begins the lines of NVIDIA's compute-sanitizer, when a job's command is one under it
-MAX_DEATHS = 4  # of one job's processes, after which the rest of its cases is given up
+SANITIZER = "========="  # prefix of the output of NVIDIA's compute-sanitizer, if a job's command runs under it
+MAX_RESTARTS = 4  # after crashes, per job; then its remaining cases are not run
 
 
 @dataclass(frozen=True)
 class Job:
-    """Cases that one process checks, one after the other.
+    """Cases that one subprocess runs sequentially.
 
-    environment: added to the process's. command: starts it, before the arguments of `mvar_kernels.testing.check`.
+    Attributes:
+        environment: additional environment variables.
+        command: command line, to which the arguments of `mvar_kernels.testing.check` are appended.
     """
 
     op: str
@@ -38,20 +41,24 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
     command: Sequence[str] = (sys.executable, "-m", "mvar_kernels.testing.check")
 
-    def fault(self, case: str, what: str) -> Result:
-        return Result(self.op, self.backend, self.dtype, case, fault=what)
+    def fault(self, case: str, reason: str) -> Result:
+        return Result(self.op, self.backend, self.dtype, case, fault=reason)
 
 
 def run(
     jobs: Sequence[Job], *, processes: int, seconds: float, until: float = math.inf
 ) -> Iterator[tuple[Job, Result]]:
-    """The row of every case as it comes, `processes` jobs at a time; a case that takes longer than `seconds` is ended.
+    """Run jobs in parallel and yield the row of each case when it finishes.
 
-    When the caller stops, or time.monotonic() comes to `until`, all processes end, and what they had not done has no
-    row.
+    All subprocesses are killed at `until` and when the generator is closed; their remaining cases have no row.
+
+    Args:
+        processes: number of jobs that run at the same time.
+        seconds: time limit of a case, in seconds.
+        until: deadline, as a value of time.monotonic().
     """
     rows: queue.SimpleQueue[tuple[Job, Result] | BaseException | None] = queue.SimpleQueue()
-    running = _Running()
+    running = _ProcessSet()
 
     def work(job: Job) -> None:
         try:
@@ -64,8 +71,8 @@ def run(
 
     pool = ThreadPoolExecutor(processes)
     try:
-        left = len([pool.submit(work, job) for job in jobs])
-        while left:
+        remaining = len([pool.submit(work, job) for job in jobs])
+        while remaining:
             try:
                 row = rows.get(timeout=None if until == math.inf else max(until - time.monotonic(), 0))
             except queue.Empty:
@@ -73,7 +80,7 @@ def run(
             if isinstance(row, BaseException):
                 raise row
             if row is None:
-                left -= 1
+                remaining -= 1
             else:
                 yield row
     finally:
@@ -81,8 +88,8 @@ def run(
         pool.shutdown(cancel_futures=True)
 
 
-class _Running:
-    """The processes that run, which end with the run."""
+class _ProcessSet:
+    """The subprocesses of a run. :meth:`stop` kills them and prevents new ones."""
 
     def __init__(self) -> None:
         self._lock, self._processes, self._stopped = threading.Lock(), set[subprocess.Popen[str]](), False
@@ -111,56 +118,61 @@ class _Running:
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """End a process that was started with `GROUP`, and all that it started."""
+    """Kill the process group of a process that was started with `GROUP`."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _rows(job: Job, seconds: float, running: _Running) -> Iterator[Result]:
-    """A row for each of the job's cases; after one that ended its process another process goes on."""
-    left = list(job.cases)
-    for _ in range(MAX_DEATHS + 1):
+def _rows(job: Job, seconds: float, running: _ProcessSet) -> Iterator[Result]:
+    """Yield a row per case of the job. After a crash a new subprocess runs the remaining cases."""
+    remaining = list(job.cases)
+    for _ in range(MAX_RESTARTS + 1):
         with tempfile.TemporaryFile("w+", errors="replace") as errors:
-            command = [*job.command, job.op, job.backend, job.dtype, *left]
+            command = [*job.command, job.op, job.backend, job.dtype, *remaining]
             process = running.start(command, job.environment, errors)
-            case, hung, notes = None, threading.Event(), list[str]()
+            case, timed_out, sanitizer_lines = None, threading.Event(), list[str]()
             assert process.stdout is not None
-            for line in _lines(process, process.stdout, seconds, hung):
+            for line in _lines(process, process.stdout, seconds, timed_out):
                 if line.startswith(STARTS):
                     case = line.removeprefix(STARTS).strip()
                 elif line.startswith("{") and case is not None:
                     yield Result(**json.loads(line))
-                    left.remove(case)
+                    remaining.remove(case)
                     case = None
                 elif line.startswith(SANITIZER):
-                    notes.append(line.removeprefix(SANITIZER).strip())
+                    sanitizer_lines.append(line.removeprefix(SANITIZER).strip())
             code = process.wait()
-            if code and (found := [note for note in notes if note]):
+            if code and (found := [line for line in sanitizer_lines if line]):
                 yield job.fault(job.cases[-1], f"compute-sanitizer: {'; '.join(found)[:800]}")
-            if not left:
+            if not remaining:
                 return
             if code != BROKEN:
                 errors.seek(0)
-                said = [line.strip() for line in errors if line.strip()]
-                how = f"no answer for {seconds:.0f} s" if hung.is_set() else f"the process ended with {_status(code)}"
-                yield job.fault(case or left[0], how + (f": {said[-1][:500]}" if said else ""))
-                left.remove(case or left[0])
-        if not left:
+                stderr_lines = [line.strip() for line in errors if line.strip()]
+                reason = f"process exited with {_status(code)}"
+                if timed_out.is_set():
+                    reason = f"no output for {seconds:.0f} s"
+                last_line = f": {stderr_lines[-1][:500]}" if stderr_lines else ""
+                yield job.fault(case or remaining[0], reason + last_line)
+                remaining.remove(case or remaining[0])
+        if not remaining:
             return
-    for name in left:
-        yield job.fault(name, f"not tried: {MAX_DEATHS + 1} processes of this op, backend and dtype ended before it")
+    for name in remaining:
+        yield job.fault(name, f"not run: {MAX_RESTARTS + 1} processes of this op, backend and dtype exited before it")
 
 
-def _lines(process: subprocess.Popen[str], output: IO[str], seconds: float, hung: threading.Event) -> Iterator[str]:
-    """What the process prints; it is ended, and `hung` set, when no line comes for so long."""
+def _lines(
+    process: subprocess.Popen[str], output: IO[str], seconds: float, timed_out: threading.Event
+) -> Iterator[str]:
+    """The output of a process; if it prints no line for `seconds`, set `timed_out` and kill it."""
 
-    def end() -> None:
-        hung.set()
+    def on_timeout() -> None:
+        timed_out.set()
         kill(process)
 
     while True:
-        timer = threading.Timer(seconds, end)
+        timer = threading.Timer(seconds, on_timeout)
         timer.start()
         try:
             line = output.readline()

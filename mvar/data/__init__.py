@@ -1,10 +1,10 @@
-"""What training reads: pictures in folders, tokens made of them once, or tensors at hand.
+"""Data sources for training: image folders, precomputed tokens, and tensors in memory.
 
-Every source gives the same batches for the same (seed, epoch), whatever the number of ranks and of worker processes,
-and wherever in the epoch it starts.
+The batches of a source depend on (seed, epoch) alone, not on the number of ranks, the number of worker processes or
+the batch at which the epoch is resumed.
 """
 
-from mvar.data.folder import ImageFolder, UnreadablePictures
+from mvar.data.folder import ImageFolder, UnreadableImages
 from mvar.data.order import num_batches
 from mvar.data.source import Batch, Source, TensorSource, tensor_source
 from mvar.data.tokens import TokenStore, TokenStoreError
@@ -16,7 +16,7 @@ __all__ = [
     "TensorSource",
     "TokenStore",
     "TokenStoreError",
-    "UnreadablePictures",
+    "UnreadableImages",
     "num_batches",
     "tensor_source",
 ]

@@ -1,4 +1,4 @@
-"""Pictures in one folder a class."""
+"""A source of images in one folder per class."""
 
 import hashlib
 import logging
@@ -12,49 +12,55 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mvar.data.crops import Resized, centre_crop, random_crop, read_picture
-from mvar.data.listing import pictures_by_class
+from mvar.data.crops import Resized, center_crop, random_crop, read_image
+from mvar.data.listing import images_by_class
 from mvar.data.order import Purpose, below, in_order, shuffled, words
 from mvar.data.source import Batch, load
-from mvar.errors import message
-from mvar.files import expanded, is_environmental
+from mvar.utils.errors import message
+from mvar.utils.files import expanded, is_environmental
 
 MAX_UNREADABLE = 0.01
-JUDGED_FROM = 1000
-"""Pictures; fewer than that say little about the share of unreadable ones."""
-TRIES = 16
-"""Pictures read for one place in a batch; with 1 % unreadable, all of them fail once in 10³²."""
+MIN_DENOMINATOR = 1000
+"""The fraction of unreadable images is relative to at least this number, since a smaller sample is unreliable."""
+MAX_TRIES = 16
+"""Images tried per row of a batch; if 1 % are unreadable, all of them fail with probability 10⁻³²."""
 
 log = logging.getLogger("mvar")
 
 
-class UnreadablePictures(ValueError):
-    """More than 1 % of the pictures cannot be read; the message names some."""
+class UnreadableImages(ValueError):
+    """More than 1 % of the images cannot be read. The message names up to three of them."""
 
 
 class ImageFolder:
-    """A source of the pictures `path/<class>/…`, resized and cropped as by VAR's trainer.
+    """A source of the images `path/<class>/…` with the transforms of VAR's trainer.
 
-    The shorter side is resized to round(mid_resolution·resolution) by Lanczos's filter; an epoch takes a random crop of
-    R×R and, with `flip`, mirrors every other one; validation takes the middle. EXIF rotation is ignored, as there.
+    The shorter side is resized to round(mid_resolution·resolution) with a Lanczos filter. Training takes a random crop
+    of R×R and, with `flip`, flips it with probability 1/2; validation takes the center crop. EXIF rotation is ignored,
+    as in VAR.
 
-    A picture that cannot be read is named in the log, and another one, which follows from its place in the folder
-    alone, stands in for it. More than 1 % of them stops the run: of those met in the epoch so far, counted as 1000 at
-    least, or of the whole folder where it has fewer. An error that says nothing of the picture (too many open files, no
-    memory, no permission, a failing disk) is raised as it is.
+    An image that cannot be read is logged and replaced by another one, which depends on its index alone. More than 1 %
+    unreadable images end the run: the fraction is relative to the images read so far in the epoch, or to the smaller
+    of 1000 and the number of images if that is more. Errors that are not caused by the image (too many open files, out
+    of memory, permissions, a failing disk) are raised.
 
-    What systems and tools leave beside pictures (`._x.png`, `.ipynb_checkpoints`, …), and links back, are `skipped`:
-    see :mod:`mvar.data.listing`.
+    Hidden and system files (`._x.png`, `.ipynb_checkpoints`, …) and cyclic links are `skipped`, see
+    :mod:`mvar.data.listing`.
 
     Args:
-        resolution: R, pixels.
-        classes: names in the order of their labels, for a validation folder that may lack some; None for the
-            subfolders, sorted by name.
+        resolution: R, in pixels.
+        mid_resolution: size of the shorter side before the crop, relative to `resolution`.
+        flip: random horizontal flips.
+        classes: class names by label, for a validation folder in which some may be missing; None for the subfolders,
+            sorted by name.
+
+    Attributes:
+        unreadable: the error of each image that this process could not read, by name.
 
     Raises:
-        OSError: no such folder.
-        ValueError: no pictures, a class without any, or an argument out of range.
-        UnreadablePictures: (while reading) more than 1 %.
+        OSError: the folder does not exist.
+        ValueError: there are no images, a class has none, or an argument is out of range.
+        UnreadableImages: (while reading) more than 1 % of the images cannot be read.
     """
 
     def __init__(
@@ -72,22 +78,21 @@ class ImageFolder:
             raise ValueError(f"mid_resolution: expected from 1 to 16 times the resolution, got {mid_resolution}")
         self.path, self.resolution, self.flip = expanded(path), resolution, flip
         self.side = round(mid_resolution * resolution)
-        found, self.skipped = pictures_by_class(self.path)
+        found, self.skipped = images_by_class(self.path)
         self.classes = tuple(found) if classes is None else tuple(classes)
         if unknown := sorted(found.keys() - set(self.classes)):
             raise ValueError(f"{self.path}: {len(unknown)} classes that are not in training, the first is {unknown[0]}")
         if not found:
-            raise ValueError(f"{self.path}: expected one folder a class, found none")
+            raise ValueError(f"{self.path}: expected one folder per class, got none")
         self.counts = tuple(len(found.get(name, ())) for name in self.classes)
         if classes is None and 0 in self.counts:
-            raise ValueError(f"{self.path}: no pictures of class {self.classes[self.counts.index(0)]}")
+            raise ValueError(f"{self.path}: no images of class {self.classes[self.counts.index(0)]}")
         if not any(self.counts):
-            raise ValueError(f"{self.path}: no pictures in any class")
-        # One block of bytes: worker processes count references to Python strings, and so copy each page of them.
+            raise ValueError(f"{self.path}: no images in any class")
+        # A NumPy array: reference counts of Python strings would cause copy-on-write of all pages in worker processes.
         self._names = np.array([os.fsencode(name) for c in self.classes for name in found.get(c, ())])
         self._labels = np.repeat(np.arange(len(self.classes)), self.counts)
         self.unreadable: dict[str, str] = {}
-        """name → reason, of all pictures that this process has met and could not read"""
 
     @property
     def num_classes(self) -> int:
@@ -97,100 +102,101 @@ class ImageFolder:
         return len(self._names)
 
     def name(self, item: int) -> str:
-        """The picture's path, relative to the folder."""
+        """The path of an image, relative to the folder."""
         return os.fsdecode(self._names[item])
 
     def digest(self) -> str:
-        """SHA-256 over the pictures' names: another one has been added, renamed or taken away."""
+        """SHA-256 of the names of all images, which changes if an image is added, renamed or removed."""
         return hashlib.sha256(b"\0".join(self._names.tolist())).hexdigest()
 
     def batches(
-        self, *, batch: int, seed: int, epoch: int, rank: int = 0, world: int = 1, start: int = 0, workers: int = 0
+        self, *, batch: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1, start: int = 0, workers: int = 0
     ) -> Iterator[Batch]:
-        order = shuffled(len(self), batch=batch, seed=seed, epoch=epoch, rank=rank, world=world, start=start)
-        return self._batches(Crops(self, seed, (epoch,)), order, workers)
+        order = shuffled(len(self), batch=batch, seed=seed, epoch=epoch, rank=rank, world_size=world_size, start=start)
+        return self._batches(CropDataset(self, seed, (epoch,)), order, workers)
 
-    def once(self, *, batch: int, rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[Batch]:
-        return self._batches(Crops(self), in_order(len(self), batch=batch, rank=rank, world=world), workers)
+    def once(self, *, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
+        order = in_order(len(self), batch=batch, rank=rank, world_size=world_size)
+        return self._batches(CropDataset(self), order, workers)
 
-    def _batches(self, reader: "Crops", order: Iterable[Any], workers: int) -> Iterator[Batch]:
-        for read in self.read(reader, order, workers):
-            yield Batch(torch.from_numpy(self._labels)[read.pictures], read.images[:, 0])
+    def _batches(self, dataset: "CropDataset", order: Iterable[Any], workers: int) -> Iterator[Batch]:
+        for crop_batch in self.read(dataset, order, workers):
+            yield Batch(torch.from_numpy(self._labels)[crop_batch.indices], crop_batch.images[:, 0])
 
-    def read(self, reader: "Crops", order: Iterable[Any], workers: int) -> Iterator["Read"]:
-        """The batches of `order`; counts and names what cannot be read."""
+    def read(self, dataset: "CropDataset", order: Iterable[Any], workers: int) -> Iterator["CropBatch"]:
+        """Read the batches of `order`; log unreadable images and raise UnreadableImages if there are too many."""
         failed: set[str] = set()
         seen = 0
-        for read in load(reader, order, workers):
-            if read.error is not None:
-                raise read.error
-            seen += len(read.pictures)
-            for name, reason in read.failures:
+        for crop_batch in load(dataset, order, workers):
+            if crop_batch.error is not None:
+                raise crop_batch.error
+            seen += len(crop_batch.indices)
+            for name, reason in crop_batch.failures:
                 failed.add(name)
                 if name not in self.unreadable:
                     log.warning("cannot read %s: %s", self.path / name, reason)
                 self.unreadable[name] = reason
-            judged = max(seen, min(len(self), JUDGED_FROM))
-            if len(failed) > MAX_UNREADABLE * judged or -1 in read.pictures:
-                raise UnreadablePictures(self._complaint(failed, seen))
-            yield read
+            denominator = max(seen, min(len(self), MIN_DENOMINATOR))
+            if len(failed) > MAX_UNREADABLE * denominator or -1 in crop_batch.indices:
+                raise UnreadableImages(self._unreadable_message(failed, seen))
+            yield crop_batch
 
-    def _complaint(self, failed: set[str], seen: int) -> str:
-        some = "; ".join(f"{name}: {self.unreadable[name]}" for name in sorted(failed)[:3])
+    def _unreadable_message(self, failed: set[str], seen: int) -> str:
+        examples = "; ".join(f"{name}: {self.unreadable[name]}" for name in sorted(failed)[:3])
         return (
-            f"{self.path}: {len(failed)} of the first {seen} pictures cannot be read, and more than "
-            f"{MAX_UNREADABLE:.0%} stop the run: {some}"
+            f"{self.path}: {len(failed)} of the first {seen} images cannot be read, at most {MAX_UNREADABLE:.0%} are "
+            f"allowed: {examples}"
         )
 
 
-class Read(NamedTuple):
-    """A batch of pictures, E crops of each."""
+class CropBatch(NamedTuple):
+    """A batch of images with E crops each."""
 
-    pictures: Tensor
-    """(B,) int64: items read, which are those asked for or their stand-ins; −1 where all those failed too"""
+    indices: Tensor
+    """(B,) int64: the images read, after replacement of unreadable ones; −1 if all replacements failed"""
     images: Tensor
     """(B, E, 3, R, R) float32 in [−1, 1]"""
     failures: list[tuple[str, str]]
-    """name and reason of each picture that could not be read"""
+    """name and error message of each image that could not be read"""
     error: Exception | None = None
-    """what ended the reading, and is to be raised: from a worker process it would come in another one's text"""
+    """an error to be raised in the main process; raised in a worker process, DataLoader would change its message"""
 
 
-class Crops(Dataset[Read]):
-    """Reads batches of a folder, in worker processes: of each picture the crops of these epochs, or the middle."""
+class CropDataset(Dataset[CropBatch]):
+    """Reads batches of a folder in worker processes: per image the random crops of `epochs`, or the center crop."""
 
     def __init__(self, folder: ImageFolder, seed: int = 0, epochs: tuple[int, ...] | None = None) -> None:
         self.folder, self.seed, self.epochs = folder, seed, epochs
 
-    def __getitems__(self, items: Sequence[int]) -> Read:
+    def __getitems__(self, items: Sequence[int]) -> CropBatch:
         crops = 1 if self.epochs is None else len(self.epochs)
         images = torch.zeros(
             *(len(items), crops, 3, self.folder.resolution, self.folder.resolution), dtype=torch.float32, device="cpu"
         )
-        pictures = torch.full((len(items),), -1, dtype=torch.int64, device="cpu")
+        indices = torch.full((len(items),), -1, dtype=torch.int64, device="cpu")
         failures: list[tuple[str, str]] = []
         for row, item in enumerate(items):
             for candidate in candidates(int(item), len(self.folder)):
                 try:
-                    picture = read_picture(self.folder.path / self.folder.name(candidate), self.folder.side)
-                except Exception as error:  # what a corrupted byte raises inside Pillow is any of a dozen types
+                    image = read_image(self.folder.path / self.folder.name(candidate), self.folder.side)
+                except Exception as error:  # Pillow raises a dozen types for corrupted files
                     if is_environmental(error):
-                        return Read(pictures, images, failures, error)
+                        return CropBatch(indices, images, failures, error)
                     failures.append((self.folder.name(candidate), message(error)))
                 else:
-                    images[row], pictures[row] = self._crops(picture, candidate), candidate
+                    indices[row], images[row] = candidate, self._crops(image, candidate)
                     break
-        return Read(pictures, images, failures)
+        return CropBatch(indices, images, failures)
 
-    def _crops(self, picture: Resized, item: int) -> Tensor:
+    def _crops(self, image: Resized, item: int) -> Tensor:
         if self.epochs is None:
-            return centre_crop(picture, self.folder.resolution)[None]
-        draw: dict[str, Any] = {"flip": self.folder.flip, "seed": self.seed, "item": item}
-        return torch.stack([random_crop(picture, self.folder.resolution, epoch=e, **draw) for e in self.epochs])
+            return center_crop(image, self.folder.resolution)[None]
+        options: dict[str, Any] = {"flip": self.folder.flip, "seed": self.seed, "item": item}
+        return torch.stack([random_crop(image, self.folder.resolution, epoch=e, **options) for e in self.epochs])
 
 
 def candidates(item: int, items: int) -> Iterator[int]:
-    """The item, and its stand-ins: random ones, so that a folder of which one part is lost costs no long searches."""
+    """The item, then its replacements. They are random, so that a lost part of the folder needs no long search."""
     yield item
-    for word in words(TRIES - 1, Purpose.REPLACEMENT, item=item).tolist():
+    for word in words(MAX_TRIES - 1, Purpose.REPLACEMENT, item=item).tolist():
         yield below(word, items)

@@ -1,68 +1,69 @@
-"""Which files of a folder are pictures, and of which class."""
+"""Find the images of a folder by class."""
 
 import os
 from pathlib import Path
 
-from mvar.files import is_environmental
+from mvar.utils.files import is_environmental
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Those of torchvision's ImageFolder, so that both see the same pictures in the same order."""
+"""The extensions of torchvision's ImageFolder, so that both find the same images in the same order."""
 
-LEFT_BY_SYSTEMS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "__pycache__"}
-LEFT_BY_SYSTEMS |= {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini"}
-"""In lower case. None is a class or a picture, nor is a hidden folder, or a file `._*` of macOS's other attributes."""
+SYSTEM_NAMES = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "__pycache__"}
+SYSTEM_NAMES |= {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini"}
+"""Names in lower case of system files and folders, which are skipped like hidden folders and macOS's `._*` files."""
 
 
-def pictures_by_class(path: Path) -> tuple[dict[str, list[str]], tuple[str, ...]]:
-    """Classes by name, and the pictures of each, relative to `path`: the order of torchvision's ImageFolder.
+def images_by_class(path: Path) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """Find the images of each class, in the order of torchvision's ImageFolder.
 
-    Links to files and folders are followed, but for those that lead back: to a folder above, and, inside a class, to a
-    folder of that class, or a second time to the same folder elsewhere. Pipes and devices are left.
+    Symbolic links are followed, except links to a parent folder and, inside a class, links to a folder of that class
+    and further links to a folder that has been visited. Pipes and devices are skipped.
 
     Returns:
-        the pictures, and what is skipped, relative to `path`: links back, and what systems and tools leave (a folder is
-        one entry, whatever it holds).
+        The images by class name, and the skipped entries: cyclic links, special, system and hidden files (a skipped
+        folder is one entry). All paths are relative to `path`.
 
-    Raises OSError where a folder is missing or cannot be read.
+    Raises:
+        OSError: a folder is missing or cannot be read.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; expected one with a subfolder for each class")
     real = os.path.realpath(path)
     classes, skipped = {}, []
     for entry in _entries(path):
-        if _is_left(entry) or (_is_linked_folder(entry) and _is_inside(real, os.path.realpath(entry.path))):
+        if _is_ignored(entry) or (_is_linked_folder(entry) and _is_inside(real, os.path.realpath(entry.path))):
             skipped.append(entry.name)
         elif _is_folder(entry):
-            classes[entry.name], left = _walked(path, entry.name)
-            skipped += left
+            classes[entry.name], skipped_in_class = _walk(path, entry.name)
+            skipped += skipped_in_class
     return classes, tuple(skipped)
 
 
-def _walked(path: Path, name: str) -> tuple[list[str], list[str]]:
-    """The pictures of a class by folder and name, and what is skipped."""
+def _walk(path: Path, name: str) -> tuple[list[str], list[str]]:
+    """The images of a class, sorted by folder and name, and its skipped entries."""
     top = os.path.realpath(path / name)
-    pictures: dict[str, list[str]] = {}
+    images: dict[str, list[str]] = {}
     skipped: list[str] = []
-    waiting, seen = [name], {top}
-    while waiting:
-        folder = waiting.pop()
-        pictures[folder] = []
+    pending, seen = [name], {top}
+    while pending:
+        folder = pending.pop()
+        images[folder] = []
         folder_path = path / folder
         for entry in _entries(folder_path):
             relative = f"{folder}/{entry.name}"
-            if _is_left(entry):
+            if _is_ignored(entry):
                 skipped.append(relative)
             elif _is_folder(entry):
                 real = os.path.realpath(entry.path)
-                above = any(_is_inside(below, real) for below in (top, os.path.realpath(folder_path)))
-                if _is_linked_folder(entry) and (real in seen or above or _is_inside(real, top)):
+                is_parent = any(_is_inside(child, real) for child in (top, os.path.realpath(folder_path)))
+                if _is_linked_folder(entry) and (real in seen or is_parent or _is_inside(real, top)):
                     skipped.append(relative)
                 else:
                     seen.add(real)
-                    waiting.append(relative)
+                    pending.append(relative)
             elif entry.name.lower().endswith(EXTENSIONS):
-                (skipped if _is_special(entry) else pictures[folder]).append(relative)
-    return [picture for folder in sorted(pictures) for picture in pictures[folder]], skipped
+                (skipped if _is_special(entry) else images[folder]).append(relative)
+    return [image for folder in sorted(images) for image in images[folder]], skipped
 
 
 def _entries(folder: Path) -> list["os.DirEntry[str]"]:
@@ -70,9 +71,9 @@ def _entries(folder: Path) -> list["os.DirEntry[str]"]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-def _is_left(entry: "os.DirEntry[str]") -> bool:
+def _is_ignored(entry: "os.DirEntry[str]") -> bool:
     name = entry.name.lower()
-    return name in LEFT_BY_SYSTEMS or name.startswith("._") or (name.startswith(".") and _is_folder(entry))
+    return name in SYSTEM_NAMES or name.startswith("._") or (name.startswith(".") and _is_folder(entry))
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -89,7 +90,7 @@ def _is_linked_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _is_special(entry: "os.DirEntry[str]") -> bool:
-    """Whether it is a pipe or a device, whose reading may never end. A link that leads nowhere is a lost picture."""
+    """Whether the entry is a pipe or a device, which may block forever. A dangling link is an unreadable image."""
     if not entry.is_symlink():
         return not entry.is_file()
     return os.path.exists(entry.path) and not os.path.isfile(entry.path)

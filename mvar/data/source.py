@@ -1,4 +1,4 @@
-"""The interface between data and training, and tensors behind it."""
+"""The interface of data sources, and a source of tensors in memory."""
 
 import hashlib
 import signal
@@ -13,7 +13,7 @@ from mvar.data.order import in_order, shuffled
 
 
 class Batch(NamedTuple):
-    """Rows of one rank; exactly one of `images` and `tokens` is given. Pinned where there is a CUDA device."""
+    """A batch of one rank, with either `images` or `tokens`. In pinned memory if CUDA is available."""
 
     labels: Tensor
     """(B,) int64"""
@@ -24,86 +24,89 @@ class Batch(NamedTuple):
 
 
 class Source(Protocol):
-    """A set of training or validation items with classes."""
+    """A set of labeled training or validation items."""
 
     @property
     def num_classes(self) -> int: ...
 
     @property
     def unreadable(self) -> Collection[str]:
-        """Names of the items that this process has met and could not read."""
+        """Names of the items that this process could not read."""
 
     @property
     def skipped(self) -> Collection[str]:
-        """Names of what lies among the items and is none."""
+        """Names of entries that are not items."""
 
     def __len__(self) -> int:
-        """Items: those of one epoch."""
+        """Number of items per epoch."""
 
     def digest(self) -> str:
-        """Which items these are, as SHA-256: a run goes on only with the same."""
+        """SHA-256 that identifies the items; a run is resumed only with the same digest."""
 
     def batches(
-        self, *, batch: int, seed: int, epoch: int, rank: int = 0, world: int = 1, start: int = 0, workers: int = 0
+        self, *, batch: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1, start: int = 0, workers: int = 0
     ) -> Iterator[Batch]:
-        """The rest of an epoch in random order, `num_batches(len(self), batch, world) − start` full batches.
+        """Training batches of an epoch, in random order, from batch `start` on.
 
-        A function of (seed, epoch) and of the item alone: the batches k of all ranks, one after another, are batch k
-        of a single rank with batch·world rows; and neither `workers` nor `start` changes what a batch holds.
+        The batches depend on (seed, epoch) alone: batch k of all ranks, concatenated, equals batch k of a single rank
+        with batch·world_size rows, and neither `workers` nor `start` changes the content of a batch. There are
+        `num_batches(len(self), batch, world_size) − start` batches, all of them full.
 
         Args:
-            batch: rows of this rank.
-            start: batches of the epoch that have been used already.
-            workers: processes that read ahead; 0 reads in this one.
+            batch: rows per rank.
+            start: index of the first batch, to resume an epoch.
+            workers: worker processes; 0 reads in the calling process.
 
-        Raises ValueError for an argument out of range; what else, see the source.
+        Raises:
+            ValueError: an argument is out of range.
         """
 
-    def once(self, *, batch: int, rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[Batch]:
-        """Every item once, in order and without augmentation, for validation.
+    def once(self, *, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
+        """Validation batches: every item once, in order, without augmentation.
 
-        Every rank has the same number of batches; those of the last round can be short, or without rows.
+        All ranks have the same number of batches; the last batch of a rank can be shorter or empty.
         """
 
 
-def skipped_in_words(source: Source) -> str:
-    """For the end of a summary: how many entries are no items, and one of them; empty where there are none."""
+def skipped_summary(source: Source) -> str:
+    """Suffix for a log line with the number of skipped entries and an example; empty if there are none."""
     return f", {len(source.skipped)} skipped such as {min(source.skipped)}" if source.skipped else ""
 
 
-def load(reader: Dataset[Any], batches: Iterable[Any], workers: int) -> Iterator[Any]:
-    """What `reader.__getitems__` makes of each batch of items, in their order, read ahead by worker processes."""
+def load(dataset: Dataset[Any], batches: Iterable[Any], workers: int) -> Iterator[Any]:
+    """`dataset.__getitems__(batch)` for each batch, in order, prefetched by worker processes."""
     if workers < 0:
         raise ValueError(f"workers: expected at least 0, got {workers}")
     loader = DataLoader(
-        reader,
+        dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_left_to_the_run,
+        collate_fn=_identity,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
-        # Its own, for a seed that nothing here uses: torch's global one is the training's, and part of its checkpoints.
+        # DataLoader draws an unused base seed; from the global generator it would change the state of the training.
         generator=torch.Generator(),
     )
-    with torch.device("cpu"):  # where its generator is, whatever torch's default
+    with torch.device("cpu"):  # the generator's device, independent of torch's default device
         return iter(loader)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def _left_to_the_run(_: int) -> None:
-    """What ends a whole process group, as Ctrl-C or a cluster's queue, leaves the readers to a run that saves itself.
+def _ignore_signals(_: int) -> None:
+    """Ignore signals that the whole process group receives (Ctrl-C, a cluster's scheduler) in worker processes.
 
-    They end with it: by its word, or within seconds of its death.
+    The main process still needs the workers to save its state. It stops them at the end; if it is killed, they end
+    within seconds.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class TensorSource:
-    """Images or tokens that are in memory."""
+    """A source of images or tokens in memory, see :func:`tensor_source`."""
 
     unreadable: Collection[str] = ()
     skipped: Collection[str] = ()
@@ -116,17 +119,17 @@ class TensorSource:
         return len(self._labels)
 
     def digest(self) -> str:
-        """Of the labels; not of the data, which another device encodes with other roundings."""
+        """SHA-256 of the labels; tokens are excluded, since they can differ between devices by rounding."""
         return hashlib.sha256(self._labels.numpy().tobytes()).hexdigest()
 
     def batches(
-        self, *, batch: int, seed: int, epoch: int, rank: int = 0, world: int = 1, start: int = 0, workers: int = 0
+        self, *, batch: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1, start: int = 0, workers: int = 0
     ) -> Iterator[Batch]:
-        order = shuffled(len(self), batch=batch, seed=seed, epoch=epoch, rank=rank, world=world, start=start)
+        order = shuffled(len(self), batch=batch, seed=seed, epoch=epoch, rank=rank, world_size=world_size, start=start)
         return (self._batch(torch.from_numpy(items)) for items in order)
 
-    def once(self, *, batch: int, rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[Batch]:
-        order = in_order(len(self), batch=batch, rank=rank, world=world)
+    def once(self, *, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
+        order = in_order(len(self), batch=batch, rank=rank, world_size=world_size)
         return (self._batch(torch.from_numpy(items)) for items in order)
 
     def _batch(self, items: Tensor) -> Batch:
@@ -136,18 +139,19 @@ class TensorSource:
 
 
 def tensor_source(data: Tensor, labels: Tensor, num_classes: int | None = None) -> TensorSource:
-    """A source of what is in memory: no augmentation, no worker processes.
+    """Create a source of images or tokens in memory, without augmentation and worker processes.
 
     Args:
         data: images (n, 3, R, R) float32 in [−1, 1], or tokens (n, L) int64.
-        labels: (n,) int64 classes.
-        num_classes: None for the largest label and one.
+        labels: (n,) int64 class indices.
+        num_classes: number of classes, None for max(labels) + 1.
 
-    Raises ValueError for shapes or dtypes that do not fit.
+    Raises:
+        ValueError: wrong shapes or dtypes.
     """
     shapes = {(torch.float32, 4): "images (n, 3, R, R)", (torch.int64, 2): "tokens (n, L)"}
     if (data.dtype, data.dim()) not in shapes:
-        expected = " or ".join(f"{dtype} {what}" for (dtype, _), what in shapes.items())
+        expected = " or ".join(f"{dtype} {shape}" for (dtype, _), shape in shapes.items())
         raise ValueError(f"data: expected {expected}, got {data.dtype} {tuple(data.shape)}")
     if labels.dtype != torch.int64 or labels.shape != data.shape[:1] or not len(labels):
         raise ValueError(f"labels: expected int64 ({len(data)},), got {labels.dtype} {tuple(labels.shape)}")

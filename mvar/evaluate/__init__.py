@@ -1,4 +1,4 @@
-"""Comparing sets of images: by features at hand, and `mvar evaluate`, which draws a set and measures it."""
+"""Metrics of sets of images: from given features, and for `mvar evaluate`, which generates the images as well."""
 
 from mvar.evaluate.features import Moments, PrecisionRecall, frechet, frechet_distance, moments, precision_recall
 

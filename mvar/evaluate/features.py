@@ -1,7 +1,6 @@
-"""Two sets of images by their features: Fréchet distance, precision and recall. float64 throughout.
+"""Fréchet distance, precision and recall of two sets of features, in float64.
 
-With Inception's features the first is FID (Heusel et al., arXiv 1706.08500); with others it is not, and should not be
-called so.
+The Fréchet distance of Inception features is FID (Heusel et al., arXiv 1706.08500); of other features it is not FID.
 """
 
 from typing import NamedTuple
@@ -9,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # rows whose distances to all others are in memory at a time
+BLOCK = 1024  # rows of the distance matrix in memory at a time
 
 
 class Moments(NamedTuple):
-    """mean (F,) and covariance (F, F) of a set of features, float64; the covariance divides by n − 1."""
+    """Mean (F,) and covariance (F, F) of a set of features, float64; the covariance is normalized by n − 1."""
 
     mean: Tensor
     covariance: Tensor
@@ -21,75 +20,77 @@ class Moments(NamedTuple):
 
 class PrecisionRecall(NamedTuple):
     precision: float
-    """share of the made images that lie among the real ones"""
+    """fraction of the generated images in the manifold of the real images"""
     recall: float
-    """share of the real images that lie among the made ones"""
+    """fraction of the real images in the manifold of the generated images"""
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance between normal distributions fitted to two sets of features (Dowson & Landau, 1982).
 
     Args:
-        a, b: (n, F) and (m, F) features; at least two rows each. Computed in float64.
+        a, b: (n, F) and (m, F) features, at least two rows each.
 
     Raises:
-        ValueError: a shape that does not fit, or values that are not finite.
+        ValueError: wrong shapes, or values that are not finite.
     """
     _check(a, b, 2)
     return frechet(moments(a), moments(b))
 
 
 def moments(features: Tensor) -> Moments:
-    """(n, F) with n ≥ 2 → mean and covariance."""
+    """Mean and covariance of features (n, F), n ≥ 2."""
     rows = features.double()
     return Moments(rows.mean(0), torch.atleast_2d(rows.T.cov()))
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """Of two normal distributions: ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½)."""
-    # The trace of (Σ_a Σ_b)^½ is the sum of the singular values of Σ_a^½ Σ_b^½. They lose no digits where a covariance
-    # has not full rank; roots of the eigenvalues of a product would lose half of them.
-    cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
+    """Fréchet distance of two normal distributions: ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½)."""
+    # tr (Σ_a Σ_b)^½ is the sum of the singular values of Σ_a^½ Σ_b^½, which are accurate for rank-deficient
+    # covariances. Square roots of the eigenvalues of Σ_a Σ_b would lose half of the digits.
+    cross = torch.linalg.svdvals(_sqrtm(a.covariance) @ _sqrtm(b.covariance)).sum()
     traces = a.covariance.trace() + b.covariance.trace()
     distance = (a.mean - b.mean).square().sum() + traces - 2 * cross
-    return float(distance.clamp_min(0))  # of two equal ones, rounding leaves some 1e-15 on either side
+    return float(distance.clamp_min(0))  # rounding: about ±1e-15 for equal distributions
 
 
-def _root(covariance: Tensor) -> Tensor:
+def _sqrtm(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
-def precision_recall(made: Tensor, real: Tensor, *, neighbours: int = 3) -> PrecisionRecall:
+def precision_recall(generated: Tensor, real: Tensor, *, neighbors: int = 3) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
 
-    A set's manifold is the union of balls around its points, each as far as to its `neighbours`-th nearest other one,
-    rim included. Precision is the share of `made` in the manifold of `real`; recall that of `real` in that of `made`.
+    The manifold of a set is the union of closed balls around its points; the radius is the distance to the
+    `neighbors`-th nearest neighbor. Precision is the fraction of `generated` in the manifold of `real`, recall the
+    fraction of `real` in the manifold of `generated`.
 
     Args:
-        made, real: (n, F) and (m, F) features with more rows than `neighbours`.
+        generated, real: (n, F) and (m, F) features with more than `neighbors` rows.
 
     Raises:
-        ValueError: a shape that does not fit, or values that are not finite.
+        ValueError: wrong shapes, or values that are not finite.
     """
-    if neighbours < 1:
-        raise ValueError(f"neighbours: expected at least 1, got {neighbours}")
-    _check(made, real, neighbours + 1, ("made", "real"))
-    made, real = made.double(), real.double()
-    return PrecisionRecall(_share_inside(made, real, neighbours), _share_inside(real, made, neighbours))
+    if neighbors < 1:
+        raise ValueError(f"neighbors: expected at least 1, got {neighbors}")
+    _check(generated, real, neighbors + 1, ("generated", "real"))
+    generated, real = generated.double(), real.double()
+    return PrecisionRecall(_fraction_inside(generated, real, neighbors), _fraction_inside(real, generated, neighbors))
 
 
-def _share_inside(points: Tensor, of: Tensor, neighbours: int) -> float:
-    """The share of `points` that lie in the manifold of the set `of`."""
-    # The smallest of these distances is the point's own, 0.
-    radii = torch.cat([_distances(rows, of).kthvalue(neighbours + 1, 1).values for rows in of.split(BLOCK)])
-    inside = torch.cat([(_distances(rows, of) <= radii).any(1) for rows in points.split(BLOCK)])
+def _fraction_inside(points: Tensor, reference: Tensor, neighbors: int) -> float:
+    """Fraction of `points` in the manifold of `reference`."""
+    # neighbors + 1: the smallest distance is 0, the distance of the point to itself.
+    kth = [_distances(rows, reference).kthvalue(neighbors + 1, 1).values for rows in reference.split(BLOCK)]
+    radii = torch.cat(kth)
+    inside = torch.cat([(_distances(rows, reference) <= radii).any(1) for rows in points.split(BLOCK)])
     return float(inside.double().mean())
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # By differences: through a product, the distance of two equal points would not be 0, nor that of a pair the same in
-    # both directions, and points on a rim would fall on either side.
+    # Without a matmul, which would not give exactly 0 for equal points or symmetric distances, so that points on the
+    # boundary of a ball could be outside.
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 

@@ -1,14 +1,16 @@
-"""Training: `mvar train`, `torchrun -m mvar train`, under the flags of VAR's and M-VAR's trainers.
+"""Training: `mvar train`, `torchrun -m mvar train`, with the flags of VAR's and M-VAR's trainers.
 
-flags       what can be asked for, and presets
-checks      what is refused before anything is read, built or written
-lock        one run a folder
-schedule    what follows from the number of an iteration: rates, scales in training
-objective   the loss, and the model up to it
-optimizer   AdamW, clipping, loss scaling, steps that are skipped
-distributed processes: DDP, FSDP2
-checkpoint  a run on disk
-metrics     what is told about a run
-tensorboard under which names there
-trainer     the loop
+flags             command-line flags and presets
+validate          checks before anything is read, built or written
+run               a run from its flags to the saved model
+trainer           the loop
+objective         the loss
+optimizer         AdamW, clipping, loss scaling, skipped steps
+schedule          learning rate, weight decay and scales by iteration
+distributed       DDP, FSDP2, activation checkpointing
+checkpoint        saving and resuming
+metrics           log.jsonl and the terminal
+tensorboard       event files
+lock              one process per folder
+digits_tokenizer  the tokenizer of --preset=digits
 """

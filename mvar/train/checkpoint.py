@@ -1,8 +1,9 @@
-"""A run on disk: `<out>/checkpoints/<iteration>/`, safetensors of every process's part and one state.json.
+"""Checkpoints of a run: folders `<out>/checkpoints/<iteration>/` with safetensors of all processes and state.json.
 
-Tensors go through torch.distributed.checkpoint, so a run can go on with another number of processes, sharded or not.
-Its safetensors storage is used, not its own, whose index is a pickle. A checkpoint is written beside its place and
-renamed, and the one before it is kept until the next: whatever happens, the last whole one is there.
+Tensors are saved by torch.distributed.checkpoint, so that a run can be resumed with another number of processes, with
+or without sharding. The safetensors storage is used because the index of the default storage is a pickle. A checkpoint
+is written to a temporary folder, which is then renamed; the last two checkpoints are kept, so that a complete one
+always exists.
 """
 
 import json
@@ -25,100 +26,100 @@ from torch.distributed.checkpoint import (
     save,
 )
 
-from mvar.config import ModelConfig
-from mvar.files import make_folder
-from mvar.model import Model, from_config
-from mvar.train.distributed import World
+from mvar.models.config import ModelConfig
+from mvar.models.transformer import Model, from_config
+from mvar.train.distributed import TrainContext
+from mvar.utils.files import make_folder
 
-KEPT = 2
-FACTS = "state.json"
-KINDS: Mapping[str, type] = {
+MAX_KEPT = 2
+STATE_FILE = "state.json"
+STATE_TYPES: Mapping[str, type] = {
     "iteration": int,
     "seed": int,
     "items": int,
     "images": int,
     "tokenizer": str,
     "data": str,
-    "stepper": dict,
+    "optimizer": dict,
     "flags": dict,
     "model": dict,
 }
-"""What it holds; see the trainer."""
+"""Keys and types of state.json, see :meth:`Trainer._save`."""
 FAILURES = (OSError, ValueError, KeyError, SafetensorError, CheckpointException)
 
 
 class Checkpoints:
-    """The checkpoints of one run. All methods are called by all processes alike."""
+    """The checkpoints of one run. :meth:`write` and :meth:`read` are collective: every process calls them."""
 
-    def __init__(self, out: Path, world: World) -> None:
-        self.folder, self.world = out / "checkpoints", world
+    def __init__(self, out: Path, context: TrainContext) -> None:
+        self.folder, self.context = out / "checkpoints", context
 
     def paths(self) -> list[Path]:
-        """Whole checkpoints, the newest first."""
+        """Complete checkpoints, the newest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted((p for p in found if p.name.isdigit() and (p / FACTS).is_file()), key=lambda p: -int(p.name))
+        return sorted((p for p in found if p.name.isdigit() and (p / STATE_FILE).is_file()), key=lambda p: -int(p.name))
 
-    def write(self, iteration: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint, then remove all but the last two. OSError where that fails: the older ones stay."""
-        aside, target = self.folder / f".{iteration:08d}", self.folder / f"{iteration:08d}"
+    def write(self, iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write a checkpoint, then remove all but the last two. If it raises OSError, the older ones are kept."""
+        temporary, target = self.folder / f".{iteration:08d}", self.folder / f"{iteration:08d}"
 
         def prepare() -> None:
-            for left_over in self.folder.glob(".[0-9]*"):
-                shutil.rmtree(left_over, ignore_errors=True)
-            make_folder(aside)
+            for stale in self.folder.glob(".[0-9]*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            make_folder(temporary)
 
         def write() -> None:
-            writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
 
         def publish() -> None:
-            (aside / FACTS).write_text(json.dumps(dict(facts), indent=1))
-            for path in (*aside.iterdir(), aside, self.folder):
-                _sync(path)
-            shutil.rmtree(target, ignore_errors=True)  # there only where it could not be read
-            aside.rename(target)
-            _sync(self.folder)
-            for old in self.paths()[KEPT:]:
+            (temporary / STATE_FILE).write_text(json.dumps(dict(state), indent=1))
+            for path in (*temporary.iterdir(), temporary, self.folder):
+                _fsync(path)
+            shutil.rmtree(target, ignore_errors=True)  # exists only if it could not be read
+            temporary.rename(target)
+            _fsync(self.folder)
+            for old in self.paths()[MAX_KEPT:]:
                 shutil.rmtree(old)
 
         try:
-            self._all(prepare if self.world.leads else None)
-            self._all(write)
-            self._all(publish if self.world.leads else None)
+            self._run_on_all(prepare if self.context.is_main_process else None)
+            self._run_on_all(write)
+            self._run_on_all(publish if self.context.is_main_process else None)
         except OSError as error:
-            if self.world.leads:
-                shutil.rmtree(aside, ignore_errors=True)
+            if self.context.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(f"cannot write {target}: {error}") from error
 
-    def _all(self, action: Callable[[], None] | None) -> None:
-        """Do it, and raise OSError in all processes where it failed in one."""
-        problem: BaseException | None = None
+    def _run_on_all(self, action: Callable[[], None] | None) -> None:
+        """Run the action, and raise OSError in all processes if it failed in any."""
+        failure: BaseException | None = None
         try:
             with warnings.catch_warnings():
-                # That a single process saves alone is what is meant.
+                # Expected: a single process saves without a process group.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 if action is not None:
                     action()
         except FAILURES as error:
-            problem = error
-        if self.world.any(problem is not None):
-            raise OSError(_last_line(problem) if problem else "another process could not") from problem
+            failure = error
+        if self.context.any(failure is not None):
+            raise OSError(_last_line(failure) if failure else "failed in another process") from failure
 
-    def facts(self, path: Path) -> dict[str, Any]:
-        """What was saved beside the tensors. OSError where it is damaged."""
+    def state(self, path: Path) -> dict[str, Any]:
+        """Read state.json. Raises OSError if it is damaged."""
         try:
-            loaded: dict[str, Any] = json.loads((path / FACTS).read_text())
-            for name, kind in KINDS.items():
+            loaded: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
+            for name, kind in STATE_TYPES.items():
                 if not isinstance(loaded, dict) or not isinstance(loaded.get(name), kind):
-                    raise ValueError(f"{name!r} is missing or no {kind.__name__}")
+                    raise ValueError(f"{name!r}: missing, or not of type {kind.__name__}")
         except ValueError as error:
-            raise OSError(f"{path / FACTS}: cannot be used: {error}") from error
+            raise OSError(f"{path / STATE_FILE}: cannot be used: {error}") from error
         return loaded
 
     def read(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Fill `tensors` from a checkpoint. OSError where it is damaged or of another model."""
+        """Load a checkpoint into `tensors`. Raises OSError if it is damaged or of another model."""
 
-        def look() -> None:  # torch itself would tell of a damaged file in tracebacks, and not which it is
+        def check_files() -> None:  # torch's error for a damaged file is a traceback without the file name
             for file in sorted(path.glob("*.safetensors")):
                 try:
                     with safe_open(file, "pt"):
@@ -131,31 +132,32 @@ class Checkpoints:
             load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
 
         try:
-            self._all(look)
-            self._all(read)
+            self._run_on_all(check_files)
+            self._run_on_all(read)
         except OSError as error:
             raise OSError(f"{path}: cannot be used: {error}") from error
 
 
 def read_model(path: Path) -> Model:
-    """The model in one checkpoint, its averaged weights where it has them, in evaluation mode.
+    """Load the model of a checkpoint, with the moving averages if it has them, in evaluation mode.
 
-    Raises OSError where it is no checkpoint of a run, or damaged.
+    Raises:
+        OSError: the folder is not a checkpoint, or it is damaged.
     """
-    if not (path / FACTS).is_file():
-        raise FileNotFoundError(f"{path}: no {FACTS} there; expected a folder in a run's checkpoints/")
-    checkpoints = Checkpoints(path.parent.parent, World(0, 1, torch.device("cpu")))
-    facts = checkpoints.facts(path)
-    model = from_config(ModelConfig(**facts["model"]))
-    kind = "average" if facts["flags"]["average"] else "model"
-    names = facts.get("class_names")  # not in older ones
+    if not (path / STATE_FILE).is_file():
+        raise FileNotFoundError(f"{path}: no {STATE_FILE} there; expected a folder in a run's checkpoints/")
+    checkpoints = Checkpoints(path.parent.parent, TrainContext(0, 1, torch.device("cpu")))
+    state = checkpoints.state(path)
+    model = from_config(ModelConfig(**state["model"]))
+    kind = "average" if state["flags"]["average"] else "model"
+    names = state.get("class_names")  # not in older checkpoints
     model.class_names = None if names is None else tuple(map(str, names))
     checkpoints.read(path, {f"{kind}.{name}": value.detach() for name, value in model.named_parameters()})
     return model.eval()
 
 
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's names, on the disk itself: a name that a power cut leaves has its content."""
+def _fsync(path: Path) -> None:
+    """Flush a file or the entries of a folder to disk: a renamed checkpoint is complete, even after a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,5 +1,5 @@
-"""What a run can be asked for: the flags of VAR's trainer (FoundationVision/VAR, utils/arg_util.py), which are M-VAR's
-too, with their meaning and defaults, and a few of our own. Presets are sets of defaults.
+"""Command-line flags of training: those of VAR's trainer (FoundationVision/VAR, utils/arg_util.py), which are also
+M-VAR's, with the same meaning and defaults, and additional ones. Presets are sets of defaults.
 """
 
 import argparse
@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mvar.config import ARCHITECTURES, SCHEDULES
-from mvar.files import expanded
+from mvar.models.config import ARCHITECTURES, SCHEDULES
+from mvar.utils.files import expanded
 
 COMPILE_MODES = {1: "reduce-overhead", 2: "max-autotune", 3: "default"}
 SECTIONS = {
@@ -22,12 +22,12 @@ SECTIONS = {
     "device": "execution",
     "out": "output",
 }
-"""Headings of `mvar train --help`, each by its first flag."""
+"""Headings of `mvar train --help`, by their first flag."""
 COMPILED = "torch.compile: 0 off, 1 reduce-overhead, 2 max-autotune, 3 its default mode"
 
 
 def boolean(text: str) -> bool:
-    """As VAR's parser: 1 or 0, or the beginning of true or false."""
+    """Parse 1 or 0, or a prefix of true or false, as VAR's parser does."""
     for word, value in (("1", True), ("true", True), ("0", False), ("false", False)):
         if text and word.startswith(text.lower()):
             return value
@@ -45,7 +45,7 @@ def token_maps(text: str) -> tuple[int, ...]:
 def schedule_name(text: str) -> str:
     number = re.fullmatch(r"lin(0?\.\d+)", text)
     if text not in ("lin0", "lin", "lin00", "cos", "exp") and not (number and 0 < float(number[1]) < 1):
-        raise argparse.ArgumentTypeError(f"expected lin0, lin, lin00, lin0.3 (any share), cos or exp, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected lin0, lin, lin00, lin0.3 (any fraction), cos or exp, got {text!r}")
     return text
 
 
@@ -60,16 +60,21 @@ def _flag(
     choices: tuple[Any, ...] | None = None,
     *,
     free: bool = False,
-    also: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
 ) -> Any:
-    """free: may change between a run and its resumption, since it does not decide what is computed. also: its names
-    elsewhere."""
-    return field(default=default, metadata={"help": help, "type": type, "choices": choices, "free": free, "also": also})
+    """A field of :class:`Flags`.
+
+    Args:
+        free: the flag may change when a run is resumed, since it does not affect the result.
+        aliases: further names, those of other trainers.
+    """
+    metadata = {"help": help, "type": type, "choices": choices, "free": free, "aliases": aliases}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Flags:
-    """One run. Raises ValueError, naming the flag, where a value is out of range."""
+    """The flags of a run. Raises ValueError with the name of the flag if a value is out of range."""
 
     preset: str | None = _flag(None, "defaults of a known run; other flags override them", str, free=True)
     # Data
@@ -84,7 +89,7 @@ class Flags:
         None,
         "token maps: 256, 512, 1024 or side lengths such as 1_2_3 (default: the tokenizer's; 256 if it has none)",
         token_maps,
-        free=True,  # the model's are compared
+        free=True,  # the model's token maps are compared instead
     )
     mid_reso: float = _flag(1.125, "size of the shorter side before the crop, relative to the resolution")
     hflip: bool = _flag(False, "flip training images at random")
@@ -101,7 +106,7 @@ class Flags:
     hd: float = _flag(0.02, "factor on the head's initial weights")
     aln: float = _flag(0.5, "factor on the modulation layers' initial weights")
     alng: float = _flag(1e-5, "factor on the initial weights of their gates")
-    # Optimisation
+    # Optimization
     bs: int = _flag(768, "global batch size, over all processes and accumulated steps")
     ac: int = _flag(1, "gradient accumulation steps")
     ep: int = _flag(250, "epochs")
@@ -112,24 +117,26 @@ class Flags:
     twde: float = _flag(0.0, "weight decay at the end, on a cosine schedule; 0: as at the start")
     tclip: float = _flag(2.0, "gradient clipping: largest norm; 0 for none")
     ls: float = _flag(0.0, "label smoothing")
-    sche: str = _flag("lin0", "learning rate schedule: lin0, lin, lin00, lin0.3 (any share), cos, exp", schedule_name)
+    sche: str = _flag(
+        "lin0", "learning rate schedule: lin0, lin, lin00, lin0.3 (any fraction), cos, exp", schedule_name
+    )
     wp: float = _flag(0.0, "warm-up epochs; 0 for 1/50 of all epochs")
     wp0: float = _flag(0.005, "learning rate at the start of the warm-up, relative to the peak")
     wpe: float = _flag(0.01, "learning rate at the end, relative to the peak")
     fp16: int = _flag(0, "0: float32, 1: float16 with loss scaling, 2: bfloat16", choices=(0, 1, 2))
-    average: float = _flag(
-        0.0, "decay of an exponential moving average of the weights, which is then what is saved; 0 for none"
-    )
+    average: float = _flag(0.0, "decay of a moving average of the weights, which is saved as the model; 0 for none")
     # Progressive training
-    pg: float = _flag(0.0, "share of the training in which scales are added one by one; 0: all scales from the start")
+    pg: float = _flag(
+        0.0, "fraction of the training in which scales are added one by one; 0: all scales from the start"
+    )
     pg0: int = _flag(4, "the first stage's last scale, counted from 0")
     pgwp: float = _flag(0.0, "epochs over which the loss of a new scale is ramped up; 0 for 1/300 of all epochs")
-    # Machine
+    # Execution
     device: str | None = _flag(None, "such as cpu or cuda (default: cuda if available)", str, free=True)
     backend: str = _flag("auto", "backend of every op, see `mvar info`", free=True)
     fuse: bool = _flag(True, "fused kernels; 0 for plain PyTorch, as --backend=reference", free=True)
     tf32: bool = _flag(
-        True, "float32 matmuls in TF32 on a GPU; on a CPU by oneDNN, where these are true float32", free=True
+        True, "float32 matmuls in TF32 on a GPU; on a CPU by oneDNN if its results are true float32", free=True
     )
     tfast: int = _flag(0, f"compile each block. {COMPILED}", choices=(0, 1, 2, 3), free=True)
     vfast: int = _flag(0, f"compile the encoder of the tokenizer. {COMPILED}", choices=(0, 1, 2, 3), free=True)
@@ -139,9 +146,9 @@ class Flags:
     # Run
     out: str = _flag(
         "local_output",
-        "folder of the run; a run that is found there is continued",
+        "folder of the run; an interrupted run in it is continued",
         free=True,
-        also=("local_out_dir_path",),
+        aliases=("local_out_dir_path",),
     )
     exp_name: str = _flag("text", "name of the run in its log", free=True)
     save_every: int = _flag(1000, "iterations between checkpoints", free=True)
@@ -151,8 +158,8 @@ class Flags:
     peak_tflops: float | None = _flag(
         None, "peak TFLOP/s of the device, for the model FLOPs utilization", float, free=True
     )
-    pictures: int = _flag(8, "classes in the image grid at the end; 0 for no grid", free=True)
-    shorten: float = _flag(1.0, "share of the epochs to run, for a quick try")
+    samples: int = _flag(8, "classes in the image grid at the end; 0 for no grid", free=True)
+    shorten: float = _flag(1.0, "fraction of the epochs to run, for a quick try")
 
     def __post_init__(self) -> None:
         for name in ("data_path", "tokens", "tokenizer", "out"):
@@ -162,7 +169,7 @@ class Flags:
                 object.__setattr__(self, name, str(expanded(path)))
         for name in ("depth", "bs", "ac", "ep", "save_every", "log_every", "skips"):
             require(getattr(self, name) >= 1, name, "a whole number of at least 1", getattr(self, name))
-        for name in ("twd", "twde", "wp", "wp0", "wpe", "pgwp", "pg0", "pictures", "hd", "aln", "alng"):
+        for name in ("twd", "twde", "wp", "wp0", "wpe", "pgwp", "pg0", "samples", "hd", "aln", "alng"):
             require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
         for name in ("ls", "average"):
             require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1", getattr(self, name))
@@ -209,7 +216,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "average": 0.99,
         "log_every": 140,
         "save_every": 700,
-        "pictures": 10,
+        "samples": 10,
     },
     "d12": _D16 | {"depth": 12},
     "d16": _D16,
@@ -218,64 +225,64 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "d30": _D30,
     "d32": _D30 | {"depth": 32},
 }
-"""digits: scikit-learn's digits, with a tokenizer trained for them. The others: the commands of the public READMEs
-for ImageNet at 256×256 (M-VAR's for d12 to d30; its d32 has none, and is given d30's)."""
+"""digits: scikit-learn's digits, with a tokenizer trained on them. The others: the commands of the public READMEs for
+ImageNet at 256×256 (M-VAR's for d12 to d30; there is none for its d32, which uses d30's)."""
 
 
 _LAUNCHED = "torchrun starts the processes"
-_FOLLOWS = "it is worked out, in VAR's trainer, too"
-ELSEWHERE: Mapping[str, tuple[str, str]] = {
-    "patch_size": ("16", "it is the tokenizer's"),
-    "same_seed_for_all_ranks": ("0", "the order follows from --seed, in all processes alike"),
-    "local_debug": ("0 false", "--preset=digits is a run that needs no files"),
+_COMPUTED = "it is computed from other flags, as in VAR's trainer"
+UNSUPPORTED: Mapping[str, tuple[str, str]] = {
+    "patch_size": ("16", "it is determined by the tokenizer"),
+    "same_seed_for_all_ranks": ("0", "all processes use --seed"),
+    "local_debug": ("0 false", "--preset=digits runs without any files"),
     "dbg_nan": ("0 false", "steps without a finite gradient are skipped and counted, see --skips"),
-    **dict.fromkeys(("tlr", "batch_size", "glb_batch_size", "patch_nums", "resos", "data_load_reso"), ("", _FOLLOWS)),
+    **dict.fromkeys(("tlr", "batch_size", "glb_batch_size", "patch_nums", "resos", "data_load_reso"), ("", _COMPUTED)),
     **dict.fromkeys(("tb_log_dir_path", "log_txt_path", "last_ckpt_path"), ("", "all files are in --out")),
     **dict.fromkeys(("ngpus", "nodes", "partition", "comment", "job_dir", "timeout"), ("", _LAUNCHED)),
     "world_size": ("1", _LAUNCHED),
     "dist_url": ("env://", _LAUNCHED),
 }
-"""Flags of VAR's or M-VAR's parser without a counterpart here: values that change nothing, and why not others."""
+"""Flags of VAR's or M-VAR's parser without an equivalent: accepted values, which have no effect, and the reason."""
 
 
-class _Elsewhere(argparse.Action):
+class _UnsupportedFlag(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, _: Any, given: Any, flag: str | None = None) -> None:
-        harmless, why = ELSEWHERE[self.dest]
-        if given.lower() not in harmless.split():
-            parser.error(f"{flag}={given}: not here: {why}; leave it out")
+        accepted, reason = UNSUPPORTED[self.dest]
+        if given.lower() not in accepted.split():
+            parser.error(f"{flag}={given}: not supported: {reason}; leave it out")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """All flags, as `--name=value` or `--name value`; a flag not given is not in the result (see `parsed`)."""
+    """Add all flags to a parser. Flags that are not given are not in its result, see :func:`parse_flags`."""
     for item in fields(Flags):
         kind = item.metadata["type"] or (boolean if isinstance(item.default, bool) else type(item.default))
         choices = tuple(PRESETS) if item.name == "preset" else item.metadata["choices"]
-        default = "" if item.default is None else f" (default: {_shown(item.default)})"
+        default = "" if item.default is None else f" (default: {_formatted(item.default)})"
         details: dict[str, Any] = {"nargs": "?", "const": True} if kind is boolean else {}
         if choices:
             details["choices"] = choices
         else:
             details["metavar"] = item.name.upper()
-        names = [f"--{name}" for name in (item.name, *item.metadata["also"])]
+        names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
         text = item.metadata["help"] + default
         if item.name in SECTIONS:
             group = parser.add_argument_group(SECTIONS[item.name])
         group.add_argument(*names, dest=item.name, type=kind, default=argparse.SUPPRESS, help=text, **details)
-    unseen = argparse.SUPPRESS
-    for name in ELSEWHERE:
-        parser.add_argument(f"--{name}", action=_Elsewhere, default=unseen, help=unseen)
-    # torch.distributed.launch gives it to every process, and in an environment variable besides.
-    parser.add_argument("--local-rank", "--local_rank", type=int, default=unseen, help=unseen)
+    suppress = argparse.SUPPRESS
+    for name in UNSUPPORTED:
+        parser.add_argument(f"--{name}", action=_UnsupportedFlag, default=suppress, help=suppress)
+    # Passed by torch.distributed.launch and ignored, since LOCAL_RANK is in the environment as well.
+    parser.add_argument("--local-rank", "--local_rank", type=int, default=suppress, help=suppress)
 
 
-def parsed(options: argparse.Namespace) -> Flags:
-    """The preset's defaults, and before them what was given on the command line."""
+def parse_flags(options: argparse.Namespace) -> Flags:
+    """The flags of a parsed command line, which override the defaults of --preset."""
     names = {item.name for item in fields(Flags)}
     given = {name: value for name, value in vars(options).items() if name in names}
     return Flags(**{**PRESETS.get(given.get("preset", ""), {}), **given})
 
 
-def _shown(value: object) -> str:
+def _formatted(value: object) -> str:
     return (
         "_".join(map(str, value)) if isinstance(value, tuple) else str(int(value) if isinstance(value, bool) else value)
     )

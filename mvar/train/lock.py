@@ -1,4 +1,4 @@
-"""One run a folder."""
+"""A lock file that allows one run per folder."""
 
 import fcntl
 import os
@@ -6,24 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mvar.files import make_folder
-from mvar.processes import Processes
+from mvar.utils.distributed import DistContext
+from mvar.utils.files import make_folder
 
 FILE = ".lock"
 
 
 @contextmanager
-def locked(folder: Path, processes: Processes) -> Iterator[None]:
-    """Hold the folder for these processes, of which the leading one has the lock; made if it is not there.
+def locked(folder: Path, context: DistContext) -> Iterator[None]:
+    """Lock a folder for the processes of a run, and create it if it does not exist. Collective: every process calls it.
 
-    The kernel lets go of it however the process ends. It is a record lock, which forked readers of pictures do not
-    inherit: they can outlive a killed run by seconds. Where the file system has no locks there is none.
+    The main process holds a record lock (fcntl), which the kernel releases when the process ends. Forked worker
+    processes do not inherit it; they can outlive a killed run by seconds. File systems without locks are not locked.
 
-    Raises OSError in all processes, naming the folder and the process that has it.
+    Raises:
+        OSError: (in all processes) another process holds the lock, or the folder cannot be written.
     """
-    handle, problem = _acquired(folder) if processes.leads else (None, None)
+    handle, problem = _acquire(folder) if context.is_main_process else (None, None)
     try:
-        if problem := processes.agreed(problem):
+        if problem := context.broadcast(problem):
             raise OSError(problem)
         yield
     finally:
@@ -31,8 +32,8 @@ def locked(folder: Path, processes: Processes) -> Iterator[None]:
             os.close(handle)
 
 
-def _acquired(folder: Path) -> tuple[int | None, str | None]:
-    """The open lock file, or why it is not to be had."""
+def _acquire(folder: Path) -> tuple[int | None, str | None]:
+    """The descriptor of the lock file, and an error message if the lock could not be acquired."""
     try:
         make_folder(folder)
         handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -42,7 +43,7 @@ def _acquired(folder: Path) -> tuple[int | None, str | None]:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         holder = os.read(handle, 100).decode(errors="replace").strip() or "another process"
-        return handle, f"--out: {folder} is in use by {holder}; wait for its end, or choose another folder"
+        return handle, f"--out: {folder} is in use by {holder}; wait until it ends, or choose another folder"
     except OSError:
         return handle, None
     with suppress(OSError):  # a full disk

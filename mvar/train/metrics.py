@@ -1,4 +1,4 @@
-"""What is told about a run: means since the last line, speed, the time left; to a log, TensorBoard and the screen."""
+"""Metrics of a run: accumulated since the last log line; written to log.jsonl, TensorBoard and the terminal."""
 
 import json
 import math
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mvar.files import make_folder, replacing
-from mvar.model import Model
-from mvar.train.distributed import World
+from mvar.models.transformer import Model
+from mvar.train.distributed import TrainContext
 from mvar.train.objective import TokenLosses
-from mvar.train.tensorboard import Board
+from mvar.train.tensorboard import TensorBoardWriter
+from mvar.utils.files import atomic_write, make_folder
 
-# Dense 16-bit products with float32 sums, TFLOP/s, from the makers' data sheets; by CUDA's name without the maker's.
+# Dense 16-bit matmuls with float32 accumulation, TFLOP/s, from NVIDIA's data sheets; by device name without NVIDIA.
 PEAK_TFLOPS = {
     "H200": 989,
     "H100 80GB HBM3": 989,
@@ -35,7 +35,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of a known GPU in 16 bits; None for any other device, also for a part of a known one."""
+    """16-bit FLOP/s of a known GPU; None for any other device and for a MIG slice."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next(
         (1e12 * peak for known, peak in PEAK_TFLOPS.items() if re.fullmatch(f"(NVIDIA )?({known})", name)), None
@@ -43,12 +43,17 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flops_per_image(model: Model, scales: int | None = None) -> int:
-    """Of a training step with the first scales, None for all: three times the forward's matrix products, attention and
-    scan; what is recomputed, once."""
+    """FLOPs of a training step per image: three times the FLOPs of matmuls, attention and scan in the forward pass.
+
+    Args:
+        scales: number of scales in training, None for all.
+
+    Recomputation by activation checkpointing is not counted.
+    """
     config, flops = model.config, 0
     tokens = config.scales[:scales]
     ends = list(accumulate(tokens))
-    rows = {"ada_lin": 1, "word_embed": ends[-1] - tokens[0]}  # by part of a layer's name: an image, tokens with inputs
+    rows = {"ada_lin": 1, "word_embed": ends[-1] - tokens[0]}  # rows per image, by part of a layer's name
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             flops += 2 * module.weight.numel() * next((n for part, n in rows.items() if part in name), ends[-1])
@@ -60,179 +65,220 @@ def flops_per_image(model: Model, scales: int | None = None) -> int:
     return 3 * flops
 
 
-class Window:
-    """Sums over the tokens since the last line of the log, kept on the device and by place in the sequence.
+class MetricAccumulator:
+    """Sums of losses and correct predictions by position in the sequence, on the device until the next log line.
 
-    Of images whose losses are all finite: the others are counted.
+    Images with a loss that is not finite are excluded and counted.
     """
 
-    def __init__(self, scales: tuple[int, ...], num_codes: int, world: World) -> None:
-        self.scales, self.num_codes, self.world = scales, num_codes, world
-        self.clear()
+    def __init__(self, scales: tuple[int, ...], num_codes: int, context: TrainContext) -> None:
+        self.scales, self.num_codes, self.context = scales, num_codes, context
+        self.reset()
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         self.sums = torch.zeros(
-            3, sum(self.scales), dtype=torch.float32, device=self.world.device
+            3, sum(self.scales), dtype=torch.float32, device=self.context.device
         )  # losses, hits, images
-        self.not_finite = torch.zeros((), dtype=torch.float32, device=self.world.device)  # images
-        self.used: Tensor | None = None
+        self.not_finite = torch.zeros((), dtype=torch.float32, device=self.context.device)  # images
+        self.last_predictions: Tensor | None = None
 
     def add(self, out: TokenLosses, tokens: Tensor) -> None:
-        places = tokens.shape[1]
+        length = tokens.shape[1]
         finite = out.nll.isfinite().all(1, keepdim=True)  # (B, 1)
-        self.sums[0, :places] += out.nll.where(finite, 0).sum(0)
-        self.sums[1, :places] += ((out.predictions == tokens) & finite).sum(0)
-        self.sums[2, :places] += finite.sum()
+        self.sums[0, :length] += out.nll.where(finite, 0).sum(0)
+        self.sums[1, :length] += ((out.predictions == tokens) & finite).sum(0)
+        self.sums[2, :length] += finite.sum()
         self.not_finite += (~finite).sum()
-        self.used = out.predictions
+        self.last_predictions = out.predictions
 
     def means(self) -> dict[str, float]:
-        """Over all processes; the last scale's only when it has been in training.
+        """Means over all processes by name; per-scale metrics only for scales that were in training.
 
-        code_usage: share of the codes that are predicted in the last batch of all processes (VAR's z_voc_usage).
-        not_finite: images that are left out, because a loss of theirs is infinite or no number.
+        code_usage: fraction of the codes that are predicted in the last batch of all processes (VAR's z_voc_usage).
+        not_finite: number of excluded images.
         """
-        assert self.used is not None
-        counts = self.world.total(torch.bincount(self.used.flatten(), minlength=self.num_codes).float())
-        losses, hits, images = self.world.total(self.sums).double().cpu()
+        assert self.last_predictions is not None
+        counts = torch.bincount(self.last_predictions.flatten(), minlength=self.num_codes).float()
+        counts = self.context.all_reduce_sum(counts)
+        losses, hits, images = self.context.all_reduce_sum(self.sums).double().cpu()
         by_scale = zip(*(part.split(self.scales) for part in (losses, hits, images)), strict=True)
-        told = {
+        means = {
             "loss": float(losses.sum() / images.sum()),
             "accuracy": float(hits.sum() / images.sum()),
             "code_usage": float((counts / counts.sum() > 0.001 / self.num_codes).float().mean()),
-            "not_finite": int(self.world.total(self.not_finite)),
+            "not_finite": int(self.context.all_reduce_sum(self.not_finite)),
         }
         for k, (loss, hit, seen) in enumerate(by_scale):
             if seen.sum() > 0:
-                told[f"loss_scale{k}"] = float(loss.sum() / seen.sum())
-                told[f"accuracy_scale{k}"] = float(hit.sum() / seen.sum())
+                means[f"loss_scale{k}"] = float(loss.sum() / seen.sum())
+                means[f"accuracy_scale{k}"] = float(hit.sum() / seen.sum())
         last = len(self.scales) - 1
         for name in ("loss", "accuracy"):
-            if f"{name}_scale{last}" in told:
-                told[f"{name}_last"] = told[f"{name}_scale{last}"]
-        return told
+            if f"{name}_scale{last}" in means:
+                means[f"{name}_last"] = means[f"{name}_scale{last}"]
+        return means
 
 
-class Reporter:
-    """Lines for people, rows for programs: `log.jsonl` in the run's folder, TensorBoard, a bar on a terminal.
-
-    Only the first process's says anything. What cannot be written is lost, with one warning, and the run is not.
+class Throughput:
+    """Training speed since the last log line, and the remaining time of the run.
 
     Args:
-        tensorboard: None for where it is installed.
-        sides: pixels of the picture that each scale's token map stands for.
+        peak_flops: FLOP/s of all devices of the run, None where unknown.
 
-    Raises ImportError where TensorBoard is asked for and missing.
+    Attributes:
+        iteration: of the last log line.
+        flops: since the last log line, to be incremented by the trainer.
+    """
+
+    def __init__(self, peak_flops: float | None) -> None:
+        self.peak_flops = peak_flops
+        self.start(0)
+
+    def start(self, iteration: int) -> None:
+        """Begin a run that has completed so many iterations."""
+        self.iteration = self.first_iteration = iteration
+        self.time = self.first_time = time.perf_counter()
+        self.flops = 0
+
+    def since_last(self, iteration: int, images_per_iteration: int) -> dict[str, float | None]:
+        """images_per_s and mfu (model FLOPs utilization) up to this iteration; the next interval begins here."""
+        now = time.perf_counter()
+        seconds = now - self.time
+        speed = {
+            "images_per_s": (iteration - self.iteration) * images_per_iteration / seconds,
+            "mfu": self.flops / (seconds * self.peak_flops) if self.peak_flops else None,
+        }
+        self.iteration, self.time, self.flops = iteration, now, 0
+        return speed
+
+    def remaining_seconds(self, iteration: int, total: int) -> float:
+        """At the mean speed of this run."""
+        elapsed = time.perf_counter() - self.first_time
+        return (total - iteration) * elapsed / (iteration - self.first_iteration)
+
+
+class MetricLogger:
+    """Writes metrics to `log.jsonl` in the run's folder, to TensorBoard, and to a progress bar or the terminal.
+
+    Only the main process's logger writes. A log that cannot be written costs a warning and does not end the run.
+
+    Args:
+        tensorboard: write TensorBoard events; None if it is installed.
+        iteration: completed iterations; later rows of an earlier log are removed.
+        resolutions: image side length in pixels that corresponds to each scale's token map.
+
+    Raises ImportError if `tensorboard` is True and TensorBoard is not installed.
     """
 
     def __init__(
         self,
         out: Path,
-        leads: bool,
+        is_main_process: bool,
         *,
         tensorboard: bool | None,
         name: str,
-        done: int,
+        iteration: int,
         total: int,
-        sides: tuple[int, ...] = (),
+        resolutions: tuple[int, ...] = (),
     ) -> None:
-        self.leads, self.path, self.name, self.total = leads, out / "log.jsonl", name, total
-        self.board: Board | None = None
+        self.is_main_process, self.path, self.name, self.total = is_main_process, out / "log.jsonl", name, total
+        self.tensorboard: TensorBoardWriter | None = None
         self.warned = False
-        if not leads:
+        if not is_main_process:
             return
-        self.bar = tqdm(initial=done, total=total, desc=name, file=sys.stdout, disable=None, unit="it")
+        self.bar = tqdm(initial=iteration, total=total, desc=name, file=sys.stdout, disable=None, unit="it")
         with self._warning():
             make_folder(out)
-            self._keep(done)
+            self._truncate(iteration)
         if tensorboard is not False:
             with self._warning(), suppress(*([] if tensorboard else [ImportError])):
-                self.board = Board(out / "tensorboard", done, sides)
+                self.tensorboard = TensorBoardWriter(out / "tensorboard", iteration, resolutions)
 
     def advance(self) -> None:
-        if self.leads:
+        if self.is_main_process:
             self.bar.update()
 
-    def tell(self, iteration: int, values: dict[str, Any], remaining: float) -> None:
-        """One line and one row, after so many iterations."""
-        if not self.leads:
+    def log(self, iteration: int, values: dict[str, Any], remaining_seconds: float) -> None:
+        """Write a row of training metrics, and a line for the terminal."""
+        if not self.is_main_process:
             return
         self.row(iteration, values)
-        shown = _shown(values, SHOWN)
-        self.bar.set_postfix(shown)
+        formatted = _formatted(values, TERMINAL_METRICS)
+        self.bar.set_postfix(formatted)
         if self.bar.disable:
-            left = timedelta(seconds=round(remaining))
-            self.say(f"{self.name}: iteration {iteration} of {self.total}, {left} left, {_line(shown)}")
+            left = timedelta(seconds=round(remaining_seconds))
+            self.print(f"{self.name}: iteration {iteration} of {self.total}, {left} left, {_line(formatted)}")
 
-    def tell_validation(self, iteration: int, values: dict[str, Any]) -> None:
-        """One line and one row; in the row the names begin with val_."""
-        if not self.leads:
+    def log_validation(self, iteration: int, values: dict[str, Any]) -> None:
+        """Write a row of validation metrics, whose names begin with val_, and a line for the terminal."""
+        if not self.is_main_process:
             return
         self.row(iteration, {f"val_{name}": value for name, value in values.items()})
-        self.say(f"{self.name}: validation after iteration {iteration}: {_line(_shown(values, SHOWN_OF_VALIDATION))}")
+        line = _line(_formatted(values, VALIDATION_METRICS))
+        self.print(f"{self.name}: validation after iteration {iteration}: {line}")
 
     def row(self, iteration: int, values: dict[str, Any]) -> None:
-        """One row; what is not finite is null, for JSON has no name for it."""
-        if not self.leads:
+        """Write a row of log.jsonl and TensorBoard; values that are not finite are null, which JSON lacks."""
+        if not self.is_main_process:
             return
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._warning(), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"iteration": iteration, "time": time.time(), **values}) + "\n")
-        if self.board is not None:
+        if self.tensorboard is not None:
             with self._warning():
-                self.board.show(iteration, values)
+                self.tensorboard.add(iteration, values)
 
-    def say(self, text: str) -> None:
-        if self.leads:
+    def print(self, text: str) -> None:
+        if self.is_main_process:
             self.bar.write(text) if not self.bar.disable else print(text, flush=True)
 
     def close(self) -> None:
-        if self.leads:
+        if self.is_main_process:
             self.bar.close()
-            if self.board is not None:
+            if self.tensorboard is not None:
                 with self._warning():
-                    self.board.close()
+                    self.tensorboard.close()
 
-    def _keep(self, done: int) -> None:
-        """Of an older log, the whole rows up to iteration `done`: those after it are about to come again."""
+    def _truncate(self, iteration: int) -> None:
+        """Remove incomplete rows, and rows after this iteration, from the log of an interrupted run."""
         if not self.path.is_file():
             return
         lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _iteration(line) <= done]
+        kept = [line for line in lines if _iteration(line) <= iteration]
         if kept != lines:
-            with replacing(self.path) as aside:
-                aside.write_bytes(b"".join(kept))
+            with atomic_write(self.path) as temporary:
+                temporary.write_bytes(b"".join(kept))
 
     @contextmanager
     def _warning(self) -> Iterator[None]:
-        """Say once, rather than raise, that the log cannot be written."""
+        """Warn once instead of raising if the log cannot be written."""
         try:
             yield
         except OSError as error:
             if not self.warned:
                 self.warned = True
-                self.say(f"warning: cannot write the log in {self.path.parent}: {error}; training goes on without")
+                self.print(f"warning: cannot write the log in {self.path.parent}: {error}; training continues without")
 
 
 def _iteration(line: bytes) -> float:
-    """Of a row; infinity for a line that is none, or not whole."""
+    """A row's iteration; infinity for a line that is not a complete row."""
     try:
         return int(json.loads(line)["iteration"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
-def _shown(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """All but what is not known, and counts of nothing."""
+def _formatted(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Without unknown values and counts of zero."""
     given = ((name, values.get(name)) for name in names)
     return {name: f"{value:.4g}" for name, value in given if value or isinstance(value, float)}
 
 
-def _line(shown: Mapping[str, str]) -> str:
-    return " ".join(f"{name} {value}" for name, value in shown.items())
+def _line(formatted: Mapping[str, str]) -> str:
+    return " ".join(f"{name} {value}" for name, value in formatted.items())
 
 
-SHOWN = (  # the first ones are left where a terminal is narrow
+TERMINAL_METRICS = (  # a narrow terminal cuts off the last ones
     "loss",
     "loss_last",
     "accuracy",
@@ -244,4 +290,4 @@ SHOWN = (  # the first ones are left where a terminal is narrow
     "not_finite",
     "unreadable",
 )
-SHOWN_OF_VALIDATION = ("loss", "loss_last", "accuracy", "accuracy_last")
+VALIDATION_METRICS = ("loss", "loss_last", "accuracy", "accuracy_last")

@@ -1,4 +1,4 @@
-"""AdamW as VAR sets it up, gradient clipping, loss scaling, and the steps that are skipped."""
+"""The optimizer step: AdamW as VAR configures it, gradient clipping, loss scaling, skipped steps, moving averages."""
 
 import math
 from collections.abc import Iterator
@@ -10,13 +10,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 NO_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss", "A_log")
-"""Parts of the names of parameters that are not decayed, beside vectors and biases."""
-FIRST_SCALE, LARGEST_SCALE, GROWTH_INTERVAL = 2.0**11, 2.0**15, 1000
-"""Of the loss in float16, as VAR has them: 65,504 is the largest float16."""
+"""Parameters with one of these in their names have no weight decay; neither have vectors and biases."""
+INIT_SCALE, MAX_SCALE, GROWTH_INTERVAL = 2.0**11, 2.0**15, 1000
+"""Loss scale in float16, VAR's values; the largest float16 is 65,504."""
 
 
 def adamw(module: nn.Module, *, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW(β 0.9, 0.95) over two groups, one with and one without decay; the trainer sets rate and decay."""
+    """AdamW(β 0.9, 0.95) with a parameter group with weight decay and one without.
+
+    :meth:`OptimizerStep.step` sets learning rate and weight decay.
+    """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     plain = {n for n, p in named if p.dim() <= 1 or n.endswith("bias") or any(part in n for part in NO_DECAY)}
     groups = [
@@ -26,18 +29,18 @@ def adamw(module: nn.Module, *, fused: bool = True) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.95), weight_decay=0, fused=fused)
 
 
-class Step(NamedTuple):
-    """gradient_norm: before clipping, over all processes. taken: False where it was not finite."""
-
+class StepResult(NamedTuple):
     gradient_norm: float
+    """norm over all processes, before clipping"""
     taken: bool
+    """False if the norm is not finite and the step was skipped"""
 
 
-class Stepper:
-    """From losses to a step of the optimizer.
+class OptimizerStep:
+    """Backward passes and the optimizer's steps.
 
-    A gradient that is not finite is thrown away, and the step with it. `skipped` counts those steps, `in_a_row` those
-    since the last one that was taken. In float16 a few are normal: that is how the loss's scale is found.
+    A step whose gradient is not finite is skipped. `skipped` counts these steps, `consecutive_skips` those since the
+    last step that was taken. In float16 a few are normal: they lower the loss scale until it fits.
     """
 
     def __init__(
@@ -45,17 +48,17 @@ class Stepper:
     ) -> None:
         self.optimizer, self.clip, self.decay = optimizer, clip, average
         self.scaler = torch.amp.GradScaler(
-            device.type, init_scale=FIRST_SCALE, growth_interval=GROWTH_INTERVAL, enabled=float16
+            device.type, init_scale=INIT_SCALE, growth_interval=GROWTH_INTERVAL, enabled=float16
         )
         self.parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         self.average = [p.detach().clone() for p in self.parameters] if average else []
-        self.skipped = self.in_a_row = self.taken = 0
+        self.skipped = self.consecutive_skips = self.taken = 0
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, learning_rate: float, weight_decay: float) -> Step:
-        """Clip, step and forget the gradients. Waits for the device."""
+    def step(self, learning_rate: float, weight_decay: float) -> StepResult:
+        """Unscale and clip the gradients, step, and clear the gradients. Synchronizes with the device."""
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = learning_rate, weight_decay * group["decays"]
         self.scaler.unscale_(self.optimizer)
@@ -67,43 +70,44 @@ class Stepper:
             if self.clip > 0:
                 clip_grads_with_norm_(self.parameters, self.clip, total)
             self.scaler.step(self.optimizer)
-            self.taken, self.in_a_row = self.taken + 1, 0
-            self._follow()
+            self.taken, self.consecutive_skips = self.taken + 1, 0
+            self._update_average()
         else:
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        self.scaler.update(LARGEST_SCALE if self.scaler.get_scale() > LARGEST_SCALE else None)
+            self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
+        self.scaler.update(MAX_SCALE if self.scaler.get_scale() > MAX_SCALE else None)
         self.optimizer.zero_grad()
-        return Step(norm, finite)
+        return StepResult(norm, finite)
 
     def tensors(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Every parameter with all that belongs to it: itself, the optimizer's moments and count, its average."""
+        """Every parameter, with its value, AdamW's moments and step count, and its moving average by name."""
         for i, parameter in enumerate(self.parameters):
             moments = self.optimizer.state[parameter]
-            if not moments:  # before the first step: what AdamW itself begins with
+            if not moments:  # before the first step: AdamW's initial state
                 moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             average = {"average": self.average[i]} if self.average else {}
             yield parameter, {"model": parameter, **moments, **average}
 
-    def counts(self) -> dict[str, Any]:
-        """What is to be saved beside the tensors, for JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """The state other than :meth:`tensors`, serializable as JSON."""
         return {
             "skipped": self.skipped,
-            "in_a_row": self.in_a_row,
+            "consecutive_skips": self.consecutive_skips,
             "taken": self.taken,
             "scaler": self.scaler.state_dict(),
         }
 
-    def load_counts(self, counts: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row, self.taken = counts["skipped"], counts["in_a_row"], counts["taken"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self.taken = state["skipped"], state["taken"]
+        self.consecutive_skips = state["consecutive_skips"]
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(counts["scaler"])
+            self.scaler.load_state_dict(state["scaler"])
 
-    def _follow(self) -> None:
+    def _update_average(self) -> None:
         if self.average:
-            share = 1 - min(self.decay, self.taken / (self.taken + 9))
+            weight = 1 - min(self.decay, self.taken / (self.taken + 9))
             for mean, parameter in zip(self.average, self.parameters, strict=True):
-                _local(mean).lerp_(_local(parameter.detach()), share)
+                _local(mean).lerp_(_local(parameter.detach()), weight)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From flags to a trained model: data, tokenizer and model are put together, trained, written and drawn from."""
+"""A training run: build data, tokenizer and model, train, save the model, generate a grid of samples."""
 
 import os
 from collections.abc import Mapping
@@ -11,24 +11,24 @@ import torch
 from mvar import digits
 from mvar.checkpoint import load_tokenizer, save
 from mvar.data import ImageFolder, Source, TokenStore, tensor_source
-from mvar.data.source import skipped_in_words
-from mvar.files import check_writable
-from mvar.generate import generate
-from mvar.initialise import initialise
-from mvar.model import Model, from_config
-from mvar.pictures import grid, save_picture
-from mvar.tokenizer import Tokenizer
-from mvar.train.checks import check, model_config
-from mvar.train.distributed import World, joined
+from mvar.data.source import skipped_summary
+from mvar.inference.api import generate
+from mvar.models.init_weights import init_weights
+from mvar.models.tokenizer import Tokenizer
+from mvar.models.transformer import Model, from_config
+from mvar.train.digits_tokenizer import train_digits_tokenizer
+from mvar.train.distributed import TrainContext, init_training
 from mvar.train.flags import Flags
 from mvar.train.lock import locked
 from mvar.train.schedule import check_stages
-from mvar.train.tokenizer import train_digits_tokenizer
 from mvar.train.trainer import Trainer
+from mvar.train.validate import check, model_config
+from mvar.utils.files import check_writable
+from mvar.utils.images import grid, save_image
 from mvar_kernels.precision import float32_matmuls
 
 ENCODE_BATCH = 256
-ROW = 8  # pictures of a class in the grid at the end
+SAMPLES_PER_CLASS = 8
 
 
 class Data(NamedTuple):
@@ -37,58 +37,57 @@ class Data(NamedTuple):
     val: Source | None
 
 
-def run(flags: Flags) -> None:
-    """Train, or go on training, what `flags` say; write model.safetensors and pictures.png into --out."""
-    with joined(flags.device) as world:
-        check(flags, world)
+def train(flags: Flags, trainer_type: type[Trainer] = Trainer) -> None:
+    """Train or resume a run, and write model.safetensors and samples.png to --out."""
+    with init_training(flags.device) as context:
+        check(flags, context)
         with (
-            locked(Path(flags.out), world),
-            float32_matmuls(world.device, fast=flags.tf32),
-            _optimizers_device(),
-            torch.inference_mode(False),  # with gradients, whatever the caller has switched off
-            torch.random.fork_rng(devices=[]),  # weights are made by the global generator before they are initialised
+            locked(Path(flags.out), context),
+            float32_matmuls(context.device, fast=flags.tf32),
+            _cpu_as_default_device(),
+            torch.inference_mode(False),
+            torch.random.fork_rng(devices=[]),  # modules draw from the global generator before they are initialized
         ):
-            _run(flags, world)
-            world.meet()
+            _run(flags, context, trainer_type)
+            context.barrier()
 
 
-def _optimizers_device() -> AbstractContextManager[object]:
-    """In here torch's default device, on which its AdamW counts steps, is the CPU; where it is, no mode costs time."""
+def _cpu_as_default_device() -> AbstractContextManager[object]:
+    """AdamW creates its step counters on torch's default device. No context if that is the CPU, to avoid overhead."""
     cpu = torch.device("cpu")
     return nullcontext() if torch.get_default_device() == cpu else cpu
 
 
-def _run(flags: Flags, world: World) -> None:
+def _run(flags: Flags, context: TrainContext, trainer_type: type[Trainer]) -> None:
     out = Path(flags.out)
-    if world.leads:
-        for name in ("model.safetensors", "pictures.png"):
+    if context.is_main_process:
+        for name in ("model.safetensors", "samples.png"):
             check_writable(out / name)
-    data = digits_data(flags, world) if flags.preset == "digits" else read_data(flags, world)
-    # Everything random follows from one number; a new one is as good as any.
-    seed = world.agreed(int.from_bytes(os.urandom(4), "little") if flags.seed is None else flags.seed)
-    model = new_model(flags, data, seed).to(world.device)
-    trainer = Trainer(flags, model, data.tokenizer, data.train, world, seed=seed, validation=data.val)
-    gone_on = trainer.resume()
-    if world.leads:
-        print(_summary(trainer, gone_on), flush=True)
+    data = digits_data(flags, context) if flags.preset == "digits" else read_data(flags, context)
+    seed = context.broadcast(int.from_bytes(os.urandom(4), "little") if flags.seed is None else flags.seed)
+    model = new_model(flags, data, seed).to(context.device)
+    trainer = trainer_type(flags, model, data.tokenizer, data.train, context, seed=seed, validation=data.val)
+    resumed = trainer.resume()
+    if context.is_main_process:
+        print(_summary(trainer, resumed), flush=True)
     trainer.run()
     weights = trainer.weights()
-    if world.leads:
+    if context.is_main_process:
         finished = from_config(model.config)
         finished.load_state_dict(weights)
         finished.class_names = model.class_names
         save(out / "model.safetensors", finished.eval())
         written = [out / "model.safetensors"]
-        if flags.pictures:
-            written.append(out / "pictures.png")
-            draw(finished.to(world.device), data.tokenizer, flags, written[-1])
+        if flags.samples:
+            written.append(out / "samples.png")
+            save_samples(finished.to(context.device), data.tokenizer, flags, written[-1])
         print(f"written: {', '.join(map(str, written))}", flush=True)
 
 
-def read_data(flags: Flags, world: World) -> Data:
-    """A folder of pictures or tokens, and the tokenizer that belongs to them."""
+def read_data(flags: Flags, context: TrainContext) -> Data:
+    """Load the tokenizer, and the images of --data_path or the tokens of --tokens."""
     assert flags.tokenizer is not None
-    tokenizer = load_tokenizer(flags.tokenizer, patch_nums=flags.pn, device=world.device)
+    tokenizer = load_tokenizer(flags.tokenizer, patch_nums=flags.pn, device=context.device)
     check_stages(flags, len(tokenizer.patch_nums))
     if flags.tokens is not None:
         train_path, val_path = _parts(flags.tokens)
@@ -107,13 +106,13 @@ def read_data(flags: Flags, world: World) -> Data:
 
 
 def check_crops(flags: Flags, store: TokenStore, resolution: int) -> None:
-    """Raise ValueError where flags ask for other crops than the tokens are of: those were chosen by `mvar tokenize`."""
-    made, side = store.manifest, round(flags.mid_reso * resolution)
-    if made.flip != flags.hflip:
-        raise ValueError(f"--hflip: the tokens in {store.path} were made with {made.flip:d}, not {flags.hflip:d}")
-    if made.mid_side != side:
+    """Raise ValueError if --hflip or --mid_reso differ from those of the `mvar tokenize` run."""
+    manifest, side = store.manifest, round(flags.mid_reso * resolution)
+    if manifest.flip != flags.hflip:
+        raise ValueError(f"--hflip: the tokens in {store.path} were made with {manifest.flip:d}, not {flags.hflip:d}")
+    if manifest.mid_side != side:
         raise ValueError(
-            f"--mid_reso: the tokens in {store.path} are of pictures resized to {made.mid_side} pixels, not {side}"
+            f"--mid_reso: the tokens in {store.path} are of images resized to {manifest.mid_side} pixels, not {side}"
         )
 
 
@@ -121,21 +120,21 @@ def _parts(root: str) -> tuple[Path, Path]:
     return Path(root) / "train", Path(root) / "val"
 
 
-def digits_data(flags: Flags, world: World) -> Data:
-    """scikit-learn's digits as tokens, of the tokenizer given or of one trained for them."""
+def digits_data(flags: Flags, context: TrainContext) -> Data:
+    """scikit-learn's digits as tokens of --tokenizer, or of a tokenizer that is trained first."""
     file = Path(flags.out) / "tokenizer.safetensors"
     if flags.tokenizer is not None:
         file = Path(flags.tokenizer)
-    elif world.leads and not (Path(flags.out) / "checkpoints").is_dir():
+    elif context.is_main_process and not (Path(flags.out) / "checkpoints").is_dir():
         train_digits_tokenizer(file, seed=flags.seed or 0, shorten=flags.shorten)
-    world.meet()
-    tokenizer = load_tokenizer(file, device=world.device)
+    context.barrier()
+    tokenizer = load_tokenizer(file, device=context.device)
     if flags.pn not in (None, tokenizer.patch_nums):
         raise ValueError(f"--pn: the tokenizer's token maps are {tokenizer.patch_nums}, not {flags.pn}")
     check_stages(flags, len(tokenizer.patch_nums))
 
     def source(part: digits.Digits) -> Source:
-        tokens = [tokenizer.encode(images.to(world.device)).cpu() for images in part.images.split(ENCODE_BATCH)]
+        tokens = [tokenizer.encode(images.to(context.device)).cpu() for images in part.images.split(ENCODE_BATCH)]
         return tensor_source(torch.cat(tokens), part.labels, digits.NUM_CLASSES)
 
     train, held_out = digits.load()
@@ -143,7 +142,7 @@ def digits_data(flags: Flags, world: World) -> Data:
 
 
 def new_model(flags: Flags, data: Data, seed: int) -> Model:
-    """A model for these data, initialised."""
+    """Create a model for the data and initialize its weights."""
     config = model_config(
         flags,
         data.tokenizer.patch_nums,
@@ -151,30 +150,30 @@ def new_model(flags: Flags, data: Data, seed: int) -> Model:
         num_codes=data.tokenizer.num_codes,
         code_dim=data.tokenizer.code_dim,
     )
-    model = initialise(from_config(config), ini=flags.ini, hd=flags.hd, aln=flags.aln, alng=flags.alng, seed=seed)
+    model = init_weights(from_config(config), ini=flags.ini, hd=flags.hd, aln=flags.aln, alng=flags.alng, seed=seed)
     model.class_names = data.train.classes if isinstance(data.train, ImageFolder | TokenStore) else None
     return model
 
 
-def draw(model: Model, tokenizer: Tokenizer, flags: Flags, path: Path) -> None:
-    """A grid of pictures, one row a class, classes evenly apart."""
-    last, count = model.config.num_classes - 1, min(flags.pictures, model.config.num_classes)
+def save_samples(model: Model, tokenizer: Tokenizer, flags: Flags, path: Path) -> None:
+    """Generate images of --samples evenly spaced classes and write them as a grid, one row per class."""
+    last, count = model.config.num_classes - 1, min(flags.samples, model.config.num_classes)
     classes = torch.linspace(0, last, count, dtype=torch.float32, device="cpu").long()
-    drawing: Mapping[str, Any] = digits.SAMPLING if flags.preset == "digits" else {}
-    rows = []
+    sampling: Mapping[str, Any] = digits.SAMPLING if flags.preset == "digits" else {}
+    n, rows = SAMPLES_PER_CLASS, []
     for i, label in enumerate(classes):
-        out = generate(model, tokenizer, label.repeat(ROW), first_index=i * ROW, backend=flags.backend, **drawing)
+        out = generate(model, tokenizer, label.repeat(n), first_index=i * n, backend=flags.backend, **sampling)
         rows.append(out.images.cpu())
-    save_picture(path, grid(torch.cat(rows), ROW))
+    save_image(path, grid(torch.cat(rows), n))
 
 
-def _summary(trainer: Trainer, gone_on: bool) -> str:
-    schedule, world = trainer.schedule, trainer.world
+def _summary(trainer: Trainer, resumed: bool) -> str:
+    schedule, context = trainer.schedule, trainer.context
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     return (
         f"{parameters:.1f}M parameters, {len(trainer.source)} items of {trainer.source.num_classes} classes"
-        f"{skipped_in_words(trainer.source)}, "
-        f"{schedule.epochs} epochs of {schedule.per_epoch} iterations of {schedule.images} images on {world.size} × "
-        f"{world.device}, peak learning rate {schedule.peak:.3g}, seed {trainer.seed}"
-        + (f"; goes on after iteration {trainer.done}" if gone_on else "")
+        f"{skipped_summary(trainer.source)}, "
+        f"{schedule.epochs} epochs of {schedule.per_epoch} iterations of {schedule.images} images on "
+        f"{context.world_size} × {context.device}, peak learning rate {schedule.peak:.3g}, seed {trainer.seed}"
+        + (f"; resumed after iteration {trainer.iteration}" if resumed else "")
     )

@@ -1,7 +1,7 @@
-"""What follows from an iteration's number alone: learning rate, weight decay, the scales in training, when to step.
+"""Schedules by iteration: learning rate, weight decay, scales in training, optimizer steps.
 
-An iteration is one forward and backward; every `ac` iterations make a step (FoundationVision/VAR, train.py and
-utils/lr_control.py, counts the same way).
+An iteration is one forward and backward pass; the optimizer steps every `ac` iterations, as in FoundationVision/VAR
+(train.py and utils/lr_control.py).
 """
 
 import math
@@ -13,23 +13,31 @@ from mvar.train.flags import Flags, require
 
 
 class Stage(NamedTuple):
-    """scales: how many of them are in training. newest_weight: of the loss of the last of them."""
+    """A stage of progressive training."""
 
     scales: int
+    """number of scales in training"""
     newest_weight: float
+    """weight of the loss of the last of these scales"""
 
 
 def check_stages(flags: Flags, scales: int) -> None:
-    """Raise ValueError where progressive training cannot begin with --pg0."""
+    """Raise ValueError unless --pg0 is the index of a scale."""
     if flags.pg:
         require(flags.pg0 < scales, "pg0", f"a scale from 0 to {scales - 1}", flags.pg0)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The course of a run of `flags`: iterations an epoch, images a batch of one iteration, the model's scales.
+    """The schedules of a run.
 
-    Raises ValueError where --pg0 is none of the scales.
+    Args:
+        per_epoch: iterations per epoch.
+        images: images per iteration, over all processes.
+        scales: number of scales of the model.
+
+    Raises:
+        ValueError: --pg0 is not the index of a scale.
     """
 
     flags: Flags
@@ -50,42 +58,42 @@ class Schedule:
 
     @property
     def warm_up(self) -> float:
-        """Iterations of it."""
+        """Number of warm-up iterations."""
         return (self.flags.wp * self.flags.shorten or self.epochs / 50) * self.per_epoch
 
     @property
     def peak(self) -> float:
-        """The largest learning rate: tblr · images a step / 256."""
+        """Peak learning rate: tblr · images per optimizer step / 256."""
         return self.flags.ac * self.flags.tblr * self.images / 256
 
     def steps(self, iteration: int) -> bool:
-        """Whether the optimizer steps after this iteration. The last one always does."""
+        """Whether the optimizer steps after this iteration; it always does after the last one."""
         return (iteration + 1) % self.flags.ac == 0 or iteration + 1 == self.iterations
 
     def learning_rate(self, iteration: int) -> float:
-        """A linear warm-up from wp0, then the shape of `sche` down to wpe; both are shares of the peak."""
+        """Linear warm-up from wp0, then decay to wpe by `sche`; wp0 and wpe are relative to the peak."""
         warm_up, last = round(self.warm_up), self.iterations - 1
         if iteration < warm_up:
             return self.peak * (self.flags.wp0 + (1 - self.flags.wp0) * iteration / warm_up)
-        past = (iteration - warm_up) / max(last - warm_up, 1)
-        # With progressive training, half the way down to the line is gone when the last scale comes in.
+        progress = (iteration - warm_up) / max(last - warm_up, 1)
+        # As in VAR, progressive training overrides `sche`: the decay is piecewise linear with its bend at pg.
         kind = f"lin{self.flags.pg:g}" if self.flags.pg else self.flags.sche
-        return self.peak * _share(kind, past, self.flags.wpe)
+        return self.peak * _decay_factor(kind, progress, self.flags.wpe)
 
     def weight_decay(self, iteration: int) -> float:
-        """A half cosine from twd to twde."""
+        """Cosine schedule from twd to twde."""
         end = self.flags.twde or self.flags.twd
-        past = iteration / max(self.iterations - 1, 1)
-        return end + (self.flags.twd - end) * (0.5 + 0.5 * math.cos(math.pi * past))
+        progress = iteration / max(self.iterations - 1, 1)
+        return end + (self.flags.twd - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
     def stage(self, iteration: int) -> Stage:
-        """Progressive training: the first scales only, one more at a time, whose loss comes in over `pgwp` epochs."""
+        """Progressive training: scales are added one by one; the loss of a new one is ramped up over `pgwp` epochs."""
         scales = self._scales(iteration)
-        first = bisect_left(range(iteration + 1), scales, key=self._scales)  # the iteration that brought the last one
+        first = bisect_left(range(iteration + 1), scales, key=self._scales)  # the iteration that added the last scale
         if scales == self.scales or first == 0:
             return Stage(scales, 1.0)
-        coming_in = (self.flags.pgwp or self.flags.ep / 300) * self.per_epoch * self.flags.shorten
-        return Stage(scales, max(min((iteration - first + 1) / coming_in, 1.0), 0.01))
+        ramp = (self.flags.pgwp or self.flags.ep / 300) * self.per_epoch * self.flags.shorten
+        return Stage(scales, max(min((iteration - first + 1) / ramp, 1.0), 0.01))
 
     def _scales(self, iteration: int) -> int:
         flags, end = self.flags, self.iterations * self.flags.pg
@@ -93,23 +101,23 @@ class Schedule:
             return self.scales
         if iteration <= self.warm_up:
             return flags.pg0 + 1
-        past = min((iteration - self.warm_up) / (end - self.warm_up), 1.0) if iteration < end else 1.0
-        return flags.pg0 + 1 + round(past * (self.scales - 1 - flags.pg0))
+        progress = min((iteration - self.warm_up) / (end - self.warm_up), 1.0) if iteration < end else 1.0
+        return flags.pg0 + 1 + round(progress * (self.scales - 1 - flags.pg0))
 
 
-def _share(kind: str, past: float, end: float) -> float:
-    """Of the peak rate, at a share `past` of the way after the warm-up."""
+def _decay_factor(kind: str, progress: float, end: float) -> float:
+    """Learning rate relative to the peak; progress: 0 after the warm-up, 1 at the end."""
     if kind == "cos":
-        return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * past))
+        return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
     if kind in ("lin", "lin0", "lin00", "exp"):
         flat = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "exp": 0.15}[kind]
-        if past < flat:
+        if progress < flat:
             return 1.0
         if kind == "exp":
-            return math.exp((past - flat) / (1 - flat) * math.log(end))
-        return end + (1 - end) * (1 - past) / (1 - flat)
+            return math.exp((progress - flat) / (1 - flat) * math.log(end))
+        return end + (1 - end) * (1 - progress) / (1 - flat)
     bend = float(kind.removeprefix("lin"))
     middle = (1 + end + (1 - end) * (1 - bend)) / 2
-    if past < bend:
-        return 1 + (middle - 1) * past / bend
-    return end + (middle - end) * (1 - past) / (1 - bend)
+    if progress < bend:
+        return 1 + (middle - 1) * progress / bend
+    return end + (middle - end) * (1 - progress) / (1 - bend)

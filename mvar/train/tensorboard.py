@@ -1,4 +1,4 @@
-"""What TensorBoard is shown: metrics that VAR's trainer has too under its names and in its units."""
+"""Metrics as TensorBoard events, with the names and units of VAR's trainer for the metrics that it has."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -6,18 +6,19 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-Shown = tuple[str, Callable[[float], float]]
+Tag = tuple[str, Callable[[float], float]]
+"""A tag, and the conversion from our unit to VAR's."""
 
 
-def _percent(share: float) -> float:
-    return 100 * share
+def _percent(fraction: float) -> float:
+    return 100 * fraction
 
 
 def _same(value: float) -> float:
     return value
 
 
-NAMES: Mapping[str, Shown] = {
+TAGS: Mapping[str, Tag] = {
     "loss": ("AR_ep_loss/L_mean", _same),
     "loss_last": ("AR_ep_loss/L_tail", _same),
     "accuracy": ("AR_ep_loss/acc_mean", _percent),
@@ -32,54 +33,54 @@ NAMES: Mapping[str, Shown] = {
     "weight_decay": ("AR_opt_wd/wd_max/sche_twd", _same),
     "loss_scale": ("AR_opt_grad/fp16/scale_log2", log2),
 }
-"""Of VAR's train.py and trainer.py; those of single scales have a resolution in their names."""
+"""By our names, from VAR's train.py and trainer.py; the tags of single scales contain a resolution."""
 
 
 def summary_writer() -> Any:
-    """torch's class. ImportError, with what to install, where TensorBoard is missing."""
+    """The class torch.utils.tensorboard.SummaryWriter. Raises ImportError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("--tb=1 needs TensorBoard: pip install 'mvar[train]'") from error
+        raise ImportError("--tb=1 requires TensorBoard: pip install 'mvar[train]'") from error
     return SummaryWriter
 
 
-class Board:
-    """Event files in a folder, one value at a time.
+class TensorBoardWriter:
+    """Event files in a folder.
 
-    Raises ImportError where TensorBoard is missing, OSError where the folder cannot be written.
+    Raises ImportError if TensorBoard is not installed, OSError if the folder cannot be written.
 
     Args:
-        done: iterations; what an interrupted run has shown after them is hidden.
-        sides: pixels of the picture that each scale's token map stands for.
+        iteration: completed iterations; events of an interrupted run after them are hidden.
+        resolutions: image side length in pixels that corresponds to each scale's token map.
     """
 
-    def __init__(self, folder: Path, done: int, sides: tuple[int, ...]) -> None:
+    def __init__(self, folder: Path, iteration: int, resolutions: tuple[int, ...]) -> None:
         writer = summary_writer()
-        threading.excepthook = _tell_of_other_threads
-        self.names = dict(NAMES)
-        for k, side in enumerate(sides):
-            self.names |= {
-                f"loss_scale{k}": (f"AR_iter_loss/L_{side}", _same),
-                f"accuracy_scale{k}": (f"AR_iter_loss/acc_{side}", _percent),
+        threading.excepthook = _ignore_tensorboards_thread
+        self.tags = dict(TAGS)
+        for k, resolution in enumerate(resolutions):
+            self.tags |= {
+                f"loss_scale{k}": (f"AR_iter_loss/L_{resolution}", _same),
+                f"accuracy_scale{k}": (f"AR_iter_loss/acc_{resolution}", _percent),
             }
-        self.writer = writer(str(folder), purge_step=done + 1)
+        self.writer = writer(str(folder), purge_step=iteration + 1)
 
-    def show(self, iteration: int, values: Mapping[str, Any]) -> None:
-        """OSError where events could not be written, now or since the last time."""
+    def add(self, iteration: int, values: Mapping[str, Any]) -> None:
+        """Write all values that are not None. Raises OSError if these or earlier values could not be written."""
         for name, value in values.items():
             if value is not None:
-                tag, unit = self.names.get(name, (name, _same))
+                tag, unit = self.tags.get(name, (name, _same))
                 self.writer.add_scalar(tag, unit(value), iteration)
 
     def close(self) -> None:
         self.writer.close()
 
 
-_tell = threading.excepthook
+_excepthook = threading.excepthook
 
 
-def _tell_of_other_threads(failure: threading.ExceptHookArgs) -> None:
-    """What TensorBoard's thread cannot write, the next `show` or `close` raises: no traceback besides."""
+def _ignore_tensorboards_thread(failure: threading.ExceptHookArgs) -> None:
+    """No traceback for an error in TensorBoard's writer thread: the next `add` or `close` raises it."""
     if not type(failure.thread).__module__.startswith("tensorboard."):
-        _tell(failure)
+        _excepthook(failure)

@@ -14,7 +14,7 @@ for itself (with 4 warps the registers spill): 6,100 more. An H200 issues at mos
 second, so that at d16 (32 heads) each row's chunk costs at least 0.2 µs more. The launch moves 836 bytes a token and
 takes perhaps 3 µs, hidden by nothing. Batch 8 with guidance, 16 rows: 3.3 µs more against 3 at up to 16 tokens, 52 µs
 against 4 at 256; batch 50: 20 against 3, and 330 against 8. So one launch is ahead only for a few rows of few tokens,
-and is a candidate there, for `benchmarks.tune` to find. Nothing of this has been timed.
+and is a candidate there, for `benchmarks.tune_triton` to find. Nothing of this has been timed.
 
 Why not 3. inside 2., or its row factor in what follows. The factor 1/σ of a token could multiply the rows of the
 next matmul's result. That would save 4·E of the 10·E bytes a token that 2. and 3. move (bfloat16): 41 µs of

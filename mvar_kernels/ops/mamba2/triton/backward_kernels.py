@@ -30,7 +30,7 @@ Precision, by the dtype of the inputs. float32: all matmuls in float32, and no f
 as three tf32 matmuls (PRECISE = tf32x3), the others as one (COARSE = tf32: float32's range, and no coarser than
 float16). bfloat16: tf32, whose rounding is an eighth of that of dy as it is given, and bfloat16 operands where only a
 bfloat16 gradient comes of it. Tensor cores cut tf32 operands off instead of rounding them: emulated, the errors of
-float32 gradients are at most 0.8 of the tolerance (tests/test_gpu_arithmetic.py).
+float32 gradients are at most 0.8 of the tolerance (tests/kernels/test_gpu_arithmetic.py).
 
 Every tensor is passed as rows of all batch rows, b·L + t, with one row stride. A column of dt, and an entry of A
 and dt_bias, is a head of one direction: direction·H + head.

@@ -1,0 +1,82 @@
+"""Bytes and FLOPs of a generation with guidance, counted: linear layers by their weights, ops by their specs."""
+
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvar.inference.prepare import prepared_tokenizer
+from mvar.models.config import HEAD_DIM, ModelConfig
+from mvar.models.tokenizer import Tokenizer, TokenizerConfig
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Case
+
+OURS, PUBLIC, VAR = "mvar", "public algorithm", "VAR"
+"""Algorithms. They differ in what they compute of the coarser scales: mvar nothing, from Mamba-2's carried state; the
+public algorithm runs the Mamba layers over all of them again; VAR attends to their keys and values."""
+ROWS = 2  # per image: with its class and without
+
+
+class Work(NamedTuple):
+    """The least that must be moved and computed."""
+
+    moved_bytes: int = 0
+    flops: int = 0
+
+    def plus(self, other: tuple[int, int], times: int = 1) -> "Work":
+        return Work(self.moved_bytes + times * other[0], self.flops + times * other[1])
+
+
+def work(algorithm: str, config: ModelConfig, batch: int = 1, itemsize: int = 2) -> dict[str, Work]:
+    """By part of the model, without decoder and quantizer. Not counted: embeddings, the head's modulation."""
+    C, E, H, N, V = config.channels, config.inner_width, config.mixer_heads, config.state_dim, config.num_codes
+    hidden, depth, rows = round(C * config.mlp_ratio), config.depth, ROWS * batch
+    branches = 2 if algorithm == VAR else 3
+    parts = {name: Work() for name in ("linear layers", "attention", "mixer", "adaLN", "drawing")}
+
+    def linear(rows: int, inputs: int, outputs: int, times: int = depth) -> None:
+        moved = itemsize * (rows * inputs + outputs * (inputs + rows))
+        parts["linear layers"] = parts["linear layers"].plus((moved, 2 * rows * inputs * outputs), times)
+
+    def op(part: str, name: str, sizes: dict[str, int], times: int, **options: Any) -> None:
+        parts[part] = parts[part].plus(SPECS[name].work(Case("", sizes, options), itemsize), times)
+
+    for k, (new, seen) in enumerate(zip(config.scales, accumulate(config.scales), strict=True), 1):
+        for inputs, outputs in ((C, 3 * C), (C, C), (C, hidden), (hidden, C)):
+            linear(rows * new, inputs, outputs)
+        causal = {"scales": config.scales[:k], "pattern": "causal", "query_scales": 1}
+        pattern = causal if algorithm == VAR else {"scales": (new,), "pattern": "diagonal"}
+        op("attention", "scale_attention", {"B": rows, "H": config.heads, "D": HEAD_DIM}, depth, **pattern)
+        if algorithm != VAR:
+            tokens = new if algorithm == OURS else seen
+            sizes = {"B": rows, "L": tokens, "C": C, "H": H, "P": config.mixer_head_dim, "N": N}
+            op("mixer", "mamba2_mixer", sizes, depth, scales=None)
+            linear(rows * tokens, C, 2 * E + 2 * N + H)
+            linear(rows * tokens, E, C)
+        if algorithm == PUBLIC or k == 1:  # the modulation, which does not depend on the scale
+            linear(rows, C, 3 * branches * C)
+        op("adaLN", "adaln", {"B": rows, "L": new, "C": C}, 1)
+        op("adaLN", "gated_adaln", {"B": rows, "L": new, "C": C}, branches * depth)
+        linear((rows if algorithm == PUBLIC else batch) * new, C, V, 1)  # guidance after the head, or before it
+        op("drawing", "sample_tokens", {"B": batch, "l": new, "V": V}, 1, guided=False)
+    return parts
+
+
+def model_flops(algorithm: str, config: ModelConfig) -> int:
+    """Per image: the matmuls and scans of blocks and head."""
+    parts = work(algorithm, config)
+    return sum(parts[name].flops for name in ("linear layers", "attention", "mixer"))
+
+
+@cache
+def decoder_flops(config: TokenizerConfig, batch: int, prepared: bool = True) -> float:
+    """Of the decoder's convolutions and matmuls, as the engine prepares it or as it is published."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        decoder = Tokenizer(config)
+        if prepared:  # which needs weights with storage, of any value
+            decoder = prepared_tokenizer(decoder.to_empty(device="cpu"), torch.float32).to("meta")
+        decoder.eval()
+        decoder.decode_features(torch.empty(batch, config.code_dim, *2 * config.patch_nums[-1:]))
+    return float(counter.get_total_flops())

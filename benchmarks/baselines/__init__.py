@@ -1,0 +1,1 @@
+"""What mvar is compared with: eager PyTorch, torch.compile and third-party kernels."""

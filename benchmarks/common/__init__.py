@@ -1,0 +1,1 @@
+"""Timing, result files, memory, time limits and child processes, for every benchmark."""

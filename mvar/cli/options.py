@@ -1,0 +1,80 @@
+"""Command-line arguments that several commands share."""
+
+import argparse
+from pathlib import Path
+
+from mvar.utils.files import expanded
+
+DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
+MAX_IMAGES = 10**8  # per run: 20 TB at 256×256
+Group = argparse._ArgumentGroup
+
+
+def source(text: str) -> str:
+    """A path, or an hf:// address, which pathlib would alter."""
+    if not text:  # for example an unset shell variable; Path("") is the current folder
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return text
+
+
+def path(text: str) -> Path:
+    return expanded(source(text))
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("weights", "both or neither; without them the digits model in the package")
+    group.add_argument("--weights", type=source, help="file of the model, or hf://owner/repository/file")
+    group.add_argument("--tokenizer", type=source, help="file of its tokenizer, or hf://owner/repository/file")
+
+
+def add_sampling(parser: argparse.ArgumentParser, cfg: float | None, top_k: int | None, top_p: float | None) -> Group:
+    def default(value: float | None) -> str:
+        return f"(default: {'depends on the model' if value is None else value})"
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--cfg", type=float, default=cfg, help=f"classifier-free guidance; 0 for none {default(cfg)}")
+    group.add_argument(
+        "--top-k", type=int, default=top_k, help=f"keep the k most likely codes; 0 for all {default(top_k)}"
+    )
+    group.add_argument(
+        "--top-p", type=float, default=top_p, help=f"keep the most likely codes up to this probability {default(top_p)}"
+    )
+    group.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
+    return group
+
+
+def add_execution(parser: argparse.ArgumentParser) -> Group:
+    group = parser.add_argument_group("execution")
+    group.add_argument(
+        "--dtype", choices=DTYPE_NAMES, default="auto", help="dtype of the model (default: the fastest on the device)"
+    )
+    group.add_argument("--backend", default="auto", help="backend of every op, see `mvar info` (default: auto)")
+    group.add_argument(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run each batch as one CUDA graph (default: on a GPU)",
+    )
+    add_device(group)
+    return group
+
+
+def add_device(group: Group) -> None:
+    group.add_argument("--device", default=None, help="such as cpu or cuda:1 (default: cuda if available)")
+
+
+def add_compile_decoder(group: Group) -> None:
+    group.add_argument(
+        "--compile-decoder",
+        action="store_true",
+        help="run the decoder with torch.compile: pays off for thousands of images",
+    )
+
+
+def check_images(options: argparse.Namespace, classes: int) -> None:
+    """Raise ValueError unless --count and --batch are in range for this number of classes."""
+    for name in ("count", "batch"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if classes * options.count > MAX_IMAGES:
+        raise ValueError(f"--count: expected at most {MAX_IMAGES} images of all classes, got {classes * options.count}")

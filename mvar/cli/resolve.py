@@ -1,0 +1,62 @@
+"""Build the model, the tokenizer and the arguments of generation from parsed options."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvar import digits
+from mvar.checkpoint import load_model, load_tokenizer
+from mvar.inference.api import launch
+from mvar.inference.results import PendingResult
+from mvar.inference.sampling import SamplingParams
+from mvar.models.tokenizer import Tokenizer
+from mvar.models.transformer import Model
+
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(weights: str | None, tokenizer: str | None, device: torch.device) -> tuple[Model, Tokenizer]:
+    """Load the model of --weights and the tokenizer of --tokenizer to the device."""
+    if (weights is None) != (tokenizer is None):
+        raise ValueError("--weights and --tokenizer: give both, or neither for the digits inside the package")
+    if weights is None or tokenizer is None:
+        model, images = digits.pretrained()
+        return model.to(device), images.to(device)
+    model = load_model(weights, device=device)
+    return model, load_tokenizer(tokenizer, patch_nums=model.config.patch_nums, device=device)
+
+
+def generate_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of :func:`mvar.generate`."""
+    names = ("cfg", "top_k", "top_p", "seed", "backend", "graph")
+    return {name: getattr(options, name) for name in names} | {"dtype": DTYPES[options.dtype]}
+
+
+def sampling_params(options: argparse.Namespace, *, more_smooth: bool = False) -> SamplingParams:
+    return SamplingParams(
+        options.cfg, options.top_k, options.top_p, more_smooth, return_scales=False, backend=options.backend
+    )
+
+
+def batch_launcher(
+    options: argparse.Namespace, model: Model, tokenizer: Tokenizer, labels: Tensor, params: SamplingParams
+) -> Callable[[int], PendingResult]:
+    """A function of `start` that launches the generation of images start … start + --batch − 1."""
+
+    def launch_batch(start: int) -> PendingResult:
+        return launch(
+            model,
+            tokenizer,
+            labels[start : start + options.batch],
+            params,
+            seed=options.seed,
+            first_index=start,
+            dtype=DTYPES[options.dtype],
+            graph=options.graph,
+            compile_decoder=options.compile_decoder,
+        )
+
+    return launch_batch

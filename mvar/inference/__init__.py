@@ -1,0 +1,1 @@
+"""Image generation: sampling scale by scale, on copies of the modules for inference."""

@@ -1,0 +1,216 @@
+"""`generate`: images from a model, a tokenizer and labels."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mvar.inference.cuda_graphs import CaptureError, Graphs, has_graphs, padded_batch, warn_once
+from mvar.inference.prepare import custom_layer_of, has_version_counters, own_dtype, prepared_model, prepared_tokenizer
+from mvar.inference.results import Generated, PendingResult
+from mvar.inference.sampling import SamplingParams, sample_batch
+from mvar.models.config import unboxed
+from mvar.models.tokenizer import Tokenizer
+from mvar.models.transformer import Model
+from mvar.models.weights import unwrapped
+from mvar.utils.errors import message
+from mvar_kernels.precision import true_float32
+
+MAX_CFG = 1e6  # far above useful values, without overflow in float32
+GRAPHS = Graphs()
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    labels: Sequence[int] | Tensor,
+    *,
+    cfg: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    seed: int = 0,
+    first_index: int = 0,
+    more_smooth: bool = False,
+    return_scales: bool = False,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    graph: bool | None = None,
+    compile_decoder: bool = False,
+) -> Generated:
+    """Generate one image per label.
+
+    Generation runs on copies of the model and the tokenizer that are prepared at the first call, and again after a
+    change of weights or layers. Wrappers (torch.compile, DataParallel, DistributedDataParallel) are unwrapped;
+    parametrized, weight-normed, pruned and (by fully_shard) sharded weights are used as in a forward pass. A model or
+    tokenizer with layers of another class (adapters, quantized layers), changed settings, forward hooks, or methods
+    replaced on an instance is used without a copy: slower, in its own dtype, without a CUDA graph. Generation
+    calls neither `forward` of the model and the tokenizer nor their hooks.
+
+    Args:
+        model, tokenizer: with the same codes and token maps, on one device.
+        labels: classes in [0, num_classes).
+        cfg: classifier-free guidance scale; at scale k of K it is cfg·k/(K−1). 0 disables guidance.
+        top_k: number of codes to sample from; 0 for all, 1 for the arg-max.
+        top_p: cumulative probability of the codes to sample from, in (0, 1]; 1 for all.
+        seed, first_index: image i uses the random numbers of (seed, first_index + i), whatever the batch. (In 16-bit
+            dtypes the model's rounding can depend on the batch size, and so can a token.)
+        more_smooth: average codes by Gumbel-softmax instead of sampling one (VAR's more_smooth); not for FID.
+        return_scales: also return the image after each scale.
+        dtype: float32, bfloat16, float16, or None for the device's fastest, also under autocast. The quantizer and
+            sampling stay in float32. On a CPU float32 matmuls are true float32, independent of torch's settings, which
+            determine the use of TF32 on a GPU.
+        backend: for all ops; "auto" or a name of :func:`mvar_kernels.backends`.
+        graph: replay the generation as one CUDA graph (:mod:`mvar.inference.cuda_graphs`), captured at the first call
+            with these sizes and options; other labels and seeds replay the same one. None: on a GPU, where it can be
+            captured, with a warning where it cannot. The tokens are the same with and without a graph: both pad
+            batches on a GPU to a few sizes.
+        compile_decoder: run the decoder through torch.compile, which takes a minute at the first call with each batch
+            size.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, a model and a tokenizer that do not fit together, or a layer
+            that cannot be used, by its name.
+        FloatingPointError: logits or images are not finite (NaN in the weights, or overflow).
+        RuntimeError: graph=True without a GPU or where the capture failed; or a custom layer that fails, by its name.
+    """
+    params = SamplingParams(cfg, top_k, top_p, more_smooth, return_scales, backend)
+    return launch(
+        model,
+        tokenizer,
+        labels,
+        params,
+        seed=seed,
+        first_index=first_index,
+        dtype=dtype,
+        graph=graph,
+        compile_decoder=compile_decoder,
+    ).result()
+
+
+@torch.inference_mode(False)  # cached tensors must be usable outside of inference mode
+@torch.no_grad()
+def launch(
+    model: Model,
+    tokenizer: Tokenizer,
+    labels: Sequence[int] | Tensor,
+    params: SamplingParams,
+    *,
+    seed: int = 0,
+    first_index: int = 0,
+    dtype: torch.dtype | None = None,
+    graph: bool | None = None,
+    compile_decoder: bool = False,
+) -> PendingResult:
+    """:func:`generate` without waiting for the device."""
+    model, tokenizer = unwrapped(model, Model), unwrapped(tokenizer, Tokenizer)
+    check_fit(model, tokenizer)
+    device = model.lvl_1L.device
+    rows = _labels(labels, model.config.num_classes, device)
+    params = replace(params, **{name: unboxed(getattr(params, name)) for name in ("cfg", "top_k", "top_p")})
+    seed, first_index = unboxed(seed), unboxed(first_index)
+    if isinstance(params.cfg, bool) or not isinstance(params.cfg, int | float) or not 0 <= params.cfg <= MAX_CFG:
+        raise ValueError(f"cfg: expected a number from 0 to {MAX_CFG:g}, got {params.cfg!r}")
+    for name, value, bits in (("seed", seed, 63), ("first_index", first_index, 32)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**bits:
+            raise ValueError(f"{name}: expected a whole number from 0 to 2^{bits} − 1, got {value}")
+    if graph and not has_graphs(device):
+        raise RuntimeError(f"graph: CUDA graphs need a GPU, and the model is on {device}")
+
+    with true_float32(device), torch.autocast(device.type, enabled=False):
+        prepared, decoder = prepared_model(model, dtype), prepared_tokenizer(tokenizer, dtype, compile_decoder)
+    unprepared: list[Model | Tokenizer] = []
+    if prepared is model:
+        unprepared.append(model)
+    if decoder is tokenizer:
+        unprepared.append(tokenizer)
+    if graph and unprepared:
+        raise RuntimeError(f"graph: only copies can be captured: {custom_layer_of(unprepared[0])}")
+    # Without version counters each call makes new copies, which no graph outlives.
+    cacheable = not unprepared and has_version_counters(model) and has_version_counters(tokenizer)
+    B = len(rows)
+    image_index = torch.arange(first_index, first_index + B, dtype=torch.int64, device=device)
+    if has_graphs(device):
+        # Padding repeats the last image, so that it is finite where that one is.
+        missing = padded_batch(B) - B
+        rows, image_index = (torch.cat([t, t[-1:].expand(missing)]) for t in (rows, image_index))
+    inputs = (rows, image_index, torch.full((), seed, dtype=torch.int64, device=device))
+    use_graph = (has_graphs(device) and cacheable and not params.return_scales) if graph is None else graph
+    sample = partial(sample_batch, prepared, decoder, params)
+    with _evaluation_mode(unprepared), true_float32(device), torch.autocast(device.type, enabled=False):
+        if use_graph:
+            tokens, finite, *images = _replay((prepared, decoder), params, sample, inputs, required=bool(graph))
+        else:
+            tokens, finite, *images = sample(*inputs)
+    scales = tuple(t[:B] for t in images)
+    generated = Generated(scales[-1], tokens[:B], scales if params.return_scales else None)
+    return PendingResult(generated, finite, own_dtype(prepared))
+
+
+@contextmanager
+def _evaluation_mode(modules: Sequence[Model | Tokenizer]) -> Iterator[None]:
+    """Evaluation mode for modules with custom layers; an error in here names these layers."""
+    training = [layer for module in modules for layer in module.modules() if layer.training]
+    for layer in training:
+        layer.training = False
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+        if reasons := [reason for module in modules if (reason := custom_layer_of(module)) is not None]:
+            raise RuntimeError(f"{'; '.join(reasons)}, and cannot generate: {message(error)}") from error
+        raise
+    finally:
+        for layer in training:
+            layer.training = True
+
+
+def _replay(
+    owners: Sequence[nn.Module],
+    params: SamplingParams,
+    sample: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    *,
+    required: bool,
+) -> tuple[Tensor, ...]:
+    """`sample(*inputs)` by a CUDA graph, or without one where it cannot be captured and is not required."""
+    try:
+        return GRAPHS.run(owners, params, sample, inputs)
+    except CaptureError as error:
+        if required:
+            raise
+        warn_once(error)
+        return sample(*inputs)
+
+
+def check_fit(model: Model, tokenizer: Tokenizer) -> None:
+    """Raise ValueError unless model and tokenizer agree on codes, code width, token maps and device."""
+    for name in ("num_codes", "code_dim", "patch_nums"):
+        of_model, of_tokenizer = getattr(model.config, name), getattr(tokenizer, name)
+        if of_model != of_tokenizer:
+            raise ValueError(f"model and tokenizer do not fit together: {name} {of_model} against {of_tokenizer}")
+    devices = model.lvl_1L.device, next(tokenizer.quantize.parameters()).device
+    if "meta" in (devices[0].type, devices[1].type):
+        raise ValueError("model and tokenizer: expected weights, got modules without storage, on the meta device")
+    if devices[0] != devices[1]:
+        raise ValueError(f"model and tokenizer do not fit together: on devices {devices[0]} and {devices[1]}")
+
+
+def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.device) -> Tensor:
+    try:
+        if isinstance(labels, list | tuple):  # torch rejects lists of some NumPy scalars
+            labels = [unboxed(label) for label in labels]
+        rows = torch.as_tensor(labels, device=labels.device if isinstance(labels, Tensor) else "cpu")
+        valid = rows.dim() == 1 and len(rows) > 0 and not (rows.is_floating_point() or rows.is_complex())
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        valid = False
+    if not valid or rows.dtype == torch.bool:
+        raise ValueError(f"labels: expected a non-empty 1-D sequence of whole numbers, got {labels!r}")
+    rows = rows.to(torch.int64)  # torch has no aminmax of unsigned integers
+    lowest, highest = torch.stack(rows.aminmax()).tolist()  # one synchronization for labels on a GPU
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {lowest} to {highest}")
+    return rows.to(device, torch.int64, non_blocking=True)  # a blocking copy would wait for earlier work

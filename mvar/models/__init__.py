@@ -1,0 +1,1 @@
+"""M-VAR, VAR and the tokenizer: configurations, layers, weights."""

@@ -1,0 +1,1 @@
+"""Files, images, processes and error messages, for all other packages."""

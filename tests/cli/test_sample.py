@@ -1,0 +1,322 @@
+"""`mvar sample` in several processes, and one batch ahead of the host."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mvar
+from mvar import digits
+from mvar.cli import resolve
+from mvar.cli.main import main
+from mvar.inference.prefetch import prefetched
+from mvar.inference.results import Generated, PendingResult
+from mvar.inference.sampling import SamplingParams
+from mvar.utils import distributed
+from mvar.utils.distributed import DistContext
+from mvar.utils.images import to_bytes
+from tests.cli.test_cli import fails
+
+pytestmark = pytest.mark.slow
+
+ARGUMENTS = ["--classes", "3,5-8", "--seed", "4", "--batch", "2", "--dtype", "fp32", "--device", "cpu"]
+
+
+def outputs(folder: Path) -> list[str]:
+    return ["--out", f"{folder}/all", "--npz", f"{folder}/all.npz", "--grid", f"{folder}/grid.png"]
+
+
+def test_images_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    """torchrun with two: three batches, the last one short; the same bytes in the same files, and no others."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    main(["sample", *ARGUMENTS, *outputs(one)])
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "mvar",
+        "sample",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
+    done = subprocess.run([*command, *ARGUMENTS, *outputs(two)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 images in") == 1
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert len(files) == 7 and files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
+    for name in (name for name in files if name.suffix == ".png"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    contents = [np.load(folder / "all.npz") for folder in (one, two)]
+    assert np.array_equal(contents[0]["arr_0"], contents[1]["arr_0"])
+    for i, path in enumerate(sorted((two / "all").iterdir())):
+        assert np.array_equal(np.asarray(Image.open(path)), contents[0]["arr_0"][i])
+
+
+Asked = tuple[list[int], SamplingParams, dict[str, object]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
+    """Labels and options of every batch, which comes out black."""
+    seen: list[Asked] = []
+
+    def launched(
+        model: object, tokenizer: object, labels: torch.Tensor, how: SamplingParams, **options: object
+    ) -> PendingResult:
+        seen.append((labels.tolist(), how, options))
+        images = torch.zeros(len(labels), 3, 32, 32)
+        return PendingResult(Generated(images, labels[:, None]), torch.tensor(True), torch.float32)
+
+    monkeypatch.setattr(resolve, "launch", launched)
+    return seen
+
+
+PLANTED = """
+import os, sys, time
+from mvar.cli import resolve
+from mvar.cli.main import main
+from mvar.utils.distributed import DistContext
+
+launch, meet = resolve.launch, DistContext.barrier
+
+def launched(*args, first_index, **options):
+    if first_index == 1:
+        {planted}
+    return launch(*args, first_index=first_index, **options)
+
+def met(processes):
+    print("meets", flush=True)
+    meet(processes)
+
+resolve.launch, DistContext.barrier = launched, met
+main(["sample", "--classes", "1,2", "--batch", "1", "--device", "cpu", "--npz", sys.argv[1]])
+"""
+"""A program whose second batch, the second process's, does what is planted."""
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Iterator[Callable[[str], list[subprocess.Popen[str]]]]:
+    """Start such a program in two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared["PYTHONPATH"] = str(Path(mvar.__file__).parent.parent)
+    with ExitStack() as running:
+
+        def start(planted: str) -> list[subprocess.Popen[str]]:
+            command = [sys.executable, "-c", PLANTED.format(planted=planted), f"{tmp_path}/all.npz"]
+            started = []
+            for rank in range(2):
+                process = subprocess.Popen(
+                    command,
+                    env=os.environ | shared | {"RANK": str(rank)},
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+                running.callback(process.communicate)
+                running.callback(process.kill)
+                started.append(process)
+            return started
+
+        yield start
+
+
+def test_a_process_that_fails_leaves_nothing_half_written(
+    planted: Callable[[str], list[subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    first, second = planted("raise ValueError('planted')")
+    assert "mvar sample: error: planted" in second.communicate(timeout=100)[1] and second.returncode == 2
+    assert "mvar sample: error: " in first.communicate(timeout=100)[1] and first.returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_is_heard_while_a_process_waits_for_another(
+    planted: Callable[[str], list[subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    """For the third time it meets the other one when its own batch is done."""
+    first, _ = planted("time.sleep(600)")
+    assert first.stdout is not None
+    for _ in range(3):
+        assert first.stdout.readline() == "meets\n"
+    assert len(list(tmp_path.iterdir())) == 1
+    first.terminate()
+    assert first.wait(timeout=25) == -signal.SIGTERM and list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_does_not_hold_all_images_is_told_before_they_are_drawn(
+    launches: list[Asked], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    error = fails(capsys, "sample", *ARGUMENTS, "--npz", f"{tmp_path}/all.npz")
+    assert f"cannot write {tmp_path}/all.npz: No space left on device" in error
+    assert launches == [] and list(tmp_path.iterdir()) == []
+
+
+ENDED = """
+import os, sys
+from mvar.cli import resolve
+from mvar.cli.main import main
+
+def launched(*_, **__):
+    print(len(os.listdir(sys.argv[1])), flush=True)
+    os.kill(os.getpid(), int(sys.argv[2]))
+
+resolve.launch = launched
+main(["sample", "--classes", "3", "--npz", f"{sys.argv[1]}/all.npz"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(number: signal.Signals, tmp_path: Path) -> None:
+    """As a queue or a closed terminal ends it; the array that batches are gathered in is on the disk by then."""
+    environment = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
+    command = [sys.executable, "-c", ENDED, str(tmp_path), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert (done.returncode, done.stdout) == (-number, "1\n") and list(tmp_path.iterdir()) == []
+
+
+def test_classes_by_name(
+    launches: list[Asked], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = digits.pretrained()
+    model.class_names = ("cat", "dog", "eel", "eel", "fox 2", "5", "6, or six", "7", "Käfer", "5")
+    monkeypatch.setattr(resolve, "load", lambda *_: (model, tokenizer))
+    main(["sample", "--classes", 'dog, fox 2,7-8,"6, or six",cat,5,Käfer', "--npz", f"{tmp_path}/all.npz"])
+    assert launches[0][0] == [1, 4, 7, 8, 6, 0, 5, 8]
+    error = fails(capsys, "sample", "--classes", "1,cow", "--npz", f"{tmp_path}/all.npz")
+    assert "--classes: unknown class 'cow'; the model has cat, dog, eel, eel, fox 2, …" in error
+    assert "ambiguous class 'eel'" in fails(capsys, "sample", "--classes", "eel", "--npz", f"{tmp_path}/all.npz")
+    model.class_names = None
+    error = fails(capsys, "sample", "--classes", "cat", "--npz", f"{tmp_path}/all.npz")
+    assert "unknown class 'cat'; the model has no class names" in error
+
+
+def test_each_batch_is_one_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: list[Asked]) -> None:
+    monkeypatch.setattr(DistContext, "barrier", lambda processes: None)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "init_distributed", lambda rank=rank: nullcontext(DistContext(rank, 3)))
+        main(["sample", "--classes", "0-8", "--batch", "2", "--out", str(tmp_path), "--device", "cpu"])
+    assert [labels for labels, *_ in launches] == [[0, 1], [6, 7], [2, 3], [8], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "how", "options"),
+    [
+        (  # VAR's recipe
+            "",
+            SamplingParams(1.5, 900, 0.96, False, False, "auto"),
+            {"seed": 0, "dtype": None, "graph": None, "compile_decoder": False},
+        ),
+        (
+            "--cfg 2 --top-k 7 --top-p 0.5 --smooth --backend reference --seed 3 --dtype bf16 --no-graph "
+            "--compile-decoder",
+            SamplingParams(2, 7, 0.5, True, False, "reference"),
+            {"seed": 3, "dtype": torch.bfloat16, "graph": False, "compile_decoder": True},
+        ),
+    ],
+    ids=["defaults", "others"],
+)
+def test_every_option_reaches_the_draw(
+    arguments: str, how: SamplingParams, options: dict[str, object], tmp_path: Path, launches: list[Asked]
+) -> None:
+    target = ["--grid", f"{tmp_path}/grid.png", "--device", "cpu"]
+    main(["sample", "--classes", "3,5", "--count", "2", "--batch", "3", *target, *arguments.split()])
+    assert launches == [([3, 3, 5], how, options | {"first_index": 0}), ([5], how, options | {"first_index": 3})]
+
+
+@pytest.mark.parametrize("target", ["--out", "--grid", "--npz"])
+def test_nothing_is_drawn_that_cannot_be_written(target: str, launches: list[Asked]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--classes", "1", target, "/proc/mvar/images", "--device", "cpu"])
+    assert launches == []
+
+
+def test_images_of_an_earlier_run_are_not_mixed_in(
+    tmp_path: Path, launches: list[Asked], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sample", "--out", str(tmp_path), "--device", "cpu", "--classes"]
+    main([*arguments, "1-3"])
+    (tmp_path / "notes.txt").write_text("kept")
+    (tmp_path / "holiday.png").write_text("kept")
+    drawn = len(launches)
+    error = fails(capsys, *arguments, "5")
+    assert "has 3 images of an earlier run, such as 000000_0001.png; give another folder, or --overwrite" in error
+    assert len(launches) == drawn and len(list(tmp_path.iterdir())) == 5
+    main([*arguments, "5", "--overwrite"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000_0005.png", "holiday.png", "notes.txt"]
+
+
+def test_a_grid_has_the_format_of_its_name(
+    tmp_path: Path, launches: list[Asked], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sample", "--classes", "1", "--device", "cpu", "--grid"]
+    for name, expected in (("g.jpg", "JPEG"), ("g.webp", "WEBP"), ("g", "PNG")):
+        main([*arguments, str(tmp_path / name)])
+        with Image.open(tmp_path / name) as grid:
+            assert grid.format == expected
+    drawn = len(launches)
+    assert "expected a name that ends in one of .png, .jpg" in fails(capsys, *arguments, str(tmp_path / "g.gif"))
+    tall = [*arguments[:2], "0-9,0-9", "--count", "1000", "--device", "cpu"]
+    assert "expected at most 16383 pixels per side for WEBP" in fails(
+        capsys, *tall, "--grid", str(tmp_path / "g2.webp")
+    )
+    assert len(launches) == drawn and len(list(tmp_path.iterdir())) == 3
+
+
+def test_paths_after_an_equals_sign_are_expanded(
+    tmp_path: Path, launches: list[Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1, 1)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mvar.save("~/model.safetensors", model)
+    mvar.save("~/codes.safetensors", tokenizer)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    inputs = ["--weights=~/model.safetensors", "--tokenizer=~/codes.safetensors", "--device=cpu"]
+    outputs = ["--grid=~/g.png", "--npz=~/deep/all.npz", "--out=~/all"]
+    monkeypatch.setattr(resolve, "launch", mvar.generate.__globals__["launch"])
+    main(["sample", "--classes=1", *inputs, *outputs])
+    main(["convert", "~/model.safetensors", "~/model.pth"])
+    for name in ("g.png", "deep/all.npz", "all/000000_0001.png", "model.pth"):
+        assert (tmp_path / name).is_file()
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_pixels_are_rounded_to_the_nearest() -> None:
+    levels = torch.tensor([-1, 0.4, 0.6, 127.4, 254.6, 300])
+    pixels = to_bytes(levels.view(1, 1, 2, 3).expand(-1, 3, -1, -1) / 255)
+    assert pixels.shape == (1, 2, 3, 3) and pixels[0, ..., 0].flatten().tolist() == [0, 0, 1, 127, 255, 255]
+
+
+def test_the_next_batch_is_begun_before_one_is_given() -> None:
+    begun: list[int] = []
+
+    def begin(start: int) -> PendingResult:
+        begun.append(start)
+        images = torch.full((2, 3, 4, 4), start / 255)
+        finite = torch.tensor(start != 4)
+        return PendingResult(Generated(images, torch.zeros(2, 1, dtype=torch.int64)), finite, torch.float32)
+
+    batches = prefetched(begin, (0, 2, 4, 6))
+    for expected in (0, 2):
+        start, pixels = next(batches)
+        assert start == expected and begun[-1] == start + 2
+        assert pixels.shape == (2, 4, 4, 3) and pixels.dtype == torch.uint8 and bool((pixels == start).all())
+    with pytest.raises(FloatingPointError, match="not finite"):
+        next(batches)

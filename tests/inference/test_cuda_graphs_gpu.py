@@ -1,0 +1,68 @@
+"""CUDA graphs of whole generations, captured: what test_graphs.py leaves to a GPU."""
+
+import gc
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+import mvar
+from mvar.inference.prefetch import to_host
+from tests.inference.test_cuda_graphs import same, small
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+generating = importlib.import_module("mvar.inference.api")  # `mvar.generate` is the function
+
+
+def on_gpu(**sizes: Any) -> tuple[mvar.Model, mvar.Tokenizer]:
+    model, tokenizer = small(**sizes)
+    return model.cuda(), tokenizer.cuda()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"bidirectional": True}, {"architecture": "var"}], ids=["mvar", "both", "var"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"cfg": 0}, {"more_smooth": True}], ids=["guided", "unguided", "smooth"])
+def test_replays_are_what_is_drawn_without_a_graph(
+    sizes: dict[str, Any], dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    pair = on_gpu(**sizes)
+    for labels, seed in (([1, 2], 0), ([3, 2], 1), ([1, 2, 4], 2**62 + 3)):
+        asked = options | {"labels": labels, "seed": seed, "dtype": dtype, "top_k": 20}
+        assert same(mvar.generate(*pair, **asked, graph=True), mvar.generate(*pair, **asked, graph=False))
+
+
+def test_graphs_in_one_pool_leave_one_another_alone() -> None:
+    """Two models and two batch sizes in turns, on two streams; then one model is gone, and its memory."""
+    pairs = [on_gpu(), on_gpu(architecture="var")]
+    asked = [{"labels": [3] * n, "seed": n, "dtype": torch.float32, "top_k": 20} for n in (1, 8)]
+    alone = [[mvar.generate(*pair, **options, graph=False) for options in asked] for pair in pairs]
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    for turn in range(6):
+        with torch.cuda.stream(streams[turn % 2]):
+            for pair, expected in zip(pairs, alone, strict=True):
+                for options, want in zip(asked, expected, strict=True):
+                    assert same(mvar.generate(*pair, **options, graph=True), want)
+    assert len(generating.GRAPHS) == 4
+    del pair, pairs
+    gc.collect()
+    assert len(generating.GRAPHS) == 0
+
+
+def test_changed_weights_are_captured_anew() -> None:
+    pair = on_gpu()
+    before = mvar.generate(*pair, [1], dtype=torch.float32, top_k=20, graph=True)
+    with torch.no_grad():
+        pair[0].head.bias[:32] += 5
+    out = mvar.generate(*pair, [1], dtype=torch.float32, top_k=20, graph=True)
+    assert not same(out, before)
+    assert same(out, mvar.generate(*pair, [1], dtype=torch.float32, top_k=20, graph=False))
+
+
+def test_copies_to_the_host_do_not_wait_for_what_comes_later() -> None:
+    source = torch.arange(1 << 20, device="cuda")
+    arriving = to_host(source, source.sum())
+    source = source.new_zeros(1 << 20)  # may take the memory over, but not before it is copied
+    values, total = arriving()
+    assert torch.equal(values, torch.arange(1 << 20)) and int(total) == (1 << 19) * ((1 << 20) - 1)
+    assert values.is_pinned()

@@ -1,0 +1,131 @@
+"""Inference copies: the same numbers as the modules they were made from."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mvar
+from mvar.inference.onednn import PrepackedFeedForward, PrepackedLinear, can_prepack
+from mvar.inference.prepare import fuse_upsample_conv, prepared_model, prepared_tokenizer
+from mvar.models.layers import FeedForward
+
+CPU = torch.device("cpu")
+
+
+def rounding(dtype: torch.dtype, terms: int) -> float:
+    """Largest relative error of a sum of so many products, in units of the result's size: √terms roundings, ×8."""
+    return 8 * terms**0.5 * torch.finfo(dtype).eps if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_packed_layers_equal_their_originals(dtype: torch.dtype, rows: int) -> None:
+    if not can_prepack(CPU, dtype):
+        pytest.skip("oneDNN prepacks no bfloat16 on this CPU")
+    torch.manual_seed(0)
+    x = torch.randn(2, rows, 128).to(dtype)
+    linear, without_bias = nn.Linear(128, 384).to(dtype), nn.Linear(128, 384, bias=False).to(dtype)
+    ffn = FeedForward(128, 512).to(dtype)
+    with torch.no_grad():
+        pairs = (
+            (PrepackedLinear(linear)(x), linear.double()(x.double())),
+            (PrepackedLinear(without_bias)(x), without_bias.double()(x.double())),
+            (PrepackedFeedForward(ffn)(x), ffn.double()(x.double())),
+        )
+    for got, exact in pairs:
+        assert got.dtype == dtype and got.shape == exact.shape
+        assert (got - exact).abs().max() <= rounding(dtype, 512) * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_upsampling_convolution_equals_upsampling_and_convolution(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 10, kernel_size=3, padding=1).requires_grad_(False).to(dtype)
+    fused, exactly = fuse_upsample_conv(conv), copy.deepcopy(conv).double()
+    for height, width in ((1, 1), (2, 5), (7, 4)):
+        x = torch.randn(2, 6, height, width).to(dtype)
+        got, exact = fused(x), exactly(F.interpolate(x.double(), scale_factor=2, mode="nearest"))
+        assert got.dtype == dtype and got.shape == exact.shape
+        assert (got - exact).abs().max() <= rounding(dtype, 54) * exact.abs().max()
+
+
+def test_the_decoder_by_dtype() -> None:
+    _, tokenizer = mvar.build(
+        1,
+        num_classes=2,
+        tokenizer=mvar.TokenizerConfig((1, 2, 4), num_codes=16, ch=32, ch_mult=(1, 2), num_res_blocks=1),
+    )
+    features = torch.randn(3, 32, 4, 4, generator=torch.Generator().manual_seed(0))
+    exact = tokenizer.decode_features(features)
+    torch.testing.assert_close(
+        prepared_tokenizer(tokenizer, torch.float32).decode_features(features), exact, rtol=0, atol=1e-5
+    )
+    in_16_bits = prepared_tokenizer(tokenizer, torch.bfloat16)
+    assert torch.equal(in_16_bits.quantize.embedding.weight, tokenizer.quantize.embedding.weight)
+    rough = in_16_bits.decode_features(features)
+    psnr_db = -10 * ((rough - exact).square().mean() / 4).log10()
+    assert rough.dtype == torch.float32 and 35 < psnr_db < 80  # not bit-equal either: it did run in bfloat16
+
+
+def test_a_copy_leaves_its_model_alone() -> None:
+    """No parameter of the original is converted, replaced or packed."""
+    model, _ = mvar.build(
+        1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
+    )
+    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        prepared = prepared_model(model, dtype)
+        assert prepared is not model and prepared.pos_1LC.dtype == dtype
+    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
+    assert isinstance(model.blocks[0].ffn, FeedForward)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_mixer_s_steps_stay_in_float32(dtype: torch.dtype, bidirectional: bool, mixer_inputs: list[Any]) -> None:
+    """Beside 16-bit x, B and C: rounding dt moves every decay."""
+    model, _ = mvar.build(2, width=64, bidirectional=bidirectional)
+    layer = prepared_model(model, dtype).get_submodule("blocks.0.mamba")
+    exact = model.get_submodule("blocks.0.mamba")
+    x = torch.randn(2, 5, 64).to(dtype)
+    with torch.no_grad():
+        layer(x, (1, 4), None, "reference")
+        want = exact.in_proj.double()(x.double())
+    ((projected, dt),) = mixer_inputs
+    assert projected.dtype == dtype and dt.dtype == torch.float32
+    assert (dt.flatten(2) - want[..., projected.shape[-1] :]).abs().max() < 1e-6
+    assert (projected - want[..., : projected.shape[-1]]).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_weights_made_in_inference_mode_are_never_stale() -> None:
+    """Such tensors count no versions: a change of theirs cannot be seen, so the copy is made anew."""
+    sizes = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
+    with torch.inference_mode():
+        model, _ = mvar.build(1, num_classes=2, tokenizer=sizes)
+        before = prepared_model(model, torch.float32).pos_1LC.clone()
+        model.pos_1LC.mul_(2)
+        torch.testing.assert_close(prepared_model(model, torch.float32).pos_1LC, 2 * before)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"architecture": "var"}, {"architecture": "var", "shared_adaln": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_modulation_is_that_of_the_layers(sizes: dict[str, Any], dtype: torch.dtype) -> None:
+    """Every vector at its place; rows are expanded once, after the product."""
+    tokenizer = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
+    model, _ = mvar.build(3, num_classes=4, tokenizer=tokenizer, **sizes)
+    mvar.init_weights(model, alng=1.0, seed=1)
+    copy = prepared_model(model, dtype)
+    assert copy.joined_modulation is not None and not any("ada_" in name for name, _ in copy.named_parameters())
+    labels = torch.tensor([0, 3, 4])
+    with torch.no_grad():
+        exact = model.modulation(model.class_emb(labels))
+        joined = copy.modulation(copy.class_emb(labels), lambda rows: rows[[0, 1, 2, 2]])
+    for kind, expected in zip(joined, exact, strict=True):
+        assert len(kind) == len(expected)
+        for got, want in zip(kind, expected, strict=True):
+            assert got.shape == (4, 192) and torch.equal(got[2], got[3])
+            assert (got[:3] - want).abs().max() <= rounding(dtype, 192) * want.abs().max()

@@ -1,0 +1,90 @@
+"""No kernel is called with a tensor that holds fewer bytes than the kernel would touch."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+import mvar_kernels as mk
+from mvar_kernels import ffi
+from mvar_kernels.dispatch import native
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Spec
+from tests.kernels.test_contract import evaluate, prepared
+
+pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built")
+CASES = {
+    "adaln": "odd",
+    "gated_adaln": "odd",
+    "scale_attention": "diagonal_norm",
+    "ssd_scan": "bidirectional_odd",
+    "mamba2_mixer": "odd",
+    "sample_tokens": "top_k",
+    "soft_embedding": "top_k",
+}
+# Bytes at the end of a first input that no kernel reads through it: dt, three float32 numbers, is a tensor of its own.
+UNREAD = {"mamba2_mixer": 12}
+
+
+def shortened(monkeypatch: pytest.MonkeyPatch, spec: Spec, backend: str, index: int) -> int:
+    """Run forward and backward with the tensor of that index (of those the extension is given) a byte short; answers
+    how many tensors there were."""
+    module: Any = importlib.import_module(spec.call.__module__.removesuffix("spec") + "native")
+    count = 0
+
+    def pointers(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+        nonlocal count
+        given = list(ffi.pointers(*tensors))
+        for i, t in enumerate(tensors):
+            if t is None:
+                continue
+            if count == index:
+                address, strides, _ = given[i]  # type: ignore[misc]
+                last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+                given[i] = (address, strides, max((last + 1) * t.itemsize - 1 - UNREAD.get(spec.op, 0), 0))
+            count += 1
+        return tuple(given)
+
+    case = next(c for c in spec.cases if c.name == CASES.get(spec.op, spec.cases[0].name))
+    dtype = torch.float32 if backend == "cpu" else torch.bfloat16
+    inputs = prepared(spec, case, dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "pointers", pointers)
+        evaluate(spec, case, inputs, backend)
+    return count
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_a_tensor_a_byte_short_is_refused_by_name(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = shortened(monkeypatch, SPECS[op], "cpu", -1)
+    assert tensors >= 4
+    for index in range(tensors):
+        with pytest.raises(ValueError, match=r"^[\w ]+: sizes .* do not fit its \d+ bytes"):
+            shortened(monkeypatch, SPECS[op], "cpu", index)
+
+
+def test_freed_storage_is_refused() -> None:
+    """As FSDP frees that of weights between their uses."""
+    x, scale = torch.randn(2, 3, 8), torch.randn(2, 8)
+    scale.untyped_storage().resize_(0)
+    with pytest.raises(
+        ValueError, match=r"scale: sizes \(2, 8\) and strides \(8, 1\) of 4 bytes do not fit its 0 bytes"
+    ):
+        mk.adaln(x, scale, scale, backend="cpu")
+
+
+def test_scales_that_do_not_add_up_are_refused() -> None:
+    extension = native()
+    assert extension is not None
+    q = torch.randn(1, 4, 1, 8)
+    given = ffi.pointers(q, q, q, None, None, None), ffi.pointers(q, torch.empty(1, 1, 4, dtype=torch.float32))
+    for scales in ((1, 2), (1, 4), (5, -1)):
+        with pytest.raises(ValueError, match="scales: expected to add up"):
+            extension.scale_attention_forward((0, 0), (1, 4, 4, 1, 8), scales, False, 1.0, *given)
+
+
+def test_an_empty_tensor_of_any_strides_is_taken() -> None:
+    """torch calls it contiguous, so that no copy changes its strides."""
+    x = torch.zeros(2, 4, 16)[:, :0, ::2]
+    assert x.stride(-1) == 2 and mk.adaln(x, torch.zeros(2, 8), torch.zeros(2, 8), backend="cpu").shape == (2, 0, 8)

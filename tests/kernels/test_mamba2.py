@@ -1,0 +1,194 @@
+"""The scan's reference against the plain recurrence, the state that is carried, and the layer under autocast."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mvar_kernels as mk
+from mvar.models import layers
+from mvar.models.blocks import MVARBlock
+from mvar.models.config import ModelConfig
+from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, PARAMETERS, SSD_SCAN
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}  # float64 arithmetic in another order
+
+
+def recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t ⊗ B_t, y_t = h_t C_t: one token at a time."""
+    outs = []
+    for t in range(x.shape[1]):
+        added = torch.einsum("bhp,bn->bhpn", dt[:, t, :, None] * x[:, t], B[:, t])
+        state = (dt[:, t] * A).exp()[..., None, None] * state + added
+        outs.append(torch.einsum("bhpn,bn->bhp", state, C[:, t]))
+    return torch.stack(outs, 1), state
+
+
+def backward_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, scales: tuple[int, ...]) -> Tensor:
+    """r_t = a_t (r_{t+1} + Δ_{t+1} x_{t+1} ⊗ B_{t+1}) with r = 0 at each scale's last token; y_t = r_t C_t."""
+    y = torch.zeros_like(x)
+    end = x.shape[1]
+    for length in reversed(scales):
+        r = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1])
+        for t in range(end - 2, end - length - 1, -1):
+            added = torch.einsum("bhp,bn->bhpn", dt[:, t + 1, :, None] * x[:, t + 1], B[:, t + 1])
+            r = (dt[:, t] * A).exp()[..., None, None] * (r + added)
+            y[:, t] = torch.einsum("bhpn,bn->bhp", r, C[:, t])
+        end -= length
+    return y
+
+
+@pytest.mark.parametrize("case", SSD_SCAN.cases, ids=lambda case: case.name)
+def test_scan_is_the_recurrence(case) -> None:  # type: ignore[no-untyped-def]
+    t = SSD_SCAN.inputs(case, torch.Generator().manual_seed(0))
+    y, state = SSD_SCAN.call(t, case, "reference")
+    scales = case.options["scales"]
+    dt, A = (t["dt"][:, :, 0], t["A"][0]) if scales else (t["dt"], t["A"])
+    expected, last = recurrence(t["x"], dt, A, t["B"], t["C"], t["initial_state"])
+    expected = expected + t["D"][:, None] * t["x"]
+    if scales:
+        expected += backward_recurrence(t["x"], t["dt"][:, :, 1], t["A"][1], t["B"], t["C"], scales)
+    torch.testing.assert_close(y, expected, **TIGHT)
+    torch.testing.assert_close(state, last, **TIGHT)
+
+
+def test_bidirectional_is_flip_scan_flip() -> None:
+    """Flip each scale, scan from zero, leave out each token's own term, flip back; with the plain recurrence."""
+    case = next(c for c in SSD_SCAN.cases if c.name == "bidirectional")
+    t = SSD_SCAN.inputs(case, torch.Generator().manual_seed(0))
+    scales = case.options["scales"]
+    y, _ = SSD_SCAN.call(t, case, "reference")
+    forward = mk.ssd_scan(
+        t["x"], t["dt"][:, :, 0], t["A"][0], t["B"], t["C"], t["D"], initial_state=t["initial_state"]
+    )[0]
+    outs = []
+    pieces = [v.split(scales, 1) for v in (t["x"], t["dt"][:, :, 1], t["B"], t["C"])]
+    for x, dt, B, C in zip(*pieces, strict=True):
+        flipped, _ = recurrence(
+            *(v.flip(1) for v in (x, dt)), t["A"][1], B.flip(1), C.flip(1), torch.zeros(2, 2, 64, 64, dtype=x.dtype)
+        )
+        own = torch.einsum("blh,blhp,bln,bln->blhp", dt, x, B, C)
+        outs.append(flipped.flip(1) - own)
+    torch.testing.assert_close(y - forward, torch.cat(outs, 1), **TIGHT)
+
+
+@pytest.mark.parametrize("name", ["chunks", "bidirectional"])
+def test_state_carries_across_scales(name: str) -> None:
+    """One call over the sequence equals one call a scale with the state handed on."""
+    case = next(c for c in MAMBA2_MIXER.cases if c.name == name)
+    t = MAMBA2_MIXER.inputs(case, torch.Generator().manual_seed(0))
+    params = [t[p] for p in PARAMETERS]
+    scales = case.options["scales"] or (1, 3, 2, 40, 54)
+    whole, last = mk.mamba2_mixer(t["zxbcdt"], *params, scales=scales)
+    state, outs = None, []
+    for piece in t["zxbcdt"].split(scales, 1):
+        y, state = mk.mamba2_mixer(piece, *params, state=state, scales=(piece.shape[1],))
+        outs.append(y)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, **TIGHT)
+    assert state is not None
+    torch.testing.assert_close(state, last, **TIGHT)
+
+
+def test_mixer_equals_its_parts() -> None:
+    """Convolution as a plain sum over taps, softplus, the recurrence, gate and RMSNorm, written out."""
+    case = next(c for c in MAMBA2_MIXER.cases if c.name == "odd")
+    t = MAMBA2_MIXER.inputs(case, torch.Generator().manual_seed(0))
+    B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
+    E = H * P
+    z, xbc, dt = t["zxbcdt"].split([E, E + 2 * N, H], -1)
+    rows = torch.cat([t["conv"], xbc], 1)
+    conv = sum(rows[:, i : i + L] * t["conv_weight"][:, i] for i in range(4)) + t["conv_bias"]
+    x, Bt, Ct = (conv * torch.sigmoid(conv)).split([E, N, N], -1)
+    delta = (1 + (dt + t["dt_bias"]).exp()).log()
+    heads = x.reshape(B, L, H, P)
+    y, _ = recurrence(heads, delta, -t["A_log"].exp(), Bt, Ct, t["ssm"])
+    gated = (y + t["D"][:, None] * heads).reshape(B, L, E) * z * torch.sigmoid(z)
+    expected = gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt() * t["norm_weight"]
+    torch.testing.assert_close(MAMBA2_MIXER.call(t, case, "reference")[0], expected, **TIGHT)
+
+
+def test_errors_name_the_argument() -> None:
+    case = next(c for c in SSD_SCAN.cases if c.name == "bidirectional")
+    t = SSD_SCAN.inputs(case, torch.Generator().manual_seed(0))
+    args = [t[n] for n in ("x", "dt", "A", "B", "C")]
+    with pytest.raises(ValueError, match="scales: expected tokens per scale"):
+        mk.ssd_scan(*args)
+    with pytest.raises(ValueError, match=r"scales: expected to add up to L=30, got \(1, 4\)"):
+        mk.ssd_scan(*args, scales=(1, 4))
+    with pytest.raises(TypeError, match="B: expected dtype float64 as x, got float32"):
+        mk.ssd_scan(*args[:3], args[3].float(), args[4], scales=case.options["scales"])
+    with pytest.raises(TypeError, match="dt: expected dtype float64, got float32"):
+        mk.ssd_scan(args[0], args[1].float(), *args[2:], scales=case.options["scales"])
+    with pytest.raises(TypeError, match="dt: expected dtype bfloat16 or float32, got float64"):
+        mk.ssd_scan(args[0].bfloat16(), *args[1:], scales=case.options["scales"])
+    with pytest.raises(ValueError, match=r"C: expected shape \(B=2, L=30, N=64\)"):
+        mk.ssd_scan(*args[:4], args[4][:, :, :3], scales=case.options["scales"])
+    with pytest.raises(TypeError, match="initial_state: expected dtype float64"):
+        mk.ssd_scan(*args, initial_state=t["initial_state"].float(), scales=case.options["scales"])
+
+    case = MAMBA2_MIXER.cases[0]
+    t = MAMBA2_MIXER.inputs(case, torch.Generator().manual_seed(0))
+    params = [t[p] for p in PARAMETERS]
+    with pytest.raises(ValueError, match="zxbcdt: expected"):
+        mk.mamba2_mixer(t["zxbcdt"][..., 1:], *params)
+    with pytest.raises(ValueError, match="state.ssm: expected shape"):
+        mk.mamba2_mixer(t["zxbcdt"], *params, state=mk.Mamba2State(t["conv"], t["ssm"][:1]))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_layer_keeps_dt_in_float32_under_autocast(bidirectional: bool, mixer_inputs: list[Any]) -> None:
+    """Beside 16-bit x, B and C; an in_proj with a hook is called whole, and rounds dt."""
+    torch.manual_seed(0)
+    layer = MVARBlock(ModelConfig(2, (1, 2, 4), num_classes=2, bidirectional=bidirectional)).mamba
+    x, scales = torch.randn(2, 21, layer.in_proj.in_features), (1, 4, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(x, scales, None, "reference")
+        layer.in_proj.register_forward_hook(lambda *_: None)
+        layer(x, scales, None, "reference")
+    (projected, dt), (whole, none) = mixer_inputs
+    with torch.no_grad():
+        exact = layer.in_proj.double()(x.double())[..., projected.shape[-1] :]
+    assert projected.dtype == whole.dtype == torch.bfloat16 and dt is not None and none is None
+    assert dt.dtype == torch.float32 and (dt.flatten(2) - exact).abs().max() < 1e-6
+    assert (whole[..., projected.shape[-1] :] - exact).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "apart"),
+    [
+        ("cpu", torch.float32, False),
+        ("cpu", torch.float64, False),
+        ("cpu", torch.bfloat16, True),
+        ("cuda", torch.float32, True),
+        ("cuda", torch.float16, True),
+    ],
+)
+def test_dt_is_apart_in_16_bits_and_on_a_gpu(device: str, dtype: torch.dtype, apart: bool) -> None:
+    assert layers.separate_dt(torch.device(device), dtype) == apart
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_dt_apart_the_layer_computes_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does on a GPU: output, and the gradient of in_proj, are those of one product to the dtype's rounding."""
+    torch.manual_seed(0)
+    config = ModelConfig(depth=3, patch_nums=(1, 2), num_classes=2)
+    layer = MVARBlock(config).mamba.to(dtype)
+    x, found = torch.randn(2, 5, config.channels, dtype=dtype), []
+    for apart in (False, True):
+        monkeypatch.setattr(layers, "separate_dt", lambda *_, apart=apart: apart)
+        y, _ = layer(x, (1, 4), None, "reference")
+        (of_weight,) = torch.autograd.grad(y.square().sum(), layer.in_proj.weight)
+        found.append((y, of_weight))
+        projected, dt = layer.project(x)
+        assert (dt is not None) == apart and (not apart or (projected.shape[-1] % 64 == 0 and dt.dtype == dtype))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() <= 8 * torch.finfo(dtype).eps * one.abs().max() * config.channels**0.5
+
+
+def test_of_a_bfloat16_model_dt_is_in_float32(mixer_inputs: list[Any]) -> None:
+    layer = MVARBlock(ModelConfig(2, (1, 2), num_classes=2)).mamba.bfloat16()
+    with torch.no_grad():
+        layer(torch.randn(1, 5, layer.in_proj.in_features).bfloat16(), (1, 4), None, "reference")
+    ((projected, dt),) = mixer_inputs
+    assert projected.dtype == torch.bfloat16 and dt is not None and dt.dtype == torch.float32

@@ -1,0 +1,94 @@
+"""What is special to mamba2_mixer's CUDA kernels: where the one for few tokens ends and what it hands to the other,
+steps Δ that let one token decide, more heads than a warp has lanes, and what they do not take.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvar_kernels.dispatch import BackendError, unavailable
+from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER
+from mvar_kernels.testing.spec import Case, Inputs
+from tests.kernels.test_contract import CUDA_ON_CPU, compare, evaluate, named, prepared
+
+pytestmark = pytest.mark.slow
+
+BACKEND = "cuda" if torch.cuda.is_available() else CUDA_ON_CPU
+if BACKEND == "cuda" and unavailable("cuda") is not None:
+    pytest.skip(str(unavailable("cuda")), allow_module_level=True)
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+
+
+def case_of(L: int, B: int = 2, H: int = 2, P: int = 64, N: int = 64, scales: tuple[int, ...] | None = None) -> Case:
+    return Case(f"{L}", {"B": B, "L": L, "H": H, "P": P, "N": N}, {"scales": scales})
+
+
+def assert_right(got: dict[str, Tensor], case: Case, inputs: Inputs) -> None:
+    """Within the tolerance of the contract."""
+    on_cpu = {n: t.cpu() for n, t in inputs.items()}
+    spec = replace(MAMBA2_MIXER, grads=())
+    exact = evaluate(spec, case, {n: t.double() for n, t in on_cpu.items()}, None)
+    compare(spec, got, evaluate(spec, case, on_cpu, None), exact)
+
+
+@HALVES
+@pytest.mark.parametrize("L", [2, 4, 16, 17, 32, 33, 70])
+def test_any_number_of_tokens(L: int, dtype: torch.dtype) -> None:
+    case = case_of(L)
+    inputs = prepared(MAMBA2_MIXER, case, dtype, BACKEND)
+    assert_right(evaluate(MAMBA2_MIXER, case, inputs, BACKEND), case, inputs)
+
+
+@HALVES
+@pytest.mark.parametrize("L", [16, 70])
+def test_large_steps(L: int, dtype: torch.dtype) -> None:
+    """Log decays of −5 to −100 a token; y is its own term and the skip, which nearly cancel in some rows."""
+    case = case_of(L)
+    inputs = prepared(MAMBA2_MIXER, case, dtype, BACKEND)
+    inputs["dt_bias"] += 8
+    assert_right(evaluate(MAMBA2_MIXER, case, inputs, BACKEND), case, inputs)
+
+
+@HALVES
+def test_more_heads_than_lanes(dtype: torch.dtype) -> None:
+    case = case_of(1, B=1, H=40)
+    inputs = prepared(MAMBA2_MIXER, case, dtype, BACKEND)
+    assert_right(evaluate(MAMBA2_MIXER, case, inputs, BACKEND), case, inputs)
+
+
+@HALVES
+def test_state_carries_across_scales(dtype: torch.dtype) -> None:
+    """One call a scale, from one token to chunks, equals the whole sequence."""
+    case, scales = case_of(70), (1, 2, 16, 17, 34)
+    inputs = prepared(MAMBA2_MIXER, case, dtype, BACKEND)
+    state, outs = {name: inputs[name] for name in ("conv", "ssm")}, []
+    for piece in inputs["zxbcdt"].split(scales, 1):
+        results = evaluate(MAMBA2_MIXER, case, inputs | state | {"zxbcdt": piece}, BACKEND)
+        outs.append(results.pop("y"))
+        state = results
+    assert_right(state | {"y": torch.cat(outs, 1)}, case, inputs)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "reason"),
+    [
+        (case_of(4, scales=(1, 3)), torch.bfloat16, "A_log: has two directions"),
+        (case_of(4, P=32), torch.bfloat16, "H=2 of P=32, N=64"),
+        (case_of(4, H=3), torch.bfloat16, "H=3 of P=64, N=64"),
+        (case_of(4), torch.float32, "dtype float32 is not float16 or bfloat16"),
+    ],
+)
+def test_what_it_does_not_take(case: Case, dtype: torch.dtype, reason: str) -> None:
+    inputs = prepared(MAMBA2_MIXER, case, dtype, BACKEND)
+    with named(BACKEND) as name, pytest.raises(BackendError, match=reason):
+        MAMBA2_MIXER.call(inputs, case, name)
+
+
+def test_other_convolutions_are_not_taken() -> None:
+    case = case_of(4)
+    inputs = prepared(MAMBA2_MIXER, case, torch.bfloat16, BACKEND)
+    inputs |= {"conv_weight": inputs["conv_weight"][:, 1:], "conv": inputs["conv"][:, 1:]}
+    with named(BACKEND) as name, pytest.raises(BackendError, match="conv_weight: 3 taps"):
+        MAMBA2_MIXER.call(inputs, case, name)

@@ -1,0 +1,119 @@
+"""What is special to Mamba-2's Triton kernels: every tile, odd convolutions, steps Δ of 5 that let one token decide."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import mvar_kernels as mk
+from mvar_kernels import tiling
+from mvar_kernels.dispatch import unavailable
+from mvar_kernels.ops.mamba2 import reference
+from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
+from mvar_kernels.ops.mamba2.spec import SSD_SCAN
+from mvar_kernels.testing.spec import Case
+
+if unavailable("triton") is not None:
+    pytest.skip(str(unavailable("triton")), allow_module_level=True)
+
+from mvar_kernels.ops.mamba2.triton import MIXER, SCAN, mamba2_mixer_triton, ssd_scan_triton
+
+pytestmark = pytest.mark.slow
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N = 16
+
+
+def mixer_inputs(B: int, L: int, H: int, P: int, taps: int, both: bool, dt_bias: float) -> list[list[Tensor]]:
+    """[zxbcdt], parameters and states of mamba2_mixer in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    E, heads = H * P, (2, H) if both else (H,)
+    columns = H * len(heads)
+    params = [0.5 * normal(E + 2 * N, taps), normal(E + 2 * N), dt_bias + normal(*heads), 2 + 0.5 * normal(*heads)]
+    states = [normal(B, taps - 1, E + 2 * N), normal(B, H, P, N)]
+    return [[normal(B, L, 2 * E + 2 * N + columns)], [*params, normal(H), normal(E)], states]
+
+
+def assert_right(inputs: list[list[Tensor]], scales: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+    """Against float64, within the tolerance of test_contract.py."""
+
+    def run(forward, kind: torch.dtype, device: str) -> Sequence[Tensor]:  # type: ignore[no-untyped-def]
+        acc = torch.float64 if kind == torch.float64 else torch.float32
+        (x,), params, (conv, ssm) = inputs
+        rounded = [t.to(dtype).to(device, kind) for t in (x, conv)]
+        single = [t.float().to(device, acc) for t in (*params, ssm)]
+        return forward(Mixer(rounded[0], None, *single[:-1], rounded[1], single[-1], scales, 1e-5))
+
+    got = run(mamba2_mixer_triton.forward, dtype, DEVICE)
+    same, exact = (run(reference.mamba2_mixer, kind, "cpu") for kind in (dtype, torch.float64))
+    assert_as_near(got, same, exact)
+
+
+def assert_as_near(got: Sequence[Tensor], same: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """The tolerance of test_contract.py; `same` is the reference in the dtype of `got`."""
+    for value, near, true in zip(got, same, exact, strict=True):
+        if not value.numel():
+            continue
+        error, reference_error = ((t.double().cpu() - true).abs().max() for t in (value, near))
+        assert error <= 2 * reference_error + torch.finfo(value.dtype).eps * true.abs().max()
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_steps(dtype: torch.dtype, both: bool) -> None:
+    """Log decays of −100 a token; y is its own term and the skip, which nearly cancel in some rows."""
+    assert_right(mixer_inputs(2, 70, 2, 16, 4, both, 5.0), (3, 67), dtype)
+
+
+def test_scales_that_end_where_chunks_end() -> None:
+    """What enters a chunk from its right is zero there."""
+    assert_right(mixer_inputs(2, 70, 2, 16, 4, True, -3.0), (16, 16, 32, 6))
+
+
+@pytest.mark.parametrize(("taps", "L"), [(1, 20), (2, 1), (6, 2), (6, 40)])
+def test_any_convolution(taps: int, L: int) -> None:
+    """Also fewer new tokens than the convolution remembers."""
+    assert_right(mixer_inputs(2, L, 2, 16, taps, False, -3.0), (L,))
+
+
+@pytest.mark.parametrize(("kind", "tile"), [(kind, tile) for kind, tiles in MIXER.items() for tile in tiles])
+def test_every_tile(kind: str, tile: tiling.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P = 40: the last slice of channels is not full."""
+    monkeypatch.setattr(tiling, "chosen", lambda name, shape, found, device: tile if tile in found else found[-1])
+    L = 11 if kind == "short" else 37
+    assert_right(mixer_inputs(1, L, 2, 40, 4, kind == "both", -3.0), (4, L - 4))
+
+
+@pytest.mark.parametrize(("kind", "tile"), [(kind, tile) for kind, tiles in SCAN.items() for tile in tiles])
+def test_every_tile_of_the_scan(kind: str, tile: tiling.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "chosen", lambda *_: tile)
+    case = Case("", {"B": 1, "L": 11 if kind == "short" else 37, "H": 2, "P": 40, "N": N}, {"scales": None})
+    if kind == "both":
+        case = replace(case, options={"scales": (4, 33)})
+    exact_inputs = list(SSD_SCAN.inputs(case, torch.Generator().manual_seed(0)).values())
+    scales = case.options["scales"] or (case.sizes["L"],)
+
+    def call(dtype: torch.dtype, device: str) -> Scan:
+        return Scan(*(t.to(device, dtype) for t in exact_inputs), scales)  # type: ignore[call-arg, arg-type]
+
+    got = ssd_scan_triton.forward(call(torch.float32, DEVICE))
+    same, exact = (reference.ssd_scan(call(dtype, "cpu")) for dtype in (torch.float32, torch.float64))
+    assert_as_near(got, same, exact)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_no_rows_no_gradient(both: bool) -> None:
+    (zxbcdt,), params, states = mixer_inputs(0, 5, 2, 16, 4, both, -3.0)
+    inputs = [t.float().to(DEVICE).requires_grad_() for t in (zxbcdt, *params, *states)]
+    y, state = mk.mamba2_mixer(
+        *inputs[:7], state=mk.Mamba2State(*inputs[7:]), scales=(2, 3) if both else None, backend="triton"
+    )
+    assert y.shape == (0, 5, 32)
+    grads = torch.autograd.grad(y.sum() + state.ssm.sum(), inputs)
+    assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, inputs, strict=True))

@@ -1,0 +1,297 @@
+"""The noise's bits, the filters' rules and the draw's distribution."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mvar_kernels as mk
+from mvar_kernels.ops.sample_tokens import noise
+from mvar_kernels.ops.sample_tokens.inputs import Sampling
+from mvar_kernels.ops.sample_tokens.reference import filtered_logits, guided_logits, relative_logits, sample_tokens
+from mvar_kernels.validation import FLOATS
+
+
+@pytest.mark.parametrize(
+    ("counter", "seed", "words"),
+    [  # known answers published with the Random123 library
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((noise.MASK,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter: tuple[int, ...], seed: int, words: tuple[int, ...]) -> None:
+    got = noise.philox(tuple(torch.tensor(c) for c in counter), seed)  # type: ignore[arg-type]
+    assert tuple(int(w) for w in got) == words
+
+
+def test_log_and_exp_to_the_last_bits() -> None:
+    x = torch.logspace(-12, 3, 200_001, base=10.0)
+    near_one = 1 + torch.linspace(-1e-3, 1e-3, 20_001)
+    for values in (x, near_one):
+        exact = values.double().log()
+        ulp = torch.finfo(torch.float32).eps * exact.abs().clamp_min(1e-30)
+        assert ((noise.log(values) - exact).abs() / ulp).max() <= 2
+    below = torch.linspace(-87, 0, 200_001)
+    assert (noise.exp_negative(below) / below.double().exp() - 1).abs().max() <= 2 * torch.finfo(torch.float32).eps
+    assert noise.exp_negative(torch.tensor([-1e30, -torch.inf])).tolist() == [0.0, 0.0]
+
+
+class Divisors(TorchDispatchMode):
+    """Notes the divisors of all divisions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[object] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.div:
+            self.found.append(args[1])
+        return func(*args, **kwargs or {})
+
+
+def test_nothing_is_divided_by_a_number() -> None:
+    """For which torch multiplies by the inverse on a GPU, and a reference there would draw by other weights."""
+    with Divisors() as divisors:
+        sample_tokens(Sampling(torch.zeros(2, 3, 5), None, torch.arange(2), 0.0, 2, 0.5, torch.tensor(7), 0))
+    assert divisors.found and all(isinstance(divisor, Tensor) for divisor in divisors.found)
+
+
+def test_gumbel_has_its_moments_and_no_infinities() -> None:
+    g = noise.gumbel(torch.arange(4), (4, 64, 4096), 3, seed=11).double()
+    count = g.numel()
+    assert g.isfinite().all()
+    # Mean Euler's gamma, variance π²/6, fourth central moment 27/5·σ⁴: within four standard errors.
+    variance = math.pi**2 / 6
+    assert abs(g.mean() - 0.5772156649) < 4 * math.sqrt(variance / count)
+    assert abs(g.var() - variance) < 4 * variance * math.sqrt((27 / 5 - 1) / count)
+
+
+def test_noise_depends_on_seed_image_scale_position_and_code_alone() -> None:
+    whole = noise.gumbel(torch.arange(5), (5, 6, 10), 2, seed=3)
+    assert torch.equal(noise.gumbel(torch.tensor([3]), (1, 4, 7), 2, seed=3), whole[3:4, :4, :7])
+    for draw in ((2, 3 + 2**32), (1, 3)):
+        other = noise.gumbel(torch.arange(5), (5, 6, 10), *draw)
+        assert not (other == whole).any()
+    assert whole.unique().numel() == whole.numel()
+
+
+def sort_based(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """VAR's own rules by sorting, in float64: which codes are kept, one row at a time."""
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if top_k:
+        kept = logits >= logits.sort(-1, descending=True).values[..., top_k - 1, None]
+    if top_p < 1:
+        masked = logits.double().masked_fill(~kept, -torch.inf)
+        ascending, order = masked.sort(dim=-1, stable=True)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[..., -1] = False
+        kept = kept & ~torch.zeros_like(drop).scatter(-1, order, drop)
+    return kept
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (5, 1.0), (30, 0.5), (900, 0.96), (1, 0.3), (40, 0.001)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_filters_follow_var(top_k: int, top_p: float, ties: bool) -> None:
+    logits = 2 * torch.randn(4, 8, 1000, generator=torch.Generator().manual_seed(0))
+    if ties:
+        logits = logits.round()
+    kept = filtered_logits(logits, top_k, top_p).isfinite()
+    assert torch.equal(kept, sort_based(logits, top_k, top_p))
+    assert kept.any(-1).all()
+
+
+def test_ties_with_the_kth_stay_and_the_largest_is_never_dropped() -> None:
+    logits = torch.tensor([[[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]]])
+    assert filtered_logits(logits, 2, 1.0).isfinite().tolist() == [[[False, True, True, True, True, False]]]
+    assert filtered_logits(logits, 0, 1e-9).isfinite().sum() == 1
+    far = torch.tensor([[[0.0, -1000.0, -torch.inf]]])
+    assert filtered_logits(far, 0, 0.99).isfinite().tolist() == [[[True, False, False]]]
+
+
+def test_draws_follow_the_softmax() -> None:
+    """Chi-square of 40,000 draws against the softmax, at a level of about 10⁻⁴."""
+    logits = torch.linspace(-2, 2, 8).expand(200, 200, 8)
+    tokens = mk.sample_tokens(logits, seed=5)
+    expected = 40_000 * logits[0, 0].double().softmax(-1)
+    observed = tokens.flatten().bincount(minlength=8)
+    assert ((observed - expected) ** 2 / expected).sum() < 30.0  # 7 degrees of freedom
+    only = mk.sample_tokens(logits, seed=5, top_k=3)
+    assert set(only.unique().tolist()) == {5, 6, 7}
+
+
+def test_arg_max_and_guidance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(3, 4, 50, generator=generator) for _ in range(2))
+    guided = 2.5 * cond - 1.5 * uncond
+    assert torch.equal(mk.sample_tokens(cond, uncond, guidance=1.5, top_k=1), guided.argmax(-1))
+    torch.testing.assert_close(relative_logits(guided_logits(cond, uncond, 1.5)), relative_logits(guided))
+
+
+BACKENDS = ("reference", "cpu")  # the others are held to the reference's bits
+FILTERS = [(0, 1.0), (9, 1.0), (0, 0.8), (1, 1.0)]  # top_k, top_p
+
+
+def drawn(cond: Tensor, uncond: Tensor | None, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
+    """Tokens, and the soft weight of each code."""
+    codebook = torch.eye(cond.shape[-1], dtype=torch.float32 if backend != "reference" else cond.dtype)
+    options |= {"seed": 3, "backend": backend}
+    return mk.sample_tokens(cond, uncond, **options), mk.soft_embedding(cond, uncond, codebook, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("offset", [1e6, -1e7])
+def test_a_number_added_to_a_row_of_logits_changes_nothing(offset: float, guidance: float, backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(2, 6, 20, generator=generator).mul(2).round() for _ in range(2))
+    of_each_row = torch.arange(6.0)[:, None] * 1e5
+    for top_k, top_p in FILTERS:
+        how: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
+        want = drawn(cond, uncond, backend, **how)
+        got = drawn(cond + offset, uncond - offset + of_each_row, backend, **how)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (top_k, top_p)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_equal_codes_are_drawn_equally_often_whatever_their_logit(dtype: torch.dtype) -> None:
+    for value in (0.0, 1e7, -1e7) if dtype != torch.float16 else (0.0, 6e4, -6e4):
+        tokens = mk.sample_tokens(torch.full((100, 1000, 2), value, dtype=dtype), seed=11)
+        assert abs(tokens.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(tokens.numel()), value
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [(dtype, "reference") for dtype in FLOATS] + [(dtype, "cpu") for dtype in (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+def test_codes_at_minus_infinity_are_never_drawn(dtype: torch.dtype, backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(2, 40, 16, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    ruled_out = torch.rand(2, 40, 16, generator=generator) < 0.7
+    ruled_out[..., 5] = False
+    lowest = torch.finfo(dtype).min  # how others say −∞
+    for of_cond, of_uncond in ((-torch.inf, -torch.inf), (-torch.inf, 0.0), (lowest, lowest), (-torch.inf, lowest)):
+        for guidance in (0.0, 1.5, 1e6) if of_cond == -torch.inf else (0.0, 1.5):
+            rows = (cond.masked_fill(ruled_out, of_cond), uncond.masked_fill(ruled_out, of_uncond))
+            for top_k, top_p in FILTERS:
+                how: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
+                tokens, weights = drawn(*rows, backend, **how)
+                assert not ruled_out.gather(-1, tokens[..., None]).any(), (of_cond, of_uncond, how)
+                assert weights.isfinite().all() and bool((weights[ruled_out] == 0).all()), (of_cond, of_uncond, how)
+
+
+def test_a_code_ruled_out_in_uncond_alone_keeps_the_logit_of_cond() -> None:
+    """There is nothing to guide it away from: as if both rows agreed on it, relative to their largest."""
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (relative_logits(torch.randn(2, 6, 20, generator=generator)) for _ in range(2))
+    some = torch.rand(2, 6, 20, generator=generator) < 0.3
+    some[..., :2] = False
+    uncond[..., 0] = 0.0
+    guided = guided_logits(cond, uncond.masked_fill(some, -torch.inf), 1.5)
+    assert torch.equal(guided, guided_logits(cond, torch.where(some, cond, uncond), 1.5))
+
+
+def test_uncond_is_not_read_without_guidance() -> None:
+    cond = torch.randn(2, 6, 20, generator=torch.Generator().manual_seed(0))
+    for value in (-torch.inf, torch.nan, torch.inf):
+        assert torch.equal(mk.sample_tokens(cond, torch.full_like(cond, value)), mk.sample_tokens(cond))
+
+
+def test_codes_at_infinity_are_drawn_equally_often_and_a_row_without_codes_gives_code_0() -> None:
+    logits = torch.randn(1, 20_000, 8, generator=torch.Generator().manual_seed(0))
+    logits[..., [2, 6]] = torch.inf
+    tokens = mk.sample_tokens(logits)
+    assert set(tokens.unique().tolist()) == {2, 6}
+    assert abs((tokens == 2).double().mean() - 0.5) < 4 * 0.5 / math.sqrt(tokens.numel())
+    nothing = torch.full((1, 3, 8), -torch.inf)
+    for filters in FILTERS:
+        assert mk.sample_tokens(nothing, top_k=filters[0], top_p=filters[1]).tolist() == [[0, 0, 0]]
+    assert mk.soft_embedding(nothing, None, torch.eye(8)).isnan().all()
+
+
+def test_soft_embedding_nears_the_token_as_the_temperature_falls() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, codebook = torch.randn(2, 6, 40, generator=generator), torch.randn(40, 8, generator=generator)
+    tokens = mk.sample_tokens(logits, top_k=10, top_p=0.9, seed=2)
+    soft = mk.soft_embedding(logits, None, codebook, top_k=10, top_p=0.9, seed=2, temperature=1e-4)
+    torch.testing.assert_close(soft, codebook[tokens], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"top_k": -1}, r"top_k: expected an integer of at least 0 \(0 keeps all\), got -1"),
+        ({"top_k": 2.0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"guidance": math.nan}, "guidance"),
+        ({"guidance": -1.0}, "guidance"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"scale_index": -1}, "scale_index"),
+        ({"image_index": torch.arange(3)}, r"image_index: expected shape \(B=2\)"),
+        ({"guidance": 1e39}, "guidance: expected a number from 0 to"),
+        ({"guidance": "1"}, "guidance"),
+        ({"guidance": 1.0}, "uncond: expected logits to guide away from"),
+        ({"uncond": torch.zeros(2, 3, 4)}, r"uncond: expected shape \(B=2, l=3, V=5\)"),
+        ({"backend": "fast"}, "backend: expected one of"),
+    ],
+)
+def test_errors_name_the_argument(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mk.sample_tokens(torch.zeros(2, 3, 5), **wrong)  # type: ignore[arg-type]
+
+
+def test_a_backend_asked_for_by_name_does_not_fall_back() -> None:
+    with pytest.raises(mk.BackendError, match="backend 'cuda' requested"):
+        mk.sample_tokens(torch.zeros(2, 3, 5), backend="cuda")
+
+
+@pytest.mark.parametrize("backend", [name for name, reason in mk.backends().items() if reason is None])
+def test_a_seed_in_memory_is_read_at_every_call(backend: str) -> None:
+    """A tensor draws as the number that it holds, and one compiled call serves all its values."""
+    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 67, generator=generator).to(device)
+    codebook = torch.randn(67, 3, generator=generator).to(device)
+
+    def call(seed: int | Tensor) -> tuple[Tensor, Tensor]:
+        tokens = mk.sample_tokens(logits, seed=seed, backend=backend)
+        return tokens, mk.soft_embedding(logits, None, codebook, seed=seed, backend=backend)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    seeds = torch.tensor([[-1, 7], [0, 5 + 2**40]], device=device)
+    seed = seeds[1, 1]
+    drawn = []
+    for value in (5 + 2**40, 5, 2**63 - 1):
+        seed.fill_(value)
+        want = call(value)
+        for got in (call(seed), compiled(seed)):
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        drawn.append(want[0])
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+    assert seeds.flatten().tolist() == [-1, 7, 0, 2**63 - 1]
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (torch.tensor([1]), ValueError, r"seed: expected shape \(\), got \(1,\)"),
+        (torch.tensor(1, dtype=torch.int32), TypeError, "seed: expected dtype int64, got int32"),
+        (torch.tensor(1, device="meta"), ValueError, "seed: expected device cpu"),
+        (1.0, ValueError, "seed: expected an integer from 0 to 9223372036854775807, got 1.0"),
+    ],
+)
+def test_errors_of_a_seed_in_memory(seed: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mk.sample_tokens(torch.zeros(2, 3, 5), seed=seed)

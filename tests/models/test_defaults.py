@@ -1,0 +1,161 @@
+"""torch's default dtype and device, which belong to the program around us, decide nothing here."""
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import mvar
+from mvar.digits import pretrained
+from mvar.train.objective import Objective
+from mvar_kernels.dispatch import unavailable
+from mvar_kernels.testing.registry import SPECS
+from mvar_kernels.testing.spec import Spec
+from tests.helpers.paths import ROOT
+
+DEFAULTS = [(torch.bfloat16, "cpu"), (torch.float16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")]
+defaults = pytest.mark.parametrize(
+    ("dtype", "device"), DEFAULTS, ids=[f"{dtype}-{device}".removeprefix("torch.") for dtype, device in DEFAULTS]
+)
+
+
+@contextmanager
+def default(dtype: torch.dtype, device: str) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def same(got: list[Tensor], right: list[Tensor]) -> bool:
+    return len(got) == len(right) and all(
+        g.dtype == r.dtype and g.device == r.device and torch.equal(g, r) for g, r in zip(got, right, strict=True)
+    )
+
+
+# A reference, the C++ kernels, and Triton in the smallest case where it is interpreted.
+CASES = [(op, backend) for op in SPECS for backend in ("reference", "cpu", "triton") if unavailable(backend) is None]
+SMALL = {"scale_attention": "diagonal_norm", "ssd_scan": "bidirectional_odd", "mamba2_mixer": "bidirectional_odd"}
+
+
+@cache
+def inputs(op: str, backend: str) -> dict[str, Tensor]:
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    made = SPECS[op].inputs(case_of(SPECS[op], backend), torch.Generator().manual_seed(0))
+    return {name: t.to(device, torch.float32) for name, t in made.items()}
+
+
+def case_of(spec: Spec, backend: str) -> object:
+    names = [case.name for case in spec.cases]
+    wanted = SMALL.get(spec.op, names[2]) if backend != "triton" else names[0]
+    return spec.cases[names.index(wanted)]
+
+
+def passes(op: str, backend: str) -> list[Tensor]:
+    """Outputs and gradients."""
+    spec = SPECS[op]
+    leaves = {name: t.clone().requires_grad_(name in spec.grads) for name, t in inputs(op, backend).items()}
+    outs = spec.call(leaves, case_of(spec, backend), backend)  # type: ignore[arg-type]
+    wanted = [t for t in leaves.values() if t.requires_grad]
+    grads = torch.autograd.grad(outs, wanted, [torch.ones_like(o) for o in outs]) if wanted else ()
+    return [*(o.detach() for o in outs), *grads]
+
+
+@cache
+def right_passes(op: str, backend: str) -> list[Tensor]:
+    return passes(op, backend)
+
+
+@defaults
+@pytest.mark.parametrize(("op", "backend"), CASES)
+def test_ops(op: str, backend: str, dtype: torch.dtype, device: str) -> None:
+    right = right_passes(op, backend)
+    with default(dtype, device):
+        got = passes(op, backend)
+    assert same(got, right)
+
+
+def whole() -> dict[str, list[Tensor]]:
+    """Built, encoded, generated, trained and loaded, all of it under the defaults of the moment."""
+    config = mvar.TokenizerConfig((1, 2, 3), num_codes=64, code_dim=8, ch=32, ch_mult=(1, 1), num_res_blocks=1)
+    found = {}
+    for name, sizes in (("mvar", {}), ("var", {"architecture": "var", "shared_adaln": True})):
+        model, tokenizer = mvar.build(1, num_classes=4, tokenizer=config, **sizes)
+        found[f"{name} weights"] = [*model.state_dict().values(), *tokenizer.state_dict().values()]
+        out = mvar.generate(model, tokenizer, [0, 3], more_smooth=True, dtype=torch.float32)
+        found[f"{name} images"] = [out.images, out.tokens]
+        labels = out.tokens[:, 0] % 4
+        tokens = tokenizer.encode(out.images * 2 - 1)
+        logits = model(labels, tokenizer.teacher_forcing_inputs(tokens))
+        found[f"{name} logits"] = [tokens, tokenizer.decode(tokens), logits.detach()]
+        model.train()
+        torch.default_generator.manual_seed(0)
+        loss = Objective(model)(labels, tokenizer.teacher_forcing_inputs(tokens), tokens, newest_weight=0.3).loss
+        loss.backward()
+        found[f"{name} gradients"] = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    trained = tokenizer.train()(out.images * 2 - 1)
+    found["tokenizer training"] = [trained.images.detach(), trained.vq_loss.detach(), trained.usage]
+    loaded, its_tokenizer = pretrained()
+    found["loaded"] = [*loaded.state_dict().values(), *its_tokenizer.state_dict().values()]
+    return found
+
+
+@cache
+def right_whole() -> dict[str, list[Tensor]]:
+    return whole()
+
+
+@defaults
+def test_models(dtype: torch.dtype, device: str) -> None:
+    right = right_whole()
+    with torch.random.fork_rng(devices=[]), default(dtype, device):
+        got = whole()
+    assert {name: same(got[name], right[name]) for name in right} == dict.fromkeys(right, True)
+
+
+FACTORIES = {
+    *("empty", "zeros", "ones", "full", "arange", "linspace", "logspace", "eye", "tensor", "scalar_tensor"),
+    *("rand", "randn", "randint", "randperm", "normal", "empty_strided"),
+}
+LAYERS = {"Linear", "Conv1d", "Conv2d", "ConvTranspose2d", "Embedding", "RMSNorm", "GroupNorm", "LayerNorm"}
+
+
+def unnamed(path: Path) -> list[str]:
+    """Where defaults would decide: tensors without dtype and device, layers (and their tensors) without dtype."""
+    found, tree = [], ast.parse(path.read_text())
+    layers = [
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name in ("__init__", "add_modulation")
+        for node in ast.walk(function)
+    ]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if not isinstance(node.func.value, ast.Name):
+            continue
+        names = {keyword.arg for keyword in node.keywords}
+        maker = f"{node.func.value.id}.{node.func.attr}"
+        missing: set[str] = set()
+        if node.func.value.id == "torch" and node.func.attr in FACTORIES and None not in names:
+            missing = {"dtype"} - names if node in layers else {"dtype", "device"} - names
+        elif maker in {f"nn.{layer}" for layer in LAYERS}:
+            missing = {"dtype"} - names
+        if missing:
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {maker} without {' and '.join(sorted(missing))}")
+    return found
+
+
+def test_what_is_made_says_its_dtype_and_device() -> None:
+    """Layers are made where a `with torch.device(…)` of ours says: on the CPU by build, on no device by the loaders."""
+    files = [path for package in ("mvar", "mvar_kernels") for path in (ROOT / package).rglob("*.py")]
+    assert len(files) > 50
+    assert [place for path in files for place in unnamed(path)] == []

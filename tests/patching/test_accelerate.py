@@ -1,0 +1,356 @@
+"""accelerate and restore: the same model before and after, and what is left alone."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mvar
+import mvar_kernels as mk
+from mvar.models.tokenizer import Tokenizer
+from mvar_kernels.dispatch import native
+from mvar_kernels.patching.cache import cached_call, schedule_of
+from tests.helpers.plain_mamba2 import PlainMamba2
+from tests.helpers.plain_var import PlainVAR, SelfAttention, randomised
+
+pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
+SMALL = (1, 2, 3)
+LABELS = torch.tensor([3, 7])
+KINDS = [{}, {"attn_l2_norm": False}, {"shared_aln": True}]
+IDS = ["qk_norm", "no_qk_norm", "shared_aln"]
+# Of float32, relative to the largest value. Sums of 2,240 products here and there in another order, through two blocks
+# whose softmax has temperatures up to 100: √2240 · 100 · 2⁻²⁴ = 3·10⁻⁴.
+TOLERANCE = 3e-4
+
+
+def plain(patch_nums: tuple[int, ...] = SMALL, heads: int = 2, **sizes: Any) -> PlainVAR:
+    torch.manual_seed(0)
+    return randomised(PlainVAR(2, patch_nums, heads=heads, **sizes))
+
+
+def inputs_of(model: PlainVAR, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, sum(model.scales) - 1, 32, generator=generator)
+
+
+def logits_and_grads(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """By parameter's name; the same random numbers at every call."""
+    torch.manual_seed(2)
+    model.zero_grad()
+    out = model(*inputs)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+    (out * weights).sum().backward()
+    return {"out": out.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (got[name] - value).abs().max() <= tolerance * value.abs().max(), name
+
+
+def small_tokenizer(patch_nums: tuple[int, ...]) -> Tokenizer:
+    config = mvar.TokenizerConfig(patch_nums, num_codes=64, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False)
+    return mvar.build(1, num_classes=2, tokenizer=config)[1]
+
+
+@pytest.mark.parametrize(
+    ("resolution", "batch", "sizes"), [*((256, 2, kind) for kind in KINDS), (512, 1, {})], ids=[*IDS, "512"]
+)
+def test_outputs_gradients_and_tokens_stay_the_same(resolution: int, batch: int, sizes: dict[str, bool]) -> None:
+    """A VAR-shaped model on the published schedules; in training its stochastic depth draws the same numbers."""
+    model = plain(mvar.SCHEDULES[resolution], heads=1, drop_path=0.3, **sizes)
+    tokenizer, inputs, labels = small_tokenizer(model.patch_nums), inputs_of(model, batch), LABELS[:batch]
+    before = [logits_and_grads(model.train(mode), labels, inputs) for mode in (False, True)]
+    tokens, drawn_from = model.eval().generate(tokenizer, labels)
+
+    report = mk.accelerate(model)
+    assert len(report.replaced) == 5 and set(report.left) == {"blocks.0.ffn", "blocks.1.ffn"}
+    for mode, expected in zip((False, True), before, strict=True):
+        assert_same(logits_and_grads(model.train(mode), labels, inputs), expected)
+    again, drawn_again = model.eval().generate(tokenizer, labels)
+    assert torch.equal(again, tokens)
+    assert (drawn_again - drawn_from).abs().max() <= TOLERANCE * drawn_from.abs().max()
+
+    mk.restore(model)
+    assert_same(logits_and_grads(model, labels, inputs), before[0], tolerance=0.0)
+
+
+def test_parameters_hooks_and_state_dict_stay_what_they_are() -> None:
+    model = plain()
+    classes = [type(module) for module in model.modules()]
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    seen: list[str] = []
+    model.blocks[1].attn.register_forward_hook(lambda module, args, out: seen.append("hook"))
+    random_state = torch.get_rng_state()
+    mk.accelerate(model)
+    assert seen == [] and torch.equal(random_state, torch.get_rng_state())
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert list(model.state_dict()) == list(state) and not model.training
+    assert isinstance(model.blocks[0].attn, SelfAttention)
+    model(LABELS, inputs_of(model))
+    assert seen == ["hook"]
+
+    other = copy.deepcopy(model)
+    assert isinstance(other.blocks[0].attn, type(model.blocks[0].attn))
+    assert mk.accelerate(model).replaced.keys() == mk.accelerate(other).replaced.keys()  # a second time is no other
+    mk.restore(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert type(other.blocks[0].attn) is not SelfAttention
+
+
+def test_the_report_in_words() -> None:
+    assert str(mk.accelerate(plain())).splitlines() == [
+        "replaced blocks.* (2): by adaln and gated_adaln",
+        "replaced blocks.*.attn (2): by scale_attention, causal",
+        "replaced head_nm: by adaln",
+        "left blocks.*.ffn (2): its two linear layers are the library's own already",
+    ]
+
+
+def test_under_autocast() -> None:
+    """16 bits inside, the same dtypes outside; the two differ by as much as either does from float32."""
+    model, found = plain(), []
+    inputs = inputs_of(model)
+    exact = logits_and_grads(model, LABELS, inputs)["out"]
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.append(model(LABELS, inputs))
+        mk.accelerate(model)
+    errors = [float((out - exact).norm() / exact.norm()) for out in found]
+    assert found[0].dtype == found[1].dtype and 0 < errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_in_other_dtypes(dtype: torch.dtype) -> None:
+    model = plain()
+    exact = model(LABELS, inputs_of(model))
+    model, inputs = model.to(dtype), inputs_of(model).to(dtype)
+    before = model(LABELS, inputs)
+    mk.accelerate(model)
+    after = model(LABELS, inputs)
+    assert after.dtype == before.dtype
+    difference, rounding = (after - before).norm() / exact.norm(), (before - exact).norm() / exact.norm()
+    assert difference <= 2 * rounding
+
+
+def test_it_compiles() -> None:
+    model = plain(drop_path=0.3).train()
+    mk.accelerate(model)
+    expected = logits_and_grads(model, LABELS, inputs_of(model))
+    compiled = torch.compile(model, backend="aot_eager")
+    found = {n.removeprefix("_orig_mod."): g for n, g in logits_and_grads(compiled, LABELS, inputs_of(model)).items()}
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["strictly causal", "sliding", "soft", "of another length"])
+def test_other_masks_go_the_old_way(kind: str) -> None:
+    model = plain()
+    attention, x = model.blocks[0].attn, torch.randn(2, 14, 128, generator=torch.Generator().manual_seed(0))
+    rows, columns = torch.arange(14)[:, None], torch.arange(14)
+    mask = {
+        "strictly causal": torch.where(rows >= columns, 0.0, -torch.inf),
+        "sliding": torch.where((rows - columns).abs() < 3, 0.0, -torch.inf),
+        "soft": torch.where(rows // 7 >= columns // 7, 0.0, -10.0),
+        "of another length": torch.zeros(1, 14),
+    }[kind][None, None]
+    expected = attention(x, mask)
+    mk.accelerate(model)
+    torch.testing.assert_close(attention(x, mask), expected, rtol=TOLERANCE, atol=1e-5)
+
+
+def test_a_mask_that_changes_is_read_again() -> None:
+    model = plain()
+    mk.accelerate(model)
+    before = model(LABELS, inputs_of(model))
+    model.attn_bias_for_masking.zero_()  # now everybody sees everybody
+    after = model(LABELS, inputs_of(model))
+    mk.restore(model)
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(after, model(LABELS, inputs_of(model)), rtol=TOLERANCE, atol=1e-4)
+
+
+def test_schedules_of_masks() -> None:
+    level = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))
+    seen = level[:, None] >= level
+    added = torch.where(seen, 0.0, -torch.inf)
+    assert schedule_of(seen) == schedule_of(added[None, None].bfloat16()) == (1, 4, 9)
+    assert schedule_of(added[:5, :5]) == (1, 4)  # a prefix of a larger mask
+    assert schedule_of(torch.zeros(1, 1, 3, 3)) == (3,)
+    assert schedule_of(torch.zeros(2, 1, 3, 3)) is None  # one for each sample
+    assert schedule_of(added.T) is None and schedule_of(added.nan_to_num(neginf=-1e4)) is None
+    assert schedule_of(torch.ones(3, 3).tril().bool()) == (1, 1, 1)
+    assert schedule_of(torch.full((2, 2), -torch.inf)) is None and schedule_of(torch.zeros(0, 0)) is None
+
+
+def test_modulation_runs_once_a_generation() -> None:
+    """And anew when the class embedding or a weight has changed."""
+    model, rows = plain(), []
+    mk.accelerate(model)
+    model.blocks[0].ada_lin.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for _ in range(2):
+        model.generate(small_tokenizer(SMALL), LABELS)
+    assert rows == [4, 4]
+
+    layer, cond = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)
+    with torch.no_grad():
+        for change in (cond, layer[0].weight):
+            before = cached_call(layer, cond)
+            assert cached_call(layer, cond) is before
+            change.add_(1)
+            assert torch.equal(cached_call(layer, cond), layer(cond)) and not torch.equal(before, layer(cond))
+
+
+class OtherOrder(nn.Module):
+    """A block of VAR's names whose modulation comes in another order."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.attn, self.ffn, self.ln_wo_grad, self.drop_path = block.attn, block.ffn, block.ln_wo_grad, block.drop_path
+        self.ada_lin = block.ada_lin
+
+    def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None) -> Tensor:
+        s1, g1, t1, s2, g2, t2 = self.ada_lin(cond_BD)[:, None].chunk(6, -1)
+        x = x + g1 * self.attn(self.ln_wo_grad(x) * (1 + s1) + t1, attn_bias)
+        return x + g2 * self.ffn(self.ln_wo_grad(x) * (1 + s2) + t2)
+
+
+class Rotated(SelfAttention):
+    """VAR's attention with something on top."""
+
+    def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+        return super().forward(x.roll(1, -1), attn_bias)
+
+
+class MoreArguments(SelfAttention):
+    def forward(self, x: Tensor, attn_bias: Tensor | None, frequencies: Tensor | None = None) -> Tensor:
+        return super().forward(x, attn_bias)
+
+
+class Capped(SelfAttention):
+    """Scores of at most 20, which weak attention never shows."""
+
+    def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        q, k, v = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.caching and self.cached_k is not None:
+            k, v = torch.cat([self.cached_k, k], 2), torch.cat([self.cached_v, v], 2)
+        self.cached_k, self.cached_v = (k, v) if self.caching else (None, None)
+        scores = 20 * torch.tanh(self.scale * (q @ k.mT) / 20)
+        out = (scores if attn_bias is None else scores + attn_bias).softmax(-1) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+def test_attention_that_differs_only_when_it_is_sharp_is_left_alone() -> None:
+    model = plain(attn_l2_norm=False)
+    model.blocks[0].attn.__class__ = Capped
+    report = mk.accelerate(model)
+    assert "does not compute" in report.left["blocks.0.attn"] and "blocks.1.attn" in report.replaced
+
+
+def test_random_numbers_of_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    model = plain()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    assert mk.accelerate(model).replaced and not seeded
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_that_are_no_parameters_are_a_reason() -> None:
+    model = plain()
+    for block in model.blocks:
+        for module in block.attn.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, weight.detach())
+    assert mk.accelerate(model).left["blocks.0.attn"] == "it has no parameters"
+
+
+def test_what_computes_something_else_is_left_alone() -> None:
+    model = plain()
+    model.blocks[0] = OtherOrder(model.blocks[0])
+    model.blocks[0].attn.__class__ = Rotated
+    model.blocks[1].attn.__class__ = MoreArguments
+    model.head_nm.forward = lambda x, cond: x
+    inputs = inputs_of(model)
+    expected = logits_and_grads(model, LABELS, inputs)
+    report = mk.accelerate(model)
+    assert set(report.replaced) == {"blocks.1"}
+    assert report.left["blocks.0"] == "it does not compute what adaln and gated_adaln does, in evaluation"
+    assert report.left["blocks.0.attn"] == "it does not compute what scale_attention, causal does, in evaluation"
+    assert "takes (x, attn_bias, frequencies), not (x, attn_bias)" in report.left["blocks.1.attn"]
+    assert "on the instance" in report.left["head_nm"]
+    assert_same(logits_and_grads(model, LABELS, inputs), expected)
+
+
+def test_dropout_in_attention_goes_the_old_way_in_training() -> None:
+    model = plain().train()
+    for block in model.blocks:
+        block.attn.attn_drop = 0.2
+    attention, x = model.blocks[0].attn, torch.randn(2, 14, 128)
+    mask = model.attn_bias_for_masking
+
+    class Dropping(SelfAttention):
+        def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+            return F.dropout(super().forward(x, attn_bias), self.attn_drop, self.training)
+
+    attention.__class__ = Dropping
+    torch.manual_seed(0)
+    expected = attention(x, mask)
+    assert "blocks.0.attn" in mk.accelerate(model).replaced
+    torch.manual_seed(0)
+    assert torch.equal(attention(x, mask), expected)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential(nn.Conv2d(1, 1, 1)), mvar.VAR], ids=str)
+def test_models_without_such_parts(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        model = model(mvar.ModelConfig(1, (1, 2), architecture="var"))
+    report = mk.accelerate(model)
+    assert report.replaced == {} and "no part that looks like" in str(report)
+
+
+def test_without_a_kernel_for_the_device_nothing_is_replaced() -> None:
+    with torch.device("meta"):
+        model = PlainVAR(1, SMALL)
+    report = mk.accelerate(model)
+    assert report.replaced == {} and "no kernel for its device meta" in str(report)
+
+
+def test_mamba2() -> None:
+    """A stock layer: training, and generation with its cache, one token or several at a time."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mixer": PlainMamba2(64)})
+    layer, u = model["mixer"], torch.randn(2, 30, 64)
+    expected = logits_and_grads(layer, u)
+
+    def cached(*lengths: int) -> list[Tensor]:
+        cache = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+        outs = []
+        with torch.no_grad():
+            for length in lengths:
+                start = cache.seqlen_offset
+                outs.append(layer(u[:, start : start + length], inference_params=cache))
+                cache.seqlen_offset += length
+        return [torch.cat(outs, 1), *cache.key_value_memory_dict[0]]
+
+    by_token = cached(2, *[1] * 28)
+    packed = layer(u.flatten(0, 1), seqlen=30)
+    assert mk.accelerate(model).replaced == {"mixer": "mamba2_mixer"}
+    assert_same(logits_and_grads(layer, u), expected)
+    for lengths in ((2, *[1] * 28), (30,), (1, 4, 25)):  # several tokens from a state: what the stock layer cannot
+        for got, want in zip(cached(*lengths), by_token, strict=True):
+            assert got.dtype == want.dtype and (got - want).abs().max() <= TOLERANCE * want.abs().max()
+    assert torch.equal(layer(u.flatten(0, 1), seqlen=30), packed)  # the old way
+    mk.restore(model)
+    assert type(layer) is PlainMamba2
+
+
+def test_mamba2_with_options_that_the_kernel_lacks() -> None:
+    report = mk.accelerate(nn.ModuleList([PlainMamba2(64, ngroups=2)]))
+    assert report.left == {"0": "ngroups: expected 1, got 2"}
