@@ -87,7 +87,7 @@ def read(file: Path, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     if not found:
-        raise CheckpointError(f"{file}: expected a state dict of names and tensors of a {part}")
+        raise CheckpointError(f"{file}: expected a {part}'s state dict of names and tensors")
     matching = [state for state in found if MARKERS[part] in state]
     return (matching or found)[0], metadata
 

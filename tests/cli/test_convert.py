@@ -133,7 +133,7 @@ def test_masks_of_the_two_models() -> None:
         (["{out}", "{out}/x.pth"], "no state.json there; expected a folder in a run's checkpoints/"),
         (["{out}/none.pth", "{out}/x.pth"], "no such file"),
         (["{out}/both.safetensors", "{out}/x.pth"], "no published format"),
-        (["{out}/strange.pth", "{out}/x.pth"], "expected a state dict of names and tensors of a model"),
+        (["{out}/strange.pth", "{out}/x.pth"], "expected a model's state dict"),
     ],
 )
 def test_bad_use(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
