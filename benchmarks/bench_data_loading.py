@@ -66,14 +66,14 @@ def main() -> None:
             step(batch.labels, batch.tokens.to(DEVICE))
 
         read = images()
-        contestants: dict[str, Callable[[], object]] = {
+        implementations: dict[str, Callable[[], object]] = {
             "step from pictures": from_images,
             "step from tokens": from_tokens,
             "reading pictures": images,
             "encoding": lambda: encoded(read),
             "reading tokens": tokens,
         }
-        ms = interleaved(contestants, rounds=options.rounds, seconds=0)
+        ms = interleaved(implementations, rounds=options.rounds, seconds=0)
     row = {"batch": options.batch, "dtype": "float32", "picture_kb": size_kb, "median_ms": ms}
     print(row)
     print(save(f"data_d{options.depth}", [row]))

@@ -37,18 +37,18 @@ def measure(run: Run, seconds: float, *, compiled: bool = True) -> Row:
     spec, case, dtype, backward = run
     right, wrong = correct_calls(run, partial(all_forwards, compiled=compiled))
     moved, flops = (spec.work_backward if backward else spec.work)(case, dtype.itemsize)
-    contestants: dict[str, Callable[[], Any]] = {**right, "copy": roofline.copy(moved)}
-    calls = dict.fromkeys(contestants, 1)
+    implementations: dict[str, Callable[[], Any]] = {**right, "copy": roofline.copy(moved)}
+    calls = dict.fromkeys(implementations, 1)
     baselines = BASELINES.get(spec.op, {}).items()
     uncaptured = [name for name, baseline in baselines if baseline.synchronizes and name in right]
     if DEVICE.type == "cuda":
-        for name in set(contestants) - set(uncaptured):
+        for name in set(implementations) - set(uncaptured):
             try:
-                contestants[name], calls[name] = graphed(contestants[name]), CALLS
+                implementations[name], calls[name] = graphed(implementations[name]), CALLS
             except RuntimeError as error:
                 wrong[name] = f"cannot be captured: {error}".splitlines()[0]
-                del contestants[name]
-    median_ms = interleaved(contestants, rounds=9, seconds=seconds)
+                del implementations[name]
+    median_ms = interleaved(implementations, rounds=9, seconds=seconds)
     return {
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),

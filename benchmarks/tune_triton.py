@@ -71,18 +71,18 @@ def compare(run: Call, found: dict[Key, Timings], end: float) -> None:
         if len(candidates) == 1 or time.monotonic() > end:
             continue
         entry = found.setdefault(key, Timings(candidates, [0.0] * len(candidates)))
-        contestants: dict[str, Callable[[], object]] = {}
+        implementations: dict[str, Callable[[], object]] = {}
         for i in range(len(candidates)):
             with using({key: i}, {}):
                 try:
                     if i and (wrong := fault(run, first)):
                         raise ValueError(wrong)
-                    contestants[str(i)] = graphed(run) if DEVICE.type == "cuda" else run
+                    implementations[str(i)] = graphed(run) if DEVICE.type == "cuda" else run
                 except Exception as error:
                     print(f"{key[0]}, {key[1]}: {candidates[i]}: {first_line(error)}", flush=True)
                     entry.ms[i] = math.inf
                     check_answers()
-        times = interleaved(contestants, rounds=2 if REHEARSAL else 15, seconds=0, warm_up=not REHEARSAL)
+        times = interleaved(implementations, rounds=2 if REHEARSAL else 15, seconds=0, warm_up=not REHEARSAL)
         entry.ms = [total + times.get(str(i), math.inf) for i, total in enumerate(entry.ms)]
 
 

@@ -121,7 +121,7 @@ def _another_mode() -> str | None:
 def _imported(module: str, name: str) -> None:
     """Raises whatever keeps `name` from being imported from `module`."""
     if getattr(importlib.import_module(module), name, None) is None:
-        raise ImportError(f"{module} has no {name}: another version, or a stand-in")
+        raise ImportError(f"{module} has no {name}: another version, or a stub module")
 
 
 def _not_importable(module: str, name: str) -> str | None:

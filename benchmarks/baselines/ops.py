@@ -50,7 +50,7 @@ def _gated_adaln(t: Inputs, case: Case, norm: Norm = _layer_norm) -> tuple[Tenso
 
 
 def _qkv(t: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, L, H, D); with a log_temperature, q and k normalised and q times the temperature."""
+    """q, k, v (B, L, H, D); with a log_temperature, q and k normalized and q times the temperature."""
     q, k, v = t["q"], t["k"], t["v"]
     if "log_temperature" in t:
         temperature = t["log_temperature"].clamp_max(MAX_LOG_TEMPERATURE).exp()[:, None]

@@ -1,4 +1,4 @@
-"""Interleaved timing: the contestants take turns, so that a slow moment of the machine affects all of them."""
+"""Interleaved timing: the implementations take turns, so that a slow moment of the machine affects all of them."""
 
 import statistics
 import time
@@ -14,29 +14,29 @@ CALLS = 10  # per CUDA graph, so that the gap between two launches weighs a tent
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float, warm_up: bool = True
+    implementations: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float, warm_up: bool = True
 ) -> dict[str, float]:
-    """Median milliseconds of each contestant, measured as in :func:`latencies`."""
-    times = latencies(contestants, rounds=rounds, seconds=seconds, warm_up=warm_up)
+    """Median milliseconds of each implementation, measured as in :func:`latencies`."""
+    times = latencies(implementations, rounds=rounds, seconds=seconds, warm_up=warm_up)
     return {name: statistics.median(of_one) for name, of_one in times.items()}
 
 
 def latencies(
-    contestants: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float, warm_up: bool = True
+    implementations: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Milliseconds of each contestant in every round.
+    """Milliseconds of each implementation in every round.
 
     At least `rounds` rounds after one to warm up, and more until `seconds` have passed. A turn is as many calls as
-    fill `TURN_MS`, so that a contestant mostly finds its own data in the caches; without a warm-up it is one call.
+    fill `TURN_MS`, so that a implementation mostly finds its own data in the caches; without a warm-up it is one call.
     """
-    calls = dict.fromkeys(contestants, 1)
-    for name, run in contestants.items() if warm_up else ():
+    calls = dict.fromkeys(implementations, 1)
+    for name, run in implementations.items() if warm_up else ():
         run()
         calls[name] = max(1, round(TURN_MS / max(_ms(run, 1), 1e-4)))
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in implementations}
     end = time.perf_counter() + seconds
     while len(next(iter(times.values()))) < rounds or time.perf_counter() < end:
-        for name, run in contestants.items():
+        for name, run in implementations.items():
             times[name].append(_ms(run, calls[name]))
     return times
 

@@ -70,7 +70,7 @@ METHODS: Mapping[str, Method] = {
 def random_pair(
     depth: int, resolution: int, architecture: str, tokenizer: mvar.TokenizerConfig | None = None, **sizes: Any
 ) -> Pair:
-    """A model and its tokenizer in float32, initialised on the device: on the host it would take minutes for d30.
+    """A model and its tokenizer in float32, initialized on the device: on the host it would take minutes for d30.
 
     tokenizer: None for the published one of this resolution. sizes: further ones of the model.
     """

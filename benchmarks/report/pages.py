@@ -107,14 +107,16 @@ def machine(folder: str, results: Mapping[str, Any]) -> str:
 
 def accelerated(models: list[dict[str, Any]]) -> str:
     """VAR models before and after `accelerate`."""
-    contestants, rows = ("before", "accelerated", "torch.compile", "mvar"), []
+    implementations, rows = ("before", "accelerated", "torch.compile", "mvar"), []
     for model in models:
         for part in ("training", "generation"):
             ms = model[part]["median_ms"]
-            times = (f"{ms[s] / 1e3:.2f}" + f" ({ms['before'] / ms[s]:.2f}×)" * (s != "before") for s in contestants)
+            times = (
+                f"{ms[s] / 1e3:.2f}" + f" ({ms['before'] / ms[s]:.2f}×)" * (s != "before") for s in implementations
+            )
             rows.append((f"{model['model']}, d{model['depth']}", part, model[part]["batch"], *times))
     return (
         "`mvar_kernels.accelerate` on VAR models with random weights at 256×256, float32; in the last column, mvar "
         "with the same weights. A training step is forward and backward; a generation has guidance and a small "
         "decoder. Seconds; in brackets the speed-up:\n\n"
-    ) + table(("model", "", "batch", *contestants), rows)
+    ) + table(("model", "", "batch", *implementations), rows)

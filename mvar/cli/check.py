@@ -16,7 +16,7 @@ CASE_SECONDS = 120.0  # time limit of one case, which may include compilation fo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ops", nargs="*", metavar="op", help="such as scale_attention (default: all)")
     parser.add_argument("--backend", default=None, help="check only this backend (default: all but the reference)")
-    parser.add_argument("--out", type=path, help="file for one line of JSON per case, written as the cases finish")
+    parser.add_argument("--out", type=path, help="JSON Lines file for the results, one line per case")
     parser.add_argument(
         "--only-failed", type=path, metavar="FILE", help="check only the cases that failed in such a file"
     )

@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", type=path, help=".pth for a state dict as published, .safetensors for the format of mvar.save"
     )
-    parser.add_argument("--part", choices=("model", "tokenizer"), default="model", help="(default: model)")
+    parser.add_argument(
+        "--part",
+        choices=("model", "tokenizer"),
+        default="model",
+        help="part of a trainer's checkpoint to write (default: model)",
+    )
     parser.add_argument(
         "--pn", type=token_maps, help="token maps of a tokenizer, not stored in its file: 512, 1_2_3 (default: 256)"
     )

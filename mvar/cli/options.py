@@ -22,7 +22,7 @@ def path(text: str) -> Path:
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("weights", "both or neither; without them the digits model in the package")
+    group = parser.add_argument_group("weights", "give both or neither; the default is the digits model in the package")
     group.add_argument("--weights", type=source, help="file of the model, or hf://owner/repository/file")
     group.add_argument("--tokenizer", type=source, help="file of its tokenizer, or hf://owner/repository/file")
 
@@ -37,9 +37,14 @@ def add_sampling(parser: argparse.ArgumentParser, cfg: float | None, top_k: int 
         "--top-k", type=int, default=top_k, help=f"keep the k most likely codes; 0 for all {default(top_k)}"
     )
     group.add_argument(
-        "--top-p", type=float, default=top_p, help=f"keep the most likely codes up to this probability {default(top_p)}"
+        "--top-p",
+        type=float,
+        default=top_p,
+        help=f"keep the most likely codes up to this cumulative probability {default(top_p)}",
     )
-    group.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="the random numbers of image i depend on (seed, i) only (default: 0)"
+    )
     return group
 
 
@@ -67,7 +72,7 @@ def add_compile_decoder(group: Group) -> None:
     group.add_argument(
         "--compile-decoder",
         action="store_true",
-        help="run the decoder with torch.compile: pays off for thousands of images",
+        help="run the decoder with torch.compile; worthwhile for thousands of images",
     )
 
 

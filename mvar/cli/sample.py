@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path,
         help="file for a grid of all images, one row per class: .png, .jpg, .webp or .bmp; PNG without a suffix",
     )
-    group.add_argument("--npz", type=path, help="npz with all images, as ADM's evaluator reads it")
+    group.add_argument("--npz", type=path, help="npz file with all images, in the format of ADM's evaluator")
     add_weights(parser)
     group = add_sampling(parser, cfg=1.5, top_k=900, top_p=0.96)
     group.add_argument(

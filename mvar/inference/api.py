@@ -55,7 +55,7 @@ def generate(
         cfg: classifier-free guidance scale; at scale k of K it is cfg·k/(K−1). 0 disables guidance.
         top_k: number of codes to sample from; 0 for all, 1 for the arg-max.
         top_p: cumulative probability of the codes to sample from, in (0, 1]; 1 for all.
-        seed, first_index: image i uses the random numbers of (seed, first_index + i), whatever the batch. (In 16-bit
+        seed, first_index: image i uses the random numbers of (seed, first_index + i), in any batch. (In 16-bit
             dtypes the model's rounding can depend on the batch size, and so can a token.)
         more_smooth: average codes by Gumbel-softmax instead of sampling one (VAR's more_smooth); not for FID.
         return_scales: also return the image after each scale.

@@ -3,7 +3,7 @@
 M-VAR's block (arXiv 2411.10433) on x (B, L, C), with nine modulation vectors per sample from the class embedding:
 
     x = x + g1 · Attention(LN(x)·(1+s1) + t1)      bidirectional, within each scale
-    x = x + g2 · Mamba2(LN(x)·(1+s2) + t2)         over the whole sequence, coarse to fine
+    x = x + g2 · Mamba2(LN(x)·(1+s2) + t2)         over the complete sequence, coarse to fine
     x = x + g3 · FFN(LN(x)·(1+s3) + t3)
 
 VAR's block (arXiv 2404.02905), with six vectors:

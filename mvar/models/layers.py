@@ -29,7 +29,7 @@ State = mk.Mamba2State | KeyValues
 
 
 class Linear(nn.Linear):
-    """A linear layer whose bias is an optional argument of the call."""
+    """Linear layer with an optional bias argument in forward."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, self.weight, self.bias if bias is None else bias)

@@ -158,7 +158,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, WRAPPERS):
             module = module.module
-        elif "_orig_mod" in module._modules:  # torch.compile's OptimizedModule, whose class is private
+        elif "_orig_mod" in module._modules:  # torch.compile's OptimizedModule, a private class
             module = module._orig_mod  # type: ignore[assignment]
         else:
             return module

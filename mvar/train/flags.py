@@ -76,7 +76,12 @@ def _flag(
 class Flags:
     """The flags of a run. Raises ValueError with the name of the flag if a value is out of range."""
 
-    preset: str | None = _flag(None, "defaults of a known run; other flags override them", str, free=True)
+    preset: str | None = _flag(
+        None,
+        "hyperparameters of a published training command, or of the digits model; other flags override them",
+        str,
+        free=True,
+    )
     # Data
     data_path: str | None = _flag(
         None, "folder with train/class/image and, optionally, val/class/image", str, free=True
@@ -97,20 +102,20 @@ class Flags:
     # Model
     arch: str = _flag("mvar", "M-VAR or VAR", choices=ARCHITECTURES)
     depth: int = _flag(16, "number of blocks; the width is 64·depth")
-    width: int | None = _flag(None, "another width, a multiple of 64", int)
-    state_dim: int = _flag(64, "state size of the mixer")
+    width: int | None = _flag(None, "number of channels, a multiple of 64 (default: 64·depth)", int)
+    state_dim: int = _flag(64, "state size of the Mamba-2 layer")
     bidirectional: bool = _flag(False, "also scan backward within each scale")
     saln: bool = _flag(False, "one modulation layer for all blocks (VAR's d36-s)")
-    anorm: bool = _flag(True, "q/k norm (the published d12, d16 and d20 of M-VAR have --anorm=0)")
-    ini: float = _flag(-1.0, "standard deviation of the initial weights, below 0 for √(1/3C)")
+    anorm: bool = _flag(True, "normalize queries and keys (the published d12, d16 and d20 of M-VAR have --anorm=0)")
+    ini: float = _flag(-1.0, "standard deviation of the initial weights; a negative value selects √(1/(3C)), C: width")
     hd: float = _flag(0.02, "factor on the head's initial weights")
     aln: float = _flag(0.5, "factor on the modulation layers' initial weights")
-    alng: float = _flag(1e-5, "factor on the initial weights of their gates")
+    alng: float = _flag(1e-5, "factor on the initial weights of the gates in the modulation layers")
     # Optimization
     bs: int = _flag(768, "global batch size, over all processes and accumulated steps")
     ac: int = _flag(1, "gradient accumulation steps")
     ep: int = _flag(250, "epochs")
-    opt: str = _flag("adamw", "optimizer; both are AdamW", lowered, choices=("adam", "adamw"))
+    opt: str = _flag("adamw", "optimizer; both names select AdamW", lowered, choices=("adam", "adamw"))
     afuse: bool = _flag(True, "fused AdamW", free=True)
     tblr: float = _flag(1e-4, "learning rate for a batch of 256; the peak is this times bs/256")
     twd: float = _flag(0.05, "weight decay at the start")
@@ -129,7 +134,7 @@ class Flags:
     pg: float = _flag(
         0.0, "fraction of the training in which scales are added one by one; 0: all scales from the start"
     )
-    pg0: int = _flag(4, "the first stage's last scale, counted from 0")
+    pg0: int = _flag(4, "index (from 0) of the last scale in the first stage")
     pgwp: float = _flag(0.0, "epochs over which the loss of a new scale is ramped up; 0 for 1/300 of all epochs")
     # Execution
     device: str | None = _flag(None, "such as cpu or cuda (default: cuda if available)", str, free=True)
@@ -154,11 +159,11 @@ class Flags:
     save_every: int = _flag(1000, "iterations between checkpoints", free=True)
     log_every: int = _flag(50, "iterations between log lines", free=True)
     skips: int = _flag(20, "consecutive steps that may be skipped because their gradients are not finite", free=True)
-    tb: bool | None = _flag(None, "write for TensorBoard (default: if it is installed)", boolean, free=True)
+    tb: bool | None = _flag(None, "write TensorBoard logs (default: if it is installed)", boolean, free=True)
     peak_tflops: float | None = _flag(
         None, "peak TFLOP/s of the device, for the model FLOPs utilization", float, free=True
     )
-    samples: int = _flag(8, "classes in the image grid at the end; 0 for no grid", free=True)
+    samples: int = _flag(8, "number of classes in the image grid at the end; 0 for no grid", free=True)
     shorten: float = _flag(1.0, "fraction of the epochs to run, for a quick try")
 
     def __post_init__(self) -> None:

@@ -1,1 +1,1 @@
-"""One room per family of ops: maths and public functions, reference, kernels, cases."""
+"""One folder per family of ops: formulas and public functions, reference, kernels, cases."""

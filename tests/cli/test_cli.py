@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it writes, and one plain line with exit code 2 on bad use."""
+"""Tests of the command line: its output files, and one-line errors with exit code 2 for invalid use."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from mvar.cli.main import main
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on standard error of a call that must end with exit code 2."""
+    """Run a command that must exit with code 2 and return its one-line error message."""
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 2
@@ -38,19 +38,19 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     "arguments", [("--help",), ("--version",), ("sample", "--help"), ("train", "--help")], ids=" ".join
 )
 def test_help_imports_no_torch(arguments: tuple[str, ...]) -> None:
-    """Torch takes seconds, and help less than one."""
+    # Importing torch takes seconds; printing the help takes less than one.
     code = (
         "import sys; from mvar.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: sys.exit(sorted({'torch', 'numpy'} & sys.modules.keys()) or None)"
     )
     paths = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], env=paths, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "mvar" in done.stdout
+    result = subprocess.run([sys.executable, "-c", code, *arguments], env=paths, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "") and "mvar" in result.stdout
 
 
-def test_names_of_the_package_are_imported_at_their_first_use() -> None:
-    """And stay functions where a module of the package has the same name, in any order of imports."""
+def test_package_names_are_imported_lazily() -> None:
+    """`mvar.generate` and `mvar.build` remain functions after submodules with the same name are imported."""
     code = (
         "import sys, mvar\n"
         "assert 'torch' not in sys.modules and set(mvar.__all__) <= set(dir(mvar))\n"
@@ -61,8 +61,8 @@ def test_names_of_the_package_are_imported_at_their_first_use() -> None:
         "assert not hasattr(mvar, 'quantise')"
     )
     paths = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    result = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +71,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit.value.code == 0 and capsys.readouterr().out == f"mvar {mvar.__version__}\n"
 
 
-def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     main(["info"])
     out = capsys.readouterr().out
     for name, reason in mvar_backends().items():
@@ -85,7 +85,7 @@ def mvar_backends() -> dict[str, str | None]:
     return backends()
 
 
-def test_sample_writes_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_writes_requested_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["sample", "--classes", "3,5-6", "--count", "2", "--dtype", "fp32", "--seed", "4"]
     everything = ["--out", f"{tmp_path}/all", "--grid", f"{tmp_path}/grid.png", "--npz", f"{tmp_path}/all.npz"]
     main([*arguments, *everything, "--batch", "4"])
@@ -111,7 +111,7 @@ def test_sample_from_given_weights(tmp_path: Path) -> None:
     )
     weights, codes = tmp_path / "model.safetensors", tmp_path / "tokenizer.pth"
     mvar.save(weights, model)
-    torch.save(tokenizer.state_dict(), codes)  # as the published one, which does not say its token maps
+    torch.save(tokenizer.state_dict(), codes)  # like the published file, without the token map sizes
     grid = tmp_path / "grid.png"
     main(
         [
@@ -197,7 +197,7 @@ def test_bad_use(
 
 
 @pytest.mark.slow
-def test_demo_writes_its_images_and_passes_its_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_writes_images_and_passes_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["demo", "--out", str(tmp_path), "--dtype", "fp32"])
     out = capsys.readouterr().out
     assert out.count("ok  ") == 4 and "FAIL" not in out and "ms per image" in out and "backend: auto" in out
@@ -206,7 +206,7 @@ def test_demo_writes_its_images_and_passes_its_checks(tmp_path: Path, capsys: py
 
 
 @pytest.mark.slow
-def test_the_bidirectional_model_passes_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_with_bidirectional_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["demo", "--out", str(tmp_path), "--dtype", "fp32", "--bidirectional"])
     assert capsys.readouterr().out.count("ok  ") == 4
 
@@ -217,8 +217,8 @@ def test_shipped_weights_are_small() -> None:
 
 
 @pytest.mark.slow
-def test_training_learns_and_writes_loadable_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A hundredth of the preset: the loss falls, and what was written generates."""
+def test_training_decreases_loss_and_writes_loadable_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hundredth of the preset: the loss decreases, and the written weights generate images."""
     main(["train", "--preset", "digits", "--out", str(tmp_path), "--shorten", "0.01"])
     out = capsys.readouterr().out
     for name, expected in (("tokenizer: step", 7), ("model: iteration", 2)):

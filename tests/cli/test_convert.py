@@ -1,4 +1,4 @@
-"""`mvar convert`: out of the public trainers' checkpoints and our own, into the published format and ours."""
+"""Tests of `mvar convert` from VAR's, M-VAR's and our checkpoints into the published format and ours."""
 
 import math
 import resource
@@ -19,8 +19,8 @@ from tests.helpers import training, upstream
 
 
 @pytest.mark.parametrize("name", ["mvar_wo_ddp", "var_wo_ddp"])
-def test_out_of_a_public_trainer(name: str, tmp_path: Path) -> None:
-    """Its checkpoint as FoundationVision/VAR's trainer.py and train.py lay it out."""
+def test_convert_public_checkpoint(name: str, tmp_path: Path) -> None:
+    """Convert a checkpoint with the layout of trainer.py and train.py of FoundationVision/VAR."""
     weights, codes = upstream.weights("model"), upstream.weights("tokenizer")
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
     state = {"config": {"patch_nums": (1, 2)}, name: OrderedDict(weights), "vae_local": OrderedDict(codes)}
@@ -30,7 +30,7 @@ def test_out_of_a_public_trainer(name: str, tmp_path: Path) -> None:
 
     main(["convert", f"{tmp_path}/ar-ckpt-last.pth", f"{tmp_path}/model.pth"])
     written = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert written.keys() == weights.keys()  # the derived mask is there again
+    assert written.keys() == weights.keys()  # including the derived attention mask
     for key, value in weights.items():
         assert torch.equal(written[key], value) and written[key].dtype == value.dtype, key
     maps = "_".join(str(math.isqrt(n)) for n in weights["blocks.0.attn.patch_nums"].tolist())
@@ -50,7 +50,7 @@ def test_out_of_a_public_trainer(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_out_of_our_own_run(tmp_path: Path) -> None:
+def test_convert_own_checkpoint(tmp_path: Path) -> None:
     run = training.trainer(training.flags(tmp_path), items=128)
     run.run()
     newest = run.checkpoints.paths()[0]
@@ -65,7 +65,7 @@ def test_out_of_our_own_run(tmp_path: Path) -> None:
         assert torch.equal(half.state_dict()[name], value.half().float() if value.is_floating_point() else value)
 
 
-def test_equal_conversions_are_equal_files(tmp_path: Path) -> None:
+def test_conversion_is_deterministic(tmp_path: Path) -> None:
     model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
     mvar.save(tmp_path / "source.safetensors", model)
     for name in ("a.pth", "b.pth"):
@@ -73,7 +73,7 @@ def test_equal_conversions_are_equal_files(tmp_path: Path) -> None:
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
 
 
-def test_weights_beyond_float16_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_float16_overflow_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
     with torch.no_grad():
         model.head.bias[1] = 1e5
@@ -84,10 +84,10 @@ def test_weights_beyond_float16_are_named(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
-def test_a_full_disk_leaves_the_old_file(
+def test_full_disk_keeps_existing_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(state: object, path: Path | BinaryIO, **_: object) -> None:
+    def raise_no_space(state: object, path: Path | BinaryIO, **_: object) -> None:
         with path.open("wb") if isinstance(path, Path) else nullcontext(path) as file:
             file.write(b"half")
         raise OSError(28, "No space left on device")
@@ -95,8 +95,8 @@ def test_a_full_disk_leaves_the_old_file(
     model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
     mvar.save(tmp_path / "source.safetensors", model)
     (tmp_path / name).write_text("old")
-    monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr("mvar.checkpoint.save_file", full)
+    monkeypatch.setattr(torch, "save", raise_no_space)
+    monkeypatch.setattr("mvar.checkpoint.save_file", raise_no_space)
     with pytest.raises(SystemExit):
         main(["convert", f"{tmp_path}/source.safetensors", f"{tmp_path}/{name}"])
     assert "No space left on device" in capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_the_old_file(
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
-def test_a_file_that_cannot_grow_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_size_limit_error_names_the_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
     mvar.save(tmp_path / "source.safetensors", model)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -117,7 +117,7 @@ def test_a_file_that_cannot_grow_is_named(name: str, tmp_path: Path, capsys: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
 
 
-def test_masks_of_the_two_models() -> None:
+def test_published_attention_masks() -> None:
     for architecture in ("mvar", "var"):
         model = mvar.init_weights(from_config(mvar.ModelConfig(depth=1, patch_nums=(1, 2), architecture=architecture)))
         mask = published_state_dict(model)["attn_bias_for_masking"]
@@ -137,10 +137,10 @@ def test_masks_of_the_two_models() -> None:
     ],
 )
 def test_bad_use(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    both, _ = mvar.build(
+    bidirectional_model, _ = mvar.build(
         1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)), bidirectional=True
     )
-    mvar.save(tmp_path / "both.safetensors", both)
+    mvar.save(tmp_path / "both.safetensors", bidirectional_model)
     torch.save({"trainer": {"config": {}}}, tmp_path / "strange.pth")
     with pytest.raises(SystemExit) as exit:
         main(["convert", *(text.format(run=tmp_path / "both.safetensors", out=tmp_path) for text in arguments)])

@@ -1,4 +1,4 @@
-"""`mvar sample` in several processes, and one batch ahead of the host."""
+"""Tests of `mvar sample`: multiple processes, interruption, output files and batch prefetching."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def outputs(folder: Path) -> list[str]:
 
 
 def test_images_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    """torchrun with two: three batches, the last one short; the same bytes in the same files, and no others."""
+    """Two torchrun processes with three batches, the last one smaller, write the same files as one process."""
     one, two = tmp_path / "one", tmp_path / "two"
     main(["sample", *ARGUMENTS, *outputs(one)])
     command = [
@@ -51,9 +51,9 @@ def test_images_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
         "sample",
     ]
     environment = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
-    done = subprocess.run([*command, *ARGUMENTS, *outputs(two)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("5 images in") == 1
+    result = subprocess.run([*command, *ARGUMENTS, *outputs(two)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("5 images in") == 1
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert len(files) == 7 and files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
     for name in (name for name in files if name.suffix == ".png"):
@@ -64,23 +64,23 @@ def test_images_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
         assert np.array_equal(np.asarray(Image.open(path)), contents[0]["arr_0"][i])
 
 
-Asked = tuple[list[int], SamplingParams, dict[str, object]]
+LaunchCall = tuple[list[int], SamplingParams, dict[str, object]]
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
-    """Labels and options of every batch, which comes out black."""
-    seen: list[Asked] = []
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[LaunchCall]:
+    """Record the labels and options of every launched batch and return black images."""
+    calls: list[LaunchCall] = []
 
-    def launched(
+    def record_launch(
         model: object, tokenizer: object, labels: torch.Tensor, how: SamplingParams, **options: object
     ) -> PendingResult:
-        seen.append((labels.tolist(), how, options))
+        calls.append((labels.tolist(), how, options))
         images = torch.zeros(len(labels), 3, 32, 32)
         return PendingResult(Generated(images, labels[:, None]), torch.tensor(True), torch.float32)
 
-    monkeypatch.setattr(resolve, "launch", launched)
-    return seen
+    monkeypatch.setattr(resolve, "launch", record_launch)
+    return calls
 
 
 PLANTED = """
@@ -103,12 +103,12 @@ def met(processes):
 resolve.launch, DistContext.barrier = launched, met
 main(["sample", "--classes", "1,2", "--batch", "1", "--device", "cpu", "--npz", sys.argv[1]])
 """
-"""A program whose second batch, the second process's, does what is planted."""
+"""A program that runs the planted statement in its second batch, which belongs to the second process."""
 
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Iterator[Callable[[str], list[subprocess.Popen[str]]]]:
-    """Start such a program in two processes."""
+    """Return a function that starts the `PLANTED` program in two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -134,7 +134,7 @@ def planted(tmp_path: Path) -> Iterator[Callable[[str], list[subprocess.Popen[st
         yield start
 
 
-def test_a_process_that_fails_leaves_nothing_half_written(
+def test_failed_process_leaves_no_partial_files(
     planted: Callable[[str], list[subprocess.Popen[str]]], tmp_path: Path
 ) -> None:
     first, second = planted("raise ValueError('planted')")
@@ -143,10 +143,10 @@ def test_a_process_that_fails_leaves_nothing_half_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_is_heard_while_a_process_waits_for_another(
+def test_sigterm_while_waiting_at_barrier(
     planted: Callable[[str], list[subprocess.Popen[str]]], tmp_path: Path
 ) -> None:
-    """For the third time it meets the other one when its own batch is done."""
+    # The first process reaches its third barrier once its own batch is complete.
     first, _ = planted("time.sleep(600)")
     assert first.stdout is not None
     for _ in range(3):
@@ -156,8 +156,8 @@ def test_a_signal_is_heard_while_a_process_waits_for_another(
     assert first.wait(timeout=25) == -signal.SIGTERM and list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_does_not_hold_all_images_is_told_before_they_are_drawn(
-    launches: list[Asked], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_full_disk_is_reported_before_sampling(
+    launches: list[LaunchCall], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -168,7 +168,7 @@ def test_a_disk_that_does_not_hold_all_images_is_told_before_they_are_drawn(
     assert launches == [] and list(tmp_path.iterdir()) == []
 
 
-ENDED = """
+SELF_SIGNAL = """
 import os, sys
 from mvar.cli import resolve
 from mvar.cli.main import main
@@ -183,16 +183,16 @@ main(["sample", "--classes", "3", "--npz", f"{sys.argv[1]}/all.npz"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_nothing_half_written(number: signal.Signals, tmp_path: Path) -> None:
-    """As a queue or a closed terminal ends it; the array that batches are gathered in is on the disk by then."""
+def test_signal_leaves_no_partial_files(number: signal.Signals, tmp_path: Path) -> None:
+    """SIGTERM from a job queue or SIGHUP from a closed terminal removes the temporary array of the batches."""
     environment = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
-    command = [sys.executable, "-c", ENDED, str(tmp_path), str(int(number))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
-    assert (done.returncode, done.stdout) == (-number, "1\n") and list(tmp_path.iterdir()) == []
+    command = [sys.executable, "-c", SELF_SIGNAL, str(tmp_path), str(int(number))]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert (result.returncode, result.stdout) == (-number, "1\n") and list(tmp_path.iterdir()) == []
 
 
 def test_classes_by_name(
-    launches: list[Asked], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    launches: list[LaunchCall], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = digits.pretrained()
     model.class_names = ("cat", "dog", "eel", "eel", "fox 2", "5", "6, or six", "7", "Käfer", "5")
@@ -207,7 +207,9 @@ def test_classes_by_name(
     assert "unknown class 'cat'; the model has no class names" in error
 
 
-def test_each_batch_is_one_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: list[Asked]) -> None:
+def test_batches_are_split_between_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: list[LaunchCall]
+) -> None:
     monkeypatch.setattr(DistContext, "barrier", lambda processes: None)
     for rank in range(3):
         monkeypatch.setattr(distributed, "init_distributed", lambda rank=rank: nullcontext(DistContext(rank, 3)))
@@ -218,7 +220,7 @@ def test_each_batch_is_one_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "how", "options"),
     [
-        (  # VAR's recipe
+        (  # the recipe of VAR
             "",
             SamplingParams(1.5, 900, 0.96, False, False, "auto"),
             {"seed": 0, "dtype": None, "graph": None, "compile_decoder": False},
@@ -232,8 +234,8 @@ def test_each_batch_is_one_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ],
     ids=["defaults", "others"],
 )
-def test_every_option_reaches_the_draw(
-    arguments: str, how: SamplingParams, options: dict[str, object], tmp_path: Path, launches: list[Asked]
+def test_options_are_passed_to_launch(
+    arguments: str, how: SamplingParams, options: dict[str, object], tmp_path: Path, launches: list[LaunchCall]
 ) -> None:
     target = ["--grid", f"{tmp_path}/grid.png", "--device", "cpu"]
     main(["sample", "--classes", "3,5", "--count", "2", "--batch", "3", *target, *arguments.split()])
@@ -241,14 +243,14 @@ def test_every_option_reaches_the_draw(
 
 
 @pytest.mark.parametrize("target", ["--out", "--grid", "--npz"])
-def test_nothing_is_drawn_that_cannot_be_written(target: str, launches: list[Asked]) -> None:
+def test_unwritable_output_is_reported_before_sampling(target: str, launches: list[LaunchCall]) -> None:
     with pytest.raises(SystemExit):
         main(["sample", "--classes", "1", target, "/proc/mvar/images", "--device", "cpu"])
     assert launches == []
 
 
-def test_images_of_an_earlier_run_are_not_mixed_in(
-    tmp_path: Path, launches: list[Asked], capsys: pytest.CaptureFixture[str]
+def test_images_of_an_earlier_run_are_rejected_without_overwrite(
+    tmp_path: Path, launches: list[LaunchCall], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["sample", "--out", str(tmp_path), "--device", "cpu", "--classes"]
     main([*arguments, "1-3"])
@@ -262,8 +264,8 @@ def test_images_of_an_earlier_run_are_not_mixed_in(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000_0005.png", "holiday.png", "notes.txt"]
 
 
-def test_a_grid_has_the_format_of_its_name(
-    tmp_path: Path, launches: list[Asked], capsys: pytest.CaptureFixture[str]
+def test_grid_format_follows_file_extension(
+    tmp_path: Path, launches: list[LaunchCall], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["sample", "--classes", "1", "--device", "cpu", "--grid"]
     for name, expected in (("g.jpg", "JPEG"), ("g.webp", "WEBP"), ("g", "PNG")):
@@ -279,9 +281,7 @@ def test_a_grid_has_the_format_of_its_name(
     assert len(launches) == drawn and len(list(tmp_path.iterdir())) == 3
 
 
-def test_paths_after_an_equals_sign_are_expanded(
-    tmp_path: Path, launches: list[Asked], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_home_is_expanded_in_paths(tmp_path: Path, launches: list[LaunchCall], monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1, 1)))
     monkeypatch.setenv("HOME", str(tmp_path))
     mvar.save("~/model.safetensors", model)
@@ -298,25 +298,25 @@ def test_paths_after_an_equals_sign_are_expanded(
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_pixels_are_rounded_to_the_nearest() -> None:
+def test_pixels_are_rounded_to_nearest() -> None:
     levels = torch.tensor([-1, 0.4, 0.6, 127.4, 254.6, 300])
     pixels = to_bytes(levels.view(1, 1, 2, 3).expand(-1, 3, -1, -1) / 255)
     assert pixels.shape == (1, 2, 3, 3) and pixels[0, ..., 0].flatten().tolist() == [0, 0, 1, 127, 255, 255]
 
 
-def test_the_next_batch_is_begun_before_one_is_given() -> None:
-    begun: list[int] = []
+def test_prefetched_starts_next_batch_before_yielding() -> None:
+    started_batches: list[int] = []
 
-    def begin(start: int) -> PendingResult:
-        begun.append(start)
+    def start_batch(start: int) -> PendingResult:
+        started_batches.append(start)
         images = torch.full((2, 3, 4, 4), start / 255)
         finite = torch.tensor(start != 4)
         return PendingResult(Generated(images, torch.zeros(2, 1, dtype=torch.int64)), finite, torch.float32)
 
-    batches = prefetched(begin, (0, 2, 4, 6))
+    batches = prefetched(start_batch, (0, 2, 4, 6))
     for expected in (0, 2):
         start, pixels = next(batches)
-        assert start == expected and begun[-1] == start + 2
+        assert start == expected and started_batches[-1] == start + 2
         assert pixels.shape == (2, 4, 4, 3) and pixels.dtype == torch.uint8 and bool((pixels == start).all())
     with pytest.raises(FloatingPointError, match="not finite"):
         next(batches)

@@ -1,4 +1,4 @@
-"""What is printed, and what an error says, on whatever standard output is."""
+"""Tests of terminal output and error messages for any kind of standard output."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from mvar.cli.terminal import NonRaisingStream, non_raising_output
 from mvar.utils.errors import message
 
 
-def stream(encoding: str, errors: str = "strict") -> tuple[io.BytesIO, io.TextIOWrapper]:
+def text_stream(encoding: str, errors: str = "strict") -> tuple[io.BytesIO, io.TextIOWrapper]:
     content = io.BytesIO()
     return content, io.TextIOWrapper(content, encoding=encoding, errors=errors)
 
@@ -31,13 +31,14 @@ def stream(encoding: str, errors: str = "strict") -> tuple[io.BytesIO, io.TextIO
         ("utf-8", "surrogateescape", b"2 \xc3\x97 cpu \xe2\x88\x92 \xff"),
     ],
 )
-def test_what_an_encoding_lacks_is_escaped(encoding: str, errors: str, expected: bytes) -> None:
-    content, text = stream(encoding, errors)
-    print("2 × cpu − \udcff", end="", file=NonRaisingStream(text), flush=True)  # the last one: a byte of a file's name
+def test_unencodable_characters_are_escaped(encoding: str, errors: str, expected: bytes) -> None:
+    content, text = text_stream(encoding, errors)
+    # \udcff is an undecodable byte of a file name.
+    print("2 × cpu − \udcff", end="", file=NonRaisingStream(text), flush=True)
     assert content.getvalue() == expected
 
 
-class Broken(io.RawIOBase):
+class FailingRawIO(io.RawIOBase):
     def __init__(self, error: OSError) -> None:
         self.error = error
 
@@ -48,20 +49,20 @@ class Broken(io.RawIOBase):
         raise self.error
 
 
-def test_what_cannot_be_written_is_dropped() -> None:
+def test_write_errors_are_suppressed() -> None:
     out = NonRaisingStream(
-        io.TextIOWrapper(io.BufferedWriter(Broken(OSError(28, "full")), 16), "utf-8", write_through=True)
+        io.TextIOWrapper(io.BufferedWriter(FailingRawIO(OSError(28, "full")), 16), "utf-8", write_through=True)
     )
     for _ in range(3):
         print("more than sixteen characters", file=out, flush=True)
     assert isinstance(out.error, OSError) and not out.isatty()
-    for nowhere in (NonRaisingStream(None), NonRaisingStream(closed := io.StringIO())):
+    for out_stream in (NonRaisingStream(None), NonRaisingStream(closed := io.StringIO())):
         closed.close()
-        print("text", file=nowhere, flush=True)
-        assert nowhere.error is None and not nowhere.isatty()
+        print("text", file=out_stream, flush=True)
+        assert out_stream.error is None and not out_stream.isatty()
 
 
-def test_streams_are_as_they_were_at_the_end() -> None:
+def test_non_raising_output_restores_streams() -> None:
     before = sys.stdout, sys.stderr
     with pytest.raises(ValueError), non_raising_output():
         assert sys.stdout is not before[0] and sys.stdout.encoding == before[0].encoding
@@ -74,15 +75,15 @@ CODE = "import sys; from mvar.cli.main import main; main(sys.argv[1:])"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", ["| head -c 1 > /dev/null; exit ${PIPESTATUS[0]}", ">&- 2>&-"])
-def test_help_into_what_does_not_take_it(redirection: str) -> None:
-    """In ASCII: a pipe whose reader leaves, and no streams at all."""
-    there = {"PYTHONPATH": str(Path(mvar.__file__).parent.parent), "PYTHONIOENCODING": "ascii"}
-    words = ["bash", "-c", f'"$@" {redirection}', "bash", sys.executable, "-c", CODE, "train", "--help"]
-    done = subprocess.run(words, env=os.environ | there, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"")
+def test_help_with_closed_output(redirection: str) -> None:
+    """`--help` succeeds with a pipe closed by its reader and with closed streams, both in ASCII."""
+    environment = {"PYTHONPATH": str(Path(mvar.__file__).parent.parent), "PYTHONIOENCODING": "ascii"}
+    command = ["bash", "-c", f'"$@" {redirection}', "bash", sys.executable, "-c", CODE, "train", "--help"]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"")
 
 
-def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(SystemExit) as exit:
@@ -91,10 +92,8 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert capsys.readouterr().err == "mvar: error: cannot write to standard output: No space left on device\n"
 
 
-def test_a_image_on_standard_output_is_all_that_is_there(
-    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
-) -> None:
-    """Not through /dev/stdout itself: code that replaced the link would replace the machine's."""
+def test_image_on_stdout_is_not_mixed_with_text(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    # Not through /dev/stdout itself: a bug that replaced the link would replace the link of the machine.
     (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
     main(["sample", "--classes", "3", f"--grid={tmp_path}/stdout", "--device=cpu", "--dtype=fp32"])
     out, err = capfdbinary.readouterr()
@@ -134,7 +133,7 @@ class Odd(Exception):
         ),
     ],
 )
-def test_an_error_has_words_and_all_of_them(
+def test_error_message_is_complete_and_on_one_line(
     error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(options: object) -> None:

@@ -1,4 +1,4 @@
-"""Folders of images as they are met: links that lead back, what systems leave, images of odd shapes."""
+"""Tests of listing image folders: symbolic links, system files, read errors and images with extreme aspect ratios."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def train(tmp_path: Path) -> Path:
     return write_images(tmp_path / "train", {"a": 2, "b": 1}, (8, 8))
 
 
-def test_links_back_end(train: Path, tmp_path: Path) -> None:
+def test_cyclic_links_are_skipped(train: Path, tmp_path: Path) -> None:
     (train / "a" / "deep").mkdir()
     (train / "a" / "000.png").rename(train / "a" / "deep" / "000.png")
     for link, target in {
@@ -44,7 +44,7 @@ def test_links_back_end(train: Path, tmp_path: Path) -> None:
     assert sorted(skipped) == ["a/copy", "a/deep/top", "a/self", "a/up", "above", "loop"]
 
 
-def test_links_to_elsewhere_are_followed(train: Path, tmp_path: Path) -> None:
+def test_external_links_are_followed(train: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (train / "b" / "000.png").rename(tmp_path / "disk" / "0.png")
     (tmp_path / "disk" / "back").symlink_to(train / "b")
@@ -58,11 +58,11 @@ def test_links_to_elsewhere_are_followed(train: Path, tmp_path: Path) -> None:
     assert len(skipped) == 3
 
 
-def test_what_systems_leave_is_skipped_and_counted(train: Path) -> None:
+def test_system_files_are_skipped_and_reported(train: Path) -> None:
     folder = ImageFolder(train, 8)
     digest = folder.digest()
     assert folder.skipped == ()
-    left = [
+    system_files = [
         "._a",
         ".DS_Store",
         ".ipynb_checkpoints/x.png",
@@ -71,39 +71,39 @@ def test_what_systems_leave_is_skipped_and_counted(train: Path) -> None:
         "a/Thumbs.db",
         "a/.git/x.png",
     ]
-    for name in (*left, "a/@eaDir/x.png", "a/notes.txt"):
+    for name in (*system_files, "a/@eaDir/x.png", "a/notes.txt"):
         (train / name).parent.mkdir(exist_ok=True)
         (train / name).write_bytes(b"")
     os.mkfifo(train / "b" / "pipe.png")
     folder = ImageFolder(train, 8)
     assert folder.classes == ("a", "b") and folder.digest() == digest
-    expected = {name.removesuffix("/x.png") for name in (*left, "a/@eaDir")} | {"b/pipe.png"}
+    expected = {name.removesuffix("/x.png") for name in (*system_files, "a/@eaDir")} | {"b/pipe.png"}
     assert set(folder.skipped) == expected and len(folder.skipped) == len(expected)
     assert ImageFolder(train, 8, classes=["a", "b"]).skipped == folder.skipped
 
 
-def test_a_folder_that_cannot_be_read_is_no_empty_one(train: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_raises(train: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
 
-    def failing(path: Path) -> object:
+    def raise_error(path: Path) -> object:
         if Path(path).name == "b":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", failing)
+    monkeypatch.setattr(os, "scandir", raise_error)
     with pytest.raises(PermissionError, match="Permission denied"):
         ImageFolder(train, 8)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO, errno.EACCES])
-def test_errors_of_the_machine_are_raised(
+def test_environmental_errors_are_raised(
     train: Path, monkeypatch: pytest.MonkeyPatch, number: int, workers: int
 ) -> None:
-    def failing(path: Path, side: int) -> object:
+    def raise_error(path: Path, side: int) -> object:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(folder_module, "read_image", failing)
+    monkeypatch.setattr(folder_module, "read_image", raise_error)
     folder = ImageFolder(train, 8)
     with pytest.raises(OSError) as raised:
         next(folder.once(batch=2, workers=workers))
@@ -111,26 +111,26 @@ def test_errors_of_the_machine_are_raised(
     assert not folder.unreadable
 
 
-def test_a_link_that_leads_nowhere_is_an_unreadable_image(train: Path) -> None:
+def test_dangling_link_is_an_unreadable_image(train: Path) -> None:
     for name in ("lost", "ring"):
         (train / "a" / f"{name}.png").symlink_to("ring.png")
     with pytest.raises(UnreadableImages, match="2 of the first 5 images cannot be read"):
         next(ImageFolder(train, 8).once(batch=5))
 
 
-# Images of odd shapes
+# Extreme aspect ratios
 
 
 @pytest.mark.parametrize("size", [(1, 20000), (20000, 1), (1, 1), (3, 9000)])
-def test_a_thin_image_takes_little(tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
+def test_thin_image_resize_is_bounded(tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    resized_sizes: list[tuple[int, int]] = []
     resize = Image.Image.resize
 
-    def watched(self: Image.Image, size: tuple[int, int], *arguments: object) -> Image.Image:
-        asked.append(size)
+    def record_resize(self: Image.Image, size: tuple[int, int], *arguments: object) -> Image.Image:
+        resized_sizes.append(size)
         return resize(self, size, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Image.Image, "resize", watched)
+    monkeypatch.setattr(Image.Image, "resize", record_resize)
     (tmp_path / "a").mkdir()
     Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "a" / "0.png")
     folder = ImageFolder(tmp_path, 256)
@@ -138,34 +138,34 @@ def test_a_thin_image_takes_little(tmp_path: Path, size: tuple[int, int], monkey
         assert batch.images is not None
         expected = torch.tensor([10.0, 20, 30]).div(255).mul(2).sub(1).view(1, 3, 1, 1)
         assert torch.equal(batch.images, expected.expand(1, 3, 256, 256))
-    assert all(width * height <= crops_module.MAX_RESIZED_PIXELS for width, height in asked)
+    assert all(width * height <= crops_module.MAX_RESIZED_PIXELS for width, height in resized_sizes)
 
 
 @pytest.mark.parametrize("size", [(40, 30), (12, 90), (90, 12)])
-def test_crops_by_themselves_are_those_of_the_whole(
+def test_direct_crops_match_resized_image(
     tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit what Pillow gives below the limit; above it up to rounding.
+    """Crops are bitwise equal to Pillow's below the pixel limit and equal up to rounding above it.
 
-    Half a level after the first pass, times the second one's weights (absolute sum below 1.7), and half a level at the
-    end: below 1.35 each, and so at most 2 between two. These pixels are clipped nowhere.
+    The rounding error is half a level after the first pass, times the weights of the second pass (absolute sum below
+    1.7), plus half a level at the end: below 1.35 each, and so at most 2 between two. No pixel is clipped.
     """
     pixels = np.random.default_rng(0).integers(100, 156, (*size[::-1], 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "0.png")
-    whole = read_image(tmp_path / "0.png", 18)
-    resized = Image.fromarray(pixels).resize(whole.size, Image.Resampling.LANCZOS)
-    assert np.array_equal(np.asarray(whole.source), np.asarray(resized))
+    full = read_image(tmp_path / "0.png", 18)
+    resized = Image.fromarray(pixels).resize(full.size, Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(full.source), np.asarray(resized))
     monkeypatch.setattr(crops_module, "MAX_RESIZED_PIXELS", 0)
-    parts = read_image(tmp_path / "0.png", 18)
-    assert parts.source.size == size and parts.size == whole.size
-    right, bottom = whole.size[0] - 16, whole.size[1] - 16
-    for left, top in ((0, 0), (right, bottom), (right // 2, bottom // 3)):
-        a, b = (np.asarray(image.crop(left, top, 16)).astype(int) for image in (whole, parts))
+    cropped = read_image(tmp_path / "0.png", 18)
+    assert cropped.source.size == size and cropped.size == full.size
+    right, bottom = full.size[0] - 16, full.size[1] - 16
+    for system_files, top in ((0, 0), (right, bottom), (right // 2, bottom // 3)):
+        a, b = (np.asarray(image.crop(system_files, top, 16)).astype(int) for image in (full, cropped))
         assert a.shape == b.shape == (16, 16, 3) and np.abs(a - b).max() <= 2
-    assert (center_crop(whole, 16) - center_crop(parts, 16)).abs().max() <= 4.001 / 255
+    assert (center_crop(full, 16) - center_crop(cropped, 16)).abs().max() <= 4.001 / 255
 
 
-def test_a_header_that_claims_too_much_is_an_unreadable_image(train: Path) -> None:
+def test_oversized_header_is_an_unreadable_image(train: Path) -> None:
     path = train / "a" / "000.png"
     content = bytearray(path.read_bytes())
     content[16:24] = (60000).to_bytes(4, "big") * 2  # width and height

@@ -1,4 +1,4 @@
-"""Tokens on disk: what `mvar tokenize` writes, through kills, full disks and damage, and what training reads."""
+"""Tests of `mvar tokenize` and `TokenStore`: contents, interruption, full disks and damaged files."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ SMALL = TokenizerConfig(
     patch_nums=(1, 2, 4), num_codes=64, code_dim=8, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False
 )
 SHARD = 4
-IMAGES = {"a": 9, "b": 13}  # six files of four images, the last one short
+IMAGES = {"a": 9, "b": 13}  # six files of four images, the last one smaller
 CROPS = 3
 SEED = 5
 
@@ -55,17 +55,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: ImageFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted run of one process writes."""
+def reference(folder: ImageFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The token store that an uninterrupted run of one process writes."""
     out = tmp_path_factory.mktemp("tokens") / "train"
     assert write(folder, out) == 6
     return out
 
 
 @pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
+def copy(reference: Path, tmp_path: Path) -> Path:
     (tmp_path / "train").mkdir()
-    for name, content in contents(whole).items():
+    for name, content in contents(reference).items():
         (tmp_path / "train" / name).write_bytes(content)
     return tmp_path / "train"
 
@@ -74,12 +74,12 @@ def shard(folder: Path, number: int) -> Path:
     return next(folder.glob(f"{number:05d}-*.npy"))
 
 
-# What is in there
+# Contents
 
 
-def test_crop_c_is_what_epoch_c_sees(folder: ImageFolder, whole: Path) -> None:
-    """As many epochs as there are crops: each item once with each crop, tokens as the encoder's, classes as there."""
-    tokenizer, store = small_tokenizer(), TokenStore(whole)
+def test_crops_match_epochs_of_image_folder(folder: ImageFolder, reference: Path) -> None:
+    """Over `CROPS` epochs, the store yields every crop of every item once, as the encoder's tokens."""
+    tokenizer, store = small_tokenizer(), TokenStore(reference)
     expected: dict[bytes, set[bytes]] = {}
     for epoch in range(CROPS):
         for batch in folder.batches(batch=22, seed=SEED, epoch=epoch):
@@ -87,21 +87,21 @@ def test_crop_c_is_what_epoch_c_sees(folder: ImageFolder, whole: Path) -> None:
             tokens = tokenizer.encode(batch.images)
             for row, label in zip(tokens, batch.labels, strict=True):
                 expected.setdefault(label.numpy().tobytes(), set()).add(row.numpy().tobytes())
-    seen: dict[bytes, set[bytes]] = {}
+    actual_tokens: dict[bytes, set[bytes]] = {}
     first = []
     for epoch in range(7, 7 + CROPS):
         (batch,) = store.batches(batch=22, seed=1, epoch=epoch)
         assert batch.images is None and batch.tokens is not None and batch.tokens.dtype == torch.int64
         for row, label in zip(batch.tokens, batch.labels, strict=True):
-            seen.setdefault(label.numpy().tobytes(), set()).add(row.numpy().tobytes())
+            actual_tokens.setdefault(label.numpy().tobytes(), set()).add(row.numpy().tobytes())
         first.append(batch.tokens)
-    assert seen == expected
+    assert actual_tokens == expected
     assert store.classes == folder.classes and store.num_classes == 2 and len(store) == 22
     assert store.digest() == folder.digest()
-    assert sum(len(rows) for rows in seen.values()) > 60  # of 66: few crops of noise have the same tokens
+    assert sum(len(rows) for rows in actual_tokens.values()) > 60  # of 66: few crops of noise have the same tokens
 
 
-def test_the_middle_for_validation(folder: ImageFolder, tmp_path: Path) -> None:
+def test_validation_uses_center_crop(folder: ImageFolder, tmp_path: Path) -> None:
     write(folder, tmp_path, crops=None)
     stored, images = next(TokenStore(tmp_path).once(batch=22)), next(folder.once(batch=22))
     assert stored.tokens is not None and images.images is not None
@@ -109,23 +109,23 @@ def test_the_middle_for_validation(folder: ImageFolder, tmp_path: Path) -> None:
     assert torch.equal(stored.labels, images.labels)
 
 
-def test_batches_are_the_same_for_any_ranks_workers_and_start(whole: Path) -> None:
-    store, run = TokenStore(whole), {"seed": 2, "epoch": 1}
+def test_batches_do_not_depend_on_ranks_workers_and_start(reference: Path) -> None:
+    store, run = TokenStore(reference), {"seed": 2, "epoch": 1}
     batches = list(store.batches(batch=6, **run))
     assert_same(batches, joined([store.batches(batch=3, rank=r, world_size=2, workers=r, **run) for r in range(2)]))
     assert_same(batches[2:], list(store.batches(batch=6, start=2, workers=1, **run)))
     assert_same(list(store.once(batch=6)), joined([store.once(batch=3, rank=r, world_size=2) for r in range(2)]))
 
 
-def test_two_processes_write_what_one_writes(folder: ImageFolder, whole: Path, tmp_path: Path) -> None:
+def test_two_processes_match_single_process(folder: ImageFolder, reference: Path, tmp_path: Path) -> None:
     assert write(folder, tmp_path, rank=1, world_size=2, workers=1) == 3
-    assert len(contents(tmp_path)) == 3  # the manifest is the other's to write
+    assert len(contents(tmp_path)) == 3  # the manifest is written by rank 0
     assert write(folder, tmp_path, rank=0, world_size=2) == 3
-    assert contents(tmp_path) == contents(whole)
+    assert contents(tmp_path) == contents(reference)
     assert write(folder, tmp_path) == 0
 
 
-def test_a_stand_in_has_its_own_class(tmp_path: Path) -> None:
+def test_replacement_image_keeps_its_class(tmp_path: Path) -> None:
     folder = ImageFolder(write_images(tmp_path / "train", {"a": 60, "b": 60}), 8)
     name = spoil(folder, 20)
     write(folder, tmp_path / "tokens", crops=None, shard=50)
@@ -133,16 +133,16 @@ def test_a_stand_in_has_its_own_class(tmp_path: Path) -> None:
     assert torch.equal(stored.labels, read.labels) and list(folder.unreadable) == [name]
 
 
-def test_bfloat16_is_said_in_the_manifest(folder: ImageFolder, whole: Path, tmp_path: Path) -> None:
+def test_manifest_records_bfloat16(folder: ImageFolder, reference: Path, tmp_path: Path) -> None:
     write(folder, tmp_path, dtype=torch.bfloat16)
-    rough, exact = (next(TokenStore(path).once(batch=22)).tokens for path in (tmp_path, whole))
-    assert rough is not None and exact is not None and 0.5 < (rough == exact).float().mean() < 1
+    actual, exact = (next(TokenStore(path).once(batch=22)).tokens for path in (tmp_path, reference))
+    assert actual is not None and exact is not None and 0.5 < (actual == exact).float().mean() < 1
     assert json.loads((tmp_path / "manifest.json").read_text())["dtype"] == "bfloat16"
 
 
-# Interruptions
+# Interruption
 
-STOPPING = """
+STOP_IN_ENCODE = """
 import sys, time
 from pathlib import Path
 from tests.data.test_tokens import ImageFolder, small_tokenizer, write
@@ -164,8 +164,8 @@ write(ImageFolder(sys.argv[1], 8, flip=True), out, tokenizer, workers=workers)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("files", "workers"), [(1, 0), (3, 1)])
-def test_a_killed_run_goes_on(folder: ImageFolder, whole: Path, tmp_path: Path, files: int, workers: int) -> None:
-    arguments = [sys.executable, "-c", STOPPING, str(folder.path), str(tmp_path), str(files), str(workers)]
+def test_resume_after_sigkill(folder: ImageFolder, reference: Path, tmp_path: Path, files: int, workers: int) -> None:
+    arguments = [sys.executable, "-c", STOP_IN_ENCODE, str(folder.path), str(tmp_path), str(files), str(workers)]
     process = subprocess.Popen(arguments, cwd=ROOT)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("0*.npy"))) < files:
@@ -176,13 +176,15 @@ def test_a_killed_run_goes_on(folder: ImageFolder, whole: Path, tmp_path: Path, 
     finished = {path: path.stat().st_ino for path in tmp_path.glob("0*.npy")}
     with pytest.raises(TokenStoreError, match=f"incomplete: {6 - files} of 6 files are missing"):
         TokenStore(tmp_path)
-    (tmp_path / f".{5:05d}-0123.npy.tmp.npy").write_bytes(b"half")  # as left by a kill within the writing
+    (tmp_path / f".{5:05d}-0123.npy.tmp.npy").write_bytes(b"half")  # as left by SIGKILL during a write
     assert write(folder, tmp_path) == 6 - files
-    assert contents(tmp_path) == contents(whole)
+    assert contents(tmp_path) == contents(reference)
     assert all(path.stat().st_ino == inode for path, inode in finished.items())
 
 
-def test_a_full_disk(folder: ImageFolder, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_after_full_disk(
+    folder: ImageFolder, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = []
 
     def on_a_small_disk(path: Path, content: bytes) -> int:
@@ -200,17 +202,17 @@ def test_a_full_disk(folder: ImageFolder, whole: Path, tmp_path: Path, monkeypat
             OSError, match=r"cannot write .*00002-.*: No space left on device; the same command resumes"
         ):
             write(folder, tmp_path)
-    left = contents(tmp_path)
-    assert len(left) == 3 and left.items() < contents(whole).items()
+    remaining = contents(tmp_path)
+    assert len(remaining) == 3 and remaining.items() < contents(reference).items()
     assert write(folder, tmp_path) == 4
-    assert contents(tmp_path) == contents(whole)
+    assert contents(tmp_path) == contents(reference)
 
 
 # Damage
 
 
-def test_a_flipped_bit_is_named_and_made_good(
-    folder: ImageFolder, whole: Path, copy: Path, caplog: pytest.LogCaptureFixture
+def test_flipped_bit_is_detected_and_repaired(
+    folder: ImageFolder, reference: Path, copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     TokenStore(copy).verify()
     path = shard(copy, 3)
@@ -220,18 +222,18 @@ def test_a_flipped_bit_is_named_and_made_good(
     with pytest.raises(TokenStoreError, match=f"1 files are damaged; .*{path.name}: damaged"):
         TokenStore(copy).verify()
     assert write(folder, copy) == 1 and path.name in caplog.text
-    assert contents(copy) == contents(whole)
+    assert contents(copy) == contents(reference)
 
 
 @pytest.mark.parametrize("kept", [0, 50, 300])
-def test_a_truncated_file_is_named_when_opened(copy: Path, kept: int) -> None:
+def test_truncated_file_raises_when_opened(copy: Path, kept: int) -> None:
     path = shard(copy, 2)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(TokenStoreError, match=f"{path.name}: truncated or damaged"):
         TokenStore(copy)
 
 
-def test_files_that_do_not_belong(copy: Path, folder: ImageFolder, whole: Path) -> None:
+def test_swapped_files_are_rejected(copy: Path, folder: ImageFolder, reference: Path) -> None:
     path = shard(copy, 5)
     path.write_bytes(shard(copy, 0).read_bytes())
     with pytest.raises(TokenStoreError, match=f"{path.name}: expected 2 records"):
@@ -239,10 +241,10 @@ def test_files_that_do_not_belong(copy: Path, folder: ImageFolder, whole: Path) 
     shard(copy, 0).rename(copy / f"00005-{'0' * 16}.npy")
     with pytest.raises(TokenStoreError, match=f"incomplete|{path.name} .*differ"):
         TokenStore(copy)
-    assert write(folder, copy) == 2 and contents(copy) == contents(whole)
+    assert write(folder, copy) == 2 and contents(copy) == contents(reference)
 
 
-def test_no_manifest_or_none_of_ours(copy: Path) -> None:
+def test_missing_or_invalid_manifest(copy: Path) -> None:
     with pytest.raises(TokenStoreError, match="no manifest.json there; give one of its parts: train"):
         TokenStore(copy.parent)
     manifest = copy / "manifest.json"
@@ -261,11 +263,11 @@ def test_no_manifest_or_none_of_ours(copy: Path) -> None:
         TokenStore(copy)
 
 
-# Tokens of something else
+# Mismatched tokenizers and settings
 
 
-def test_tokens_of_another_tokenizer_are_refused(whole: Path) -> None:
-    store = TokenStore(whole)
+def test_tokens_of_another_tokenizer_are_rejected(reference: Path) -> None:
+    store = TokenStore(reference)
     store.check(small_tokenizer())
     for other, message in [
         (small_tokenizer(patch_nums=(1, 3, 4)), r"expected patch_nums \(1, 3, 4\), got \(1, 2, 4\)"),
@@ -277,7 +279,7 @@ def test_tokens_of_another_tokenizer_are_refused(whole: Path) -> None:
             store.check(other)
 
 
-def test_the_fingerprint_is_of_what_decides_tokens() -> None:
+def test_fingerprint_covers_encoder_weights_only() -> None:
     tokenizer = small_tokenizer()
     before = fingerprint(tokenizer)
     with torch.no_grad():
@@ -293,7 +295,7 @@ def test_the_fingerprint_is_of_what_decides_tokens() -> None:
             before = fingerprint(tokenizer)
 
 
-def test_other_settings_in_the_same_folder_are_refused(folder: ImageFolder, copy: Path) -> None:
+def test_different_settings_in_the_same_folder_are_rejected(folder: ImageFolder, copy: Path) -> None:
     before = contents(copy)
     for options, message in [
         ({"seed": 6}, "seed 5, not 6"),
@@ -306,7 +308,7 @@ def test_other_settings_in_the_same_folder_are_refused(folder: ImageFolder, copy
     assert contents(copy) == before
 
 
-def test_as_many_codes_as_sixteen_bits_tell_apart(folder: ImageFolder, tmp_path: Path) -> None:
+def test_maximum_number_of_codes(folder: ImageFolder, tmp_path: Path) -> None:
     tokenizer = small_tokenizer(num_codes=65536)
     write(folder, tmp_path, tokenizer, crops=None)
     stored, images = next(TokenStore(tmp_path).once(batch=22)), next(folder.once(batch=22))
@@ -319,17 +321,17 @@ def test_as_many_codes_as_sixteen_bits_tell_apart(folder: ImageFolder, tmp_path:
 # The command
 
 
-def test_the_command_writes_both_parts(
+def test_tokenize_writes_train_and_val(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part, counts in (("train", {"a": 5, "b": 4}), ("val", {"b": 3})):
         write_images(tmp_path / "data" / part, counts)
-    (tmp_path / "data" / "train" / ".ipynb_checkpoints").mkdir()  # which is no class
+    (tmp_path / "data" / "train" / ".ipynb_checkpoints").mkdir()  # ignored, not a class
     mvar.save(tmp_path / "tokenizer.safetensors", small_tokenizer())
     arguments = ["tokenize", "--data_path", f"{tmp_path}/data", "--tokenizer", f"{tmp_path}/tokenizer.safetensors"]
     arguments += ["--out", f"{tmp_path}/tokens", "--hflip", "--workers", "0", "--device", "cpu"]
     arguments += ["--mid_reso", "1.5", "--dtype", "bf16", "--seed", "3"]
-    for rank in (1, 0):  # as torchrun says it
+    for rank in (1, 0):  # as set by torchrun
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         main([*arguments, "--crops", "2"])

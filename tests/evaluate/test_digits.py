@@ -1,4 +1,4 @@
-"""The demo's data and checks: the checks tell good digits from bad ones."""
+"""Tests of the data and the quality checks of the demo."""
 
 import torch
 
@@ -14,10 +14,10 @@ def test_split_is_fixed_disjoint_and_stratified() -> None:
     assert distance.min() > 0
 
 
-def test_real_digits_pass_and_spoilt_ones_fail() -> None:
+def test_checks_pass_for_real_digits_and_fail_for_corrupted_digits() -> None:
     train, held_out = digits.load()
     good = digits.quality(train.images[:1000], train.labels[:1000])
-    assert all(holds for _, holds in good.checks()) and good.nearest == 0  # they are the training digits themselves
+    assert all(holds for _, holds in good.checks()) and good.nearest == 0  # these are the training digits themselves
 
     wrong_class = digits.quality(held_out.images, (held_out.labels + 1) % 10)
     collapsed_images = torch.stack([train.images[train.labels == c].mean(0) for c in held_out.labels])

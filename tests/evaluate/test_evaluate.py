@@ -1,4 +1,4 @@
-"""`mvar evaluate`: the same images however often it is stopped and in however many processes, and what it measures."""
+"""Tests of `mvar evaluate`: reproducible images with any number of interruptions and processes, and the metrics."""
 
 import json
 import os
@@ -33,18 +33,18 @@ from tests.helpers.threads import threads
 
 pytestmark = pytest.mark.slow
 
-# 40 images in 14 batches, the last one short; in float32, where a batch's size does not matter to an image.
+# 40 images in 14 batches, the last one smaller. In float32, images do not depend on the batch size.
 ARGUMENTS = ["evaluate", "--count", "4", "--batch", "3", "--dtype", "fp32", "--device", "cpu", "--seed", "2"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mvar.__file__).parent.parent)}
 BATCHES = set(range(0, 40, 3))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted run of one process writes."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of an uninterrupted run of one process."""
     folder = tmp_path_factory.mktemp("whole")
-    done = subprocess.run([sys.executable, "-m", "mvar", *ARGUMENTS, "--out", folder], env=ENVIRONMENT)
-    assert done.returncode == 0
+    result = subprocess.run([sys.executable, "-m", "mvar", *ARGUMENTS, "--out", folder], env=ENVIRONMENT)
+    assert result.returncode == 0
     return folder
 
 
@@ -56,8 +56,8 @@ def pixels(folder: Path) -> np.ndarray[Any, Any]:
     return images
 
 
-def test_draws_the_images_that_generate_draws(whole: Path) -> None:
-    """The published recipe, a batch at a time, and its record."""
+def test_images_match_generate(uninterrupted: Path) -> None:
+    """The images match `mvar.generate` with the published recipe, and evaluation.json records the recipe."""
     model, tokenizer = digits.pretrained()
     drawn = []
     for start in sorted(BATCHES):
@@ -65,15 +65,15 @@ def test_draws_the_images_that_generate_draws(whole: Path) -> None:
         recipe: dict[str, Any] = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 2, "dtype": torch.float32}
         out = mvar.generate(model, tokenizer, labels, first_index=start, **recipe)
         drawn.append(to_bytes(out.images).numpy())
-    assert np.array_equal(pixels(whole), np.concatenate(drawn))
-    recorded = json.loads((whole / "evaluation.json").read_text())["recipe"]
+    assert np.array_equal(pixels(uninterrupted), np.concatenate(drawn))
+    recorded = json.loads((uninterrupted / "evaluation.json").read_text())["recipe"]
     stated = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 2, "dtype": "float32", "batch": 3, "per_class": 4}
     assert recorded.items() >= (stated | {"classes": 10, "backend": "auto", "device": "cpu", "threads": 1}).items()
-    assert json.loads((whole / "recipe.json").read_text()).items() <= recorded.items()
+    assert json.loads((uninterrupted / "recipe.json").read_text()).items() <= recorded.items()
 
 
-def test_every_process_draws_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of two: every other batch that is missing, and no npz, which is the first one's."""
+def test_batches_are_split_between_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes draws every other missing batch and does not write images.npz."""
     recipe = Recipe("", "", 10, 4, 32, 1.5, 900, 0.96, 2, 3, "float32", "auto", None, False, "cpu", 1)
     monkeypatch.setattr(DistContext, "barrier", lambda self: None)
     monkeypatch.setattr(DistContext, "broadcast", lambda self, value: value)
@@ -91,17 +91,15 @@ def test_every_process_draws_its_share(tmp_path: Path, monkeypatch: pytest.Monke
     assert drawn == sorted(BATCHES - {3})[1::2] and not (tmp_path / "images.npz").exists()
 
 
-def test_goes_on_after_a_kill_and_draws_nothing_twice(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_after_sigkill(uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = subprocess.Popen([sys.executable, "-m", "mvar", *ARGUMENTS, "--out", tmp_path], env=ENVIRONMENT)
     while len(list(tmp_path.glob("parts/[0-9]*.npy"))) < 3:
         assert run.poll() is None, "ended before it was killed"
         time.sleep(0.005)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    there = {int(path.stem) for path in tmp_path.glob("parts/[0-9]*.npy")}
-    assert 3 <= len(there) < len(BATCHES) and not (tmp_path / "images.npz").exists()
+    finished = {int(path.stem) for path in tmp_path.glob("parts/[0-9]*.npy")}
+    assert 3 <= len(finished) < len(BATCHES) and not (tmp_path / "images.npz").exists()
 
     drawn = []
 
@@ -111,42 +109,42 @@ def test_goes_on_after_a_kill_and_draws_nothing_twice(
 
     monkeypatch.setattr(resolve, "launch", launch)
     main([*ARGUMENTS, "--out", str(tmp_path), "--png"])
-    assert sorted(drawn) == sorted(BATCHES - there)
-    assert np.array_equal(pixels(tmp_path), pixels(whole))
+    assert sorted(drawn) == sorted(BATCHES - finished)
+    assert np.array_equal(pixels(tmp_path), pixels(uninterrupted))
     assert not (tmp_path / "parts").exists()
     files = sorted((tmp_path / "png").iterdir())
     assert [path.name for path in files] == [f"{i:06d}_{i % 10:04d}.png" for i in range(40)]
-    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in files]), pixels(whole))
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in files]), pixels(uninterrupted))
 
     main([*ARGUMENTS, "--out", str(tmp_path)])
-    assert len(drawn) == len(BATCHES - there)  # all there: nothing is drawn
+    assert len(drawn) == len(BATCHES - finished)  # all images exist: nothing is drawn
 
 
-def test_images_do_not_depend_on_the_number_of_processes(whole: Path, tmp_path: Path) -> None:
+def test_images_do_not_depend_on_the_number_of_processes(uninterrupted: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mvar"]
-    done = subprocess.run(
+    result = subprocess.run(
         [*torchrun, *ARGUMENTS, "--out", tmp_path, "--png"], capture_output=True, text=True, env=ENVIRONMENT
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("40 images in") == 1
-    assert np.array_equal(pixels(tmp_path), pixels(whole))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("40 images in") == 1
+    assert np.array_equal(pixels(tmp_path), pixels(uninterrupted))
     assert len(list((tmp_path / "png").glob("*.png"))) == 40
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert [by["machine"]["processes"] for by in record["generated by"]] == [2] and record["recipe"]["images"] == 40
 
 
-def test_other_images_in_the_folder_are_left_alone(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_images_of_another_recipe_are_not_overwritten(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (whole / "images.npz").read_bytes()
-    error = fails(capsys, *ARGUMENTS, "--out", str(whole), "--cfg", "2")
+    before = (uninterrupted / "images.npz").read_bytes()
+    error = fails(capsys, *ARGUMENTS, "--out", str(uninterrupted), "--cfg", "2")
     assert "images of another recipe: cfg 1.5 in the folder, 2.0 requested" in error
-    with threads(2):  # the last bit of a float32 pixel would be another's
-        assert "threads 1 in the folder, 2 requested" in fails(capsys, *ARGUMENTS, "--out", str(whole))
-    assert (whole / "images.npz").read_bytes() == before
+    with threads(2):  # the last bit of a float32 pixel depends on the number of threads
+        assert "threads 1 in the folder, 2 requested" in fails(capsys, *ARGUMENTS, "--out", str(uninterrupted))
+    assert (uninterrupted / "images.npz").read_bytes() == before
 
     (tmp_path / "parts").mkdir()
-    (tmp_path / "recipe.json").write_text((whole / "recipe.json").read_text())
+    (tmp_path / "recipe.json").write_text((uninterrupted / "recipe.json").read_text())
     for start in BATCHES:
         np.save(tmp_path / "parts" / f"{start:06d}.npy", np.zeros((min(3, 40 - start), 32, 32, 3), np.uint8))
     spoilt = tmp_path / "parts" / "000006.npy"
@@ -159,24 +157,24 @@ def test_other_images_in_the_folder_are_left_alone(
     assert not list(tmp_path.glob("*images.npz*"))
 
 
-def test_a_recipe_that_could_not_be_drawn_is_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_recipe_is_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "seed: expected" in fails(capsys, *ARGUMENTS, "--out", str(tmp_path), "--seed", "-1")
     main([*ARGUMENTS, "--out", str(tmp_path)])
 
 
-def test_images_of_an_unknown_recipe_are_not_called_ours(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_images_without_recipe_are_rejected(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "images.npz").write_bytes((whole / "images.npz").read_bytes())
+    (tmp_path / "images.npz").write_bytes((uninterrupted / "images.npz").read_bytes())
     assert "has images, but no recipe.json" in fails(capsys, *ARGUMENTS, "--out", str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz"]
 
 
 @pytest.mark.parametrize("full", ["000006.npy", "images.npz"])
-def test_a_full_disk_is_told_with_the_file(
+def test_full_disk_error_names_the_file(
     full: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/dev/full takes nothing. The same command goes on once there is room."""
+    """Writes fail with ENOSPC through /dev/full, and the same command resumes once there is space."""
     create = files._create_temporary
 
     def created(target: Path) -> Path:
@@ -194,8 +192,8 @@ def test_a_full_disk_is_told_with_the_file(
     main([*ARGUMENTS, "--out", str(tmp_path)])
 
 
-def test_the_record_tells_who_drew_from_who_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped run goes on with another torch, and a third one measures."""
+def test_record_separates_generation_and_measurement_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is interrupted, resumed with a second torch version and measured with a third."""
     for torch_version, batches in (("1", 3), ("2", None), ("3", None)):
         with monkeypatch.context() as patch:
             patch.setattr(machine, "versions", lambda torch_version=torch_version: {"torch": torch_version})
@@ -211,7 +209,7 @@ def test_the_record_tells_who_drew_from_who_measured(tmp_path: Path, monkeypatch
     assert record["measured by"]["versions"]["torch"] == "3"
 
 
-def test_a_file_of_images_is_read_in_batches(tmp_path: Path) -> None:
+def test_npz_is_read_in_batches(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), np.uint8)
     save_npz(tmp_path / "ours.npz", images.shape, [images[:5], images[5:]], torch.arange(7))
     np.savez_compressed(tmp_path / "theirs.npz", arr_0=images)
@@ -227,7 +225,7 @@ def test_a_file_of_images_is_read_in_batches(tmp_path: Path) -> None:
         next(read_npz(tmp_path / "grey.npz", 3))
 
 
-def test_weights_are_told_apart_by_every_bit() -> None:
+def test_fingerprint_detects_single_bit_changes() -> None:
     tokenizer = small_tokenizer().requires_grad_(False)
     bias = tokenizer.decoder.conv_out.bias
     assert bias is not None
@@ -238,26 +236,26 @@ def test_weights_are_told_apart_by_every_bit() -> None:
     assert fingerprint(tokenizer) == before
 
 
-# What it measures, and what it says where it cannot
+# Metrics
 
 
-def test_says_what_is_missing_and_leaves_the_images(
+def test_missing_dependencies_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # not to be imported
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # importing it raises ImportError
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     main([*ARGUMENTS, "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert "pip install 'torch-fidelity>=0.4'" in out and "fetch https://github.com/toshas/torch-fidelity/" in out
     assert "VIRTUAL_imagenet256_labeled.npz" in out
-    assert out.index("pip install") < out.index("40 images in")  # before the hours of drawing
+    assert out.index("pip install") < out.index("40 images in")  # reported before sampling, which can take hours
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert record["metrics"] == {} and len(record["missing"]) == 3
     assert (tmp_path / "images.npz").exists()
 
 
-class StandIn(torch.nn.Module):
-    """torch-fidelity's network, as far as it is used: uint8 (B, 3, H, W) → features and logits."""
+class MockInception(torch.nn.Module):
+    """Minimal replacement for torch-fidelity's Inception: uint8 (B, 3, H, W) → features and logits."""
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str) -> None:
         super().__init__()
@@ -275,14 +273,14 @@ def features(images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules in torch-fidelity's place with the functions, arguments and keys of version 0.4."""
+def mock_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mock torch-fidelity modules with the functions, arguments and keys of version 0.4."""
 
     def statistics(rows: torch.Tensor) -> dict[str, Any]:
         return {"mu": rows.numpy().mean(0), "sigma": np.cov(rows.numpy(), rowvar=False)}
 
     def distance(a: dict[str, Any], b: dict[str, Any], verbose: bool) -> dict[str, float]:
-        assert a["mu"].dtype == b["mu"].dtype and a["sigma"].dtype == b["sigma"].dtype  # it insists
+        assert a["mu"].dtype == b["mu"].dtype and a["sigma"].dtype == b["sigma"].dtype  # required by torch-fidelity
         moments = [mvar.evaluate.Moments(torch.from_numpy(s["mu"]), torch.from_numpy(s["sigma"])) for s in (a, b)]
         return {"frechet_inception_distance": mvar.evaluate.frechet(*moments)}
 
@@ -292,7 +290,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"precision": found.precision, "recall": found.recall, "f_score": 0.0}
 
     contents: dict[str, dict[str, Any]] = {
-        "torch_fidelity": {"FeatureExtractorInceptionV3": StandIn},
+        "torch_fidelity": {"FeatureExtractorInceptionV3": MockInception},
         "torch_fidelity.metric_prc": {"prc_features_to_metric": shares},
         "torch_fidelity.metric_isc": {
             "isc_features_to_metric": lambda rows: {
@@ -312,19 +310,21 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_measures_against_a_reference(
-    whole: Path, tmp_path: Path, library: None, capsys: pytest.CaptureFixture[str]
+def test_metrics_against_reference(
+    uninterrupted: Path, tmp_path: Path, mock_torch_fidelity: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
     weight = torch.from_numpy(rng.normal(size=(48, 8))).float()
     torch.save({"weight": weight}, tmp_path / WEIGHTS)
-    real = np.concatenate([pixels(whole)[::2], rng.integers(0, 256, (10, 32, 32, 3), np.uint8)])
+    real = np.concatenate([pixels(uninterrupted)[::2], rng.integers(0, 256, (10, 32, 32, 3), np.uint8)])
     mu, sigma = rng.normal(size=8), np.diag(rng.uniform(1, 2, 8))
     np.savez(tmp_path / "images.npz", arr_0=real)
     np.savez(tmp_path / "moments.npz", mu=mu, sigma=sigma)
     np.savez(tmp_path / "both.npz", arr_0=real, mu=mu.astype(np.float32), sigma=sigma)
 
-    made_rows, real_rows = (features(torch.from_numpy(p).permute(0, 3, 1, 2), weight) for p in (pixels(whole), real))
+    made_rows, real_rows = (
+        features(torch.from_numpy(p).permute(0, 3, 1, 2), weight) for p in (pixels(uninterrupted), real)
+    )
     shares = precision_recall(made_rows, real_rows)
     assert shares.precision != shares.recall and min(shares) > 0
     of_moments = mvar.evaluate.frechet(
@@ -338,8 +338,8 @@ def test_measures_against_a_reference(
         ("both", of_moments, True),
     ):
         given = ["--inception", str(tmp_path / WEIGHTS), "--reference", str(tmp_path / f"{name}.npz")]
-        main([*ARGUMENTS, "--out", str(whole), *given])
-        record = json.loads((whole / "evaluation.json").read_text())
+        main([*ARGUMENTS, "--out", str(uninterrupted), *given])
+        record = json.loads((uninterrupted / "evaluation.json").read_text())
         metrics = record["metrics"]
         assert record["missing"] == []
         assert metrics["fid"] == pytest.approx(fid, rel=1e-5)  # float32 features
@@ -350,14 +350,14 @@ def test_measures_against_a_reference(
         assert f"fid: {metrics['fid']:.4g}\n" in capsys.readouterr().out
         assert len(metrics["inception_sha256"]) == len(metrics["reference_sha256"]) == 64
 
-    main([*ARGUMENTS, "--out", str(whole), "--inception", str(tmp_path / WEIGHTS)])
-    record = json.loads((whole / "evaluation.json").read_text())
+    main([*ARGUMENTS, "--out", str(uninterrupted), "--inception", str(tmp_path / WEIGHTS)])
+    record = json.loads((uninterrupted / "evaluation.json").read_text())
     assert set(record["metrics"]) == {"inception_score_mean", "inception_score_std", "inception_sha256"}
     assert "reference" in record["missing"][0]
 
 
-def test_files_that_are_not_what_they_should_be(
-    whole: Path, tmp_path: Path, library: None, capsys: pytest.CaptureFixture[str]
+def test_invalid_files_are_rejected(
+    uninterrupted: Path, tmp_path: Path, mock_torch_fidelity: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Evil:
         def __reduce__(self) -> Any:
@@ -366,7 +366,7 @@ def test_files_that_are_not_what_they_should_be(
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
     (tmp_path / "text.npz").write_text("text")
     np.savez(tmp_path / "odd.npz", odd=np.zeros(2))
-    out = [*ARGUMENTS, "--out", str(whole)]
+    out = [*ARGUMENTS, "--out", str(uninterrupted)]
     assert "--inception: no.pth: no such file" in fails(capsys, *out, "--inception", "no.pth")
     assert "not a file of weights" in fails(capsys, *out, "--inception", str(tmp_path / "evil.pth"))
     assert not (tmp_path / "ran").exists()
@@ -375,8 +375,8 @@ def test_files_that_are_not_what_they_should_be(
     assert "--batch: expected at least 1" in fails(capsys, *out, "--batch", "0")
 
 
-def test_reference_and_network_are_read_through_before_anything_is_drawn(
-    tmp_path: Path, library: None, capsys: pytest.CaptureFixture[str]
+def test_reference_and_network_are_validated_before_sampling(
+    tmp_path: Path, mock_torch_fidelity: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mu, sigma, real = np.zeros(8), np.eye(8), np.zeros((5, 32, 32, 3), np.uint8)
     references: dict[str, tuple[dict[str, Any], str]] = {
@@ -407,9 +407,7 @@ def test_reference_and_network_are_read_through_before_anything_is_drawn(
     assert not (tmp_path / "out").exists()
 
 
-def test_single_images_of_a_run_that_is_gone_are_not_called_ours(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_png_images_without_npz_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "png").mkdir()
     (tmp_path / "png" / "000000_0000.png").write_bytes(b"another's")
     assert "png/ has images of an earlier run, but no images.npz" in fails(capsys, *ARGUMENTS, "--out", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Fréchet distance, precision and recall, against closed forms, scipy and counting by hand."""
+"""Tests of Fréchet distance, precision and recall against closed forms, SciPy and brute force."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mvar.evaluate import features, frechet_distance, precision_recall
 
 
 def test_frechet_distance_of_known_normals() -> None:
-    """Two sets with exact moments: means 0 and m, covariances diag(s²) and diag(t²): |m|² + Σ(s−t)²."""
+    """For means 0 and m and covariances diag(s²) and diag(t²), the distance is |m|² + Σ(s−t)²."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(500, 3, generator=generator, dtype=torch.float64)
     rows = rows - rows.mean(0)
@@ -33,7 +33,7 @@ def test_frechet_distance_against_scipy() -> None:
 
 
 def test_frechet_distance_of_fewer_images_than_features() -> None:
-    """Covariances without full rank, as of 2,048 features of 1,000 images: the same set is at distance 0."""
+    """Rank-deficient covariances, as for 2,048 features of 1,000 images; a set has distance 0 to itself."""
     rows = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
     assert frechet_distance(rows, rows) == pytest.approx(0, abs=1e-10)
     assert frechet_distance(rows, rows + 1) == pytest.approx(50, rel=1e-6)
@@ -41,28 +41,28 @@ def test_frechet_distance_of_fewer_images_than_features() -> None:
 
 
 def test_precision_and_recall_on_a_line() -> None:
-    """With one neighbor every ball of the real ones has radius 1."""
+    """With one neighbor, every ball around a real point has radius 1."""
     real = torch.arange(10.0)[:, None]
     made = torch.tensor([0.5, 0.6, 12.0, 20.0])[:, None]  # radii 0.1, 0.1, 8, 8
     found = precision_recall(made, real, neighbors=1)
-    assert found.precision == 0.5  # 12 is 3 away from the nearest real one
-    assert found.recall == pytest.approx(0.6)  # 4 … 9 are within 8 of 12: rims included; none within 0.1 of the others
-    far = made.double() + 2**28, real.double() + 2**28  # squares of which are not exact
+    assert found.precision == 0.5  # 12 is 3 away from the nearest real point
+    assert found.recall == pytest.approx(0.6)  # 4 … 9 are within 8 of 12, inclusive; none within 0.1 of the others
+    far = made.double() + 2**28, real.double() + 2**28  # whose squares are not exact
     assert precision_recall(*far, neighbors=1) == found
     assert precision_recall(real, real, neighbors=1) == (1.0, 1.0)
     assert precision_recall(real + 100, real, neighbors=1) == (0.0, 0.0)
 
 
-def test_precision_and_recall_point_by_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_and_recall_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     made, real = torch.randn(40, 5, generator=generator), torch.randn(60, 5, generator=generator) + 1
 
     def inside(points: torch.Tensor, of: torch.Tensor) -> float:
         hits = 0
         for point in points.double():
-            for i, centre in enumerate(of.double()):
-                others = sorted(float((centre - o).norm()) for j, o in enumerate(of.double()) if j != i)
-                if float((point - centre).norm()) <= others[2]:
+            for i, center in enumerate(of.double()):
+                others = sorted(float((center - o).norm()) for j, o in enumerate(of.double()) if j != i)
+                if float((point - center).norm()) <= others[2]:
                     hits += 1
                     break
         return hits / len(points)

@@ -1,4 +1,4 @@
-"""`mvar evaluate` through torch-fidelity itself, where it is installed; its network has random weights: no FID."""
+"""Tests of `mvar evaluate` with torch-fidelity, if installed. The network has random weights: no published FID."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ from mvar.utils.images import to_bytes
 try:
     import torch_fidelity.metric_prc  # noqa: F401
     from torch_fidelity import FeatureExtractorInceptionV3
-except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch version
     pytest.skip(f"torch-fidelity: {error}", allow_module_level=True)
 
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A state dict of the network, random, but so that features and logits differ from image to image."""
+    """A random state dict of the network, scaled so that features and logits differ between images."""
     path = tmp_path / "inception.pth"
     torch.save({}, path)
     with monkeypatch.context() as patch:
@@ -38,8 +38,8 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_figures_of_the_library_itself(weights: Path, tmp_path: Path) -> None:
-    """FID, precision and recall as our module has them of the same features; the score by its definition."""
+def test_metrics_match_torch_fidelity(weights: Path, tmp_path: Path) -> None:
+    """FID, precision and recall match `mvar.evaluate` on the same features; the Inception score its definition."""
     digit_images = to_bytes((digits.load()[1].images[:9] + 1) / 2).numpy()
     noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
     real = np.concatenate([digit_images, noise])
@@ -52,7 +52,7 @@ def test_figures_of_the_library_itself(weights: Path, tmp_path: Path) -> None:
     network = Inception(weights, torch.device("cpu"))
     made, others = (network.features(tmp_path / name, batch=20) for name in ("images.npz", "real.npz"))
     found = record["metrics"]
-    # The library takes roots of eigenvalues of a product, without full rank here: half of float64's digits are left.
+    # torch-fidelity takes square roots of eigenvalues of a rank-deficient product: half of the float64 digits are left.
     scale = made[FEATURES].double().var(0).sum() + others[FEATURES].double().var(0).sum()
     assert found["fid"] == pytest.approx(frechet_distance(made[FEATURES], others[FEATURES]), abs=1e-5 * float(scale))
     shares = precision_recall(made[FEATURES], others[FEATURES])

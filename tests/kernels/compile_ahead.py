@@ -1,13 +1,12 @@
 """Compile every Triton kernel for other GPUs: `python tests/kernels/compile_ahead.py [op …] [--arch sm_90 …]`.
 
-The ops run on CPU tensors in bfloat16 (or in --dtypes), forward and backward, on their specs' cases of GPU benchmarks
-(with --all on every case, in every layout that the contract has), once for each tile that can be chosen (with --tiles
-first, once); each launch compiles the kernel,
-specialised as on a GPU, and does not run it. So nothing is listed by hand and no kernel can be forgotten. Prints, and
-with --write writes to a file, what each kernel needs; exits with 1 on a spill, on more shared memory than a block may
-have, or on a product of 16-bit tiles without tensor cores.
+The ops are called with CPU tensors in bfloat16 (or in --dtypes), forward and backward, on the GPU benchmark cases of
+their specs (with --all, on every case and in every layout of the contract test), once for each candidate tile (with
+--tiles first, once). Each launch compiles the kernel, specialized as on a GPU, and does not run it, so that all
+kernels are covered without a list. Prints the resources of each kernel, and writes them to a file with --write. Exits
+with 1 on a spill, on more shared memory than a block may have, or on a product of 16-bit tiles without tensor cores.
 
-In a process of its own: Triton must not interpret here.
+Runs in a separate process, because Triton's interpreter must be off.
 """
 
 import argparse
@@ -50,7 +49,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a block may use, and what a multiprocessor has (CUDA C++ programming guide, compute capabilities)."""
+    """Limits per block and per multiprocessor (CUDA C++ programming guide, compute capabilities)."""
 
     capability: int
     block_shared_bytes: int
@@ -68,10 +67,10 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Needs:
-    """What one compiled kernel needs.
+    """Resources of one compiled kernel.
 
-    narrow_loads: instructions that load one number of 16 bits or fewer from memory. occupancy: resident warps of those
-    that a multiprocessor can hold, by arithmetic.
+    narrow_loads: number of instructions that load a single value of 16 bits or fewer from global memory. occupancy:
+    theoretical share of a multiprocessor's warps that can be resident.
     """
 
     kernel: str
@@ -98,8 +97,8 @@ class Needs:
         return [fault for fault, is_so in found.items() if is_so]
 
 
-class AbsentGPU:
-    """Triton's driver for a GPU that is only compiled for."""
+class CompileOnlyDriver:
+    """A Triton driver for a GPU that is not present, with which kernels can only be compiled."""
 
     def __init__(self, arch: str) -> None:
         self.capability = ARCHITECTURES[arch].capability
@@ -108,14 +107,14 @@ class AbsentGPU:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # kernels are cached by device: each architecture is one
+        return self.capability  # kernels are cached by device, so each architecture needs its own
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 def needs(arch: str, dtype: torch.dtype, compiled: Any) -> Needs:
-    """Read a compiled kernel's resources off its machine code."""
+    """Return a compiled kernel's resources, read from its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -125,7 +124,7 @@ def needs(arch: str, dtype: torch.dtype, compiled: Any) -> Needs:
     threads = 32 * meta.num_warps
     blocks = min(
         machine.registers // (threads * -(-registers // 8) * 8),
-        machine.shared_bytes // (meta.shared + 1024),  # every block also takes 1 KB for the system
+        machine.shared_bytes // (meta.shared + 1024),  # 1 KB per block is reserved for the system
         machine.threads // threads,
         32,
     )
@@ -153,9 +152,9 @@ def needs(arch: str, dtype: torch.dtype, compiled: Any) -> Needs:
 
 @contextlib.contextmanager
 def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list[int]]:
-    """Launches compile for `arch` with the given candidate of every tile; yields how many candidates there were.
+    """Make launches compile for `arch` with the given candidate tile; yield the largest number of candidates.
 
-    Other projects' kernels that are tuned at their first call compile with each of their configurations.
+    Third-party kernels with triton.autotune are compiled with each of their configurations.
     """
     most = [1]
 
@@ -166,17 +165,17 @@ def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)  # or what was compiled before
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)  # compiled now or before
         found[compiled.hash] = compiled
 
     def every_configuration(self: Any, *args: Any, **kwargs: Any) -> None:
         self.nargs = dict(zip(self.arg_names, args, strict=False))
         for config in self.prune_configs(kwargs):
             self.best_config = config
-            with contextlib.suppress(CompileTimeAssertionFailure, PTXASError):  # which tuning passes over, too
+            with contextlib.suppress(CompileTimeAssertionFailure, PTXASError):  # which autotuning skips, too
                 self.fn.run(*args, **kwargs, **config.all_kwargs())
 
-    driver.set_active(AbsentGPU(arch))
+    driver.set_active(CompileOnlyDriver(arch))
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(Autotuner, "run", every_configuration),
@@ -186,7 +185,7 @@ def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list
 
 
 def inputs_of(spec: Spec, case: Case, dtype: torch.dtype) -> Inputs:
-    """The case's inputs in `dtype`, every row of the batch the same one: nothing is computed with them."""
+    """Return the case's inputs in `dtype`, with one row expanded over the batch, as they are not computed with."""
     one, two = (spec.inputs(case.at_batch(B), torch.Generator().manual_seed(0)) for B in (1, 2))
     inputs = {}
     for name, t in one.items():
@@ -196,10 +195,10 @@ def inputs_of(spec: Spec, case: Case, dtype: torch.dtype) -> Inputs:
 
 
 def run_case(spec: Spec, inputs: Inputs, forward: Callable[[Inputs], Sequence[torch.Tensor]]) -> None:
-    """Forward and backward of one case; what comes out is not computed."""
+    """Call forward and backward of one case; the outputs are not computed."""
     inputs = {n: t.detach().requires_grad_(n in spec.grads) for n, t in inputs.items()}
     wanted = [t for t in inputs.values() if t.requires_grad]
-    with contextlib.suppress(BackendError):  # an op without a Triton kernel, or without one for the backward
+    with contextlib.suppress(BackendError):  # the op has no Triton kernel, or none for the backward
         outs = forward(inputs)
         if wanted:
             torch.autograd.grad(outs, wanted, [torch.zeros_like(o) for o in outs])
@@ -208,7 +207,7 @@ def run_case(spec: Spec, inputs: Inputs, forward: Callable[[Inputs], Sequence[to
 def compile_op(
     spec: Spec, cases: Sequence[Case], dtype: torch.dtype, arch: str, *, every_tile: bool, layouts: bool
 ) -> dict[str, Any]:
-    """Every kernel that the cases launch, with every tile or the first; none where the op has no Triton kernel."""
+    """Return every kernel that the cases launch, with every tile or the first; empty if the op has no Triton kernel."""
     found: dict[str, Any] = {}
     for case in cases:
         inputs = inputs_of(spec, case, dtype)
@@ -223,7 +222,7 @@ def compile_op(
 
 
 def inputs_allowed() -> contextlib.AbstractContextManager[Any]:
-    """The ops' door lets CPU tensors in for the interpreter only."""
+    """Allow CPU tensors, which the ops otherwise accept for Triton only in the interpreter."""
     return mock.patch.multiple(dispatch, interpreted=lambda: True, _another_mode=lambda: None)
 
 

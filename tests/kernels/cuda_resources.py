@@ -1,7 +1,7 @@
 """Resources of every CUDA kernel, from nvcc: `python tests/kernels/cuda_resources.py [--write table.json]`.
 
-Compiles csrc/*/cuda.cu for sm_80, sm_90 and sm_100, which takes no GPU. Exits with 1 on a spill, or where products of
-16-bit tiles do not reach the tensor cores.
+Compiles csrc/*/cuda.cu for sm_80, sm_90 and sm_100; no GPU is needed. Exits with 1 on a spill, or if products of 16-bit
+tiles do not use tensor cores.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tests.helpers.paths import ROOT
 
 CSRC = ROOT / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# ptxas reports each kernel in these words.
+# Matches ptxas's report of each kernel.
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>sm_\d+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -30,7 +30,7 @@ KERNEL = re.compile(
 
 @dataclass(frozen=True)
 class Needs:
-    """One kernel on one architecture: registers and stack a thread; whether tensor cores are and should be used."""
+    """Resources of one kernel on one architecture: registers and stack per thread, and use of tensor cores."""
 
     kernel: str
     arch: str
@@ -45,7 +45,7 @@ class Needs:
 
 
 def nvcc() -> str | None:
-    """The compiler, or None: then nothing can be said."""
+    """Return the path of nvcc, or None if it is not installed."""
     return shutil.which("nvcc")
 
 
@@ -56,7 +56,10 @@ def nvcc_version() -> str:
 
 
 def needs(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> list[Needs]:
-    """Every kernel of a source on each architecture. RuntimeError, in nvcc's words, where it does not compile."""
+    """Return the resources of every kernel in a source file on each architecture.
+
+    Raises RuntimeError with nvcc's output if the file does not compile.
+    """
     compiler = nvcc()
     assert compiler is not None
     with tempfile.TemporaryDirectory() as folder:

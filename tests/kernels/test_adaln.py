@@ -1,4 +1,4 @@
-"""Rows whose mean is all that they have: adaLN of a constant row is its shift."""
+"""Tests of adaln on constant rows, for which it returns the shift, and on rows with a large mean."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 import mvar_kernels as mk
 from mvar_kernels.validation import FLOATS
 
-BACKENDS = ("reference", "cpu")  # the contract test holds the others to the same
+BACKENDS = ("reference", "cpu")  # the contract test covers the other backends
 VALUES = (0.0, 100.1, -1000.1, 12345.678, 65504.0)
 
 
@@ -18,7 +18,7 @@ def offered(backend: str) -> tuple[torch.dtype, ...]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("C", [1, 3, 67, 1000, 1024, 1999])
-def test_of_constant_rows_the_shift_is_left(C: int, backend: str) -> None:
+def test_constant_rows(C: int, backend: str) -> None:
     values = torch.tensor(VALUES)[None, :, None]
     for dtype in offered(backend):
         x = values.expand(1, len(VALUES), C).to(dtype)
@@ -32,8 +32,8 @@ def test_of_constant_rows_the_shift_is_left(C: int, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spread", [0.0, 1e-2])
-def test_rows_far_from_zero_are_as_torch_s_layer_norm_in_float64(spread: float, backend: str) -> None:
-    """Outputs to 10⁻⁵, gradients, which 1/σ makes large, to 10⁻⁵ of the largest."""
+def test_large_mean(spread: float, backend: str) -> None:
+    """Compares with float64: outputs to 10⁻⁵, gradients, which scale with 1/σ, to 10⁻⁵ of the largest."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.tensor(VALUES)[None, :, None] + spread * torch.randn(1, len(VALUES), 1000, generator=generator)).clone()
     scale, shift = (torch.randn(1, 1000, generator=generator) for _ in range(2))

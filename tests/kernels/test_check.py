@@ -1,4 +1,4 @@
-"""`mvar check`: what it says of right and wrong kernels, and that a process that dies takes no other case with it."""
+"""Tests of `mvar check`."""
 
 import json
 import math
@@ -44,12 +44,12 @@ for case in cases:
 """
 
 
-def stand_in(*cases: str) -> Job:
+def fake_job(*cases: str) -> Job:
     return Job("op", "backend", "dtype", cases, command=(sys.executable, "-c", STAND_IN))
 
 
-def test_a_process_that_dies_takes_no_other_case_with_it() -> None:
-    jobs = [stand_in("first", "crash", "broken", "hang", "exit", "last"), stand_in("alone")]
+def test_run_continues_after_worker_failure() -> None:
+    jobs = [fake_job("first", "crash", "broken", "hang", "exit", "last"), fake_job("alone")]
     rows = {row.case: row for _, row in run(jobs, processes=2, seconds=2)}
     assert list(rows) != [] and set(rows) == {"first", "crash", "broken", "hang", "exit", "last", "alone"}
     faults = {case: row.fault for case, row in rows.items() if row.fault is not None}
@@ -61,26 +61,26 @@ def test_a_process_that_dies_takes_no_other_case_with_it() -> None:
     assert all(row.right == (case not in faults) for case, row in rows.items())
 
 
-def test_a_job_that_keeps_dying_is_given_up() -> None:
-    rows = [row for _, row in run([stand_in(*["crash"] * (MAX_RESTARTS + 3))], processes=1, seconds=20)]
+def test_max_restarts() -> None:
+    rows = [row for _, row in run([fake_job(*["crash"] * (MAX_RESTARTS + 3))], processes=1, seconds=20)]
     assert [row.fault for row in rows[MAX_RESTARTS:]] == [
         "process exited with SIGSEGV",
         *["not run: 5 processes of this op, backend and dtype exited before it"] * 2,
     ]
 
 
-def test_what_a_sanitizer_finds_is_a_fault(tmp_path: Path) -> None:
-    """Beside the row of the case, which may be right, for a read behind the end is of something."""
+def test_sanitizer_error(tmp_path: Path) -> None:
+    """The error is a row of its own: an out-of-bounds read need not make the result of the case wrong."""
     found = ("COMPUTE-SANITIZER", "Invalid __global__ read of size 4")
     said = "".join(f"print('========= {line}')\n" for line in found)
-    job = replace(stand_in("first"), command=(sys.executable, "-c", f"{STAND_IN}\n{said}raise SystemExit(7)"))
+    job = replace(fake_job("first"), command=(sys.executable, "-c", f"{STAND_IN}\n{said}raise SystemExit(7)"))
     (_, row), (_, fault) = run([job], processes=1, seconds=20)
     assert row.right and row.case == fault.case == "first"
     assert fault.fault == "compute-sanitizer: COMPUTE-SANITIZER; Invalid __global__ read of size 4"
 
 
-def test_rows_replace_those_of_the_same_case_and_what_was_cut_is_to_be_tried(tmp_path: Path) -> None:
-    path, jobs = tmp_path / "check.jsonl", [stand_in("first", "second"), stand_in("third")]
+def test_record_rows(tmp_path: Path) -> None:
+    path, jobs = tmp_path / "check.jsonl", [fake_job("first", "second"), fake_job("third")]
     other, old = Result("adaln", "triton", "float32", "odd"), jobs[0].fault("first", "old")
     path.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in (other, old)))
     row = replace(old, fault=None, shares={"out": 0.5})
@@ -92,8 +92,8 @@ def test_rows_replace_those_of_the_same_case_and_what_was_cut_is_to_be_tried(tmp
     )
 
 
-def test_a_worker_ends_with_what_started_it(tmp_path: Path) -> None:
-    """Killed, so that it can do nothing about it; the worker would sleep for ten minutes."""
+def test_worker_exits_with_parent(tmp_path: Path) -> None:
+    """The parent is killed with SIGKILL, which it cannot handle; otherwise the worker would sleep for ten minutes."""
     program = (
         "import subprocess, sys\n"
         "worker = subprocess.Popen([sys.executable, '-c', 'from mvar_kernels.testing.check import end_with_parent; "
@@ -111,18 +111,18 @@ def test_a_worker_ends_with_what_started_it(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_processes_end_with_the_run() -> None:
-    """The generator is closed while one hangs, or comes to its end: it would wait for ten minutes otherwise."""
-    rows = run([stand_in("first", "hang")], processes=1, seconds=600)
+def test_run_terminates_workers() -> None:
+    """Closing the generator, or reaching `until`, ends a worker that would otherwise hang for ten minutes."""
+    rows = run([fake_job("first", "hang")], processes=1, seconds=600)
     assert next(rows)[1].case == "first"
     rows.close()  # type: ignore[attr-defined]
     begin = time.monotonic()
-    assert [row.case for _, row in run([stand_in("first", "hang")], processes=1, seconds=600, until=begin + 2)] == [
+    assert [row.case for _, row in run([fake_job("first", "hang")], processes=1, seconds=600, until=begin + 2)] == [
         "first"
     ]
 
 
-def test_a_kernel_s_row() -> None:
+def test_check_case() -> None:
     row, answers = check_case(SPECS["adaln"], ODD, "cpu", torch.float32)
     assert answers and row.right and row.fault is row.refused is None
     kinds = ["", *(f", {layout.__name__}" for layout in LAYOUTS)]
@@ -146,7 +146,7 @@ def test_a_kernel_s_row() -> None:
     ],
     ids=["writes", "moves", "nan", "unwritten", "raises", "wrong", "dtype"],
 )
-def test_what_is_wrong_with_a_kernel(
+def test_check_case_detects_faults(
     plant: object, fault: str | None, share: float, monkeypatch: pytest.MonkeyPatch, poisoned: None
 ) -> None:
     spec, calls = SPECS["adaln"], iter(range(100))
@@ -165,7 +165,7 @@ def test_what_is_wrong_with_a_kernel(
     assert share == 0 or max(row.shares.values()) >= share
 
 
-def test_the_table() -> None:
+def test_table() -> None:
     rows = [
         Result("adaln", "cpu", "float32", "odd", {"out": 0.25, "grad of x": 0.5}),
         Result("adaln", "cpu", "float32", "even", {"out": 3.0, "grad of x": math.inf}, "inputs written to: x"),
@@ -191,7 +191,7 @@ def test_the_table() -> None:
     ]
 
 
-def test_rows_are_written_as_they_come_and_only_failed_ones_tried_again(
+def test_interrupted_check_and_only_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "rows.jsonl"
@@ -224,7 +224,7 @@ def test_rows_are_written_as_they_come_and_only_failed_ones_tried_again(
 
 
 @pytest.mark.parametrize(("free_gib", "expected"), [(78, 16), (7, 3), (1, 1)])
-def test_a_small_gpu_has_few_processes(free_gib: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_limited_by_gpu_memory(free_gib: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_gib * 2**30, 80 * 2**30))
     monkeypatch.setattr(plan.os, "cpu_count", lambda: 16)
@@ -232,11 +232,11 @@ def test_a_small_gpu_has_few_processes(free_gib: int, expected: int, monkeypatch
 
 
 @pytest.mark.slow
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["check", "adaln", "--backend", "cpu"])
     out = capsys.readouterr().out
     assert "30 cases of 1 ops" in out and out.rstrip().endswith("all cases passed") and "torch 2" in out
 
 
-def test_every_op_has_its_kernels_by_name() -> None:
+def test_every_op_has_a_spec() -> None:
     assert OPS.keys() == SPECS.keys()

@@ -1,6 +1,6 @@
-"""Every Triton kernel, compiled for A100 and H100 with the tiles of no tuning: no spills, within the memory, on the
-tensor cores; and compiled once, not anew for every length that a generation meets.
+"""Tests that Triton kernels compiled for A100 and H100 do not spill, fit in shared memory and use tensor cores.
 
+Each kernel is compiled with its default tile, and once only: not again for every sequence length in a generation.
 `make bench` compiles every tile for every architecture: 109 to 134 s for each of them (AMD EPYC, Zen 3).
 """
 
@@ -26,13 +26,13 @@ pytest.importorskip("triton")
 OPS = [op.name for op in (_ADALN, _GATED, attention._OP, mixer._OP, scan._OP, _SAMPLE, _SOFT) if "triton" in op.modules]
 
 
-# Addresses of the states, for which 255 registers are too few: `grads` stores and loads them again in at most 10 of its
-# 2,900 to 3,500 instructions (Triton 3.6 and 3.7).
+# 255 registers are too few for the addresses of the states: `grads` spills and reloads them in at most 10 of its 2,900
+# to 3,500 instructions (Triton 3.6 and 3.7).
 KNOWN_SPILLS = {("_ssd_scan_bwd_grads_kernel", "float32"): 32}
 
 
 def compiled(table: Path, *options: str) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
-    """The rows that compile_ahead.py writes with the tiles of no tuning, and the finished process."""
+    """Return the rows that compile_ahead.py writes with default tiles, and the finished process."""
     command = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), "--tiles", "first", *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([*command, "--write", str(table)], capture_output=True, text=True, env=environment)
@@ -41,7 +41,7 @@ def compiled(table: Path, *options: str) -> tuple[list[dict[str, Any]], subproce
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_kernels_compile_and_fit(arch: str, tmp_path: Path) -> None:
+def test_kernel_resources(arch: str, tmp_path: Path) -> None:
     rows, done = compiled(tmp_path / "kernels.json", "--arch", arch)
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAULT" in line)
     again = Counter((row["kernel"], row["dtype"], row["tile"], row["warps"], row["stages"]) for row in rows)
@@ -50,8 +50,8 @@ def test_kernels_compile_and_fit(arch: str, tmp_path: Path) -> None:
         assert any(op in row["kernel"] for row in rows), f"no kernel of {op} was compiled"
 
 
-def test_float16_and_float32_do_not_spill(tmp_path: Path) -> None:
-    """In the ops whose tiles differ by dtype; with two directions, where Mamba-2's take the most registers."""
+def test_float16_and_float32_spills(tmp_path: Path) -> None:
+    """Covers the ops whose tiles depend on the dtype; bidirectional Mamba-2 kernels use the most registers."""
     ops = ("scale_attention", "ssd_scan", "mamba2_mixer")
     cases = ("d16_256_training_norm", "d16_256_training_bidirectional")
     options = ("--arch", "sm_90", "--dtypes", "float16", "float32", "--cases", *cases)
@@ -82,8 +82,8 @@ for op in sys.argv[1:]:
 """
 
 
-def test_a_kernel_s_key_does_not_depend_on_what_was_compiled_before() -> None:
-    """So that what one process compiled is found by another, in whichever order that calls the ops."""
+def test_cache_key_is_independent_of_import_order() -> None:
+    """Processes that import the ops in different orders must share one cache of compiled kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     ops = ["adaln", "scale_attention", "mamba2", "sample_tokens"]

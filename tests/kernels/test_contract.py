@@ -1,6 +1,7 @@
-"""Every op × backend × case × dtype, from the specs alone, by the rule of mvar_kernels/testing/contract.py.
+"""Contract test of every op, backend, case and dtype, generated from the specs.
 
-Where there is no GPU, Triton interprets its kernels, and the CUDA kernels run on the CPU (tests/helpers/cuda_on_cpu).
+The tolerance is that of mvar_kernels/testing/contract.py. Without a GPU, Triton kernels run in Triton's interpreter and
+CUDA kernels run on the CPU (tests/helpers/cuda_on_cpu).
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ OPERATORS = {name: getattr(torch.ops.mvar, name).default for name in SPECS}
 
 @contextmanager
 def named(backend: str) -> Iterator[str]:
-    """The name by which an op is asked for the backend."""
+    """Yield the value of an op's `backend` argument that selects the backend."""
     if backend != CUDA_ON_CPU:
         yield backend
         return
@@ -36,21 +37,21 @@ def named(backend: str) -> Iterator[str]:
         yield "cuda"
 
 
-class Asked(Exception):
-    """Ends an op's call where its kernel would run."""
+class ReasonFound(Exception):
+    """Raised in place of running an op's kernel."""
 
 
 def refusal(spec: Spec, backend: str, dtype: torch.dtype, case: Case) -> str | None:
-    """Why the backend does not take this case in this dtype, or None. No kernel runs."""
+    """Return why the backend does not support this case and dtype, or None, without running a kernel."""
 
     def ask(op: Op, name: str, device: torch.device, *inputs: Any, backward: bool = False) -> NoReturn:
-        raise Asked(op.unsupported_reason(name, device, *inputs, backward=backward))
+        raise ReasonFound(op.unsupported_reason(name, device, *inputs, backward=backward))
 
     with named(backend) as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Op, "choose", ask)
         try:
             spec.call(prepared(spec, case, dtype, backend), case, name)
-        except Asked as answer:
+        except ReasonFound as answer:
             return answer.args[0]
     raise AssertionError(f"{spec.op} did not ask which kernel to use")
 
@@ -78,7 +79,7 @@ def params() -> Iterator[object]:
     for spec in SPECS.values():
         for backend in AVAILABLE:
             for dtype in spec.dtypes:
-                # What a backend offers for one case, it must get right for all; these may be for some cases only.
+                # A backend that supports the first case must support all of them; these backends may support only some.
                 partial = backend in (*THIRD_PARTY, "cuda", CUDA_ON_CPU)
                 offered = partial or refusal(spec, backend, dtype, spec.cases[0]) is None
                 for case in spec.cases if offered else ():
@@ -101,8 +102,8 @@ def compare(spec: Spec, got: dict[str, Tensor], same: dict[str, Tensor], exact: 
 @pytest.mark.parametrize(("spec", "case", "backend", "dtype"), PARAMS)
 def test_agrees_with_float64(spec: Spec, case: Case, backend: str, dtype: torch.dtype, poisoned: None) -> None:
     inputs = prepared(spec, case, dtype, backend)
-    # Triton's interpreter takes seconds a run: one a case and dtype, in float32 through strides, else contiguous; one
-    # program after the other on one thread has one answer.
+    # A run in Triton's interpreter takes seconds, so there is one per case and dtype: strided in float32, contiguous in
+    # other dtypes. The interpreter runs programs sequentially on one thread, which is deterministic.
     slow = interprets(backend)
     if slow and dtype == torch.float32:
         inputs = {n: scattered(t) for n, t in inputs.items()}
@@ -127,7 +128,7 @@ def scattered(t: Tensor) -> Tensor:
 
 
 def compiled() -> Iterator[object]:
-    """Two cases of each op in float32: what is checked is around the kernel, so none where Triton interprets."""
+    """Two cases of each op in float32, without interpreted kernels: the tests check the code around the kernel."""
     for p in PARAMS:
         spec, case, backend, dtype = p.values  # type: ignore[attr-defined]
         slow = backend == CUDA_ON_CPU or interprets(backend)
@@ -140,7 +141,7 @@ COMPILED = list(compiled())
 
 @pytest.mark.parametrize(("spec", "case", "backend", "dtype"), COMPILED)
 def test_opcheck(spec: Spec, case: Case, backend: str, dtype: torch.dtype) -> None:
-    """Schema, fake tensors, autograd registration and AOT tracing of the very call the op makes."""
+    """Checks the schema, fake tensors, autograd registration and AOT tracing with the arguments that the op passes."""
     wanted = contract.differentiable(spec, backend)
     inputs = {n: t.requires_grad_(n in wanted) for n, t in prepared(spec, case, dtype, backend).items()}
     arguments = dispatched(spec.op, lambda: spec.call(inputs, case, backend))[spec.op]
@@ -149,8 +150,8 @@ def test_opcheck(spec: Spec, case: Case, backend: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(("spec", "case", "backend", "dtype"), COMPILED)
-def test_compiles_whole(spec: Spec, case: Case, backend: str, dtype: torch.dtype) -> None:
-    """torch.compile(fullgraph=True) of the public function gives the eager answer, gradients too."""
+def test_compile_fullgraph(spec: Spec, case: Case, backend: str, dtype: torch.dtype) -> None:
+    """torch.compile(fullgraph=True) of the public function gives the same outputs and gradients as eager mode."""
     inputs = prepared(spec, case, dtype, backend)
     torch.compiler.reset()
     compiled = torch.compile(lambda t: spec.call(t, case, backend), fullgraph=True, backend="aot_eager")
@@ -165,8 +166,8 @@ def test_compiles_whole(spec: Spec, case: Case, backend: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("op", SPECS)
-def test_traces_with_symbolic_sizes(op: str) -> None:
-    """make_fx of the public function and of its gradients gives the eager answer."""
+def test_make_fx_symbolic(op: str) -> None:
+    """make_fx of the public function and of its gradients gives the same results as eager mode."""
     from torch.fx.experimental.proxy_tensor import make_fx  # imports sympy
 
     spec = SPECS[op]
@@ -190,12 +191,12 @@ def test_every_op_has_a_reference_and_a_spec() -> None:
     assert {p.values[0].op for p in PARAMS if p.values[2] == "reference"} == set(SPECS)  # type: ignore[attr-defined]
 
 
-# Neither kernel is there, for its own reason: C++ has no float16, and Triton's interpreter computes bfloat16 wrongly.
+# The C++ kernels do not support float16, and Triton's interpreter computes bfloat16 incorrectly.
 NOT_OFFERED = {("cpu", torch.float16), *([("triton", torch.bfloat16)] if interpreted() else [])}
 
 
-def test_kernels_take_every_case() -> None:
-    """A backend that came to refuse what it should take would leave the tests above without a word."""
+def test_kernels_support_every_case() -> None:
+    """Otherwise a backend that wrongly reports a case as unsupported would drop out of the tests above silently."""
     offered = {p.id for p in PARAMS}  # type: ignore[attr-defined]
     for spec in SPECS.values():
         for backend in {"reference", "cpu", "triton"}.intersection(AVAILABLE):
@@ -205,7 +206,7 @@ def test_kernels_take_every_case() -> None:
 
 
 @pytest.mark.parametrize("op", SPECS)
-def test_names_are_unique_and_work_is_counted(op: str) -> None:
+def test_case_names_and_work(op: str) -> None:
     spec = SPECS[op]
     assert len({case.name for case in spec.cases}) == len(spec.cases)
     for case in spec.cases:

@@ -1,6 +1,6 @@
-"""That the contract test would notice: CUDA kernels with one planted fault each, run on the CPU, must turn it red.
+"""Tests that the contract test fails for CUDA kernels with one planted fault each, run on the CPU.
 
-Each fault is one edit of a source; the rest of the module is linked as it was built.
+Each fault is one edit of a source file; the other object files are linked unchanged.
 """
 
 import json
@@ -26,8 +26,9 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Fault:
-    """`before` becomes `after`, once, in a `file` of the op's folder that its cuda.cu is or includes; `shows` is how:
-    wrong numbers ("") or the shim's words.
+    """A replacement of `before` by `after` in `file`, which is the cuda.cu of the op's folder or one of its includes.
+
+    `shows` is part of the shim's error message, or "" if the fault gives wrong results.
     """
 
     name: str
@@ -105,7 +106,7 @@ FAULTS = (
         "    __syncthreads();\n    from_inside(y, m);",
         "    from_inside(y, m);",
         file="cuda/chunks.h",
-        dtype=torch.bfloat16,  # of one part: the warps of float16 are too far apart for the race to show
+        dtype=torch.bfloat16,  # one part; with float16 the warps are too far apart for the race to show
     ),
     Fault("off_by_one", "mamba2", "mamba2_mixer", "score = s < t ?", "score = s <= t ?", file="cuda/chunks.h"),
     Fault(
@@ -128,13 +129,13 @@ FAULTS = (
 
 
 def planted(fault: Fault, folder: Path) -> Path:
-    """The module with the fault."""
+    """Build the module with the fault and return its path."""
     cuda_on_cpu.module()
     commands = json.loads((cuda_on_cpu.BUILD / "compile_commands.json").read_text())
     source = CSRC / fault.folder / "cuda.cu"
     text = (source.parent / fault.file).read_text()
     assert text.count(fault.before) == 1, "the fault's place has changed"
-    faulty = folder / fault.folder / fault.file  # headers are looked for in `folder` first
+    faulty = folder / fault.folder / fault.file  # `folder` comes first in the include path
     faulty.parent.mkdir(parents=True)
     faulty.write_text(text.replace(fault.before, fault.after))
     module = folder / cuda_on_cpu.build().name
@@ -158,7 +159,7 @@ def planted(fault: Fault, folder: Path) -> Path:
 def test_planted_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
     kernels = cuda_on_cpu.load(planted(fault, tmp_path))
     spec, dtype = SPECS[fault.op], fault.dtype
-    answers = []
+    errors = []
     for case in spec.cases:
         if refusal(spec, CUDA_ON_CPU, dtype, case) is not None:
             continue
@@ -170,7 +171,7 @@ def test_planted_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
             with cuda_on_cpu.playing(kernels):
                 compare(spec, evaluate(spec, case, inputs, CUDA_ON_CPU), same, exact)
         except (AssertionError, RuntimeError) as error:
-            answers.append(str(error))
-            if fault.shows in answers[-1]:
+            errors.append(str(error))
+            if fault.shows in errors[-1]:
                 return
-    pytest.fail(f"not noticed; answers were {answers}")
+    pytest.fail(f"not noticed; answers were {errors}")

@@ -1,4 +1,4 @@
-"""Every CUDA kernel, compiled by nvcc for A100 and H100: no spills, products on the tensor cores.
+"""Tests that CUDA kernels compiled for A100 and H100 do not spill and use tensor cores.
 
 `make bench` compiles for every architecture.
 """
@@ -17,14 +17,14 @@ SOURCES = sorted(cuda_resources.CSRC.glob("*/cuda.cu"))
 
 @pytest.mark.skipif(cuda_resources.nvcc() is None, reason="needs nvcc")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.parent.name)
-def test_kernels_compile_and_fit(source: Path) -> None:
+def test_kernel_resources(source: Path) -> None:
     rows = cuda_resources.needs(source, ARCHITECTURES)
     assert {row.arch for row in rows} == set(ARCHITECTURES)
     assert not [row for row in rows if row.faults()]
 
 
 @pytest.mark.skipif(cuda_resources.nvcc() is None, reason="needs nvcc")
-def test_a_spill_is_seen(tmp_path: Path) -> None:
+def test_spill_is_reported(tmp_path: Path) -> None:
     source = tmp_path / "cuda.cu"
     source.write_text("""
         __global__ void spilling(float* data, int turns) {

@@ -1,4 +1,4 @@
-"""Which kernel `auto` takes."""
+"""Tests of backend selection and of the reasons why a backend is unavailable."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ from mvar_kernels import dispatch
 from mvar_kernels.ops.adaln import op as adaln
 
 
-def test_triton_goes_first_unless_cuda_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_order(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
@@ -34,7 +34,7 @@ def test_triton_goes_first_unless_cuda_was_measured_to_be_faster(monkeypatch: py
             assert op.available(device, backward)[0] is first
 
 
-def test_cuda_is_preferred_only_where_it_won_every_case() -> None:
+def test_faster_in_cuda() -> None:
     def row(one_pass: str, **median_ms: float) -> dict[str, Any]:
         return {"pass": one_pass, "median_ms": {f"mvar {name}": ms for name, ms in median_ms.items()}}
 
@@ -43,14 +43,14 @@ def test_cuda_is_preferred_only_where_it_won_every_case() -> None:
     assert faster_in_cuda([won, lost]) == [] and faster_in_cuda([alone]) == []
 
 
-def test_committed_preferences_name_ops_and_passes() -> None:
+def test_committed_preferences() -> None:
     table = json.loads(Path(dispatch.MEASURED).read_text())
     assert all(set(passes) <= {"forward", "backward"} for ops in table.values() for passes in ops.values())
 
 
 @pytest.fixture
-def nothing_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if no backend had been looked for yet; what is imported in the test is forgotten after it."""
+def clean_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Clear the cache of found backends, and remove third-party modules imported by the test afterwards."""
     monkeypatch.setattr(dispatch, "_found", set())
     before = dict(sys.modules)
     dispatch._imported.cache_clear()
@@ -66,7 +66,7 @@ def with_spec(name: str) -> ModuleType:
     return module
 
 
-STAND_INS: dict[str, Callable[[str], Any]] = {
+FAKE_MODULES: dict[str, Callable[[str], Any]] = {
     "an empty module": ModuleType,
     "one with a spec": with_spec,
     "a mock": lambda name: MagicMock(),
@@ -74,10 +74,10 @@ STAND_INS: dict[str, Callable[[str], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", STAND_INS)
+@pytest.mark.parametrize("kind", FAKE_MODULES)
 @pytest.mark.parametrize("name", dispatch.THIRD_PARTY)
-def test_stand_ins_of_peers(name: str, kind: str, nothing_found: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, name, STAND_INS[kind](name))
+def test_fake_third_party(name: str, kind: str, clean_backends: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, FAKE_MODULES[kind](name))
     reason = mk.backends()[name]
     assert reason is not None and reason.startswith(f"{name} ")
     q = torch.ones(1, 2, 1, 4)
@@ -97,11 +97,11 @@ def test_stand_ins_of_peers(name: str, kind: str, nothing_found: None, monkeypat
         ("import sys; sys.exit('needs a GPU')", "SystemExit: needs a GPU"),
         ("import there_is_no_such_module", "No module named 'there_is_no_such_module'"),
         ("flash_attn_varlen_func = None", "has no flash_attn_varlen_func"),
-        (None, "has no flash_attn_varlen_func"),  # an empty folder, which Python takes for a namespace package
+        (None, "has no flash_attn_varlen_func"),  # an empty folder, which Python imports as a namespace package
     ],
 )
-def test_a_broken_peer_says_what_is_broken(
-    source: str | None, reason: str, nothing_found: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_broken_third_party_package(
+    source: str | None, reason: str, clean_backends: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "flash_attn"
     package.mkdir()
@@ -113,7 +113,7 @@ def test_a_broken_peer_says_what_is_broken(
     assert "second" not in found
 
 
-def test_a_stand_in_of_triton(nothing_found: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fake_triton_module(clean_backends: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("triton", "triton.language"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "triton", with_spec("triton"))
@@ -126,19 +126,19 @@ def test_a_stand_in_of_triton(nothing_found: None, monkeypatch: pytest.MonkeyPat
     mk.adaln(torch.ones(1, 1, 4), torch.ones(1, 4), torch.ones(1, 4))
 
 
-def test_an_interpreter_that_is_switched_on_too_late(nothing_found: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_interpret_set_after_import(clean_backends: None, monkeypatch: pytest.MonkeyPatch) -> None:
     if dispatch._not_installed("triton"):
         pytest.skip("triton is not installed")
     language = with_spec("triton.language")
     language.cdiv = lambda: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "triton.language", language)
-    for value in ("1", "true", "ON"):  # as Triton reads it
+    for value in ("1", "true", "ON"):  # all of which Triton accepts
         monkeypatch.setenv("TRITON_INTERPRET", value)
         assert mk.backends()["triton"] == "TRITON_INTERPRET was changed after Triton was imported"
 
 
-def test_an_extension_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Built for another Python, of another ABI, or not built: a reason, and the reference runs."""
+def test_extension_import_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Covers an extension that was not built, was built for another Python, or is damaged."""
     here = Path(dispatch.__file__).parent
     monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
     load = dispatch._extension.__wrapped__
@@ -157,11 +157,11 @@ def test_an_extension_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp
         assert "cannot be imported: ImportError" in str(mk.backends()[name])
 
 
-def test_tables_are_not_copied_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_during_cuda_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     from mvar_kernels.ops.scale_attention.plan import plan
 
     monkeypatch.setattr(dispatch, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="call it once with these sizes before the capture"):
         plan((1, 2, 39), 42, False, False, 64, 64, torch.device("cpu"))
     monkeypatch.undo()
-    assert plan((1, 2, 39), 42, False, False, 64, 64, torch.device("cpu")).tiles.numel()  # the error is not kept
+    assert plan((1, 2, 39), 42, False, False, 64, 64, torch.device("cpu")).tiles.numel()  # the error is not cached

@@ -1,4 +1,4 @@
-"""An eager call goes past PyTorch's dispatcher where nothing would be seen of it there, and there alone."""
+"""Tests of eager calls, which bypass PyTorch's dispatcher unless a mode, subclass or transform needs to see them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,12 +21,12 @@ from mvar_kernels.testing.spec import Spec
 BACKENDS = [name for name in ("reference", "cpu") if unavailable(name) is None]
 
 
-class Seen(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
-class Functions(TorchFunctionMode):
+class FunctionMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
@@ -37,15 +37,15 @@ class Subclass(Tensor):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
-def test_both_ways_give_the_same_bits(spec: Spec, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs, and gradients of all inputs that get one."""
+def test_eager_call_matches_dispatched_call(spec: Spec, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares outputs and gradients bitwise."""
     case = spec.cases[1]
     inputs = prepared(spec, case, torch.float32)
-    past = evaluate(spec, case, inputs, backend)
+    direct = evaluate(spec, case, inputs, backend)
     monkeypatch.setattr(custom_op, "_is_eager", lambda tensors: False)
     dispatched = evaluate(spec, case, inputs, backend)
-    assert past.keys() == dispatched.keys()
-    assert all(torch.equal(past[name], dispatched[name]) for name in past)
+    assert direct.keys() == dispatched.keys()
+    assert all(torch.equal(direct[name], dispatched[name]) for name in direct)
 
 
 @pytest.mark.parametrize(
@@ -55,15 +55,15 @@ def test_both_ways_give_the_same_bits(spec: Spec, backend: str, monkeypatch: pyt
         (torch.no_grad, True),
         (torch.inference_mode, True),
         (lambda: torch.autocast("cpu", torch.bfloat16), True),
-        (Seen, False),
-        (Functions, False),
+        (DispatchMode, False),
+        (FunctionMode, False),
         (lambda: torch.device("cpu"), False),
         (torch.profiler.profile, False),
         (forward_ad.dual_level, False),
         (torch._C._AutoDispatchBelowAutograd, True),
     ],
 )
-def test_what_wants_to_see_an_op_sees_it(context: Callable[[], AbstractContextManager[Any]], eager: bool) -> None:
+def test_modes_and_contexts(context: Callable[[], AbstractContextManager[Any]], eager: bool) -> None:
     t = torch.ones(2)
     with context():
         assert custom_op._is_eager([t, None]) == eager
@@ -82,26 +82,26 @@ def test_what_wants_to_see_an_op_sees_it(context: Callable[[], AbstractContextMa
         (torch._efficientzerotensor((2,)), False),
     ],
 )
-def test_tensors_that_are_more_than_their_memory_are_dispatched(t: Tensor, eager: bool) -> None:
+def test_tensor_types(t: Tensor, eager: bool) -> None:
     assert custom_op._is_eager([torch.ones(1), t]) == eager
 
 
-def test_a_negated_view_has_its_sign() -> None:
-    """Whose memory holds the other sign."""
+def test_negated_view() -> None:
+    """The memory of a negated view holds the values before negation."""
     x = torch.view_as_complex(torch.randn(2, 3, 8, 2)).conj().imag
     assert x.is_neg()
     scale, shift = torch.randn(2, 2, 8).unbind(0)
     assert torch.equal(mk.adaln(x, scale, shift), mk.adaln(x.clone(), scale, shift))
 
 
-def test_a_profile_names_the_ops() -> None:
+def test_profiler_shows_ops() -> None:
     x = torch.randn(2, 3, 8, requires_grad=True)
     with torch.profiler.profile() as profile:
         mk.adaln(x, *torch.randn(2, 2, 8).unbind(0)).sum().backward()
     assert {"mvar::adaln", "mvar::adaln_backward"} <= {event.name for event in profile.events()}
 
 
-def test_torch_func_and_tracers_are_dispatched() -> None:
+def test_torch_func_and_jit_trace() -> None:
     found: list[bool] = []
 
     def f(x: Tensor) -> Tensor:
@@ -114,8 +114,8 @@ def test_torch_func_and_tracers_are_dispatched() -> None:
     assert found == [False] * 3
 
 
-def test_a_batch_of_gradients_is_dispatched() -> None:
-    """vmap's rows of torch.autograd.grad(is_grads_batched=True) are of torch's own type, and have no memory."""
+def test_is_grads_batched() -> None:
+    """With is_grads_batched=True, gradients are batched tensors of type Tensor, which have no storage."""
     found: list[bool] = []
 
     class Probe(torch.autograd.Function):
@@ -133,15 +133,15 @@ def test_a_batch_of_gradients_is_dispatched() -> None:
     assert found == [False]
 
 
-def test_below_autograd_nothing_is_recorded() -> None:
-    """As of torch's own ops, inside another operator's kernel."""
+def test_below_autograd() -> None:
+    """Inside another operator's kernel, nothing is recorded, as with torch's own ops."""
     x = torch.randn(2, 3, 8, requires_grad=True)
     with torch._C._AutoDispatchBelowAutograd():
         assert not mk.adaln(x, *torch.randn(2, 2, 8).unbind(0)).requires_grad
 
 
-def test_what_no_backward_reads_is_not_kept() -> None:
-    """It may be changed in place before the backward, and takes no memory."""
+def test_unused_input_is_not_saved_for_backward() -> None:
+    """It may be modified in place before the backward."""
     x, scale, shift = (torch.randn(*size, requires_grad=True) for size in ((2, 3, 8), (2, 8), (2, 8)))
     changed = shift.clone()
     kept: list[Tensor] = []
@@ -156,14 +156,14 @@ def test_what_no_backward_reads_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_a_node_has_the_op_s_name(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grad_fn_name(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not eager:
         monkeypatch.setattr(custom_op, "_is_eager", lambda tensors: False)
     out = mk.adaln(torch.randn(2, 3, 8, requires_grad=True), *torch.randn(2, 2, 8).unbind(0))
     assert out.grad_fn is not None and "adaln" in out.grad_fn.name()
 
 
-def test_gradients_of_gradients() -> None:
-    """The backward of an eager call is differentiable where that is asked for, as the reference."""
+def test_gradgradcheck() -> None:
+    """The backward of an eager call is differentiable with create_graph=True."""
     x, scale, shift = (t.requires_grad_() for t in torch.randn(3, 2, 4, 6, dtype=torch.float64).unbind(0))
     torch.autograd.gradgradcheck(lambda *t: mk.adaln(t[0], t[1][:, 0], t[2][:, 0]), (x, scale, shift))

@@ -1,4 +1,4 @@
-"""No kernel is called with a tensor that holds fewer bytes than the kernel would touch."""
+"""Tests that kernels are not called with tensors whose storage is too small."""
 
 import importlib
 from typing import Any
@@ -23,13 +23,15 @@ CASES = {
     "sample_tokens": "top_k",
     "soft_embedding": "top_k",
 }
-# Bytes at the end of a first input that no kernel reads through it: dt, three float32 numbers, is a tensor of its own.
+# Bytes at the end of the first input that no kernel reads: dt, three float32 numbers, is passed as a separate tensor.
 UNREAD = {"mamba2_mixer": 12}
 
 
-def shortened(monkeypatch: pytest.MonkeyPatch, spec: Spec, backend: str, index: int) -> int:
-    """Run forward and backward with the tensor of that index (of those the extension is given) a byte short; answers
-    how many tensors there were."""
+def run_with_short_tensor(monkeypatch: pytest.MonkeyPatch, spec: Spec, backend: str, index: int) -> int:
+    """Run forward and backward with one of the tensors passed to the extension one byte too small.
+
+    Returns the number of tensors that were passed.
+    """
     module: Any = importlib.import_module(spec.call.__module__.removesuffix("spec") + "native")
     count = 0
 
@@ -56,16 +58,16 @@ def shortened(monkeypatch: pytest.MonkeyPatch, spec: Spec, backend: str, index: 
 
 
 @pytest.mark.parametrize("op", SPECS)
-def test_a_tensor_a_byte_short_is_refused_by_name(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = shortened(monkeypatch, SPECS[op], "cpu", -1)
+def test_storage_one_byte_too_small(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = run_with_short_tensor(monkeypatch, SPECS[op], "cpu", -1)
     assert tensors >= 4
     for index in range(tensors):
         with pytest.raises(ValueError, match=r"^[\w ]+: sizes .* do not fit its \d+ bytes"):
-            shortened(monkeypatch, SPECS[op], "cpu", index)
+            run_with_short_tensor(monkeypatch, SPECS[op], "cpu", index)
 
 
-def test_freed_storage_is_refused() -> None:
-    """As FSDP frees that of weights between their uses."""
+def test_freed_storage() -> None:
+    """FSDP frees the storage of weights between uses."""
     x, scale = torch.randn(2, 3, 8), torch.randn(2, 8)
     scale.untyped_storage().resize_(0)
     with pytest.raises(
@@ -74,7 +76,7 @@ def test_freed_storage_is_refused() -> None:
         mk.adaln(x, scale, scale, backend="cpu")
 
 
-def test_scales_that_do_not_add_up_are_refused() -> None:
+def test_invalid_scales() -> None:
     extension = native()
     assert extension is not None
     q = torch.randn(1, 4, 1, 8)
@@ -84,7 +86,7 @@ def test_scales_that_do_not_add_up_are_refused() -> None:
             extension.scale_attention_forward((0, 0), (1, 4, 4, 1, 8), scales, False, 1.0, *given)
 
 
-def test_an_empty_tensor_of_any_strides_is_taken() -> None:
-    """torch calls it contiguous, so that no copy changes its strides."""
+def test_empty_tensor_with_any_strides() -> None:
+    """torch considers an empty tensor contiguous, so contiguous() does not change its strides."""
     x = torch.zeros(2, 4, 16)[:, :0, ::2]
     assert x.stride(-1) == 2 and mk.adaln(x, torch.zeros(2, 8), torch.zeros(2, 8), backend="cpu").shape == (2, 0, 8)

@@ -1,5 +1,7 @@
-"""The contract with the errors that a GPU's instructions may have (gpu_arithmetic.py): cases of every op, those that
-come nearest to the tolerance or did not keep it with hardware's exponential and division.
+"""Contract test of Triton kernels with emulated errors of GPU instructions (gpu_arithmetic.py).
+
+The cases of each op are those that come closest to the tolerance, or that exceeded it with the hardware's exponential
+and division.
 """
 
 import dataclasses
@@ -37,7 +39,7 @@ FLOAT32 = {
     "sample_tokens": ("top_k", "ties"),
     "soft_embedding": ("one_code", "arg_max", "ties"),
 }
-# Of these some outputs and gradients are float32 all the same: states, and what is one number a head.
+# In these ops some outputs and gradients are float32 in any dtype: states, and those with one value per head.
 FLOAT16 = {
     "scale_attention": ("equal_keys_norm",),
     "ssd_scan": ("odd", "float32_steps_both"),
@@ -46,7 +48,7 @@ FLOAT16 = {
 BFLOAT16 = {"ssd_scan": ("odd", "float32_steps"), "mamba2_mixer": ("nine_tokens", "instant_decay_both")}
 
 
-def chosen(names: dict[str, tuple[str, ...]]) -> list[object]:
+def params(names: dict[str, tuple[str, ...]]) -> list[object]:
     cases = [(SPECS[op], case) for op in names for case in SPECS[op].cases if case.name in names[op]]
     assert len(cases) == sum(map(len, names.values()))
     return [pytest.param(spec, case, id=f"{spec.op}-{case.name}") for spec, case in cases]
@@ -59,21 +61,21 @@ def assert_within_contract(spec: Spec, case: Case, inputs: Inputs) -> None:
         compare(spec, evaluate(spec, case, inputs, "triton"), same, exact)
 
 
-@pytest.mark.parametrize(("spec", "case"), chosen(FLOAT32))
+@pytest.mark.parametrize(("spec", "case"), params(FLOAT32))
 def test_float32(spec: Spec, case: Case, poisoned: None) -> None:
     assert_within_contract(spec, case, {n: scattered(t) for n, t in prepared(spec, case, torch.float32).items()})
 
 
-@pytest.mark.parametrize(("spec", "case"), chosen(FLOAT16))
+@pytest.mark.parametrize(("spec", "case"), params(FLOAT16))
 def test_float16(spec: Spec, case: Case, poisoned: None) -> None:
     assert_within_contract(spec, case, prepared(spec, case, torch.float16))
 
 
-@pytest.mark.parametrize(("spec", "case"), chosen(BFLOAT16))
+@pytest.mark.parametrize(("spec", "case"), params(BFLOAT16))
 def test_float32_gradients_of_bfloat16(spec: Spec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensor cores do not round the operands of tf32 products, which bfloat16's backward is made of: they cut them off.
+    """Tensor cores truncate, rather than round, the operands of tf32 products, which the backward of bfloat16 uses.
 
-    Triton's interpreter has no bfloat16: float16 tensors hold its numbers, also as the gradients that come in.
+    Triton's interpreter has no bfloat16: float16 tensors hold the bfloat16 values, incoming gradients included.
     """
     for of_dtype in (triton_backward.PRECISE, triton_backward.CHUNKS):
         monkeypatch.setitem(of_dtype, torch.float16, of_dtype[torch.bfloat16])
@@ -97,7 +99,7 @@ def test_float32_gradients_of_bfloat16(spec: Spec, case: Case, monkeypatch: pyte
 
 
 class RoundedGradient(torch.autograd.Function):
-    """The identity; of 16-bit numbers, the gradient is rounded to bfloat16."""
+    """The identity, which rounds the gradient of 16-bit tensors to bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class RoundedGradient(torch.autograd.Function):
         return grad.bfloat16().to(grad.dtype) if grad.itemsize == 2 else grad
 
 
-FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {  # exact, ulps or parts of the result
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {  # exact, bound in ulps, relative bound
     "exp2": (torch.exp2, 0.0, 2.0**-22),
     "log2": (torch.log2, 1.0, 0.0),
     "log": (torch.log, 1.0, 0.0),
@@ -150,8 +152,8 @@ def apply(name: str, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_errors_are_as_large_as_documented(name: str) -> None:
-    """And those of `exp` and `exp2` are not the hardware's."""
+def test_function_errors(name: str) -> None:
+    """The maximum error is close to the documented one, reproducible, and absent outside gpu_arithmetic."""
     function, ulps, part = FUNCTIONS[name]
     x = torch.empty(2**15).uniform_(0.5, 80.0, generator=torch.Generator().manual_seed(0))
     if "exp" in name:
@@ -166,7 +168,7 @@ def test_errors_are_as_large_as_documented(name: str) -> None:
     assert name.startswith("exact") or not torch.equal(errors, apply(name, x).double() - exact), "it did not end"
 
 
-def test_special_numbers() -> None:
+def test_special_values() -> None:
     with gpu_arithmetic():
         assert apply("exp2", torch.zeros(1)) == 1 and apply("log2", torch.ones(1)) == 0
         for name in ("exact_exp", "exact_exp2"):
@@ -182,8 +184,8 @@ def _product_kernel(x_ptr, y_ptr, out_ptr, PRECISION: tl.constexpr):
 
 
 @pytest.mark.parametrize(("precision", "error"), [("tf32", 2.0**-10), ("tf32x3", 2.0**-22), ("ieee", 0.0)])
-def test_products(precision: str, error: float) -> None:
-    """With numbers of one sign and the identity: what tf32 drops makes every one less."""
+def test_dot_precision(precision: str, error: float) -> None:
+    """Multiplies positive numbers by the identity, so that truncation to tf32 makes every result smaller."""
     x = torch.empty(16, 16).uniform_(1.0, 2.0, generator=torch.Generator().manual_seed(0))
     out = torch.empty_like(x)
     with gpu_arithmetic():

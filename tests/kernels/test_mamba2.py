@@ -1,4 +1,4 @@
-"""The scan's reference against the plain recurrence, the state that is carried, and the layer under autocast."""
+"""Tests of the Mamba-2 references against the recurrence, the carried state, and the dtype of dt."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from mvar.models.blocks import MVARBlock
 from mvar.models.config import ModelConfig
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, PARAMETERS, SSD_SCAN
 
-TIGHT = {"rtol": 1e-10, "atol": 1e-10}  # float64 arithmetic in another order
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}  # float64 arithmetic in a different order
 
 
 def recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def backward_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, 
 
 
 @pytest.mark.parametrize("case", SSD_SCAN.cases, ids=lambda case: case.name)
-def test_scan_is_the_recurrence(case) -> None:  # type: ignore[no-untyped-def]
+def test_ssd_scan_matches_recurrence(case) -> None:  # type: ignore[no-untyped-def]
     t = SSD_SCAN.inputs(case, torch.Generator().manual_seed(0))
     y, state = SSD_SCAN.call(t, case, "reference")
     scales = case.options["scales"]
@@ -53,8 +53,8 @@ def test_scan_is_the_recurrence(case) -> None:  # type: ignore[no-untyped-def]
     torch.testing.assert_close(state, last, **TIGHT)
 
 
-def test_bidirectional_is_flip_scan_flip() -> None:
-    """Flip each scale, scan from zero, leave out each token's own term, flip back; with the plain recurrence."""
+def test_bidirectional_matches_flipped_scan() -> None:
+    """Flips each scale, runs the recurrence from a zero state, flips back and subtracts each token's own term."""
     case = next(c for c in SSD_SCAN.cases if c.name == "bidirectional")
     t = SSD_SCAN.inputs(case, torch.Generator().manual_seed(0))
     scales = case.options["scales"]
@@ -75,7 +75,7 @@ def test_bidirectional_is_flip_scan_flip() -> None:
 
 @pytest.mark.parametrize("name", ["chunks", "bidirectional"])
 def test_state_carries_across_scales(name: str) -> None:
-    """One call over the sequence equals one call a scale with the state handed on."""
+    """One call over the sequence equals one call per scale with the state passed on."""
     case = next(c for c in MAMBA2_MIXER.cases if c.name == name)
     t = MAMBA2_MIXER.inputs(case, torch.Generator().manual_seed(0))
     params = [t[p] for p in PARAMETERS]
@@ -90,8 +90,8 @@ def test_state_carries_across_scales(name: str) -> None:
     torch.testing.assert_close(state, last, **TIGHT)
 
 
-def test_mixer_equals_its_parts() -> None:
-    """Convolution as a plain sum over taps, softplus, the recurrence, gate and RMSNorm, written out."""
+def test_mixer_matches_unfused() -> None:
+    """Compares with the convolution, softplus, recurrence, gate and RMSNorm computed separately."""
     case = next(c for c in MAMBA2_MIXER.cases if c.name == "odd")
     t = MAMBA2_MIXER.inputs(case, torch.Generator().manual_seed(0))
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
@@ -137,8 +137,8 @@ def test_errors_name_the_argument() -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_the_layer_keeps_dt_in_float32_under_autocast(bidirectional: bool, mixer_inputs: list[Any]) -> None:
-    """Beside 16-bit x, B and C; an in_proj with a hook is called whole, and rounds dt."""
+def test_autocast_keeps_dt_in_float32(bidirectional: bool, mixer_inputs: list[Any]) -> None:
+    """x, B and C are 16-bit; an in_proj with a hook is called as one projection, which rounds dt."""
     torch.manual_seed(0)
     layer = MVARBlock(ModelConfig(2, (1, 2, 4), num_classes=2, bidirectional=bidirectional)).mamba
     x, scales = torch.randn(2, 21, layer.in_proj.in_features), (1, 4, 16)
@@ -155,7 +155,7 @@ def test_the_layer_keeps_dt_in_float32_under_autocast(bidirectional: bool, mixer
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "apart"),
+    ("device", "dtype", "separate"),
     [
         ("cpu", torch.float32, False),
         ("cpu", torch.float64, False),
@@ -164,29 +164,29 @@ def test_the_layer_keeps_dt_in_float32_under_autocast(bidirectional: bool, mixer
         ("cuda", torch.float16, True),
     ],
 )
-def test_dt_is_apart_in_16_bits_and_on_a_gpu(device: str, dtype: torch.dtype, apart: bool) -> None:
-    assert layers.separate_dt(torch.device(device), dtype) == apart
+def test_separate_dt(device: str, dtype: torch.dtype, separate: bool) -> None:
+    assert layers.separate_dt(torch.device(device), dtype) == separate
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_with_dt_apart_the_layer_computes_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it does on a GPU: output, and the gradient of in_proj, are those of one product to the dtype's rounding."""
+def test_separate_dt_matches_single_projection(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output and the gradient of in_proj match those of a single projection up to rounding."""
     torch.manual_seed(0)
     config = ModelConfig(depth=3, patch_nums=(1, 2), num_classes=2)
     layer = MVARBlock(config).mamba.to(dtype)
     x, found = torch.randn(2, 5, config.channels, dtype=dtype), []
-    for apart in (False, True):
-        monkeypatch.setattr(layers, "separate_dt", lambda *_, apart=apart: apart)
+    for separate in (False, True):
+        monkeypatch.setattr(layers, "separate_dt", lambda *_, separate=separate: separate)
         y, _ = layer(x, (1, 4), None, "reference")
         (of_weight,) = torch.autograd.grad(y.square().sum(), layer.in_proj.weight)
         found.append((y, of_weight))
         projected, dt = layer.project(x)
-        assert (dt is not None) == apart and (not apart or (projected.shape[-1] % 64 == 0 and dt.dtype == dtype))
+        assert (dt is not None) == separate and (not separate or (projected.shape[-1] % 64 == 0 and dt.dtype == dtype))
     for one, other in zip(*found, strict=True):
         assert (one - other).abs().max() <= 8 * torch.finfo(dtype).eps * one.abs().max() * config.channels**0.5
 
 
-def test_of_a_bfloat16_model_dt_is_in_float32(mixer_inputs: list[Any]) -> None:
+def test_bfloat16_model_keeps_dt_in_float32(mixer_inputs: list[Any]) -> None:
     layer = MVARBlock(ModelConfig(2, (1, 2), num_classes=2)).mamba.bfloat16()
     with torch.no_grad():
         layer(torch.randn(1, 5, layer.in_proj.in_features).bfloat16(), (1, 4), None, "reference")

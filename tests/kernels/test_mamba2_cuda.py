@@ -1,5 +1,7 @@
-"""What is special to mamba2_mixer's CUDA kernels: where the one for few tokens ends and what it hands to the other,
-steps Δ that let one token decide, more heads than a warp has lanes, and what they do not take.
+"""Tests of mamba2_mixer's CUDA kernels.
+
+They cover lengths around the limit of the kernel for short sequences, the state carried between the kernels, large
+steps Δ, more heads than a warp has lanes, and unsupported inputs.
 """
 
 from dataclasses import replace
@@ -26,7 +28,7 @@ def case_of(L: int, B: int = 2, H: int = 2, P: int = 64, N: int = 64, scales: tu
 
 
 def assert_right(got: dict[str, Tensor], case: Case, inputs: Inputs) -> None:
-    """Within the tolerance of the contract."""
+    """Compare with the references, within the tolerance of the contract test."""
     on_cpu = {n: t.cpu() for n, t in inputs.items()}
     spec = replace(MAMBA2_MIXER, grads=())
     exact = evaluate(spec, case, {n: t.double() for n, t in on_cpu.items()}, None)
@@ -35,7 +37,7 @@ def assert_right(got: dict[str, Tensor], case: Case, inputs: Inputs) -> None:
 
 @HALVES
 @pytest.mark.parametrize("L", [2, 4, 16, 17, 32, 33, 70])
-def test_any_number_of_tokens(L: int, dtype: torch.dtype) -> None:
+def test_sequence_lengths(L: int, dtype: torch.dtype) -> None:
     case = case_of(L)
     inputs = prepared(MAMBA2_MIXER, case, dtype, BACKEND)
     assert_right(evaluate(MAMBA2_MIXER, case, inputs, BACKEND), case, inputs)
@@ -44,7 +46,7 @@ def test_any_number_of_tokens(L: int, dtype: torch.dtype) -> None:
 @HALVES
 @pytest.mark.parametrize("L", [16, 70])
 def test_large_steps(L: int, dtype: torch.dtype) -> None:
-    """Log decays of −5 to −100 a token; y is its own term and the skip, which nearly cancel in some rows."""
+    """Log decays are −5 to −100 per token; y is its own term plus the skip, which nearly cancel in some rows."""
     case = case_of(L)
     inputs = prepared(MAMBA2_MIXER, case, dtype, BACKEND)
     inputs["dt_bias"] += 8
@@ -60,7 +62,7 @@ def test_more_heads_than_lanes(dtype: torch.dtype) -> None:
 
 @HALVES
 def test_state_carries_across_scales(dtype: torch.dtype) -> None:
-    """One call a scale, from one token to chunks, equals the whole sequence."""
+    """One call per scale, from one token to several chunks, equals one call over the sequence."""
     case, scales = case_of(70), (1, 2, 16, 17, 34)
     inputs = prepared(MAMBA2_MIXER, case, dtype, BACKEND)
     state, outs = {name: inputs[name] for name in ("conv", "ssm")}, []
@@ -80,13 +82,13 @@ def test_state_carries_across_scales(dtype: torch.dtype) -> None:
         (case_of(4), torch.float32, "dtype float32 is not float16 or bfloat16"),
     ],
 )
-def test_what_it_does_not_take(case: Case, dtype: torch.dtype, reason: str) -> None:
+def test_unsupported_inputs(case: Case, dtype: torch.dtype, reason: str) -> None:
     inputs = prepared(MAMBA2_MIXER, case, dtype, BACKEND)
     with named(BACKEND) as name, pytest.raises(BackendError, match=reason):
         MAMBA2_MIXER.call(inputs, case, name)
 
 
-def test_other_convolutions_are_not_taken() -> None:
+def test_unsupported_conv_width() -> None:
     case = case_of(4)
     inputs = prepared(MAMBA2_MIXER, case, torch.bfloat16, BACKEND)
     inputs |= {"conv_weight": inputs["conv_weight"][:, 1:], "conv": inputs["conv"][:, 1:]}

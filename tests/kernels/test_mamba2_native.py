@@ -1,4 +1,4 @@
-"""Mamba-2's C++ kernels: every instruction set, any number of threads, sizes that fill no vector."""
+"""Tests of Mamba-2's C++ kernels: instruction sets, numbers of threads, and sizes that do not fill a vector."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +26,8 @@ def _case(B: int, L: int, H: int, P: int, N: int, scales: tuple[int, ...] | None
     return Case(f"{B}-{L}-{H}-{P}-{N}-{scales}", {"B": B, "L": L, "H": H, "P": P, "N": N}, {"scales": scales})
 
 
-# One token, one of everything, more tokens than a segment, tails of vectors and of chunks, several chunks and
-# several segments of a scale, and more samples than are computed together.
+# All sizes 1; more tokens than a segment, with tails of vectors and chunks; several chunks and segments in a scale; and
+# more samples than are computed together.
 CASES = (
     _case(1, 1, 1, 1, 1),
     _case(2, 67, 2, 20, 9),
@@ -42,7 +42,7 @@ def _tensors(spec: Spec, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _run(spec: Spec, case: Case, t: dict[str, Tensor], backend: str) -> list[Tensor]:
-    """Outputs and gradients."""
+    """Return outputs and gradients."""
     module = reference if backend == "reference" else mamba2_native
     kernel = getattr(module, f"{spec.op}_{backend}")
     scales = case.options["scales"] or (case.sizes["L"],)
@@ -57,7 +57,7 @@ def _run(spec: Spec, case: Case, t: dict[str, Tensor], backend: str) -> list[Ten
 
 def _grads(outs: tuple[Tensor, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(4)
-    # Numbers that every dtype has.
+    # Values that every dtype represents exactly.
     return [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in outs]
 
 
@@ -73,7 +73,7 @@ def test_instruction_set_agrees_with_float64(
     exact = _run(spec, case, {k: v.double() for k, v in t.items()}, "reference")
     for got, want in zip(_run(spec, case, t, "cpu"), exact, strict=True):
         assert got.shape == want.shape and got.is_contiguous()
-        # Sums of some hundred terms in float32, rounded once to the dtype of the tensor.
+        # Sums of a few hundred terms in float32, rounded once to the dtype of the tensor.
         tolerance = 100 * torch.finfo(torch.float32).eps + torch.finfo(got.dtype).eps
         magnitude = want.abs().max() if want.numel() else torch.zeros(())
         assert (got.double() - want).abs().le(tolerance * magnitude.clamp(min=1)).all()
@@ -82,7 +82,7 @@ def test_instruction_set_agrees_with_float64(
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", [SSD_SCAN, MAMBA2_MIXER], ids=["ssd_scan", "mamba2_mixer"])
-def test_threads_do_not_change_a_bit(
+def test_num_threads_is_bitwise_deterministic(
     use_instruction_set: Callable[[str], None], name: str, dtype: torch.dtype, spec: Spec
 ) -> None:
     use_instruction_set(name)
@@ -102,8 +102,8 @@ def test_threads_do_not_change_a_bit(
 
 @pytest.mark.parametrize("taps", [1, 2, 7])
 @pytest.mark.parametrize("L", [1, 3, 40])
-def test_any_number_of_taps(taps: int, L: int) -> None:
-    """More taps than tokens, and a convolution without a state."""
+def test_conv_widths(taps: int, L: int) -> None:
+    """Covers more taps than tokens, and a convolution of one tap, which has no state."""
     case = _case(2, L, 2, 8, 8)
     t = _tensors(MAMBA2_MIXER, case, torch.float32)
     generator = torch.Generator().manual_seed(taps)
@@ -115,8 +115,8 @@ def test_any_number_of_taps(taps: int, L: int) -> None:
 
 
 @pytest.mark.parametrize("both", [False, True])
-def test_no_decay_is_divided_by(both: bool) -> None:
-    """Decays from 1 − 1e-7 down to e^−100, which underflows over any chunk, keep every result finite and right."""
+def test_underflowing_decay(both: bool) -> None:
+    """Results are finite and accurate for decays from 1 − 1e-7 down to e^−100, which underflows over any chunk."""
     case = _case(1, 50, 2, 8, 8, scales=(20, 30) if both else None)
     t = _tensors(SSD_SCAN, case, torch.float32)
     steps = torch.logspace(-8, 1, 50).reshape(1, 50, *[1] * (t["dt"].dim() - 2))
@@ -130,8 +130,8 @@ def test_no_decay_is_divided_by(both: bool) -> None:
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize(("step", "rate"), [(0.01, -1e-3), (1.0, -1e-5)])
-def test_long_sums_of_one_sign(use_instruction_set: Callable[[str], None], name: str, step: float, rate: float) -> None:
-    """A state that sums thousands of equal tokens is as exact as the reference's, and so are the gradients."""
+def test_long_sums(use_instruction_set: Callable[[str], None], name: str, step: float, rate: float) -> None:
+    """A state that sums thousands of equal tokens, and its gradients, are as accurate as the reference's."""
     use_instruction_set(name)
     x, B = torch.ones(1, 4096, 1, 8), torch.ones(1, 4096, 8)
     t = [x, torch.full((1, 4096, 1), step), torch.tensor([rate]), B, B, torch.ones(1), torch.zeros(1, 1, 8, 8)]

@@ -1,4 +1,4 @@
-"""What is special to Mamba-2's Triton kernels: every tile, odd convolutions, steps Δ of 5 that let one token decide."""
+"""Tests of Mamba-2's Triton kernels: tiles, convolution widths, and steps Δ of 5, where one token dominates."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ N = 16
 
 
 def mixer_inputs(B: int, L: int, H: int, P: int, taps: int, both: bool, dt_bias: float) -> list[list[Tensor]]:
-    """[zxbcdt], parameters and states of mamba2_mixer in float64."""
+    """Return [zxbcdt], the parameters and the states of mamba2_mixer in float64."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -41,7 +41,7 @@ def mixer_inputs(B: int, L: int, H: int, P: int, taps: int, both: bool, dt_bias:
 
 
 def assert_right(inputs: list[list[Tensor]], scales: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
-    """Against float64, within the tolerance of test_contract.py."""
+    """Compare with float64, within the tolerance of test_contract.py."""
 
     def run(forward, kind: torch.dtype, device: str) -> Sequence[Tensor]:  # type: ignore[no-untyped-def]
         acc = torch.float64 if kind == torch.float64 else torch.float32
@@ -56,7 +56,7 @@ def assert_right(inputs: list[list[Tensor]], scales: tuple[int, ...], dtype: tor
 
 
 def assert_as_near(got: Sequence[Tensor], same: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
-    """The tolerance of test_contract.py; `same` is the reference in the dtype of `got`."""
+    """Compare within the tolerance of test_contract.py; `same` is the reference in the dtype of `got`."""
     for value, near, true in zip(got, same, exact, strict=True):
         if not value.numel():
             continue
@@ -67,31 +67,31 @@ def assert_as_near(got: Sequence[Tensor], same: Sequence[Tensor], exact: Sequenc
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_large_steps(dtype: torch.dtype, both: bool) -> None:
-    """Log decays of −100 a token; y is its own term and the skip, which nearly cancel in some rows."""
+    """Log decays are −100 per token; y is the token's own term plus the skip, which nearly cancel in some rows."""
     assert_right(mixer_inputs(2, 70, 2, 16, 4, both, 5.0), (3, 67), dtype)
 
 
-def test_scales_that_end_where_chunks_end() -> None:
-    """What enters a chunk from its right is zero there."""
+def test_scales_aligned_with_chunks() -> None:
+    """The state that enters the last chunk of a scale from the right is zero."""
     assert_right(mixer_inputs(2, 70, 2, 16, 4, True, -3.0), (16, 16, 32, 6))
 
 
 @pytest.mark.parametrize(("taps", "L"), [(1, 20), (2, 1), (6, 2), (6, 40)])
-def test_any_convolution(taps: int, L: int) -> None:
-    """Also fewer new tokens than the convolution remembers."""
+def test_conv_widths(taps: int, L: int) -> None:
+    """Covers fewer new tokens than the convolution state holds."""
     assert_right(mixer_inputs(2, L, 2, 16, taps, False, -3.0), (L,))
 
 
 @pytest.mark.parametrize(("kind", "tile"), [(kind, tile) for kind, tiles in MIXER.items() for tile in tiles])
-def test_every_tile(kind: str, tile: tiling.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """P = 40: the last slice of channels is not full."""
+def test_mixer_tiles(kind: str, tile: tiling.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With P = 40, the last block of channels is partially filled."""
     monkeypatch.setattr(tiling, "chosen", lambda name, shape, found, device: tile if tile in found else found[-1])
     L = 11 if kind == "short" else 37
     assert_right(mixer_inputs(1, L, 2, 40, 4, kind == "both", -3.0), (4, L - 4))
 
 
 @pytest.mark.parametrize(("kind", "tile"), [(kind, tile) for kind, tiles in SCAN.items() for tile in tiles])
-def test_every_tile_of_the_scan(kind: str, tile: tiling.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scan_tiles(kind: str, tile: tiling.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "chosen", lambda *_: tile)
     case = Case("", {"B": 1, "L": 11 if kind == "short" else 37, "H": 2, "P": 40, "N": N}, {"scales": None})
     if kind == "both":
@@ -108,7 +108,7 @@ def test_every_tile_of_the_scan(kind: str, tile: tiling.Tile, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("both", [False, True])
-def test_no_rows_no_gradient(both: bool) -> None:
+def test_empty_batch(both: bool) -> None:
     (zxbcdt,), params, states = mixer_inputs(0, 5, 2, 16, 4, both, -3.0)
     inputs = [t.float().to(DEVICE).requires_grad_() for t in (zxbcdt, *params, *states)]
     y, state = mk.mamba2_mixer(

@@ -1,4 +1,4 @@
-"""float32 is float32, with AMX too, whatever the caller's program has set; and its settings stay as they were."""
+"""Tests that float32 is computed in float32 on any CPU, AMX included, and that the caller's settings are restored."""
 
 import contextlib
 import threading
@@ -40,20 +40,20 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
     "all": lambda: _set_all("bf16"),
     "mixed": lambda: (torch.set_float32_matmul_precision("medium"), _set_matmul("ieee"), _set_matmul("tf32")),
 }
-program = pytest.mark.parametrize(
-    "told", [pytest.param(name, marks=NEW if name in ("matmul", "all", "mixed") else ()) for name in PROGRAMS]
+each_program = pytest.mark.parametrize(
+    "program", [pytest.param(name, marks=NEW if name in ("matmul", "all", "mixed") else ()) for name in PROGRAMS]
 )
 
 
 @contextlib.contextmanager
-def told_so(name: str) -> Iterator[precision.Settings]:
-    """A program that has set torch's precision, to be left as it was."""
+def applied(name: str) -> Iterator[precision.Settings]:
+    """Apply a program's precision settings, check that they are unchanged at exit, and restore the previous ones."""
     before = precision.settings()
     try:
         PROGRAMS[name]()
-        told = precision.settings()
-        yield told
-        assert precision.settings() == told
+        changed = precision.settings()
+        yield changed
+        assert precision.settings() == changed
     finally:
         if precision.HAS_NEW:
             torch.backends.fp32_precision = "none"
@@ -65,7 +65,7 @@ def error(product: Callable[[], Tensor], exact: Tensor) -> float:
 
 
 def errors() -> list[float]:
-    """Of products in all forms, forward and backward."""
+    """Return the relative errors of matrix products in several forms, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     x, w, bias = (torch.randn(s, generator=generator) for s in ((512, 512), (512, 512), (512,)))
     heads = x.view(8, 64, 512), w.view(8, 64, 512)
@@ -80,15 +80,15 @@ def errors() -> list[float]:
     ]
 
 
-def test_the_emulation_has_amx_errors() -> None:
-    """A 512×512 product is off by 2.4e-3 on an Intel Xeon with AMX."""
+def test_amx_emulation_error() -> None:
+    """The error of a 512×512 product on an Intel Xeon with AMX is 2.4e-3."""
     with amx():
         assert max(errors()) < MAX_ERROR
-        with told_so("medium"):
+        with applied("medium"):
             assert 1e-3 < min(errors()) and max(errors()) < 1e-2
 
 
-def test_the_fast_path_is_taken_where_it_is_true() -> None:
+def test_float32_matmuls() -> None:
     before = precision.settings()
     for on_amx in (False, True):
         with amx() if on_amx else contextlib.nullcontext():
@@ -102,7 +102,7 @@ def test_the_fast_path_is_taken_where_it_is_true() -> None:
     assert precision.settings() == before
 
 
-def test_it_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with amx() as products:
         assert not onednn_is_true()
         rounded = products.rounded
@@ -110,44 +110,44 @@ def test_it_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_on_a_gpu_fast_products_are_tf32(tf32: bool) -> None:
-    """ "medium" there would be bfloat16."""
+def test_float32_matmuls_cuda(tf32: bool) -> None:
+    """On CUDA, "medium" would mean bfloat16."""
     with float32_matmuls(torch.device("cuda"), fast=tf32):
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
 
 
-@program
-def test_true_float32_in_a_program_that_set_otherwise(told: str) -> None:
-    with amx(), told_so(told):
+@each_program
+def test_true_float32(program: str) -> None:
+    with amx(), applied(program):
         assert not is_true_float32() and reduced()
         with true_float32(CPU):
             assert is_true_float32() and max(errors()) < MAX_ERROR
         with pytest.raises(ZeroDivisionError), true_float32(CPU):
             _ = 1 / 0
-        with true_float32(torch.device("cuda")):  # where TF32 is the program's choice
+        with true_float32(torch.device("cuda")):  # on CUDA, the program's TF32 setting is kept
             assert not is_true_float32()
         with float32_matmuls(CPU, fast=True), true_float32(CPU), float32_matmuls(CPU, fast=False):
             assert max(errors()) < MAX_ERROR
 
 
 @NEW
-def test_cudnn_settings_of_the_new_interface_are_kept() -> None:
+def test_cudnn_fp32_precision_is_restored() -> None:
     before = precision.settings()
     try:
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # torch.backends.cudnn.allow_tf32 raises from here on
-        told = precision.settings()
-        assert told.cudnn is None
+        changed = precision.settings()
+        assert changed.cudnn is None
         with float32_matmuls(CPU, fast=True):
             assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-        assert precision.settings() == told
+        assert precision.settings() == changed
     finally:
         torch.backends.cudnn.conv.fp32_precision = "tf32"
     assert precision.settings() == before
 
 
-def test_calls_of_threads_may_end_in_any_order() -> None:
-    """The settings stay true until the last of them is through."""
+def test_overlapping_threads() -> None:
+    """True float32 stays in effect until the last call has finished."""
     ends = [threading.Event() for _ in range(2)]
     begun, done = threading.Semaphore(0), threading.Semaphore(0)
 
@@ -157,13 +157,13 @@ def test_calls_of_threads_may_end_in_any_order() -> None:
             assert end.wait(10)
         done.release()
 
-    with amx(), told_so("medium"):
+    with amx(), applied("medium"):
         assert not is_true_float32()
         threads = [threading.Thread(target=call, args=(end,)) for end in ends]
         for thread in threads:
             thread.start()
             begun.acquire()
-        ends[0].set()  # the first one that came in, while the other still computes
+        ends[0].set()  # the first call ends while the second is still running
         done.acquire()
         assert is_true_float32()
         ends[1].set()
@@ -180,27 +180,27 @@ def small() -> tuple[mvar.MVAR, Tokenizer]:
     return mvar.init_weights(model, hd=1.0, alng=0.1), tokenizer
 
 
-@program
+@each_program
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_generate_and_tokens_do_not_depend_on_the_program(told: str, backend: str) -> None:
+def test_generate_ignores_global_precision(program: str, backend: str) -> None:
     pair = small()
     options: dict[str, Any] = {"dtype": torch.float32, "backend": backend, "more_smooth": True}
     expected = mvar.generate(*pair, [0, 1], **options)
     images = expected.images * 2 - 1
     tokens = pair[1].encode(images)
     decoded = pair[1].decode(tokens)
-    with amx() as products, told_so(told):
+    with amx() as products, applied(program):
         got = mvar.generate(*pair, [0, 1], **options)
         rounded = products.rounded
         assert torch.equal(got.tokens, expected.tokens) and torch.equal(got.images, expected.images)
         assert torch.equal(pair[1].encode(images), tokens)
         assert torch.equal(pair[1].decode(tokens), decoded)
         pair[1].revive_dead_codes(images)
-        # What was rounded: the products of the first measurement.
+        # Only the products of the initial measurement were rounded.
         assert products.rounded == rounded <= 5
 
 
-def test_under_the_callers_autocast_generate_computes_in_the_dtype_asked_for() -> None:
+def test_generate_ignores_autocast() -> None:
     pair = small()
     for dtype in (torch.float32, torch.bfloat16):
         options: dict[str, Any] = {"dtype": dtype, "backend": "reference"}
@@ -210,15 +210,14 @@ def test_under_the_callers_autocast_generate_computes_in_the_dtype_asked_for() -
         assert torch.equal(got.images, expected.images)
 
 
-def test_ops_compute_in_true_float32_in_any_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward."""
+def test_guarded_kernels_run_in_true_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
     def kernel(*inputs: Any) -> None:
         seen.append(is_true_float32())
 
     monkeypatch.setattr(precision, "_measured", lambda setting: False)
-    with told_so("medium"):
+    with applied("medium"):
         found = guarded(Implementation(lambda *inputs: None, kernel, kernel), CPU)
         found.forward()
         assert found.backward is not None
@@ -226,9 +225,9 @@ def test_ops_compute_in_true_float32_in_any_program(monkeypatch: pytest.MonkeyPa
     assert seen == [True, True]
 
 
-@program
-def test_the_nearest_code_does_not_depend_on_the_products(told: str) -> None:
-    """Codes and rows far from zero and close to each other, where factors in bfloat16 take another code."""
+@each_program
+def test_nearest_code_ignores_global_precision(program: str) -> None:
+    """Codes and rows are far from zero and close together, so that bfloat16 products would select other codes."""
     generator = torch.Generator().manual_seed(0)
     quantizer = small()[1].quantize
     codes = 8 + torch.randn(64, 16, generator=generator) / 8
@@ -236,8 +235,8 @@ def test_the_nearest_code_does_not_depend_on_the_products(told: str) -> None:
     rows = codes[torch.randint(64, (2, 3000), generator=generator)]
     rows = rows + torch.randn(rows.shape, generator=generator) / 32
     right = torch.cdist(rows.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(2)
-    with amx() as products, told_so(told):
-        assert torch.equal(quantizer.nearest(rows), right)  # of more rows than are in memory at a time
+    with amx() as products, applied(program):
+        assert torch.equal(quantizer.nearest(rows), right)  # more rows than are processed at a time
         assert products.rounded == 0 and quantizer.nearest(rows[:, :0]).shape == (2, 0)
         float32 = torch.addmm(codes.square().sum(1), rows.flatten(0, 1), codes.T, alpha=-2).argmin(1)
         assert float((float32 != right.flatten()).float().mean()) > 0.1
@@ -245,7 +244,7 @@ def test_the_nearest_code_does_not_depend_on_the_products(told: str) -> None:
 
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt(), Interrupted("stopped", 15), ValueError("wrong")])
 @pytest.mark.parametrize("tf32", ["0", "1"])
-def test_training_has_true_float32_and_leaves_the_settings(
+def test_train_command_restores_settings(
     tf32: str, end: BaseException | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[float] = []
@@ -259,15 +258,19 @@ def test_training_has_true_float32_and_leaves_the_settings(
     monkeypatch.setattr(run, "_run", train)
     random = torch.get_rng_state()
     arguments = ["train", "--preset", "digits", "--out", str(tmp_path), "--tf32", tf32, "--device", "cpu"]
-    for told in PROGRAMS if precision.HAS_NEW else ("high", "medium"):
-        with amx(), told_so(told), pytest.raises(SystemExit) if end is not None else contextlib.nullcontext():
+    for program in PROGRAMS if precision.HAS_NEW else ("high", "medium"):
+        with (
+            amx(),
+            applied(program),
+            pytest.raises(SystemExit) if end is not None else contextlib.nullcontext(),
+        ):
             main(arguments)
     assert max(found) < MAX_ERROR and torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.slow
-def test_the_digits_tokenizer_learns_with_amx_as_without(tmp_path: Path) -> None:
-    """Bit for bit, and the caller's random numbers go on where they were."""
+def test_digits_tokenizer_training_with_amx(tmp_path: Path) -> None:
+    """The result is bitwise identical, and the caller's random state is unchanged."""
     files = [tmp_path / name for name in ("without", "with")]
     random = torch.get_rng_state()
     train_digits_tokenizer(files[0], shorten=1 / STEPS)

@@ -1,4 +1,4 @@
-"""The noise's bits, the filters' rules and the draw's distribution."""
+"""Tests of the noise, the filters and the distribution of sample_tokens and soft_embedding."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ def test_philox_known_answers(counter: tuple[int, ...], seed: int, words: tuple[
     assert tuple(int(w) for w in got) == words
 
 
-def test_log_and_exp_to_the_last_bits() -> None:
+def test_log_and_exp_accuracy() -> None:
     x = torch.logspace(-12, 3, 200_001, base=10.0)
     near_one = 1 + torch.linspace(-1e-3, 1e-3, 20_001)
     for values in (x, near_one):
@@ -45,7 +45,7 @@ def test_log_and_exp_to_the_last_bits() -> None:
 
 
 class Divisors(TorchDispatchMode):
-    """Notes the divisors of all divisions."""
+    """Records the divisors of all divisions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class Divisors(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_nothing_is_divided_by_a_number() -> None:
-    """For which torch multiplies by the inverse on a GPU, and a reference there would draw by other weights."""
+def test_divisors_are_tensors() -> None:
+    """On a GPU, torch divides by a Python number by multiplying by its inverse, which would change the weights."""
     with Divisors() as divisors:
         sample_tokens(Sampling(torch.zeros(2, 3, 5), None, torch.arange(2), 0.0, 2, 0.5, torch.tensor(7), 0))
     assert divisors.found and all(isinstance(divisor, Tensor) for divisor in divisors.found)
 
 
-def test_gumbel_has_its_moments_and_no_infinities() -> None:
+def test_gumbel_moments() -> None:
     g = noise.gumbel(torch.arange(4), (4, 64, 4096), 3, seed=11).double()
     count = g.numel()
     assert g.isfinite().all()
@@ -74,7 +74,7 @@ def test_gumbel_has_its_moments_and_no_infinities() -> None:
     assert abs(g.var() - variance) < 4 * variance * math.sqrt((27 / 5 - 1) / count)
 
 
-def test_noise_depends_on_seed_image_scale_position_and_code_alone() -> None:
+def test_noise_is_counter_based() -> None:
     whole = noise.gumbel(torch.arange(5), (5, 6, 10), 2, seed=3)
     assert torch.equal(noise.gumbel(torch.tensor([3]), (1, 4, 7), 2, seed=3), whole[3:4, :4, :7])
     for draw in ((2, 3 + 2**32), (1, 3)):
@@ -84,7 +84,7 @@ def test_noise_depends_on_seed_image_scale_position_and_code_alone() -> None:
 
 
 def sort_based(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """VAR's own rules by sorting, in float64: which codes are kept, one row at a time."""
+    """Return which codes VAR's sort-based filters keep, in float64."""
     kept = torch.ones_like(logits, dtype=torch.bool)
     if top_k:
         kept = logits >= logits.sort(-1, descending=True).values[..., top_k - 1, None]
@@ -99,7 +99,7 @@ def sort_based(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (5, 1.0), (30, 0.5), (900, 0.96), (1, 0.3), (40, 0.001)])
 @pytest.mark.parametrize("ties", [False, True])
-def test_filters_follow_var(top_k: int, top_p: float, ties: bool) -> None:
+def test_filters_match_var(top_k: int, top_p: float, ties: bool) -> None:
     logits = 2 * torch.randn(4, 8, 1000, generator=torch.Generator().manual_seed(0))
     if ties:
         logits = logits.round()
@@ -108,7 +108,7 @@ def test_filters_follow_var(top_k: int, top_p: float, ties: bool) -> None:
     assert kept.any(-1).all()
 
 
-def test_ties_with_the_kth_stay_and_the_largest_is_never_dropped() -> None:
+def test_filters_with_ties() -> None:
     logits = torch.tensor([[[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]]])
     assert filtered_logits(logits, 2, 1.0).isfinite().tolist() == [[[False, True, True, True, True, False]]]
     assert filtered_logits(logits, 0, 1e-9).isfinite().sum() == 1
@@ -116,8 +116,8 @@ def test_ties_with_the_kth_stay_and_the_largest_is_never_dropped() -> None:
     assert filtered_logits(far, 0, 0.99).isfinite().tolist() == [[[True, False, False]]]
 
 
-def test_draws_follow_the_softmax() -> None:
-    """Chi-square of 40,000 draws against the softmax, at a level of about 10⁻⁴."""
+def test_sampling_distribution() -> None:
+    """Chi-square test of 40,000 draws against the softmax, at a significance level of about 10⁻⁴."""
     logits = torch.linspace(-2, 2, 8).expand(200, 200, 8)
     tokens = mk.sample_tokens(logits, seed=5)
     expected = 40_000 * logits[0, 0].double().softmax(-1)
@@ -127,7 +127,7 @@ def test_draws_follow_the_softmax() -> None:
     assert set(only.unique().tolist()) == {5, 6, 7}
 
 
-def test_arg_max_and_guidance() -> None:
+def test_argmax_and_guidance() -> None:
     generator = torch.Generator().manual_seed(0)
     cond, uncond = (torch.randn(3, 4, 50, generator=generator) for _ in range(2))
     guided = 2.5 * cond - 1.5 * uncond
@@ -135,12 +135,12 @@ def test_arg_max_and_guidance() -> None:
     torch.testing.assert_close(relative_logits(guided_logits(cond, uncond, 1.5)), relative_logits(guided))
 
 
-BACKENDS = ("reference", "cpu")  # the others are held to the reference's bits
+BACKENDS = ("reference", "cpu")  # other tests compare the others with the reference, bit for bit
 FILTERS = [(0, 1.0), (9, 1.0), (0, 0.8), (1, 1.0)]  # top_k, top_p
 
 
 def drawn(cond: Tensor, uncond: Tensor | None, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
-    """Tokens, and the soft weight of each code."""
+    """Return the sampled tokens and the soft weight of each code."""
     codebook = torch.eye(cond.shape[-1], dtype=torch.float32 if backend != "reference" else cond.dtype)
     options |= {"seed": 3, "backend": backend}
     return mk.sample_tokens(cond, uncond, **options), mk.soft_embedding(cond, uncond, codebook, **options)
@@ -149,7 +149,7 @@ def drawn(cond: Tensor, uncond: Tensor | None, backend: str, **options: Any) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("offset", [1e6, -1e7])
-def test_a_number_added_to_a_row_of_logits_changes_nothing(offset: float, guidance: float, backend: str) -> None:
+def test_logits_offset_invariance(offset: float, guidance: float, backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     cond, uncond = (torch.randn(2, 6, 20, generator=generator).mul(2).round() for _ in range(2))
     of_each_row = torch.arange(6.0)[:, None] * 1e5
@@ -161,7 +161,7 @@ def test_a_number_added_to_a_row_of_logits_changes_nothing(offset: float, guidan
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_equal_codes_are_drawn_equally_often_whatever_their_logit(dtype: torch.dtype) -> None:
+def test_equal_logits_are_sampled_uniformly(dtype: torch.dtype) -> None:
     for value in (0.0, 1e7, -1e7) if dtype != torch.float16 else (0.0, 6e4, -6e4):
         tokens = mk.sample_tokens(torch.full((100, 1000, 2), value, dtype=dtype), seed=11)
         assert abs(tokens.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(tokens.numel()), value
@@ -172,24 +172,24 @@ def test_equal_codes_are_drawn_equally_often_whatever_their_logit(dtype: torch.d
     [(dtype, "reference") for dtype in FLOATS] + [(dtype, "cpu") for dtype in (torch.float32, torch.bfloat16)],
     ids=str,
 )
-def test_codes_at_minus_infinity_are_never_drawn(dtype: torch.dtype, backend: str) -> None:
+def test_minus_infinity_is_never_sampled(dtype: torch.dtype, backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     cond, uncond = (torch.randn(2, 40, 16, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    ruled_out = torch.rand(2, 40, 16, generator=generator) < 0.7
-    ruled_out[..., 5] = False
-    lowest = torch.finfo(dtype).min  # how others say −∞
+    excluded = torch.rand(2, 40, 16, generator=generator) < 0.7
+    excluded[..., 5] = False
+    lowest = torch.finfo(dtype).min  # a common substitute for −∞
     for of_cond, of_uncond in ((-torch.inf, -torch.inf), (-torch.inf, 0.0), (lowest, lowest), (-torch.inf, lowest)):
         for guidance in (0.0, 1.5, 1e6) if of_cond == -torch.inf else (0.0, 1.5):
-            rows = (cond.masked_fill(ruled_out, of_cond), uncond.masked_fill(ruled_out, of_uncond))
+            rows = (cond.masked_fill(excluded, of_cond), uncond.masked_fill(excluded, of_uncond))
             for top_k, top_p in FILTERS:
                 how: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
                 tokens, weights = drawn(*rows, backend, **how)
-                assert not ruled_out.gather(-1, tokens[..., None]).any(), (of_cond, of_uncond, how)
-                assert weights.isfinite().all() and bool((weights[ruled_out] == 0).all()), (of_cond, of_uncond, how)
+                assert not excluded.gather(-1, tokens[..., None]).any(), (of_cond, of_uncond, how)
+                assert weights.isfinite().all() and bool((weights[excluded] == 0).all()), (of_cond, of_uncond, how)
 
 
-def test_a_code_ruled_out_in_uncond_alone_keeps_the_logit_of_cond() -> None:
-    """There is nothing to guide it away from: as if both rows agreed on it, relative to their largest."""
+def test_minus_infinity_in_uncond_only() -> None:
+    """The code keeps its cond logit, as if both rows had the same logit relative to their maximum."""
     generator = torch.Generator().manual_seed(0)
     cond, uncond = (relative_logits(torch.randn(2, 6, 20, generator=generator)) for _ in range(2))
     some = torch.rand(2, 6, 20, generator=generator) < 0.3
@@ -199,13 +199,13 @@ def test_a_code_ruled_out_in_uncond_alone_keeps_the_logit_of_cond() -> None:
     assert torch.equal(guided, guided_logits(cond, torch.where(some, cond, uncond), 1.5))
 
 
-def test_uncond_is_not_read_without_guidance() -> None:
+def test_uncond_unused_without_guidance() -> None:
     cond = torch.randn(2, 6, 20, generator=torch.Generator().manual_seed(0))
     for value in (-torch.inf, torch.nan, torch.inf):
         assert torch.equal(mk.sample_tokens(cond, torch.full_like(cond, value)), mk.sample_tokens(cond))
 
 
-def test_codes_at_infinity_are_drawn_equally_often_and_a_row_without_codes_gives_code_0() -> None:
+def test_infinite_logits() -> None:
     logits = torch.randn(1, 20_000, 8, generator=torch.Generator().manual_seed(0))
     logits[..., [2, 6]] = torch.inf
     tokens = mk.sample_tokens(logits)
@@ -217,7 +217,7 @@ def test_codes_at_infinity_are_drawn_equally_often_and_a_row_without_codes_gives
     assert mk.soft_embedding(nothing, None, torch.eye(8)).isnan().all()
 
 
-def test_soft_embedding_nears_the_token_as_the_temperature_falls() -> None:
+def test_soft_embedding_low_temperature() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, codebook = torch.randn(2, 6, 40, generator=generator), torch.randn(40, 8, generator=generator)
     tokens = mk.sample_tokens(logits, top_k=10, top_p=0.9, seed=2)
@@ -251,14 +251,14 @@ def test_errors_name_the_argument(wrong: dict[str, object], message: str) -> Non
         mk.sample_tokens(torch.zeros(2, 3, 5), **wrong)  # type: ignore[arg-type]
 
 
-def test_a_backend_asked_for_by_name_does_not_fall_back() -> None:
+def test_named_backend_does_not_fall_back() -> None:
     with pytest.raises(mk.BackendError, match="backend 'cuda' requested"):
         mk.sample_tokens(torch.zeros(2, 3, 5), backend="cuda")
 
 
 @pytest.mark.parametrize("backend", [name for name, reason in mk.backends().items() if reason is None])
-def test_a_seed_in_memory_is_read_at_every_call(backend: str) -> None:
-    """A tensor draws as the number that it holds, and one compiled call serves all its values."""
+def test_tensor_seed(backend: str) -> None:
+    """A tensor seed gives the same result as its value as an int, and a compiled call reads it at every call."""
     device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, 67, generator=generator).to(device)
@@ -292,6 +292,6 @@ def test_a_seed_in_memory_is_read_at_every_call(backend: str) -> None:
         (1.0, ValueError, "seed: expected an integer from 0 to 9223372036854775807, got 1.0"),
     ],
 )
-def test_errors_of_a_seed_in_memory(seed: Tensor, error: type[Exception], message: str) -> None:
+def test_tensor_seed_errors(seed: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mk.sample_tokens(torch.zeros(2, 3, 5), seed=seed)

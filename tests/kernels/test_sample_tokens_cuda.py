@@ -1,4 +1,4 @@
-"""The CUDA kernel of the draw: the reference's bits, on every kind of row. Without a GPU the CPU plays one."""
+"""Tests that sample_tokens' CUDA kernel matches the reference bit for bit. Without a GPU, it runs on the CPU."""
 
 import re
 import shutil
@@ -46,7 +46,7 @@ def draw(call: Sampling) -> Tensor:
 
 
 @pytest.mark.parametrize("V", [1, 5, 256, 259, 4096, 4097, 16384])
-def test_tokens_are_the_reference_s(V: int) -> None:
+def test_tokens_match_reference(V: int) -> None:
     generator = torch.Generator().manual_seed(V)
     cond = torch.cat([finite_rows(V, 1, generator), infinite_rows(V, 1, generator)])
     index = image_indices(len(cond)) + 2**40  # counted modulo 2³²
@@ -58,7 +58,7 @@ def test_tokens_are_the_reference_s(V: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("guidance", [0.0, 0.75, 1e6])
-def test_guided_tokens_are_the_reference_s(guidance: float, dtype: torch.dtype) -> None:
+def test_guided_tokens_match_reference(guidance: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = (finite_rows, infinite_rows)
     cond, uncond = (torch.cat([rows(130, 1, generator) for rows in kinds]).to(dtype) for _ in range(2))
@@ -67,8 +67,8 @@ def test_guided_tokens_are_the_reference_s(guidance: float, dtype: torch.dtype) 
         assert torch.equal(draw(call), reference.sample_tokens(call)[0]), (top_k, top_p)
 
 
-def test_near_winners_are_told_apart() -> None:
-    """Two codes whose scores differ by a rounding or not at all, with guidance and without: any bit decides."""
+def test_near_ties() -> None:
+    """The scores of the two codes differ by at most a rounding error, with and without guidance, so any bit matters."""
     index = torch.tensor([1, -1])
     values = noise.gumbel(index, (2, 400, 2), SCALE, SEED)
     cond = torch.stack([torch.zeros(2, 400), values[..., 0] - values[..., 1]], -1)
@@ -83,9 +83,9 @@ def test_near_winners_are_told_apart() -> None:
         assert torch.equal(draw(call), want)
 
 
-def test_cut_of_top_p_to_one_unit() -> None:
-    """A second code that is dropped if its weight is one unit less, or kept if it is one more."""
-    # All but the last two come out differently if a division is made a multiplication by the inverse.
+def test_top_p_threshold() -> None:
+    """The second code is dropped or kept, depending on one unit of its weight."""
+    # The results for all but the last two differ if a division is replaced by multiplication by the inverse.
     second = [-2.982736110687256, -1.7156157493591309, -2.588618755340576, -1.6945607662200928, -0.001, -1.0]
     weights = (noise.exp_negative(torch.tensor(second)) * 2**30).long().tolist()
     for x, weight in zip(second, weights, strict=True):
@@ -96,8 +96,8 @@ def test_cut_of_top_p_to_one_unit() -> None:
             assert bool(tokens.any()) == kept, x
 
 
-def test_equal_logits_are_dropped_in_the_order_of_their_codes() -> None:
-    """Of 300 equal codes, whose weights pass 2³² together, the share that top-p leaves is drawn from, to the code."""
+def test_top_p_with_equal_logits() -> None:
+    """Of 300 equal codes, whose weights sum to more than 2³², top-p drops exactly those of the lowest indices."""
     cond = torch.zeros(1, 100, 300)
     for dropped in (1, 149, 290, 299):
         call = Sampling(cond, None, torch.zeros(1).long(), 0.0, 0, 1 - (dropped + 0.5) / 300, SEED, 0)
@@ -106,7 +106,7 @@ def test_equal_logits_are_dropped_in_the_order_of_their_codes() -> None:
         assert tokens.min() >= dropped
 
 
-def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
+def test_nan_logits() -> None:
     cond = torch.randn(1, 6, 67, generator=torch.Generator().manual_seed(0))
     cond[0, 1:, ::3] = torch.nan
     cond[0, 3] = -torch.nan
@@ -131,7 +131,7 @@ def test_unsupported_inputs(logits: Tensor, message: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_nvcc_rounds_every_operation_on_its_own(tmp_path: Path) -> None:
+def test_ptx_has_no_fused_operations(tmp_path: Path) -> None:
     csrc = ROOT / "csrc"
     command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", f"-I{csrc}", "-DMVAR_CUDA_MODULE=_cuda", "-ptx"]
     ptx = tmp_path / "sample_tokens.ptx"

@@ -1,4 +1,4 @@
-"""The C++ kernel of the draw: the reference's tokens and kept codes, on every kind of row."""
+"""Tests that the C++ kernels of sample_tokens and soft_embedding match the reference."""
 
 from collections.abc import Iterator
 
@@ -21,26 +21,26 @@ TOP_P = [1.0, 1 - 1e-12, 0.96, 0.5, 0.01, 1e-9, 1e-20]
 
 
 def instruction_sets() -> Iterator[str]:
-    """Every set this machine has, chosen one after the other."""
+    """Select each instruction set that this machine supports in turn."""
     assert extension is not None
     before = extension.instruction_set()
     for name in extension.build_info()["instruction_sets"]:
         try:
             extension.use_instruction_set(name)
         except ValueError:
-            continue  # not on this machine
+            continue  # not supported by this machine
         yield name
     extension.use_instruction_set(before)
 
 
 def finite_rows(V: int, count: int, generator: torch.Generator) -> Tensor:
-    """(kinds, count, V): as a model gives them, tied, equal, sorted, far apart, close together."""
+    """Return (kinds, count, V) logits: normal, tied, equal, sorted, far apart and close together."""
     normal = 2 * torch.randn(count, V, generator=generator)
     kinds = [
         normal,
         normal.bfloat16().float(),
         normal.round(),
-        (normal / 4).round() * -0.0 + (normal / 4).round(),  # both zeros
+        (normal / 4).round() * -0.0 + (normal / 4).round(),  # zeros of both signs
         torch.full_like(normal, -1.5),
         normal.sort(-1).values,
         normal.sort(-1, descending=True).values.round(),
@@ -77,12 +77,12 @@ def top_ks(V: int) -> list[int]:
 
 
 @pytest.mark.parametrize("V", CODES)
-def test_tokens_are_the_reference_s(V: int) -> None:
+def test_tokens_match_reference(V: int) -> None:
     generator = torch.Generator().manual_seed(V)
     count = 24 if V < 63 else 1 if V > 4096 else 2
     cond = torch.cat([finite_rows(V, count, generator), infinite_rows(V, count, generator)])
     index = image_indices(len(cond))
-    few = V >= 4096  # the reference takes its time
+    few = V >= 4096  # the reference is slow
     for top_k in (0, V // 5) if few else top_ks(V):
         for top_p in TOP_P[:4] if few else TOP_P:
             call = Sampling(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
@@ -95,7 +95,7 @@ def test_tokens_are_the_reference_s(V: int) -> None:
 @pytest.mark.parametrize("V", [1, 4, 65, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("guidance", [0.0, 0.75, 1e6])
-def test_guided_tokens_are_the_reference_s(V: int, dtype: torch.dtype, guidance: float) -> None:
+def test_guided_tokens_match_reference(V: int, dtype: torch.dtype, guidance: float) -> None:
     generator = torch.Generator().manual_seed(V)
     kinds = (finite_rows, infinite_rows)
     cond, uncond = (torch.cat([rows(V, 8 if V < 100 else 1, generator) for rows in kinds]).to(dtype) for _ in range(2))
@@ -108,8 +108,8 @@ def test_guided_tokens_are_the_reference_s(V: int, dtype: torch.dtype, guidance:
 
 
 @pytest.mark.parametrize("V", [2, 5, 64, 131])
-def test_kept_codes_are_the_reference_s(V: int) -> None:
-    """All of them, not the drawn one alone: at a high temperature each has its weight in the soft mean."""
+def test_kept_codes_match_reference(V: int) -> None:
+    """Checks all kept codes, not only the sampled one: at a high temperature each has a weight in the soft mean."""
     generator = torch.Generator().manual_seed(V)
     cond = torch.cat([finite_rows(V, 4, generator), infinite_rows(V, 4, generator)[:1]])
     index = image_indices(len(cond))
@@ -119,12 +119,12 @@ def test_kept_codes_are_the_reference_s(V: int) -> None:
             for name in instruction_sets():
                 call = Sampling(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
                 mean = native.soft_embedding_cpu.forward(SoftSampling(torch.eye(V), *call, 1e-38, 100.0))[0]
-                some = want.any(-1)  # a row may be −∞ throughout
+                some = want.any(-1)  # excludes rows of −∞ only
                 assert torch.equal((mean > 0)[some], want[some]), (name, top_k, top_p)
 
 
-def test_noise_to_the_last_bit() -> None:
-    """Two codes whose scores differ by a rounding or not at all: any bit of the noise decides."""
+def test_noise_is_bitwise_equal() -> None:
+    """The scores of the two codes differ by at most a rounding error, so any bit of the noise matters."""
     index = torch.tensor([1, -1])
     noise = reference.noise.gumbel(index, (2, 4000, 2), SCALE, SEED)
     cond = torch.stack([torch.zeros(2, 4000), noise[..., 0] - noise[..., 1]], -1)
@@ -135,9 +135,9 @@ def test_noise_to_the_last_bit() -> None:
         assert torch.equal(native.sample_tokens_cpu.forward(call)[0], want), name
 
 
-def test_weights_to_the_last_bit() -> None:
-    """A second code that is dropped if its top-p weight is one unit less, or kept if it is one more."""
-    # The first few come out differently if a division is made a multiplication by the inverse.
+def test_weights_are_bitwise_equal() -> None:
+    """The second code is dropped or kept, depending on one unit of its top-p weight."""
+    # The results for the first few differ if a division is replaced by multiplication by the inverse.
     divided = [-2.982736110687256, -1.7156157493591309, -2.588618755340576, -1.6945607662200928, -2.3122620582580566]
     second = torch.cat([torch.tensor(divided), -torch.logspace(-6, 1, 200)])
     weights = (reference.noise.exp_negative(second) * 2**30).long().tolist()
@@ -168,7 +168,7 @@ def test_soft_embedding(width: int, dtype: torch.dtype, codebook_dtype: torch.dt
             torch.testing.assert_close(got, want, rtol=tolerance, atol=20 * torch.finfo(torch.float32).eps)
 
 
-def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
+def test_nan_logits() -> None:
     generator = torch.Generator().manual_seed(0)
     payloads = torch.tensor([-1, 0x7FC00000, 0x7FFFFFFF, -0x3FFFFF], dtype=torch.int32).view(torch.float32)
     for V in (1, 5, 67):
@@ -184,7 +184,7 @@ def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
 
 
 @pytest.mark.parametrize("V", [67, 4096])
-def test_threads_do_not_change_a_bit(V: int) -> None:
+def test_num_threads_is_bitwise_deterministic(V: int) -> None:
     generator = torch.Generator().manual_seed(0)
     cond, codebook = torch.randn(5, 60, V, generator=generator), torch.randn(V, 32, generator=generator)
     index = image_indices(5)
@@ -203,7 +203,7 @@ def test_threads_do_not_change_a_bit(V: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_strided_inputs_are_read_in_place() -> None:
+def test_strided_inputs() -> None:
     generator = torch.Generator().manual_seed(0)
     both = torch.randn(6, 7, 67, generator=generator)
     wide_index = torch.arange(6)

@@ -1,4 +1,4 @@
-"""The Triton kernel of the draw: the reference's bits, on every kind of row."""
+"""Tests that sample_tokens' Triton kernel matches the reference bit for bit."""
 
 import pytest
 import torch
@@ -19,10 +19,10 @@ import triton.language as tl  # noqa: E402
 from mvar_kernels.ops.sample_tokens.triton import common as parts  # noqa: E402
 from mvar_kernels.ops.sample_tokens.triton import sample_tokens_triton, soft_embedding_triton  # noqa: E402
 
-# Infinite logits overflow where they should; NumPy, which interprets, says so.
+# Infinite logits overflow as intended; NumPy, which the interpreter uses, warns about it.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCK = 2**20 if interpreted() else 1024  # an interpreted operation takes its time, whatever its size
+BLOCK = 2**20 if interpreted() else 1024  # an interpreted operation takes about as long for any size
 SEED, SCALE = torch.tensor(2**63 - 5), 2**32 - 1
 FILTERS = [(0, 1.0), (1, 1.0), (0.2, 1.0), (0, 0.96), (0.6, 0.5), (0, 1e-20)]  # of V, and top_p
 
@@ -62,21 +62,21 @@ def apply(function: str, x: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     return y[: len(x)].cpu()
 
 
-def test_division_of_every_significand() -> None:
+def test_divide() -> None:
     x = (torch.arange(2**23, dtype=torch.int32) + 0x3F000000).view(torch.float32)
     for function, divisor in (("third", 3), ("fifth", 5), ("seventh", 7)):
         assert torch.equal(apply(function, x), x / divisor)
 
 
 def words() -> Tensor:
-    """All kinds of words: the smallest, the largest, powers of two, and others."""
+    """Return 32-bit words: the smallest, the largest, those near powers of two, and random ones."""
     near = torch.arange(2**16)
     powers = (2 ** torch.arange(16, 32))[:, None] + torch.arange(-300, 300)
     anything = torch.randint(2**32, (2**19,), generator=torch.Generator().manual_seed(0))
     return torch.cat([near, 2**32 - 1 - near, powers.flatten(), anything])
 
 
-def test_weights_and_noise_to_the_last_bit() -> None:
+def test_weights_and_noise_are_bitwise_equal() -> None:
     x = torch.cat([-torch.logspace(-8, 2.5, 400_001), -torch.linspace(0, 90, 400_001), torch.tensor([-torch.inf])])
     want = (noise.exp_negative(x) * reference.WEIGHT_ONE).to(torch.int32)
     assert torch.equal(apply("softmax_weight", x, torch.int32), want)
@@ -90,7 +90,7 @@ def test_weights_and_noise_to_the_last_bit() -> None:
 
 
 @pytest.mark.parametrize("V", [1, 259])
-def test_tokens_are_the_reference_s(V: int) -> None:
+def test_tokens_match_reference(V: int) -> None:
     generator = torch.Generator().manual_seed(V)
     cond = torch.cat([finite_rows(V, 1, generator), infinite_rows(V, 1, generator)])
     index = image_indices(len(cond)) + 2**40  # counted modulo 2³²
@@ -100,7 +100,7 @@ def test_tokens_are_the_reference_s(V: int) -> None:
         assert torch.equal(draw(call), reference.sample_tokens(call)[0]), (top_k, top_p)
 
 
-def test_one_code_above_minus_infinity() -> None:
+def test_single_finite_logit() -> None:
     cond = torch.full((1, 3, 70), -torch.inf)
     for position, code in enumerate((0, 33, 69)):
         cond[0, position, code] = -5.0
@@ -110,7 +110,7 @@ def test_one_code_above_minus_infinity() -> None:
 
 
 @pytest.mark.parametrize("guidance", [0.75, 1e6])
-def test_guided_tokens_are_the_reference_s(guidance: float) -> None:
+def test_guided_tokens_match_reference(guidance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     cond, uncond = (torch.cat([rows(130, 1, generator) for rows in (finite_rows, infinite_rows)]) for _ in range(2))
     for top_k, top_p in ((0, 1.0), (30, 0.96)):
@@ -118,8 +118,8 @@ def test_guided_tokens_are_the_reference_s(guidance: float) -> None:
         assert torch.equal(draw(call), reference.sample_tokens(call)[0]), (top_k, top_p)
 
 
-def test_near_winners_are_told_apart() -> None:
-    """Two codes whose scores differ by a rounding or not at all, small ones and ones of few fractional bits."""
+def test_near_ties() -> None:
+    """The scores of the two codes differ by at most a rounding error, for small and for large logits."""
     index = torch.tensor([1, -1])
     values = noise.gumbel(index, (2, 16, 2), SCALE, SEED)
     for offset in (0.0, 2.0**20):
@@ -130,8 +130,8 @@ def test_near_winners_are_told_apart() -> None:
         assert torch.equal(draw(call), want)
 
 
-def test_guidance_to_the_last_bit() -> None:
-    """The same with two codes whose guided logits differ by their noise: any bit of a guided logit decides."""
+def test_guidance_is_bitwise_equal() -> None:
+    """The guided logits of the two codes differ by their noise, so any bit of a guided logit matters."""
     index = torch.tensor([1, -1])
     values = noise.gumbel(index, (2, 16, 2), SCALE, SEED)
     uncond = torch.randn(2, 16, 2, generator=torch.Generator().manual_seed(0))
@@ -143,8 +143,8 @@ def test_guidance_to_the_last_bit() -> None:
     assert torch.equal(draw(call), want)
 
 
-def test_cut_of_top_p_to_one_unit() -> None:
-    """A second code that is dropped if its weight is one unit less, or kept if it is one more."""
+def test_top_p_threshold() -> None:
+    """The second code is dropped or kept, depending on one unit of its weight."""
     second = -torch.logspace(-3, 1, 6)
     weights = (noise.exp_negative(second) * 2**30).long().tolist()
     for x, weight in zip(second.tolist(), weights, strict=True):
@@ -157,7 +157,7 @@ def test_cut_of_top_p_to_one_unit() -> None:
             assert (mean[0, 0, 1] > 0) == kept, x
 
 
-def test_nan_gives_a_code_in_range_and_the_same_one() -> None:
+def test_nan_logits() -> None:
     cond = torch.randn(1, 6, 67, generator=torch.Generator().manual_seed(0))
     cond[0, 1:, ::3] = torch.nan
     cond[0, 3] = torch.nan

@@ -1,4 +1,4 @@
-"""scale_attention: what its errors name, and its results against other ways to write the same."""
+"""Tests of scale_attention's argument errors, and of its results against equivalent PyTorch code."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ from mvar_kernels.dispatch import interpreted
 
 SCALES = (1, 4, 9, 16)
 STARTS = (0, 1, 5, 14, 30)
-# Float32 arithmetic in another order.
+# Float32 arithmetic in a different order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 BACKENDS = [name for name in ("reference", "cpu") if mk.backends()[name] is None]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-# With Triton where it runs on the CPU, interpreted.
+# Triton is included if it is interpreted, so that it runs on the CPU.
 WITH_TRITON = [*BACKENDS, *(["triton"] if interpreted() else [])]
 each_or_triton = pytest.mark.parametrize("backend", WITH_TRITON)
 
 
 def qkv(L: int = 30, B: int = 2, H: int = 3, D: int = 16) -> tuple[Tensor, ...]:
-    """Views into a packed projection."""
+    """Return views of a packed projection."""
     return torch.randn(B, L, 3, H, D, generator=torch.Generator().manual_seed(0)).unbind(2)
 
 
@@ -64,7 +64,7 @@ def test_errors_name_the_argument(change: dict[str, Any], error: type[Exception]
 
 
 @each_backend
-def test_causal_is_a_dense_mask(backend: str) -> None:
+def test_causal_matches_dense_mask(backend: str) -> None:
     q, k, v = qkv()
     level = torch.repeat_interleave(torch.arange(len(SCALES)), torch.tensor(SCALES))
     want = sdpa(q, k, v, 0.3, level[:, None] >= level)
@@ -73,7 +73,7 @@ def test_causal_is_a_dense_mask(backend: str) -> None:
 
 
 @each_backend
-def test_diagonal_is_a_loop_over_scales(backend: str) -> None:
+def test_diagonal_matches_loop_over_scales(backend: str) -> None:
     q, k, v = qkv()
     want = [sdpa(q[:, a:b], k[:, a:b], v[:, a:b], 0.25 / 4) for a, b in zip(STARTS, STARTS[1:], strict=False)]
     torch.testing.assert_close(mk.scale_attention(q, k, v, SCALES, backend=backend), torch.cat(want, 1), **CLOSE)
@@ -81,7 +81,7 @@ def test_diagonal_is_a_loop_over_scales(backend: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("pattern", ["diagonal", "causal"])
-def test_queries_of_the_last_scales_alone(backend: str, pattern: str) -> None:
+def test_queries_of_last_scales(backend: str, pattern: str) -> None:
     q, k, v = qkv()
     whole = mk.scale_attention(q, k, v, SCALES, pattern=pattern, backend=backend)
     last = mk.scale_attention(q[:, 5:], k, v, SCALES, pattern=pattern, backend=backend)
@@ -89,8 +89,8 @@ def test_queries_of_the_last_scales_alone(backend: str, pattern: str) -> None:
 
 
 @each_backend
-def test_temperature_is_cosine_attention(backend: str) -> None:
-    """Forward and gradients; the middle head is above the bound of 100 and gets no gradient."""
+def test_log_temperature_matches_cosine_attention(backend: str) -> None:
+    """Compares outputs and gradients; the middle head's temperature exceeds the bound of 100 and gets no gradient."""
     q, k, v = qkv()
     log_temperature = torch.tensor([0.3, 5.0, 2.0])
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
@@ -108,14 +108,14 @@ def test_temperature_is_cosine_attention(backend: str) -> None:
         out = attention(*leaves)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
     for want, got in zip(*results, strict=True):
-        # Scores up to 100 are in the exponent: their rounding is a hundred times that of the rest.
+        # Scores of up to 100 are exponentiated, so their rounding error is multiplied by up to 100.
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert results[1][-1][1] == 0
 
 
 @each_backend
-def test_schedule_of_1024(backend: str) -> None:
-    """9,451 tokens, the last scale alone of 4,096: against attention of sampled queries of each scale."""
+def test_1024_schedule(backend: str) -> None:
+    """Compares 9,451 tokens, 4,096 of them in the last scale, with attention of sampled queries of each scale."""
     scales = tuple(n * n for n in (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64))
     L = sum(scales)
     assert L == 9451
@@ -131,8 +131,8 @@ def test_schedule_of_1024(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_autocast_does_not_reach_inside(backend: str) -> None:
-    """Sums are promised in float32."""
+def test_autocast_has_no_effect(backend: str) -> None:
+    """Sums are computed in float32 under autocast too."""
     q, k, v = torch.randn(3, 1, 14, 2, 64, generator=torch.Generator().manual_seed(0))
     plain = mk.scale_attention(q, k, v, (5, 9), backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
@@ -142,8 +142,8 @@ def test_autocast_does_not_reach_inside(backend: str) -> None:
 @each_or_triton
 @pytest.mark.parametrize("pattern", ["diagonal", "causal"])
 @pytest.mark.parametrize(("size", "value"), [(6e4, 1.0), (1.0, 3e38), (6e4, 1e30), (1e-19, 1.0)])
-def test_ends_of_the_range(backend: str, pattern: str, size: float, value: float) -> None:
-    """Scores of 1e10 and of 1e-38, values near the largest float: finite, and as in float64; so are gradients."""
+def test_extreme_values(backend: str, pattern: str, size: float, value: float) -> None:
+    """Outputs and gradients match float64 for scores of 1e10 and 1e-38, and for values near the largest float."""
     q, k, _ = (size * t for t in qkv(D=64))
     signs = qkv(D=64)[2].sign()
     leaves = [q.requires_grad_(), k.requires_grad_(), (value * signs).requires_grad_()]
@@ -160,8 +160,8 @@ def test_ends_of_the_range(backend: str, pattern: str, size: float, value: float
 
 
 @each_or_triton
-def test_a_temperature_of_zero(backend: str) -> None:
-    """exp underflows: every key of a scale counts alike, and only the values have a gradient."""
+def test_zero_temperature(backend: str) -> None:
+    """exp underflows, so all keys of a scale have equal weights and only v has a nonzero gradient."""
     q, k, v = (t.clone().requires_grad_() for t in qkv())
     cold = torch.tensor([-104.0, -1e3, -torch.inf])
     out = mk.scale_attention(q, k, v, SCALES, log_temperature=cold, backend=backend)
@@ -173,8 +173,8 @@ def test_a_temperature_of_zero(backend: str) -> None:
 
 
 @each_or_triton
-def test_temperatures_beyond_the_bound(backend: str) -> None:
-    """As at log 100, up to infinity, and without a gradient; with rows of zeros, whose norms count as 1e-12."""
+def test_temperature_is_clamped(backend: str) -> None:
+    """Temperatures above log 100 act as log 100 and get no gradient; norms of zero rows are clamped to 1e-12."""
     q, k, v = qkv()
     q, k = q.clone(), k.clone()
     q[:, 3], k[:, 7] = 0.0, 0.0

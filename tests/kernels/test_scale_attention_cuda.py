@@ -1,4 +1,4 @@
-"""scale_attention in CUDA: what it leaves for a backward, reads in place, and what it does not take. On the CPU."""
+"""Tests of scale_attention's CUDA kernel, run on the CPU: saved lse, strided inputs and unsupported inputs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ L = sum(SCALES)
 
 
 def qkv(D: int = 64, dtype: torch.dtype = torch.float16) -> tuple[Tensor, ...]:
-    """Views into a packed projection."""
+    """Return views of a packed projection."""
     packed = torch.randn(2, L, 3, 2, D, generator=torch.Generator().manual_seed(0))
     return packed.to(dtype).unbind(2)
 
@@ -29,24 +29,24 @@ def qkv(D: int = 64, dtype: torch.dtype = torch.float16) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("queries", [L, 86])
 @pytest.mark.parametrize("log_temperature", [None, torch.tensor([0.5, 5.0])], ids=["plain", "normed"])
-def test_log_sums_are_the_references(dtype: torch.dtype, queries: int, log_temperature: Tensor | None) -> None:
-    """lse is float32 whatever the dtype: a backward of another backend takes it. Rows of zeros have norms of 1e-12."""
+def test_lse_matches_reference(dtype: torch.dtype, queries: int, log_temperature: Tensor | None) -> None:
+    """lse is float32 for any dtype, as another backend's backward uses it; norms of zero rows are 1e-12."""
     q, k, v = qkv(dtype=dtype)
     q[:, 40], k[:, 41] = 0.0, 0.0
     call = Attention(q[:, -queries:], k, v, log_temperature, SCALES, False, 0.25)
     with cuda_on_cpu.installed():
         out, lse = scale_attention_cuda.forward(call)
     exact, exact_lse = scale_attention(Attention(*(t.double() if isinstance(t, Tensor) else t for t in call)))
-    # A score sums 64 products, each rounded at most at the size of c‖q‖‖k‖.
+    # A score sums 64 products, each with a rounding error relative to at most c‖q‖‖k‖.
     lengths = [t.float().norm(dim=-1).max() for t in (q, k)]
     largest = 0.25 * (lengths[0] * lengths[1] if log_temperature is None else 100)
     assert (lse - exact_lse).abs().max() <= 64 * torch.finfo(torch.float32).eps * largest
-    # Weights are rounded, and their sum with the values.
+    # The weights are rounded, and so is the weighted sum of the values.
     assert (out - exact).abs().max() <= torch.finfo(dtype).eps * v.abs().max()
 
 
-def test_a_scale_of_nothing_is_a_mean() -> None:
-    """Below float32's numbers, where a masked score must stay one."""
+def test_underflowing_scale() -> None:
+    """The scale underflows in float32, so the output is the mean of the values; masked scores must stay masked."""
     q, k, v = qkv()
     with cuda_on_cpu.installed():
         out = mk.scale_attention(q, k, v, SCALES, scale=1e-50, backend="cuda")
@@ -54,7 +54,7 @@ def test_a_scale_of_nothing_is_a_mean() -> None:
     assert (out - means).abs().max() <= torch.finfo(out.dtype).eps * means.abs().max()
 
 
-def test_packed_views_are_read_in_place() -> None:
+def test_packed_views_are_not_copied() -> None:
     calls: list[tuple[Any, ...]] = []
     kernels = cuda_on_cpu.module()
 
@@ -83,7 +83,7 @@ def test_unsupported_inputs(change: dict[str, Any], reason: str) -> None:
         mk.scale_attention(q, k, v, SCALES, backend="cuda", **change)
 
 
-def test_has_no_backward_of_its_own() -> None:
+def test_no_backward_kernel() -> None:
     q, k, v = (t.clone().requires_grad_() for t in qkv())
     with cuda_on_cpu.installed():
         out = mk.scale_attention(q, k, v, SCALES, backend="cuda")

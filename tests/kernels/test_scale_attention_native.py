@@ -1,4 +1,4 @@
-"""The C++ kernels of scale_attention: instruction sets, threads, strides, key blocks and small scales."""
+"""Tests of scale_attention's C++ kernels: instruction sets, threads, strides, key blocks and small scales."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +19,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 class Problem(NamedTuple):
-    """A schedule and the sizes around it; `queries` are the last tokens of the sequence."""
+    """A schedule and tensor sizes; the queries are the last `queries` tokens of the sequence."""
 
     scales: tuple[int, ...]
     queries: int
@@ -42,7 +42,7 @@ class Problem(NamedTuple):
         return torch.linspace(0.5, 3.0, self.heads).to(dtype) if self.normed else None
 
     def results(self, kernel: object, t: dict[str, Tensor], acc: torch.dtype = torch.float32) -> list[Tensor]:
-        """out, lse and every gradient."""
+        """Return out, lse and all gradients."""
         call = Attention(t["q"], t["k"], t["v"], self.temperature(acc), self.scales, self.causal, self.scale)
         out, lse = kernel.forward(call)  # type: ignore[attr-defined]
         return [out, lse, *kernel.backward([t["grad_out"]], call)]  # type: ignore[attr-defined]
@@ -75,9 +75,9 @@ def test_instruction_set_agrees_with_float64(
     same_dtype = problem.results(scale_attention_reference, t)
     for got, same, want in zip(problem.results(scale_attention_cpu, t), same_dtype, exact, strict=True):
         assert got.dtype == same.dtype and got.shape == want.shape and got.is_contiguous()
-        # Three times and four roundings, not twice and one as in the contract test: without fused
-        # multiply-add a little is lost. A temperature's gradient is one number made of many signed
-        # ones, of which the reference may be as lucky as it likes.
+        # Three times the reference's error and four roundings, not twice and one as in the contract test: without
+        # fused multiply-add a little accuracy is lost. A temperature's gradient is a sum of many terms of both signs,
+        # for which the reference's error may happen to be small.
         roundings = 40 if got.dim() == 1 else 4
         reference_error = (same.double() - want).abs().max().item()
         rounding = torch.finfo(got.dtype).eps * max(want.abs().max().item(), 1.0)
@@ -87,11 +87,11 @@ def test_instruction_set_agrees_with_float64(
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @DTYPES
 @pytest.mark.parametrize("causal", [False, True], ids=["diagonal", "causal"])
-def test_threads_do_not_change_a_bit(
+def test_num_threads_is_bitwise_deterministic(
     use_instruction_set: Callable[[str], None], instruction_set: str, dtype: torch.dtype, causal: bool
 ) -> None:
     use_instruction_set(instruction_set)
-    # Three heads a sample: two and four threads share each among them.
+    # Three heads per sample: with two or four threads, a head is shared between threads.
     problem = Problem((1, 4, 9, 16, 64, 100), 194, causal, normed=True, heads=3, scale=1.0)
     t = problem.inputs(dtype)
     before = torch.get_num_threads()
@@ -107,7 +107,7 @@ def test_threads_do_not_change_a_bit(
 
 
 @DTYPES
-def test_packed_and_expanded_inputs_are_read_in_place(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_and_expanded_inputs_are_not_copied(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = PROBLEMS["odd_causal"]
     t = problem.inputs(dtype)
     q, k, v = torch.stack([t["q"], t["k"], t["v"]], 2).unbind(2)
@@ -119,29 +119,29 @@ def test_packed_and_expanded_inputs_are_read_in_place(dtype: torch.dtype, monkey
 
 
 @DTYPES
-def test_a_scale_does_not_depend_on_what_is_finer(dtype: torch.dtype) -> None:
-    """NaN in later scales stays there, whatever vector or pair the last key of a scale shares with them."""
+def test_nan_in_later_scales(dtype: torch.dtype) -> None:
+    """NaN in later scales does not reach earlier ones, even where keys of both are in the same vector or pair."""
     problem = PROBLEMS["odd_causal"]
     t = problem.inputs(dtype)
     clean = problem.results(scale_attention_cpu, t)
     t["k"][:, 4:] = t["v"][:, 4:] = torch.nan
-    spoilt = problem.results(scale_attention_cpu, t)
-    assert torch.equal(spoilt[0][:, :4], clean[0][:, :4]) and spoilt[0][:, 4:].isnan().all()
+    with_nan = problem.results(scale_attention_cpu, t)
+    assert torch.equal(with_nan[0][:, :4], clean[0][:, :4]) and with_nan[0][:, 4:].isnan().all()
 
 
-def test_zero_rows_are_normalised_like_the_reference() -> None:
+def test_zero_rows() -> None:
     problem = PROBLEMS["large_scores"]
     t = problem.inputs(torch.float32)
     t["q"][:, 3] = t["k"][:, 5] = 0.0
     got, same = (problem.results(kernel, t) for kernel in (scale_attention_cpu, scale_attention_reference))
     exact = problem.results(scale_attention_reference, {name: value.double() for name, value in t.items()})
     for a, b, e in zip(got, same, exact, strict=True):
-        # The rule of test_contract.py: gradients of zero rows are 1e12 times the others.
+        # The tolerance of test_contract.py, as gradients of zero rows are 1e12 times the others.
         assert (a - e).abs().max() <= 2 * (b - e).abs().max() + torch.finfo(a.dtype).eps * e.abs().max()
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_rows_whose_norm_is_no_float_are_normalised_like_the_reference(causal: bool) -> None:
+def test_overflowing_norms(causal: bool) -> None:
     problem = PROBLEMS["large_scores"]._replace(causal=causal)
     t = problem.inputs(torch.float32)
     t["k"][:, 5:9] *= 1e19
@@ -159,7 +159,7 @@ def test_empty_batch() -> None:
     assert out.numel() == lse.numel() == 0 and (grads[3] == 0).all()
 
 
-def test_other_dtypes_are_refused() -> None:
+def test_unsupported_dtype() -> None:
     q = torch.zeros(1, 1, 1, 8, dtype=torch.float16)
     assert (
         scale_attention_cpu.unsupported_reason(Attention(q, q, q, None, (1,), False, 1.0))

@@ -1,4 +1,4 @@
-"""scale_attention: the tile plan, what Triton kernels could get wrong beyond the contract, and the flash-attn peer."""
+"""Tests of scale_attention's tile plan, Triton kernels and flash-attn backend."""
 
 import sys
 from types import ModuleType
@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(mk.backends()["triton"] is not None, reason="n
 @pytest.mark.parametrize("queries", [680, 425, 256])
 @pytest.mark.parametrize("rows_are_keys", [False, True])
 def test_tiles_cover_the_pattern(causal: bool, queries: int, rows_are_keys: bool) -> None:
-    """Every row in one tile, every pair within a tile's blocks, and whole blocks seen by all rows."""
+    """Each row is in one tile, whose blocks contain all its keys, and all rows attend to all keys of full blocks."""
     spans = (plan.key_spans if rows_are_keys else plan.query_spans)(VAR_256, queries, causal)
     by_row = [(lo, hi) for n, lo, hi in spans for _ in range(n)]
     covered: list[int] = []
@@ -38,7 +38,7 @@ def test_tiles_cover_the_pattern(causal: bool, queries: int, rows_are_keys: bool
     assert sorted(covered) == list(range(len(by_row)))
 
 
-def test_most_of_the_tile_work_is_useful() -> None:
+def test_tile_efficiency() -> None:
     tiles = plan.tiles(plan.query_spans(VAR_256, 680, False), 64, 64)
     assert len(tiles) == 12 and tiles[0][-1] - tiles[0][2] == 256
     assert sum(n * n for n in VAR_256) / sum(64 * -(-(t[5] - t[2]) // 64) * 64 for t in tiles) > 0.84
@@ -47,26 +47,26 @@ def test_most_of_the_tile_work_is_useful() -> None:
 def results(backend: str, scales: tuple[int, ...], queries: int, inputs: list[Tensor], pattern: str) -> list[Tensor]:
     q, k, v, t = (x.clone().to(DEVICE).requires_grad_() for x in inputs)
     out = mk.scale_attention(q[:, -queries:], k, v, scales, pattern=pattern, log_temperature=t, backend=backend)
-    cotangent = torch.ones(out.shape).cumsum(1).to(out)  # on a GPU torch has no deterministic cumsum
+    cotangent = torch.ones(out.shape).cumsum(1).to(out)  # cumsum is not deterministic on CUDA
     return [out.detach(), *torch.autograd.grad(out, (q, k, v, t), cotangent)]
 
 
 @needs_triton
 @pytest.mark.parametrize("pattern", ["diagonal", "causal"])
-def test_few_queries_zero_rows_and_another_tile(pattern: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys that no query sees get zeros, rows of zeros no NaN, and blocks smaller than a scale the same answer."""
+def test_cached_keys_and_zero_rows(pattern: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Covers keys that no query attends to, zero rows, and blocks smaller than a scale."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, 46, 1, 16, generator=generator) for _ in range(3)] + [torch.tensor([1.0])]
     inputs[0][:, 20], inputs[1][:, 21] = 0.0, 0.0
     monkeypatch.setattr(tiling, "chosen", lambda *_: Tile({"BLOCK_M": 32, "BLOCK_N": 16}))
     got, want = (results(b, (1, 2, 4, 9, 30), 39, inputs, pattern) for b in ("triton", "reference"))
     for a, b in zip(got, want, strict=True):
-        # A gradient through a norm of 1e-12 is 1e12 times the others.
+        # A gradient through a norm clamped to 1e-12 is 1e12 times the others.
         assert ((a - b).abs() <= 1e-4 + 1e-4 * b.abs()).all()
 
 
-def test_flash_attn_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in of the same signature: sequences, norms, and gradients."""
+def test_flash_attn_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls a fake flash_attn_varlen_func of the same signature, and compares outputs and gradients."""
 
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, return_attn_probs):  # type: ignore[no-untyped-def]
         assert return_attn_probs and torch.equal(cu_q, cu_k) and max_q == max_k == int(cu_q.diff().max())
@@ -74,9 +74,9 @@ def test_flash_attn_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPa
         out, lse = reference.scale_attention(Attention(q[None], k[None], v[None], None, lengths, False, softmax_scale))
         return out[0], lse[0], None
 
-    stand_in = ModuleType("flash_attn")
-    stand_in.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    fake_module = ModuleType("flash_attn")
+    fake_module.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_module)
     q, k, v = torch.randn(2, 30, 3, 2, 16, generator=torch.Generator().manual_seed(0)).unbind(2)
     call = Attention(q[:, 5:], k, v, torch.tensor([1.0, 5.0]), (1, 4, 9, 16), False, 1.0)
     peer, own = flash_attn.scale_attention_flash_attn, reference.scale_attention_reference

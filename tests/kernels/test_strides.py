@@ -1,6 +1,6 @@
-"""Fakes and kernels agree on the shape, strides and dtype of every output, whatever the strides of the inputs.
+"""Tests that fakes and kernels return the same shape, strides and dtype for inputs of any strides.
 
-A compiled graph asserts what the fakes have promised.
+A compiled graph asserts the metadata that the fakes return.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,24 +19,24 @@ from tests.helpers.dispatched import dispatched
 
 
 def permuted(t: Tensor) -> Tensor:
-    """The memory order reversed, as of a map that has its channels first."""
+    """The same values in reversed memory order, as in a channels-first feature map."""
     return t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
 
 
 def sliced(t: Tensor) -> Tensor:
-    """Every other element of a larger tensor, from the second row on."""
+    """The same values as every other element of a larger tensor, starting at its second row."""
     wide = t.new_zeros([2 * s for s in t.shape])
     view = wide[tuple(slice(1 if d == 0 else 0, None, 2) for d in range(t.dim()))]
     return view.copy_(t)
 
 
 def expanded(t: Tensor) -> Tensor:
-    """The first row in place of all: stride 0."""
+    """The first row expanded to all rows with stride 0."""
     return t[:1].expand(t.shape) if t.dim() else t
 
 
 def calls(spec: Spec, layout: Callable[[Tensor], Tensor], backend: str, dtype: torch.dtype) -> dict[str, Sequence[Any]]:
-    """The operators that a call and its backward run, with their arguments."""
+    """Return the operators that a call and its backward run, with their arguments."""
     case, generator = spec.cases[1], torch.Generator().manual_seed(1)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = {
@@ -67,7 +67,7 @@ CASES = (
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 @pytest.mark.parametrize(("layout", "backend", "dtype"), CASES)
-def test_fakes_promise_what_comes(
+def test_fake_strides_match_kernel(
     spec: Spec, layout: Callable[[Tensor], Tensor], backend: str, dtype: torch.dtype
 ) -> None:
     if mk.backends()[backend] is not None:
@@ -80,6 +80,6 @@ def test_fakes_promise_what_comes(
             fakes = tree_leaves(operator(*tree_map_only(Tensor, mode.from_tensor, arguments)))
         for out, fake in zip(outs, fakes, strict=True):
             assert (out.shape, out.stride(), out.dtype) == (fake.shape, fake.stride(), fake.dtype), name
-        # Below the dispatcher a reference's backward uses torch.func, which opcheck cannot look into.
+        # Below the dispatcher, the reference's backward uses torch.func, which opcheck does not support.
         if name == spec.op:
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

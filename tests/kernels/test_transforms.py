@@ -1,6 +1,6 @@
-"""Every op and the model under forward-mode differentiation, torch.func and higher derivatives: right, or BackendError.
+"""Tests of every op and the model under forward-mode AD, torch.func and higher derivatives.
 
-The reference is plain PyTorch, whose derivatives are PyTorch's own: an op must give the same as its reference.
+Each op must give the same results as its reference, which PyTorch differentiates, or raise BackendError.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ each_op = pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 
 
 def case_of(spec: Spec) -> Case:
-    """One with a temperature where there is one, no size above 8."""
+    """Return a case with a temperature if the op has one, with sizes of at most 8."""
     case = next((case for case in spec.cases if case.options.get("norm")), spec.cases[1])
     return replace(case, sizes={dim: min(size, 8) for dim, size in case.sizes.items()})
 
@@ -35,7 +35,10 @@ def inputs_of(spec: Spec) -> Inputs:
 
 
 def function_of(spec: Spec, backend: str | None) -> Function:
-    """The op on a backend, or None for the reference, to its floating-point outputs (or, if there are none, to 0)."""
+    """Return a function from the inputs to the floating-point outputs of the op, or to zeros if it has none.
+
+    With backend None, the function calls the reference.
+    """
 
     def function(inputs: Inputs) -> tuple[Tensor, ...]:
         case = case_of(spec)
@@ -47,9 +50,9 @@ def function_of(spec: Spec, backend: str | None) -> Function:
 
 
 def assert_close(got: object, wanted: object) -> None:
-    """Both in float32: a second derivative has the temperature of 100 squared, which leaves 1e-3 of the largest."""
+    """Compare to 1e-3 of the largest value: in float32, a second derivative contains the temperature of 100 squared."""
     for one, other in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
-        if other is None:  # whole numbers have no tangent
+        if other is None:  # integers have no tangent
             assert one is None
             continue
         torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(other.abs().max()) + 1e-6)
@@ -86,24 +89,24 @@ def vmap(function: Function, inputs: Inputs) -> object:
     return torch.func.vmap(function)({name: torch.stack([t, t * 0.5], 0) for name, t in inputs.items()})
 
 
-def gradients_per_sample(function: Function, inputs: Inputs) -> object:
+def per_sample_gradients(function: Function, inputs: Inputs) -> object:
     return torch.func.vmap(torch.func.grad(total(function)))({n: torch.stack([t, t * 0.5]) for n, t in inputs.items()})
 
 
-TRANSFORMS = (jvp, dual, grad, hessian_vector, vmap, gradients_per_sample)
+TRANSFORMS = (jvp, dual, grad, hessian_vector, vmap, per_sample_gradients)
 each_transform = pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: t.__name__)
 
 
 @each_op
 @each_transform
-def test_transform_of_an_op(spec: Spec, transform: Callable[[Function, Inputs], object]) -> None:
+def test_transform(spec: Spec, transform: Callable[[Function, Inputs], object]) -> None:
     inputs = inputs_of(spec)
     wanted = transform(function_of(spec, None), inputs)
     assert_close(transform(function_of(spec, "auto"), inputs), wanted)
 
 
 @each_op
-def test_transform_of_a_named_backend_raises(spec: Spec) -> None:
+def test_transform_with_named_backend_raises(spec: Spec) -> None:
     if mk.backends()["cpu"] is not None:
         pytest.skip("the C++ extension was not built")
     for transform in TRANSFORMS:
@@ -113,7 +116,7 @@ def test_transform_of_a_named_backend_raises(spec: Spec) -> None:
 
 @pytest.mark.parametrize("spec", [s for s in SPECS.values() if s.grads], ids=lambda s: s.op)
 def test_second_derivative(spec: Spec) -> None:
-    """The first backward is the kernel's, the second the reference's; so is a batch of gradients at once."""
+    """The first backward uses the kernel; the second one, and batched gradients, use the reference."""
 
     def second(function: Function) -> list[Tensor]:
         leaves = {name: t.requires_grad_() for name, t in inputs_of(spec).items()}
@@ -131,13 +134,13 @@ def test_second_derivative(spec: Spec) -> None:
             second(function_of(spec, "cpu"))
 
 
-def test_a_kernel_where_no_tensor_has_a_tangent() -> None:
+def test_dual_level_without_tangents() -> None:
     spec = SPECS[FIRST]
     with forward_ad.dual_level():
         function_of(spec, "reference" if mk.backends()["cpu"] else "cpu")(inputs_of(spec))
 
 
-def test_forward_mode_inside_a_compiled_function() -> None:
+def test_compiled_jvp() -> None:
     spec = SPECS[FIRST]
     inputs = inputs_of(spec)
     torch.compiler.reset()
@@ -145,8 +148,8 @@ def test_forward_mode_inside_a_compiled_function() -> None:
     assert_close(compiled(inputs), jvp(function_of(spec, None), inputs))
 
 
-def test_forward_mode_of_a_compiled_function() -> None:
-    """Compiled, run, and then differentiated: the graph that there is has the op in it."""
+def test_forward_mode_of_compiled_function() -> None:
+    """The function is compiled and run before it is differentiated, so that the graph contains the op."""
     spec = SPECS[FIRST]
     inputs = inputs_of(spec)
     torch.compiler.reset()
@@ -155,8 +158,8 @@ def test_forward_mode_of_a_compiled_function() -> None:
     assert_close(dual(compiled, inputs), dual(function_of(spec, None), inputs))
 
 
-def test_forward_mode_of_the_model() -> None:
-    """The tangent of the loss is its gradient times the direction, for inputs and weights at once."""
+def test_jvp_of_model() -> None:
+    """The tangent of the loss equals the dot product of its gradient and the direction, for inputs and weights."""
     config = TokenizerConfig((1, 2, 3), num_codes=16, code_dim=8, ch=32, ch_mult=(1, 2), num_res_blocks=1)
     model, _ = mvar.build(num_classes=4, seed=0, tokenizer=config, depth=1, bidirectional=True)
     labels, generator = torch.tensor([1, 3]), torch.Generator().manual_seed(3)

@@ -1,4 +1,4 @@
-"""Numbers at the door of every op: NumPy's are numbers, booleans are none."""
+"""Tests of argument validation: NumPy scalars are accepted as numbers, booleans are not."""
 
 from typing import Any
 
@@ -23,17 +23,17 @@ def test_real_numbers(value: object) -> None:
     assert known == 0.5 and validation.integer(value) is None
 
 
-NO_NUMBERS = [True, np.True_, torch.tensor(True), "1", None, 1j, np.array([1]), torch.tensor([1.0]), [1]]
+NOT_NUMBERS = [True, np.True_, torch.tensor(True), "1", None, 1j, np.array([1]), torch.tensor([1.0]), [1]]
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
-def test_what_is_no_number(value: object) -> None:
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
+def test_not_a_number(value: object) -> None:
     assert validation.number(value) is None and validation.integer(value) is None
     with pytest.raises(ValueError, match="op: eps: expected a number above 0, got "):
         validation.positive("op", "eps", value)
 
 
-def test_tokens_per_scale() -> None:
+def test_scale_lengths() -> None:
     for scales in ((1, 4), [1, 4], np.array([1, 4]), torch.tensor([1, 4]), (np.int64(1), np.int32(4))):
         known = validation.scale_lengths("op", scales, 5)
         assert known == (1, 4) and all(type(n) is int for n in known)
@@ -42,7 +42,7 @@ def test_tokens_per_scale() -> None:
             validation.scale_lengths("op", wrong, 5)
 
 
-def test_ops_take_numpy_s_numbers() -> None:
+def test_ops_accept_numpy_scalars() -> None:
     cond, uncond, codebook = torch.randn(2, 3, 20), torch.randn(2, 3, 20), torch.randn(20, 4)
     how: dict[str, Any] = {"guidance": 1.5, "top_k": 7, "top_p": 0.5, "seed": 5, "scale_index": 2}
     same: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""accelerate and restore: the same model before and after, and what is left alone."""
+"""Tests of accelerate and restore."""
 
 import copy
 from types import SimpleNamespace
@@ -22,8 +22,8 @@ SMALL = (1, 2, 3)
 LABELS = torch.tensor([3, 7])
 KINDS = [{}, {"attn_l2_norm": False}, {"shared_aln": True}]
 IDS = ["qk_norm", "no_qk_norm", "shared_aln"]
-# Of float32, relative to the largest value. Sums of 2,240 products here and there in another order, through two blocks
-# whose softmax has temperatures up to 100: √2240 · 100 · 2⁻²⁴ = 3·10⁻⁴.
+# For float32, relative to the largest value. The original and the replacement add up to 2,240 products in different
+# orders, in two blocks whose softmax has temperatures up to 100: √2240 · 100 · 2⁻²⁴ = 3·10⁻⁴.
 TOLERANCE = 3e-4
 
 
@@ -38,7 +38,7 @@ def inputs_of(model: PlainVAR, batch: int = 2) -> Tensor:
 
 
 def logits_and_grads(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """By parameter's name; the same random numbers at every call."""
+    """Return the output and the gradient of each parameter, with the same random seed at every call."""
     torch.manual_seed(2)
     model.zero_grad()
     out = model(*inputs)
@@ -61,8 +61,8 @@ def small_tokenizer(patch_nums: tuple[int, ...]) -> Tokenizer:
 @pytest.mark.parametrize(
     ("resolution", "batch", "sizes"), [*((256, 2, kind) for kind in KINDS), (512, 1, {})], ids=[*IDS, "512"]
 )
-def test_outputs_gradients_and_tokens_stay_the_same(resolution: int, batch: int, sizes: dict[str, bool]) -> None:
-    """A VAR-shaped model on the published schedules; in training its stochastic depth draws the same numbers."""
+def test_accelerate_matches_original(resolution: int, batch: int, sizes: dict[str, bool]) -> None:
+    """Uses VAR's published schedules; in training mode, stochastic depth draws the same random numbers."""
     model = plain(mvar.SCHEDULES[resolution], heads=1, drop_path=0.3, **sizes)
     tokenizer, inputs, labels = small_tokenizer(model.patch_nums), inputs_of(model, batch), LABELS[:batch]
     before = [logits_and_grads(model.train(mode), labels, inputs) for mode in (False, True)]
@@ -80,7 +80,7 @@ def test_outputs_gradients_and_tokens_stay_the_same(resolution: int, batch: int,
     assert_same(logits_and_grads(model, labels, inputs), before[0], tolerance=0.0)
 
 
-def test_parameters_hooks_and_state_dict_stay_what_they_are() -> None:
+def test_accelerate_preserves_parameters_hooks_and_state_dict() -> None:
     model = plain()
     classes = [type(module) for module in model.modules()]
     parameters, state = dict(model.named_parameters()), model.state_dict()
@@ -97,13 +97,13 @@ def test_parameters_hooks_and_state_dict_stay_what_they_are() -> None:
 
     other = copy.deepcopy(model)
     assert isinstance(other.blocks[0].attn, type(model.blocks[0].attn))
-    assert mk.accelerate(model).replaced.keys() == mk.accelerate(other).replaced.keys()  # a second time is no other
+    assert mk.accelerate(model).replaced.keys() == mk.accelerate(other).replaced.keys()  # accelerate is idempotent
     mk.restore(model)
     assert [type(module) for module in model.modules()] == classes
     assert type(other.blocks[0].attn) is not SelfAttention
 
 
-def test_the_report_in_words() -> None:
+def test_report_str() -> None:
     assert str(mk.accelerate(plain())).splitlines() == [
         "replaced blocks.* (2): by adaln and gated_adaln",
         "replaced blocks.*.attn (2): by scale_attention, causal",
@@ -112,8 +112,8 @@ def test_the_report_in_words() -> None:
     ]
 
 
-def test_under_autocast() -> None:
-    """16 bits inside, the same dtypes outside; the two differ by as much as either does from float32."""
+def test_autocast() -> None:
+    """The output dtype is unchanged, and the error against float32 is less than twice the original's."""
     model, found = plain(), []
     inputs = inputs_of(model)
     exact = logits_and_grads(model, LABELS, inputs)["out"]
@@ -126,7 +126,7 @@ def test_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_in_other_dtypes(dtype: torch.dtype) -> None:
+def test_dtypes(dtype: torch.dtype) -> None:
     model = plain()
     exact = model(LABELS, inputs_of(model))
     model, inputs = model.to(dtype), inputs_of(model).to(dtype)
@@ -138,7 +138,7 @@ def test_in_other_dtypes(dtype: torch.dtype) -> None:
     assert difference <= 2 * rounding
 
 
-def test_it_compiles() -> None:
+def test_compile() -> None:
     model = plain(drop_path=0.3).train()
     mk.accelerate(model)
     expected = logits_and_grads(model, LABELS, inputs_of(model))
@@ -148,7 +148,7 @@ def test_it_compiles() -> None:
 
 
 @pytest.mark.parametrize("kind", ["strictly causal", "sliding", "soft", "of another length"])
-def test_other_masks_go_the_old_way(kind: str) -> None:
+def test_unsupported_mask_uses_original_forward(kind: str) -> None:
     model = plain()
     attention, x = model.blocks[0].attn, torch.randn(2, 14, 128, generator=torch.Generator().manual_seed(0))
     rows, columns = torch.arange(14)[:, None], torch.arange(14)
@@ -163,32 +163,32 @@ def test_other_masks_go_the_old_way(kind: str) -> None:
     torch.testing.assert_close(attention(x, mask), expected, rtol=TOLERANCE, atol=1e-5)
 
 
-def test_a_mask_that_changes_is_read_again() -> None:
+def test_mask_modified_in_place() -> None:
     model = plain()
     mk.accelerate(model)
     before = model(LABELS, inputs_of(model))
-    model.attn_bias_for_masking.zero_()  # now everybody sees everybody
+    model.attn_bias_for_masking.zero_()  # every query now attends to every key
     after = model(LABELS, inputs_of(model))
     mk.restore(model)
     assert (after - before).abs().max() > 0.1
     torch.testing.assert_close(after, model(LABELS, inputs_of(model)), rtol=TOLERANCE, atol=1e-4)
 
 
-def test_schedules_of_masks() -> None:
+def test_schedule_of() -> None:
     level = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))
     seen = level[:, None] >= level
     added = torch.where(seen, 0.0, -torch.inf)
     assert schedule_of(seen) == schedule_of(added[None, None].bfloat16()) == (1, 4, 9)
     assert schedule_of(added[:5, :5]) == (1, 4)  # a prefix of a larger mask
     assert schedule_of(torch.zeros(1, 1, 3, 3)) == (3,)
-    assert schedule_of(torch.zeros(2, 1, 3, 3)) is None  # one for each sample
+    assert schedule_of(torch.zeros(2, 1, 3, 3)) is None  # one mask per sample
     assert schedule_of(added.T) is None and schedule_of(added.nan_to_num(neginf=-1e4)) is None
     assert schedule_of(torch.ones(3, 3).tril().bool()) == (1, 1, 1)
     assert schedule_of(torch.full((2, 2), -torch.inf)) is None and schedule_of(torch.zeros(0, 0)) is None
 
 
-def test_modulation_runs_once_a_generation() -> None:
-    """And anew when the class embedding or a weight has changed."""
+def test_modulation_is_cached_per_generation() -> None:
+    """The modulation is recomputed when the class embedding or a weight has changed."""
     model, rows = plain(), []
     mk.accelerate(model)
     model.blocks[0].ada_lin.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
@@ -206,7 +206,7 @@ def test_modulation_runs_once_a_generation() -> None:
 
 
 class OtherOrder(nn.Module):
-    """A block of VAR's names whose modulation comes in another order."""
+    """A block with VAR's attribute names whose modulation parameters are in a different order."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class OtherOrder(nn.Module):
 
 
 class Rotated(SelfAttention):
-    """VAR's attention with something on top."""
+    """VAR's attention applied to rolled channels."""
 
     def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
         return super().forward(x.roll(1, -1), attn_bias)
@@ -232,7 +232,7 @@ class MoreArguments(SelfAttention):
 
 
 class Capped(SelfAttention):
-    """Scores of at most 20, which weak attention never shows."""
+    """Attention whose scores are capped at 20, which makes no difference when scores are small."""
 
     def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
@@ -245,14 +245,14 @@ class Capped(SelfAttention):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
-def test_attention_that_differs_only_when_it_is_sharp_is_left_alone() -> None:
+def test_attention_with_capped_scores_is_not_replaced() -> None:
     model = plain(attn_l2_norm=False)
     model.blocks[0].attn.__class__ = Capped
     report = mk.accelerate(model)
     assert "does not compute" in report.left["blocks.0.attn"] and "blocks.1.attn" in report.replaced
 
 
-def test_random_numbers_of_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_preserves_rng_state(monkeypatch: pytest.MonkeyPatch) -> None:
     seeded: list[int] = []
     model = plain()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
@@ -261,7 +261,7 @@ def test_random_numbers_of_other_devices_are_left_alone(monkeypatch: pytest.Monk
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_weights_that_are_no_parameters_are_a_reason() -> None:
+def test_attention_without_parameters_is_not_replaced() -> None:
     model = plain()
     for block in model.blocks:
         for module in block.attn.modules():
@@ -271,7 +271,7 @@ def test_weights_that_are_no_parameters_are_a_reason() -> None:
     assert mk.accelerate(model).left["blocks.0.attn"] == "it has no parameters"
 
 
-def test_what_computes_something_else_is_left_alone() -> None:
+def test_modified_modules_are_not_replaced() -> None:
     model = plain()
     model.blocks[0] = OtherOrder(model.blocks[0])
     model.blocks[0].attn.__class__ = Rotated
@@ -288,7 +288,7 @@ def test_what_computes_something_else_is_left_alone() -> None:
     assert_same(logits_and_grads(model, LABELS, inputs), expected)
 
 
-def test_dropout_in_attention_goes_the_old_way_in_training() -> None:
+def test_attention_dropout_uses_original_forward_in_training() -> None:
     model = plain().train()
     for block in model.blocks:
         block.attn.attn_drop = 0.2
@@ -308,14 +308,14 @@ def test_dropout_in_attention_goes_the_old_way_in_training() -> None:
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential(nn.Conv2d(1, 1, 1)), mvar.VAR], ids=str)
-def test_models_without_such_parts(model: Any) -> None:
+def test_model_without_matching_modules(model: Any) -> None:
     if not isinstance(model, nn.Module):
         model = model(mvar.ModelConfig(1, (1, 2), architecture="var"))
     report = mk.accelerate(model)
     assert report.replaced == {} and "no part that looks like" in str(report)
 
 
-def test_without_a_kernel_for_the_device_nothing_is_replaced() -> None:
+def test_device_without_kernel() -> None:
     with torch.device("meta"):
         model = PlainVAR(1, SMALL)
     report = mk.accelerate(model)
@@ -323,7 +323,7 @@ def test_without_a_kernel_for_the_device_nothing_is_replaced() -> None:
 
 
 def test_mamba2() -> None:
-    """A stock layer: training, and generation with its cache, one token or several at a time."""
+    """Compares training, and generation with the cache, one or several tokens at a time, with the original layer."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"mixer": PlainMamba2(64)})
     layer, u = model["mixer"], torch.randn(2, 30, 64)
@@ -343,14 +343,14 @@ def test_mamba2() -> None:
     packed = layer(u.flatten(0, 1), seqlen=30)
     assert mk.accelerate(model).replaced == {"mixer": "mamba2_mixer"}
     assert_same(logits_and_grads(layer, u), expected)
-    for lengths in ((2, *[1] * 28), (30,), (1, 4, 25)):  # several tokens from a state: what the stock layer cannot
+    for lengths in ((2, *[1] * 28), (30,), (1, 4, 25)):  # the original cannot start from a state with several tokens
         for got, want in zip(cached(*lengths), by_token, strict=True):
             assert got.dtype == want.dtype and (got - want).abs().max() <= TOLERANCE * want.abs().max()
-    assert torch.equal(layer(u.flatten(0, 1), seqlen=30), packed)  # the old way
+    assert torch.equal(layer(u.flatten(0, 1), seqlen=30), packed)  # uses the original forward
     mk.restore(model)
     assert type(layer) is PlainMamba2
 
 
-def test_mamba2_with_options_that_the_kernel_lacks() -> None:
+def test_mamba2_unsupported_options() -> None:
     report = mk.accelerate(nn.ModuleList([PlainMamba2(64, ngroups=2)]))
     assert report.left == {"0": "ngroups: expected 1, got 2"}

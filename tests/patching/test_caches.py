@@ -1,4 +1,4 @@
-"""accelerate and what lives for a generation: the key/value cache, and modulation that is made once."""
+"""Tests of accelerate with the key/value cache and with cached modulation."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -26,11 +26,11 @@ MASK = torch.where(
     0.0,
     -torch.inf,
 )[None, None]
-SOFT = MASK.nan_to_num(neginf=-3.0)  # not VAR's
+SOFT = MASK.nan_to_num(neginf=-3.0)  # a finite bias, which VAR does not use
 
 
 def masked_prefix(attn: Any, x: Tensor) -> Iterator[Tensor]:
-    """CoDe's refiner."""
+    """The calls of CoDe's refiner."""
     attn.kv_caching(True)
     yield attn(x[:, :14], attn_bias=MASK[:, :, :14, :14])
     yield attn(x[:, 14:], attn_bias=None)
@@ -57,13 +57,13 @@ def boolean_prefix(attn: Any, x: Tensor) -> Iterator[Tensor]:
     yield attn(x[:, 5:], attn_bias=None)
 
 
-def another_mask_first(attn: Any, x: Tensor) -> Iterator[Tensor]:
+def soft_mask_first(attn: Any, x: Tensor) -> Iterator[Tensor]:
     attn.kv_caching(True)
     yield attn(x[:, :14], attn_bias=SOFT[:, :, :14, :14])
     yield attn(x[:, 14:], attn_bias=None)
 
 
-def off_and_on_again(attn: Any, x: Tensor) -> Iterator[Tensor]:
+def caching_toggled(attn: Any, x: Tensor) -> Iterator[Tensor]:
     attn.kv_caching(True)
     yield attn(x[:, :5], attn_bias=None)
     attn.kv_caching(False)
@@ -74,8 +74,8 @@ def off_and_on_again(attn: Any, x: Tensor) -> Iterator[Tensor]:
     yield attn(x[:1, :5], attn_bias=None)
 
 
-def cut_and_expanded(attn: Any, x: Tensor) -> Iterator[Tensor]:
-    """Programs that use the cache themselves."""
+def modified_cache(attn: Any, x: Tensor) -> Iterator[Tensor]:
+    """The calls of a program that slices and expands the cached keys and values."""
     attn.kv_caching(True)
     yield attn(x[:1, :9], attn_bias=None)
     attn.cached_k, attn.cached_v = (t[:, :, :5].expand(2, -1, -1, -1) for t in (attn.cached_k, attn.cached_v))
@@ -84,10 +84,10 @@ def cut_and_expanded(attn: Any, x: Tensor) -> Iterator[Tensor]:
     yield attn(x[:, :5], attn_bias=None)
 
 
-def hooked_in_the_middle(attn: Any, x: Tensor) -> Iterator[Tensor]:
+def hook_on_second_call(attn: Any, x: Tensor) -> Iterator[Tensor]:
     attn.kv_caching(True)
     yield attn(x[:, :5], attn_bias=None)
-    handle = attn.mat_qkv.register_forward_hook(lambda *_: None)  # so that the next call the original forward runs
+    handle = attn.mat_qkv.register_forward_hook(lambda *_: None)  # the next call runs the original forward
     yield attn(x[:, 5:14], attn_bias=None)
     handle.remove()
     yield attn(x[:, 14:], attn_bias=None)
@@ -98,17 +98,17 @@ ORDERS = (
     prefix_in_two_calls,
     mask_after_cached,
     boolean_prefix,
-    another_mask_first,
-    off_and_on_again,
-    cut_and_expanded,
-    hooked_in_the_middle,
+    soft_mask_first,
+    caching_toggled,
+    modified_cache,
+    hook_on_second_call,
 )
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["qk_norm", "no_qk_norm"])
 @pytest.mark.parametrize("heads", [1, 2, 5])
-def test_the_cache_in_every_order_of_calls(heads: int, norm: bool) -> None:
-    """The same outputs, and the same keys and values in the cache, whoever looks."""
+def test_kv_cache_call_sequences(heads: int, norm: bool) -> None:
+    """Outputs and cached keys and values match the original's."""
     model, x = plain(heads, (1, 2, 3, 4), attn_l2_norm=norm), normal(2, 30, 64 * heads)
     attn: Any = model.blocks[0].attn
 
@@ -123,7 +123,7 @@ def test_the_cache_in_every_order_of_calls(heads: int, norm: bool) -> None:
             assert all(map(close, run(order), right)), order.__name__
 
 
-def test_accelerate_and_restore_in_the_middle_of_a_generation() -> None:
+def test_accelerate_and_restore_during_generation() -> None:
     model, x = plain(2, (1, 2, 3, 4)), normal(2, 30, 128)
     attn: Any = model.blocks[0].attn
 
@@ -145,7 +145,7 @@ def test_accelerate_and_restore_in_the_middle_of_a_generation() -> None:
 
 
 class TokensFirst(SelfAttention):
-    """As VAR with xformers: the cache is (B, L, H, D)."""
+    """VAR's attention with xformers, whose cache is (B, L, H, D)."""
 
     using_xform = True
 
@@ -158,24 +158,24 @@ class TokensFirst(SelfAttention):
         return out
 
 
-def test_both_layouts_of_the_cache() -> None:
+def test_kv_cache_layouts() -> None:
     model, x = plain(2, (1, 2, 3, 4)), normal(2, 30, 128)
     attn: Any = model.blocks[0].attn
     attn.__class__ = TokensFirst
     with torch.no_grad():
-        expected = [*another_mask_first(attn, x), attn.cached_k]
+        expected = [*soft_mask_first(attn, x), attn.cached_k]
         assert "blocks.0.attn" in mk.accelerate(model).replaced
-        assert all(map(close, [*another_mask_first(attn, x), attn.cached_k], expected))
+        assert all(map(close, [*soft_mask_first(attn, x), attn.cached_k], expected))
 
     class Unmarked(TokensFirst):
         using_xform = False
 
-    attn.__class__ = Unmarked  # a layout of which the module says nothing
+    attn.__class__ = Unmarked  # a layout that the module does not declare
     assert "does not compute" in mk.accelerate(model).left["blocks.0.attn"]
 
 
-def test_a_bias_that_learns_gets_its_gradient() -> None:
-    """At zero it looks like a mask under which everybody sees everybody."""
+def test_learnable_attn_bias_gets_gradient() -> None:
+    """A bias of zeros looks like a mask that allows all positions."""
     model, x = plain(), normal(2, 5, 64)
     mk.accelerate(model)
     bias = nn.Parameter(torch.zeros(1, 1, 5, 5))
@@ -187,8 +187,8 @@ def test_a_bias_that_learns_gets_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_modulation_once_a_generation_and_never_stale(mode: Callable[[], Any]) -> None:
-    """Whatever changes in place between two scales, the embedding or a weight, and whoever empties the cache."""
+def test_modulation_cache_is_invalidated(mode: Callable[[], Any]) -> None:
+    """Modulation is computed once per generation, and again after a change of the embedding or of a weight."""
     model = plain(depth=2)
     other = copy.deepcopy(model)
     mk.accelerate(model)
@@ -218,13 +218,13 @@ def test_modulation_once_a_generation_and_never_stale(mode: Callable[[], Any]) -
         for one in (model, other):
             one.blocks[0].ada_lin[1].weight = nn.Parameter(-one.blocks[0].ada_lin[1].weight)
         assert close(scale(model, x, cond), scale(other, x, cond))
-        for one in (model, other):  # what no version counts, between two generations
+        for one in (model, other):  # between two generations; .data does not increment the version counter
             one.blocks[0].ada_lin[1].weight.data.mul_(2)
         caching(True)
         assert close(scale(model, x, cond), scale(other, x, cond))
 
 
-def test_modulation_that_cannot_be_known_to_stay_runs_every_time() -> None:
+def test_modulation_that_cannot_be_cached() -> None:
     with torch.inference_mode():
         layer, cond = nn.Sequential(nn.SiLU(), nn.Linear(3, 3)), torch.randn(2, 3)
         before = cached_call(layer, cond)
@@ -240,8 +240,8 @@ def test_modulation_that_cannot_be_known_to_stay_runs_every_time() -> None:
         assert cached_call(layer, cond).dtype == torch.float32
 
 
-def test_under_capture_nothing_is_remembered_or_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's CUDA graph has to hold the layer, and may not wait for a mask."""
+def test_no_caching_during_cuda_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph must record the layer, and capture does not allow the synchronization that reading a mask takes."""
     monkeypatch.setattr("mvar_kernels.patching.cache.capturing", lambda device: True)
     layer, cond, ran = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3), []
     layer.register_forward_hook(lambda *_: ran.append(1))

@@ -1,4 +1,4 @@
-"""The code of docs/accelerate.md: every replacement against what it replaces."""
+"""Tests of the code in docs/accelerate.md: each replacement matches the code that it replaces."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,7 @@ DOCUMENT = (ROOT / "docs" / "accelerate.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 PATCH_NUMS = mvar.SCHEDULES[256]
 SCALES = tuple(n * n for n in PATCH_NUMS)
-# Float32 sums of 680 terms in another order, and softmax temperatures up to 100: √680 · 100 · 2⁻²⁴ = 1.6·10⁻⁴.
+# Float32 sums of 680 terms in a different order, and softmax temperatures up to 100: √680 · 100 · 2⁻²⁴ = 1.6·10⁻⁴.
 TOLERANCE = 2e-4
 
 
@@ -38,7 +38,7 @@ def random(*shape: int) -> Tensor:
 
 
 def assert_same(runs: list[Callable[[], Tensor]], leaves: list[Tensor]) -> None:
-    """Outputs, and gradients of all leaves."""
+    """Compare outputs and the gradients of all leaves."""
     results = []
     for run in runs:
         out = run()
@@ -73,7 +73,7 @@ def test_block() -> None:
 
 
 def test_draw() -> None:
-    """The greedy token, and the frequencies of 20,000 draws from one row of logits."""
+    """Compares the greedy token and the frequencies of 20,000 draws from one row of logits."""
     before, after = function("draw", "before"), function("draw", "after")
     cond, uncond = (t.detach() for t in (random(2, 256, 512), random(256, 2, 512).transpose(0, 1)))
     assert torch.equal(after(cond, uncond, 1.5, 1, 1.0), before(cond, uncond, 1.5, 1, 1.0))
@@ -85,11 +85,11 @@ def test_draw() -> None:
         for draw in (before, after)
     ]
     assert torch.equal(counts[0] > 0, counts[1] > 0) and 2 < int((counts[0] > 0).sum()) < 12
-    deviation = (2 * counts[0] * (1 - counts[0]) / n).sqrt()  # of the difference of two such frequencies
+    deviation = (2 * counts[0] * (1 - counts[0]) / n).sqrt()  # of the difference of the two frequencies
     assert ((counts[0] - counts[1]).abs() <= 5 * deviation).all()
 
 
-def test_mamba2_with_its_state_carried() -> None:
+def test_mamba2() -> None:
     torch.manual_seed(0)
     layer, u = PlainMamba2(32, headdim=16, d_state=16), random(2, 91, 32)
     before, after = function("mix", "before"), function("mix", "after")
@@ -110,7 +110,7 @@ def test_mamba2_with_its_state_carried() -> None:
 
 
 @pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
-def test_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_accelerate(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = (block for block in BLOCKS if "mk.accelerate" in block)
     model: nn.Module = PlainVAR(1, (1, 2))
     exec(code, {"model": model})
@@ -118,5 +118,5 @@ def test_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(isinstance(module, Patch) for module in model.modules())
 
 
-def test_every_block_of_code_is_run_here() -> None:
+def test_all_code_blocks_are_tested() -> None:
     assert len(BLOCKS) == 2 + 2 * 4

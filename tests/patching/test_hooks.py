@@ -1,4 +1,4 @@
-"""accelerate beside what others put on a model: hooks, forwards and classes."""
+"""Tests of accelerate with hooks, patched forwards, parametrizations and subclasses."""
 
 import copy
 from collections.abc import Callable
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was 
 @pytest.mark.parametrize(
     "child", ["blocks.0.ln_wo_grad", "blocks.0.drop_path", "head_nm.ln_wo_grad", "blocks.0.attn.proj"]
 )
-def test_hooks_are_called_as_before(child: str) -> None:
-    """As often, with the same inputs; whether they come before accelerate, or after it."""
+def test_hooks_on_children(child: str) -> None:
+    """Hooks registered before or after accelerate are called as often as in the original, with the same inputs."""
     seen: list[list[tuple[int, ...]]] = []
     now: list[tuple[int, ...]] = []
     for when in ("plain", "before", "after"):
@@ -45,7 +45,7 @@ def test_hooks_are_called_as_before(child: str) -> None:
     assert seen[0] and seen[0] == seen[1] == seen[2]
 
 
-def test_what_is_put_on_a_bypassed_child_later_has_its_effect() -> None:
+def test_child_modified_after_accelerate() -> None:
     def twice(module: nn.Module) -> None:
         before = module.forward
         module.forward = lambda *args, **options: 2 * before(*args, **options)
@@ -81,7 +81,7 @@ def test_what_is_put_on_a_bypassed_child_later_has_its_effect() -> None:
         assert not close(plain()(LABELS, normal(2, 4, 32)), results[0]), name
 
 
-def test_a_forward_of_the_class_that_is_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_forward_patched_after_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = plain(), normal(2, 5, 64)
     mk.accelerate(model)
     before = SelfAttention.forward
@@ -102,7 +102,7 @@ def test_global_hooks() -> None:
         model(LABELS, normal(2, 4, 32))
         assert names.count("LayerNorm") == 3
         names.clear()
-        report = mk.accelerate(plain())  # no trial, which would run the original twice, and the hooks
+        report = mk.accelerate(plain())  # no trial run, which would call the hooks
         assert not names and not report.replaced and "global hooks" in report.left["blocks.0"]
         assert "global hooks" in mk.accelerate(model).left["blocks.0"]
     finally:
@@ -118,33 +118,33 @@ class Same(nn.Module):
         return w
 
 
-def put_parametrization(model: Any) -> None:
+def add_parametrization(model: Any) -> None:
     parametrize.register_parametrization(model.blocks[0].attn, "q_bias", Same())
 
 
-def drop_parametrization(model: Any) -> None:
+def remove_parametrization(model: Any) -> None:
     parametrize.remove_parametrizations(model.blocks[0].attn, "q_bias")
 
 
 @pytest.mark.parametrize("order", ["parametrized first", "accelerated first"])
 @pytest.mark.parametrize("off", ["restored first", "plain first"])
-def test_parametrizations_and_accelerate_in_every_order(order: str, off: str) -> None:
+def test_parametrizations(order: str, off: str) -> None:
     model, inputs = plain(), normal(2, 4, 32)
     expected, types = model(LABELS, inputs), [type(m) for m in model.modules()]
-    acts = [put_parametrization, mk.accelerate]
+    acts = [add_parametrization, mk.accelerate]
     for act in acts if order == "parametrized first" else acts[::-1]:
         act(model)  # type: ignore[operator]
         assert close(model(LABELS, inputs), expected)
     assert accelerated(model) == ["blocks.0", "blocks.0.attn", "head_nm"]
     assert parametrize.is_parametrized(model.blocks[0].attn, "q_bias")
-    undo = [mk.restore, drop_parametrization]
+    undo = [mk.restore, remove_parametrization]
     for act in undo if off == "restored first" else undo[::-1]:
         act(model)
         assert close(model(LABELS, inputs), expected)
     assert [type(m) for m in model.modules()] == types
 
 
-def test_restore_takes_its_own_class_from_below_a_users() -> None:
+def test_restore_keeps_user_subclass() -> None:
     model, other = plain(depth=2), plain()
     mk.accelerate(model), mk.accelerate(other)
     before: Any = type(model.blocks[0].attn)
@@ -168,14 +168,14 @@ def test_restore_takes_its_own_class_from_below_a_users() -> None:
     x = normal(2, 5, 64)
     expected = [block.attn(x, None) for block in (*model.blocks, *other.blocks)]
     mk.restore(model)
-    mk.restore(model)  # twice is once
+    mk.restore(model)  # restore is idempotent
     assert not accelerated(model) and accelerated(other)
     assert type(model.blocks[0].attn) is type(model.blocks[1].attn)
     assert type(model.blocks[0].attn).__mro__[1] is SelfAttention and model.blocks[0].attn.doubled == 4
     assert all(map(close, (block.attn(x, None) for block in (*model.blocks, *other.blocks)), expected))
 
 
-def test_restore_of_a_part_or_a_copy_leaves_the_rest() -> None:
+def test_restore_submodule_or_copy() -> None:
     model = plain(depth=2)
     mk.accelerate(model)
     other = copy.deepcopy(model)
@@ -186,7 +186,7 @@ def test_restore_of_a_part_or_a_copy_leaves_the_rest() -> None:
     assert not accelerated(other) and accelerated(model)
 
 
-def test_a_class_that_cannot_be_mixed_is_a_reason_and_nothing_is_half_replaced() -> None:
+def test_accelerate_error_replaces_nothing() -> None:
     class Counted(type):
         pass
 

@@ -1,4 +1,4 @@
-"""accelerate inside other people's programs: their settings, and models that are not plain."""
+"""Tests of accelerate with global settings, transforms, distributed training and unusual models."""
 
 import copy
 import random
@@ -26,11 +26,11 @@ from tests.helpers.plain_var import PlainVAR, SelfAttention
 pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
 
 
-# --- the trial leaves the live model and the program alone ------------------------------------------------------------
+# --- the trial run does not modify the model or global state ----------------------------------------------------------
 
 
-class Restless(nn.Module):
-    """A feed-forward network that changes whatever it has whenever it runs."""
+class Stateful(nn.Module):
+    """A feed-forward network whose forward modifies its buffers, attributes and random state."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ class Restless(nn.Module):
         return self.norm(self.linear(x).transpose(1, 2)).transpose(1, 2)
 
 
-def test_a_trial_changes_nothing_of_the_live_model() -> None:
+def test_trial_does_not_modify_model() -> None:
     model = plain(depth=2)
     for i, block in enumerate(model.blocks):
-        block.ffn = Restless(64).train(i == 0)
+        block.ffn = Stateful(64).train(i == 0)
     ran: list[str] = []
     for module in model.modules():
         for hook in HOOKS.values():
@@ -70,7 +70,7 @@ def test_a_trial_changes_nothing_of_the_live_model() -> None:
         found |= {f"{n}.grad": p.grad for n, p in model.named_parameters()}
         for name, module in model.named_modules():
             found[f"{name}.training"] = module.training
-            if isinstance(module, Restless):
+            if isinstance(module, Stateful):
                 own = {k: v for k, v in vars(module).items() if k in ("calls", "plain", "log", "table")}
                 found[name] = copy.deepcopy(own) | {
                     "rng": module.generator.get_state(),
@@ -87,11 +87,11 @@ def test_a_trial_changes_nothing_of_the_live_model() -> None:
     assert hooks == {id(m): {k: len(v) for k, v in vars(m).items() if "_hooks" in k and v} for m in model.modules()}
 
 
-def test_a_copy_that_reaches_the_live_model_is_noticed() -> None:
+def test_deepcopy_that_shares_state_is_not_replaced() -> None:
     model = plain(depth=2)
     norm = nn.BatchNorm1d(64)
     model.blocks[0].ffn = nn.Sequential(norm)
-    model.blocks[0].ffn.forward = lambda x: norm(x.transpose(1, 2)).transpose(1, 2)  # a function is not copied
+    model.blocks[0].ffn.forward = lambda x: norm(x.transpose(1, 2)).transpose(1, 2)  # deepcopy does not copy functions
 
     class Single(SelfAttention):
         def __deepcopy__(self, memo: Any) -> "Single":
@@ -107,7 +107,7 @@ def test_a_copy_that_reaches_the_live_model_is_noticed() -> None:
 @pytest.mark.parametrize(
     "setting", ["default dtype", "default device", "autocast", "no_grad", "inference", "deterministic", "medium"]
 )
-def test_the_programs_settings_make_no_difference(setting: str) -> None:
+def test_global_settings(setting: str) -> None:
     contexts: dict[str, Callable[[], Any]] = {
         "default device": lambda: torch.device("meta"),
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
@@ -131,29 +131,29 @@ def test_the_programs_settings_make_no_difference(setting: str) -> None:
     assert list(report.replaced) == ["blocks.0", "blocks.0.attn", "head_nm"], report
 
 
-def test_a_model_made_in_inference_mode() -> None:
+def test_model_created_in_inference_mode() -> None:
     with torch.inference_mode():
         model = plain()
         expected = model(LABELS, normal(2, 4, 32))
         assert len(mk.accelerate(model).replaced) == 3
         assert close(model(LABELS, normal(2, 4, 32)), expected)
     mk.restore(model)
-    assert len(mk.accelerate(model).replaced) == 3  # outside, too
+    assert len(mk.accelerate(model).replaced) == 3  # outside inference mode
     with torch.no_grad():
         assert close(model(LABELS, normal(2, 4, 32)), expected)
 
 
-# --- models of many makes ---------------------------------------------------------------------------------------------
+# --- unusual models ---------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_module_is_refused_in_words() -> None:
+def test_not_a_module_error() -> None:
     for call in (mk.accelerate, mk.restore):
         for wrong, word in ((None, "NoneType"), ("model", "str"), (PlainVAR, "the class PlainVAR"), ({}, "dict")):
             with pytest.raises(TypeError, match=rf"expected a torch.nn.Module, got {word}"):
                 call(wrong)  # type: ignore[arg-type]
 
 
-def test_odd_models() -> None:
+def test_unusual_models() -> None:
     class Raising(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -192,7 +192,7 @@ def test_odd_models() -> None:
         assert "linear layer" in mk.accelerate(model).left[part]
 
 
-def test_a_compiled_part() -> None:
+def test_compiled_submodule() -> None:
     model, inputs = plain(), (normal(2, 5, 64), normal(2, 64))
     expected = model.head_nm(*inputs)
     wrapped = torch.compile(model.head_nm, backend="eager", fullgraph=True)
@@ -203,7 +203,7 @@ def test_a_compiled_part() -> None:
 
 
 def test_function_transforms() -> None:
-    """Gradients of each sample, and forward-mode differentiation: through the original."""
+    """Per-sample gradients and forward-mode differentiation use the original forward."""
     model, inputs = plain(), normal(2, 4, 32)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -223,7 +223,7 @@ def test_function_transforms() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_with_dropout_and_frozen_weights(reentrant: bool) -> None:
+def test_checkpoint_with_dropout_and_frozen_weights(reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
     results = []
@@ -243,7 +243,7 @@ def test_gradient_checkpointing_with_dropout_and_frozen_weights(reentrant: bool)
     assert all(map(close, results[1], results[0]))
 
 
-def test_empty_batches() -> None:
+def test_empty_batch() -> None:
     model = plain()
     expected = model(LABELS[:0], normal(0, 4, 32))
     mk.accelerate(model)
@@ -252,8 +252,8 @@ def test_empty_batches() -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_modulation_of_a_wider_dtype(shared: bool) -> None:
-    """bfloat16 rows and a float32 embedding: as before, the rows become float32, and the layer runs once."""
+def test_modulation_dtype_promotion(shared: bool) -> None:
+    """A bfloat16 input and a float32 embedding give a float32 output, as in the original; ada_lin runs once."""
     model, ran = plain(shared_aln=shared), []
     block, x = model.blocks[0], normal(2, 5, 64).bfloat16()
     cond = normal(2, 1, 6, 64) if shared else normal(2, 64)
@@ -265,7 +265,7 @@ def test_modulation_of_a_wider_dtype(shared: bool) -> None:
     assert ran == [1]
 
 
-def test_mamba2_and_hooks() -> None:
+def test_mamba2_hooks() -> None:
     layer, u = PlainMamba2(64), normal(2, 6, 64)
     holder, seen = nn.ModuleList([layer]), []
     assert mk.accelerate(holder).replaced
@@ -283,8 +283,8 @@ def test_mamba2_and_hooks() -> None:
 
 
 @pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one process."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
@@ -297,7 +297,7 @@ def grads_of(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     return {n: g.full_tensor() if isinstance(g, DTensor) else g.clone() for n, g in found.items()}
 
 
-def test_training_under_ddp_and_fsdp(one_process: None) -> None:
+def test_ddp_and_fsdp(process_group: None) -> None:
     inputs = normal(2, 4, 32)
     expected = grads_of(plain(), inputs)
     model = plain()
@@ -324,6 +324,6 @@ def test_training_under_ddp_and_fsdp(one_process: None) -> None:
 
     model = plain()
     fully_shard(model.blocks[0], mesh=init_device_mesh("cpu", (1,)))
-    report = mk.accelerate(model)  # too late for what is sharded
+    report = mk.accelerate(model)  # after fully_shard, sharded modules are not replaced
     assert "before fully_shard" in report.left["blocks.0"]
     assert all(close(g, expected[n], 1e-3) for n, g in grads_of(model, inputs).items())

@@ -1,4 +1,4 @@
-"""Two processes with gloo on the CPU: the same losses as one with the whole batch, under DDP and under FSDP2."""
+"""Tests of DDP and FSDP2 training in two gloo processes on the CPU against one process with the full batch."""
 
 import os
 import socket
@@ -18,14 +18,14 @@ from tests.helpers import training
 
 pytestmark = pytest.mark.slow
 
-# Dropped labels and branches, accumulated gradients, a checkpoint on the way.
+# Both runs use label dropout, drop path, gradient accumulation and an intermediate checkpoint.
 RUNS = {
     "ddp": {"ac": 2, "bs": 128},
     "fsdp": {"ac": 2, "bs": 128, "fsdp": True, "recompute": True},
 }
 
 
-def _process(rank: int, port: int, out: Path) -> None:
+def _train_process(rank: int, port: int, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with init_training("cpu") as context:
@@ -33,20 +33,20 @@ def _process(rank: int, port: int, out: Path) -> None:
             run = training.trainer(training.flags(out / name, **changed), context)
             run.run()
             if name == "ddp":
-                with gradient_sync(run.module, enabled=False):  # accumulated gradients are exchanged once
+                with gradient_sync(run.module, enabled=False):  # accumulated gradients are reduced once per step
                     assert not run.module.require_backward_grad_sync
             if name == "fsdp":
-                held = [p for p in run.optimizer.parameters if isinstance(p, DTensor)]
-                assert len(held) == len(run.optimizer.parameters)
-                assert sum(p.to_local().numel() for p in held) < 0.6 * sum(p.numel() for p in held)
-            again = training.trainer(training.flags(out / name, **changed), context)
-            assert again.resume() and again.iteration == run.iteration
-            weights, read = run.weights(), again.weights()
+                sharded = [p for p in run.optimizer.parameters if isinstance(p, DTensor)]
+                assert len(sharded) == len(run.optimizer.parameters)
+                assert sum(p.to_local().numel() for p in sharded) < 0.6 * sum(p.numel() for p in sharded)
+            resumed = training.trainer(training.flags(out / name, **changed), context)
+            assert resumed.resume() and resumed.iteration == run.iteration
+            weights, read = run.weights(), resumed.weights()
             assert all(torch.equal(value, read[key]) for key, value in weights.items())
             assert bool(weights) == (rank == 0)
 
 
-def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_device_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(()))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -57,33 +57,33 @@ def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_process_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_process, (port, out), nprocs=2)
+    multiprocessing.spawn(_train_process, (port, out), nprocs=2)
     return out
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Flags:
+def single_process_flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
     flags = training.flags(tmp_path_factory.mktemp("alone"), **RUNS["ddp"])
     training.trainer(flags).run()
     return flags
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_are_one(name: str, alone: Flags, two: Path) -> None:
-    one, both = training.rows(Path(alone.out)), training.rows(two / name)
-    assert len(one) == len(both) == 11
-    for row, other in zip(one, both, strict=True):
+def test_two_processes_match_single_process(name: str, single_process_flags: Flags, two_process_runs: Path) -> None:
+    expected, actual = training.rows(Path(single_process_flags.out)), training.rows(two_process_runs / name)
+    assert len(expected) == len(actual) == 11
+    for row, other in zip(expected, actual, strict=True):
         for key in ("loss", "loss_scale0", "loss_last", "accuracy", "code_usage"):
-            # Sums of float32 in another order; an accuracy can differ by a tie.
+            # float32 sums are taken in a different order; the accuracy can differ where predictions tie.
             assert other[key] == pytest.approx(row[key], rel=2e-4), key
         assert other["gradient_norm"] == pytest.approx(row["gradient_norm"], rel=2e-4)
-    # What two processes have saved, sharded or not, one goes on with.
-    again = training.trainer(replace(alone, out=str(two / name)))
-    assert again.resume() and again.iteration == 22 and not dist.is_initialized()
-    for key, value in again.weights().items():
-        assert value.shape == again.model.state_dict()[key].shape
+    # A single process resumes from a checkpoint of two processes, sharded or not.
+    resumed = training.trainer(replace(single_process_flags, out=str(two_process_runs / name)))
+    assert resumed.resume() and resumed.iteration == 22 and not dist.is_initialized()
+    for key, value in resumed.weights().items():
+        assert value.shape == resumed.model.state_dict()[key].shape

@@ -1,4 +1,4 @@
-"""The flags: VAR's meaning and defaults, everything else an error in one line."""
+"""Tests of the training flags: VAR's names and defaults, and one-line errors for invalid use."""
 
 import sys
 from dataclasses import fields
@@ -12,7 +12,7 @@ from mvar.train.flags import PRESETS, Flags
 from tests.helpers import training
 
 # FoundationVision/VAR, utils/arg_util.py at 78b9539; M-VAR's are the same.
-VARS = {
+VAR_DEFAULTS = {
     "tfast": 0, "vfast": 0, "depth": 16, "ini": -1, "hd": 0.02, "aln": 0.5, "alng": 1e-5, "fp16": 0, "tblr": 1e-4,
     "twd": 0.05, "twde": 0, "tclip": 2.0, "ls": 0.0, "bs": 768, "ac": 1, "ep": 250, "wp": 0, "wp0": 0.005,
     "wpe": 0.01, "sche": "lin0", "opt": "adamw", "afuse": True, "saln": False, "anorm": True,
@@ -21,8 +21,8 @@ VARS = {
 }  # fmt: skip
 
 
-# And what else their parsers know, with a value that changes nothing here; "" where every value would say something.
-OTHERS = {
+# Other flags of VAR's and M-VAR's parsers, with a value that has no effect here; "" where no such value exists.
+OTHER_VAR_FLAGS = {
     "data_path": "x", "pn": "256", "fuse": "1", "patch_size": "16", "same_seed_for_all_ranks": "0",
     "local_debug": "False", "dbg_nan": "False", "local_out_dir_path": "x", "device": "cpu",
     "local-rank": "0", "local_rank": "0",
@@ -32,51 +32,51 @@ OTHERS = {
 }  # fmt: skip
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Flags:
-    """What the command line makes of it."""
-    found: list[Flags] = []
-    monkeypatch.setattr("mvar.train.run.train", found.append)
+def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Flags:
+    """Return the flags that `mvar train` parses from the arguments."""
+    parsed: list[Flags] = []
+    monkeypatch.setattr("mvar.train.run.train", parsed.append)
     main(["train", *arguments])
-    return found[0]
+    return parsed[0]
 
 
-def test_defaults_are_vars(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = asked(monkeypatch)
-    assert {name: getattr(flags, name) for name in VARS} == VARS
+def test_defaults_match_var(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = parse(monkeypatch)
+    assert {name: getattr(flags, name) for name in VAR_DEFAULTS} == VAR_DEFAULTS
 
 
-def test_the_public_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_var_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     words = "--depth=30 --bs=1024 --ep 350 --tblr=8e-5 --fp16=1 --alng=1e-5 --wpe=0.01 --twde=0.08 --pn=512 --saln=1"
-    flags = asked(monkeypatch, *words.split(), "--data_path=/imagenet", "--tf32=false", "--hflip")
+    flags = parse(monkeypatch, *words.split(), "--data_path=/imagenet", "--tf32=false", "--hflip")
     assert (flags.depth, flags.bs, flags.ep, flags.tblr, flags.fp16, flags.twde) == (30, 1024, 350, 8e-5, 1, 0.08)
     assert flags.pn == SCHEDULES[512] and flags.saln and not flags.tf32 and flags.hflip
-    assert asked(monkeypatch, "--pn=1_2_4").pn == asked(monkeypatch, "--pn=1-2-4").pn == (1, 2, 4)
+    assert parse(monkeypatch, "--pn=1_2_4").pn == parse(monkeypatch, "--pn=1-2-4").pn == (1, 2, 4)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_flag_of_theirs_is_known(
+@pytest.mark.parametrize("name", OTHER_VAR_FLAGS)
+def test_other_var_flags_are_recognized(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if OTHERS[name]:
-        asked(monkeypatch, f"--{name}={OTHERS[name]}")
+    if OTHER_VAR_FLAGS[name]:
+        parse(monkeypatch, f"--{name}={OTHER_VAR_FLAGS[name]}")
     else:
         with pytest.raises(SystemExit):
-            asked(monkeypatch, f"--{name}=7")
+            parse(monkeypatch, f"--{name}=7")
         assert f"--{name}=7: not supported: " in capsys.readouterr().err
 
 
-def test_their_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_var_flag_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
     words = "--opt=AdamW --saln True --anorm=F --tf32=fals --hflip=1 --workers=-1 --ini -1 --tclip=-1 --pn=1_2-3"
-    flags = asked(monkeypatch, *words.split(), "--local_out_dir_path=runs", "--local-rank=3")
+    flags = parse(monkeypatch, *words.split(), "--local_out_dir_path=runs", "--local-rank=3")
     assert (flags.opt, flags.saln, flags.anorm, flags.tf32, flags.hflip) == ("adamw", True, False, False, True)
     assert (flags.workers, flags.ini, flags.tclip, flags.pn, flags.out) == (0, -1, -1, (1, 2, 3), "runs")
-    assert asked(monkeypatch, "--fuse=0").backend == "reference" and asked(monkeypatch, "--fuse=1").backend == "auto"
+    assert parse(monkeypatch, "--fuse=0").backend == "reference" and parse(monkeypatch, "--fuse=1").backend == "auto"
 
 
-def test_presets_stand_behind_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = asked(monkeypatch, "--preset=d16", "--bs=32")
+def test_flags_override_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = parse(monkeypatch, "--preset=d16", "--bs=32")
     assert (flags.depth, flags.ep, flags.fp16, flags.bs, flags.anorm) == (16, 200, 1, 32, False)
-    assert PRESETS["d32"]["fsdp"] and asked(monkeypatch, "--preset=d32").recompute
+    assert PRESETS["d32"]["fsdp"] and parse(monkeypatch, "--preset=d32").recompute
     for preset in PRESETS.values():
         assert preset.keys() <= {item.name for item in fields(Flags)}
 
@@ -149,7 +149,7 @@ def test_bad_use(
         (["--preset=d16", "--tokens=x", "--tokenizer=file", "--pn=2_1"], "--tokens: "),
     ],
 )  # fmt: skip
-def test_refused_before_anything_is_made(
+def test_invalid_flags_create_no_files(
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],

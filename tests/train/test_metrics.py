@@ -1,4 +1,4 @@
-"""What is told about a run: means without what is not finite, FLOPs of what is done, lines on the screen."""
+"""Tests of training metrics: means without non-finite values, FLOPs, throughput, TensorBoard and terminal output."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from tests.helpers import training
 from tests.helpers.images import write_images
 
 
-def test_means_leave_out_what_is_not_finite_and_count_it() -> None:
+def test_means_exclude_and_count_non_finite_values() -> None:
     tokens = torch.tensor([[0, 1, 2], [0, 1, 2]])
     nll = torch.tensor([[1.0, 2.0, 3.0], [1.0, torch.nan, 5.0]])
     window = MetricAccumulator((1, 2), 4, TrainContext())
@@ -34,18 +34,18 @@ def test_means_leave_out_what_is_not_finite_and_count_it() -> None:
     window.reset()
     window.add(TokenLosses(torch.tensor(2.0), nll[:1], tokens[:1]), tokens[:1])
     assert window.means()["not_finite"] == 0
-    window.add(TokenLosses(torch.tensor(2.0), nll[:, :1], tokens[:, :1]), tokens[:, :1])  # the first scale alone
+    window.add(TokenLosses(torch.tensor(2.0), nll[:, :1], tokens[:, :1]), tokens[:, :1])  # the first scale only
     means = window.means()
     assert (means["accuracy_scale0"], means["accuracy_scale1"], means["loss_last"]) == (1.0, 1.0, 2.5)
-    rare = torch.tensor([0] * 98 + [1]).view(33, 3)  # more often than a thousandth of all alike: used
+    rare = torch.tensor([0] * 98 + [1]).view(33, 3)  # above a thousandth of the uniform frequency: counted as used
     window.add(TokenLosses(torch.tensor(2.0), torch.ones(33, 3), rare), rare)
     assert window.means()["code_usage"] == 0.5
 
 
 @pytest.mark.parametrize("changed", [{}, {"bidirectional": True}, {"architecture": "var", "shared_adaln": True}])
 @pytest.mark.parametrize("scales", [1, 2, None])
-def test_flops_are_those_of_what_is_done(changed: dict, scales: int | None) -> None:
-    """Every product of every layer as it is called, every pair of tokens that see one another."""
+def test_flops_per_image(changed: dict, scales: int | None) -> None:
+    """FLOPs match the products of every linear layer call, the visible token pairs and the scan."""
     model = from_config(mvar.ModelConfig(depth=2, patch_nums=(1, 2, 3), code_dim=8, num_codes=16, **changed)).eval()
     config, products = model.config, 0
 
@@ -62,12 +62,12 @@ def test_flops_are_those_of_what_is_done(changed: dict, scales: int | None) -> N
     causal = config.architecture == "var"
     pairs = sum(b <= a if causal else a == b for a, b in product(level, level))
     attention = 2 * config.channels * pairs  # q·k, and p·v
-    # What comes into the state, what is left of it and what is read of it, for every token.
+    # The input to the state, its decay and its readout, for every token.
     scan = 0 if causal else 3 * config.inner_width * config.state_dim * length * (1 + config.bidirectional)
     assert flops_per_image(model, scales) == 3 * 2 * (products + config.depth * (attention + scan))
 
 
-def test_a_peak_is_of_the_very_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_flops_by_device_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def peak(name: str) -> float | None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         return peak_flops(torch.device("cuda"))
@@ -80,7 +80,7 @@ def test_a_peak_is_of_the_very_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_flops(torch.device("cpu")) is None
 
 
-def test_utilisation_is_of_the_scales_in_training(tmp_path: Path) -> None:
+def test_mfu_uses_scales_in_training(tmp_path: Path) -> None:
     run = training.trainer(training.flags(tmp_path, pg=0.8, pg0=0, wp=0.1, pgwp=0.2, peak_tflops=2.0))
     run.run()
     rows = training.rows(tmp_path)
@@ -89,28 +89,28 @@ def test_utilisation_is_of_the_scales_in_training(tmp_path: Path) -> None:
         assert row["mfu"] == pytest.approx(row["images_per_s"] * flops_per_image(run.model, row["scales"]) / 2e12)
 
 
-def test_time_left_and_speed_are_of_this_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remaining_time_and_throughput_after_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = training.trainer(training.flags(tmp_path))
     first.iteration = 12
     first._save()
     run = training.trainer(training.flags(tmp_path, log_every=2))
     assert run.resume()
-    left: dict[int, float] = {}
-    tell = MetricLogger.log
+    remaining_by_iteration: dict[int, float] = {}
+    log = MetricLogger.log
 
-    def and_remember(self: MetricLogger, iteration: int, values: dict, remaining: float) -> None:
-        left[iteration] = remaining
-        tell(self, iteration, values, remaining)
+    def log_and_record(self: MetricLogger, iteration: int, values: dict, remaining: float) -> None:
+        remaining_by_iteration[iteration] = remaining
+        log(self, iteration, values, remaining)
 
-    monkeypatch.setattr(MetricLogger, "log", and_remember)
+    monkeypatch.setattr(MetricLogger, "log", log_and_record)
     clock = SimpleNamespace(perf_counter=lambda: 4.0 * run.iteration, time=time.time)
     monkeypatch.setattr("mvar.train.metrics.time", clock)
     run.run()
-    assert left == {n: 4.0 * (22 - n) for n in range(14, 23, 2)}
+    assert remaining_by_iteration == {n: 4.0 * (22 - n) for n in range(14, 23, 2)}
     assert {row["images_per_s"] for row in training.rows(tmp_path)} == {64 / 4}
 
 
-def test_validation_is_told_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validation_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     training.trainer(training.flags(tmp_path), items=128).run()
     row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     line = f"validation after iteration 2: loss {row['val_loss']:.4g} loss_last {row['val_loss_last']:.4g} accuracy "
@@ -134,7 +134,7 @@ def test_unreadable_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
     assert "unreadable 1\n" in out
 
 
-def test_tensorboard_has_the_names_and_units_of_vars_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_tags_and_units_match_var(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: dict[str, float] = {}
 
     class Writer:
@@ -147,12 +147,12 @@ def test_tensorboard_has_the_names_and_units_of_vars_trainer(tmp_path: Path, mon
         def close(self) -> None: ...
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    reporter = MetricLogger(tmp_path, True, tensorboard=True, name="run", iteration=3, total=5, resolutions=(16, 32))
-    reporter.row(1, {"loss": 2.0, "accuracy_last": 0.25, "loss_scale1": 3.0, "accuracy_scale0": 0.5, "loss_scale": 4.0})
-    reporter.log_validation(2, {"loss": 2.5, "accuracy": 0.125})
-    reporter.close()
+    logger = MetricLogger(tmp_path, True, tensorboard=True, name="run", iteration=3, total=5, resolutions=(16, 32))
+    logger.row(1, {"loss": 2.0, "accuracy_last": 0.25, "loss_scale1": 3.0, "accuracy_scale0": 0.5, "loss_scale": 4.0})
+    logger.log_validation(2, {"loss": 2.5, "accuracy": 0.125})
+    logger.close()
     assert shown == {
-        "hidden from": 4,  # it begins again after iteration 3, which stays
+        "hidden from": 4,  # resumed after iteration 3, which is kept
         "AR_ep_loss/L_mean": 2.0,
         "AR_ep_loss/acc_tail": 25.0,
         "AR_iter_loss/L_32": 3.0,
@@ -163,28 +163,28 @@ def test_tensorboard_has_the_names_and_units_of_vars_trainer(tmp_path: Path, mon
     }
 
 
-def test_a_bar_on_a_terminal_lines_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Screen(io.StringIO):
-        def __init__(self, terminal: bool) -> None:
+def test_progress_bar_or_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stdout(io.StringIO):
+        def __init__(self, is_terminal: bool) -> None:
             super().__init__()
-            self.terminal = terminal
+            self.is_terminal = is_terminal
 
         def isatty(self) -> bool:
-            return self.terminal
+            return self.is_terminal
 
-    for terminal in (True, False):
-        monkeypatch.setattr(sys, "stdout", screen := Screen(terminal))
-        reporter = MetricLogger(tmp_path, True, tensorboard=False, name="run", iteration=2, total=4)
-        reporter.advance()
-        reporter.log(3, {"accuracy": 0.5, "loss": 1.5}, 7.0)
-        reporter.close()
-        said = screen.getvalue()
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys, "stdout", stdout := Stdout(is_terminal))
+        logger = MetricLogger(tmp_path, True, tensorboard=False, name="run", iteration=2, total=4)
+        logger.advance()
+        logger.log(3, {"accuracy": 0.5, "loss": 1.5}, 7.0)
+        logger.close()
+        output = stdout.getvalue()
         line = "run: iteration 3 of 4, 0:00:07 left, loss 1.5 accuracy 0.5\n"
-        assert "iteration" not in said if terminal else said == line
-        assert ("\r" in said and "3/4" in said and "loss=1.5, accuracy=0.5" in said) == terminal
+        assert "iteration" not in output if is_terminal else output == line
+        assert ("\r" in output and "3/4" in output and "loss=1.5, accuracy=0.5" in output) == is_terminal
 
 
-def test_validation_is_every_ten_epochs_and_at_the_end(tmp_path: Path) -> None:
+def test_validation_every_ten_epochs_and_at_end(tmp_path: Path) -> None:
     training.trainer(training.flags(tmp_path, ep=12, log_every=100), items=64).run()
     rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert [row["iteration"] for row in rows if "val_loss" in row] == [10, 12]

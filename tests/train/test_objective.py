@@ -1,4 +1,4 @@
-"""The loss: exact against torch's, in chunks, and what of it is kept."""
+"""Tests of the chunked cross-entropy loss against PyTorch and of the training objective."""
 
 import copy
 
@@ -16,8 +16,8 @@ N, C, V = 1100, 24, 70  # more than two chunks on a CPU
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_and_gradients_are_torchs(smoothing: float) -> None:
-    """In float64, so that no rounding hides a wrong term."""
+def test_loss_and_gradients_match_torch(smoothing: float) -> None:
+    # In float64, so that no rounding error hides a wrong term.
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, C, generator=generator, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(V, (N,), generator=generator)
@@ -38,8 +38,8 @@ def test_loss_and_gradients_are_torchs(smoothing: float) -> None:
     assert not out.nll.requires_grad
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator makes."""
+class LargestTensorMode(TorchDispatchMode):
+    """Record the number of elements of the largest tensor that any operator returns."""
 
     elements = 0
 
@@ -51,20 +51,20 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_logits_of_all_tokens_are_never_there() -> None:
+def test_full_logits_are_never_materialized() -> None:
     hidden, head = torch.randn(8 * 512, 16, requires_grad=True), nn.Linear(16, 64)
     tokens = torch.zeros(len(hidden), dtype=torch.int64)
-    with Largest() as largest:
+    with LargestTensorMode() as largest:
         head_cross_entropy(hidden, head, tokens, torch.ones(len(hidden))).loss.backward()
     assert largest.elements == max(hidden.numel(), objective.CHUNK_ROWS["cpu"] * 64)
-    with Largest() as largest:
+    with LargestTensorMode() as largest:
         F.cross_entropy(head(hidden), tokens).backward()
-    assert largest.elements == len(hidden) * 64  # the measure sees what it should
+    assert largest.elements == len(hidden) * 64  # the mode detects full logits
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_gradients_are_torchs_within_roundings(dtype: torch.dtype) -> None:
-    """Against float64: at most twice the error of torch's own loss under autocast, plus one rounding."""
+def test_gradients_under_autocast(dtype: torch.dtype) -> None:
+    """The error against float64 is at most twice that of PyTorch's loss under autocast, plus one rounding error."""
     torch.manual_seed(0)
     hidden, tokens, weights = torch.randn(N, C), torch.randint(V, (N,)), torch.ones(N)
     head = nn.Linear(C, V)
@@ -80,12 +80,12 @@ def test_under_autocast_gradients_are_torchs_within_roundings(dtype: torch.dtype
             )
         return [g.double() for g in torch.autograd.grad(loss, [x, layer.weight, layer.bias])]
 
-    for right, torchs, got in zip(grads(False, True), grads(False), grads(True), strict=True):
+    for right, torch_grad, got in zip(grads(False, True), grads(False), grads(True), strict=True):
         rounding = torch.finfo(dtype).eps * right.abs().max()
-        assert (got - right).abs().max() <= 2 * (torchs - right).abs().max() + rounding
+        assert (got - right).abs().max() <= 2 * (torch_grad - right).abs().max() + rounding
 
 
-def small() -> tuple[mvar.MVAR, mvar.Tokenizer]:
+def small_models() -> tuple[mvar.MVAR, mvar.Tokenizer]:
     sizes = mvar.TokenizerConfig((1, 2, 3), num_codes=32, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False)
     model, tokenizer = mvar.build(2, num_classes=5, tokenizer=sizes, width=64, drop_path=0.5)
     mvar.init_weights(model, alng=0.5, hd=1.0)
@@ -93,8 +93,8 @@ def small() -> tuple[mvar.MVAR, mvar.Tokenizer]:
 
 
 def test_objective_of_the_first_scales() -> None:
-    """Progressive training: every token weighs 1/(B·L) with L of all scales, those of the newest scale less."""
-    model, tokenizer = small()
+    """In progressive training, every token has weight 1/(B·L) with L of all scales, less for the newest scale."""
+    model, tokenizer = small_models()
     tokens = torch.randint(32, (3, 14), generator=torch.Generator().manual_seed(0))
     inputs, labels = tokenizer.teacher_forcing_inputs(tokens), torch.tensor([0, 4, 2])
     out = Objective(model.eval(), smoothing=0.1)(labels, inputs[:, :4], tokens[:, :5], newest_weight=0.25, share=0.5)
@@ -105,16 +105,16 @@ def test_objective_of_the_first_scales() -> None:
     assert out.nll.shape == out.predictions.shape == (3, 5)
 
 
-def test_draws_decide_what_is_dropped() -> None:
-    model, tokenizer = small()
+def test_draws_determine_dropped_labels_and_branches() -> None:
+    model, tokenizer = small_models()
     tokens = torch.randint(32, (4, 14), generator=torch.Generator().manual_seed(1))
     inputs, labels = tokenizer.teacher_forcing_inputs(tokens), torch.arange(4)
-    whole = model.eval().features(labels, inputs)
+    full = model.eval().features(labels, inputs)
     model.train()
     draws = torch.zeros(4, model.draws_per_image)
-    draws[:, 0] = 0.99  # labels stay
+    draws[:, 0] = 0.99  # labels are kept
     kept = model.features(labels, inputs, draws=draws)  # the last block's branches are kept, and scaled by 1/keep
-    assert not torch.allclose(kept, whole)
+    assert not torch.allclose(kept, full)
     draws[1, 0] = 0.0  # image 1 loses its class
     unlabelled = model.features(labels, inputs, draws=draws)
     changed = [not torch.equal(a, b) for a, b in zip(kept, unlabelled, strict=True)]

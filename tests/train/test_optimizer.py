@@ -1,4 +1,4 @@
-"""The step: AdamW with the groups and figures of VAR's trainer, clipped and averaged."""
+"""Tests of the optimizer step: AdamW with VAR's parameter groups, gradient clipping and weight averaging."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from mvar.train.optimizer import OptimizerStep, adamw
 SIZES = {"depth": 1, "width": 64, "patch_nums": (1, 2), "num_classes": 3, "num_codes": 8, "code_dim": 4}
 
 
-def stepper(module: nn.Module, *, clip: float = 0.0, float16: bool = False, average: float = 0.0) -> OptimizerStep:
+def make_step(module: nn.Module, *, clip: float = 0.0, float16: bool = False, average: float = 0.0) -> OptimizerStep:
     return OptimizerStep(adamw(module), torch.device("cpu"), clip=clip, float16=float16, average=average)
 
 
@@ -22,7 +22,7 @@ def stepper(module: nn.Module, *, clip: float = 0.0, float16: bool = False, aver
         ({"architecture": "var", "shared_adaln": True}, {"blocks.0.ada_gss"}),
     ],
 )
-def test_vectors_biases_embeddings_of_place_and_gates_do_not_decay(changed: dict, special: set[str]) -> None:
+def test_parameters_without_weight_decay(changed: dict, special: set[str]) -> None:
     model = from_config(ModelConfig(**SIZES, qk_norm=True, **changed))
     decaying, others = adamw(model).param_groups
     assert (decaying["decays"], others["decays"]) == (True, False)
@@ -34,20 +34,20 @@ def test_vectors_biases_embeddings_of_place_and_gates_do_not_decay(changed: dict
     assert matrices == {"pos_start", "pos_1LC", "lvl_embed.weight", "blocks.0.attn.scale_mul_1H11"}
 
 
-def test_steps_are_adamws() -> None:
-    """Two steps by the formulas of arXiv 1711.05101, of a matrix that decays and a bias that does not."""
+def test_step_matches_adamw() -> None:
+    """Two steps match the formulas of arXiv 1711.05101 for a matrix with weight decay and a bias without."""
     module = nn.Linear(3, 2).double()
-    own = stepper(module, clip=0.5, average=0.9)
+    stepper = make_step(module, clip=0.5, average=0.9)
     expected = [p.detach().clone() for p in module.parameters()]
     average = [p.clone() for p in expected]
     first, second = ([torch.zeros_like(p) for p in expected] for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     for t, (rate, decay, size) in enumerate([(0.1, 0.5, 3.0), (0.05, 0.25, 1e-3)], start=1):
         gradients = [torch.randn(p.shape, generator=generator, dtype=p.dtype) * size for p in expected]
-        own.backward(sum((p * g).sum() for p, g in zip(module.parameters(), gradients, strict=True)))
+        stepper.backward(sum((p * g).sum() for p, g in zip(module.parameters(), gradients, strict=True)))
         norm = torch.cat([g.flatten() for g in gradients]).norm()
-        step = own.step(rate, decay)
-        assert step.taken and step.gradient_norm == pytest.approx(float(norm))  # before it is clipped
+        step = stepper.step(rate, decay)
+        assert step.taken and step.gradient_norm == pytest.approx(float(norm))  # before clipping
         assert (norm > 0.5) == (t == 1)
         for i, p in enumerate(expected):
             g = gradients[i] * min(1.0, float(0.5 / (norm + 1e-6)))
@@ -57,27 +57,27 @@ def test_steps_are_adamws() -> None:
             p -= rate * (first[i] / (1 - 0.9**t)) / ((second[i] / (1 - 0.95**t)).sqrt() + 1e-8)
             average[i].lerp_(p, 1 - t / (t + 9))  # as long as that is less than 0.9
             torch.testing.assert_close(list(module.parameters())[i].detach(), p)
-            torch.testing.assert_close(own.average[i], average[i])
-    own.taken = 10**6
-    for p in own.parameters:
+            torch.testing.assert_close(stepper.average[i], average[i])
+    stepper.taken = 10**6
+    for p in stepper.parameters:
         p.grad = torch.zeros_like(p)
-    own.step(0.0, 0.0)
-    for mean, p, before in zip(own.average, expected, average, strict=True):
+    stepper.step(0.0, 0.0)
+    for mean, p, before in zip(stepper.average, expected, average, strict=True):
         torch.testing.assert_close(mean, 0.9 * before + 0.1 * p)
 
 
-def test_gradients_are_not_clipped_where_there_is_no_limit() -> None:
+def test_negative_clip_disables_clipping() -> None:
     module = nn.Linear(1, 1, bias=False)
-    own = stepper(module, clip=-1.0)
-    own.backward(module.weight.sum() * 100)
-    assert own.step(0.0, 0.0).gradient_norm == 100
-    assert float(own.optimizer.state[module.weight]["exp_avg"]) == pytest.approx(10)
+    stepper = make_step(module, clip=-1.0)
+    stepper.backward(module.weight.sum() * 100)
+    assert stepper.step(0.0, 0.0).gradient_norm == 100
+    assert float(stepper.optimizer.state[module.weight]["exp_avg"]) == pytest.approx(10)
 
 
-def test_the_scale_of_a_float16_loss_stays_in_its_range() -> None:
+def test_float16_loss_scale_is_bounded() -> None:
     module = nn.Linear(1, 1)
-    own = stepper(module, float16=True)
-    assert own.scaler.get_scale() == 2**11 and own.scaler.get_growth_interval() == 1000
-    own.load_state_dict(own.state_dict() | {"scaler": own.scaler.state_dict() | {"scale": 2.0**16}})
-    own.backward(module(torch.ones(1)).sum())
-    assert own.step(0.0, 0.0).taken and own.scaler.get_scale() == 2**15
+    stepper = make_step(module, float16=True)
+    assert stepper.scaler.get_scale() == 2**11 and stepper.scaler.get_growth_interval() == 1000
+    stepper.load_state_dict(stepper.state_dict() | {"scaler": stepper.scaler.state_dict() | {"scale": 2.0**16}})
+    stepper.backward(module(torch.ones(1)).sum())
+    assert stepper.step(0.0, 0.0).taken and stepper.scaler.get_scale() == 2**15

@@ -1,4 +1,4 @@
-"""Runs of the trainer: they learn, end at any moment, go on bit for bit, and say what they did."""
+"""Tests of the trainer: convergence, interruption, bitwise-identical resumption and reported metrics."""
 
 import os
 import resource
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed, with its averaged weights beside it."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of an uninterrupted run, with its averaged weights in weights.safetensors."""
     out = tmp_path_factory.mktemp("finished")
     undisturbed = training.trainer(training.flags(out))
     undisturbed.run()
@@ -34,24 +34,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def same(weights: dict[str, torch.Tensor], finished: Path) -> bool:
-    right = load_file(finished / "weights.safetensors")
+def equal_weights(weights: dict[str, torch.Tensor], uninterrupted: Path) -> bool:
+    right = load_file(uninterrupted / "weights.safetensors")
     return weights.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in weights.items())
 
 
-def test_a_run_learns_and_leaves_what_it_should(finished: Path) -> None:
-    rows = training.rows(finished)
+def test_training_decreases_loss_and_writes_files(uninterrupted: Path) -> None:
+    rows = training.rows(uninterrupted)
     assert len(rows) == 22 and rows[-1]["loss"] < rows[0]["loss"] - 0.5
     last = rows[-1]
     assert abs(sum(n * last[f"loss_scale{k}"] for k, n in enumerate((1, 4, 9, 16))) / 30 - last["loss"]) < 1e-6
     assert last["loss_last"] == last["loss_scale3"] and 0 < last["code_usage"] <= 1
     assert last["mfu"] is None and last["images_per_s"] > 0 and last["skipped"] == 0
-    assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["00000016", "00000022"]
-    assert "val_loss_last" in (finished / "log.jsonl").read_text()
+    assert [p.name for p in sorted((uninterrupted / "checkpoints").iterdir())] == ["00000016", "00000022"]
+    assert "val_loss_last" in (uninterrupted / "log.jsonl").read_text()
 
 
-def test_killed_and_started_again_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
-    """SIGKILL at a moment that nothing prepared for."""
+def test_resume_after_sigkill(uninterrupted: Path, tmp_path: Path) -> None:
+    """A run killed with SIGKILL resumes to bitwise-identical losses and weights."""
     command = [sys.executable, "-m", "mvar", "train", *training.arguments(tmp_path, samples=3)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (tmp_path / "checkpoints" / "00000008").is_dir() and process.poll() is None:
@@ -59,76 +59,79 @@ def test_killed_and_started_again_goes_on_bit_for_bit(finished: Path, tmp_path: 
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "model.safetensors").exists()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "resumed after iteration" in done.stdout
-    assert same(load_file(tmp_path / "model.safetensors"), finished)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "resumed after iteration" in result.stdout
+    assert equal_weights(load_file(tmp_path / "model.safetensors"), uninterrupted)
     assert mvar.load_model(tmp_path / "model.safetensors").config.depth == 1
     assert (tmp_path / "samples.png").is_file()
-    assert training.losses(tmp_path)[-6:] == training.losses(finished)[-6:]
+    assert training.losses(tmp_path)[-6:] == training.losses(uninterrupted)[-6:]
 
 
-def send(number: int, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process gets a signal in the middle of an iteration."""
+def send_signal(number: int, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send a signal to this process in the middle of iteration `at`."""
     forward_backward = Trainer._forward_backward
 
-    def and_send(self: Trainer, batch: object, stage: object) -> None:
+    def forward_backward_and_send(self: Trainer, batch: object, stage: object) -> None:
         forward_backward(self, batch, stage)  # type: ignore[arg-type]
         if self.iteration == at:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Trainer, "_forward_backward", and_send)
+    monkeypatch.setattr(Trainer, "_forward_backward", forward_backward_and_send)
 
 
-def test_sigterm_saves_and_leaves(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_saves_checkpoint_and_exits(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = training.flags(tmp_path, save_every=100)
     with monkeypatch.context() as patch:
-        send(signal.SIGTERM, 6, patch)
-        with pytest.raises(Interrupted, match="after iteration 7 of 22") as told:
+        send_signal(signal.SIGTERM, 6, patch)
+        with pytest.raises(Interrupted, match="after iteration 7 of 22") as raised:
             training.trainer(flags).run()
-        assert told.value.signal == signal.SIGTERM
+        assert raised.value.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    again = training.trainer(flags)
-    assert again.resume() and again.iteration == 7
-    again.run()
-    assert training.losses(tmp_path) == training.losses(finished)
-    assert same(again.weights(), finished)
+    resumed = training.trainer(flags)
+    assert resumed.resume() and resumed.iteration == 7
+    resumed.run()
+    assert training.losses(tmp_path) == training.losses(uninterrupted)
+    assert equal_weights(resumed.weights(), uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_comes_twice_is_one(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torchrun hands on what all processes had from a terminal or a cluster's queue; only the impatient end."""
-    send(number, 2, monkeypatch)
-    send(number, 2, monkeypatch)
+def test_repeated_signal(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal repeated within the grace period is ignored, since torchrun forwards signals that processes already got.
+
+    After the grace period, a second SIGINT raises KeyboardInterrupt.
+    """
+    send_signal(number, 2, monkeypatch)
+    send_signal(number, 2, monkeypatch)
     with pytest.raises(Interrupted, match="after iteration 3 of 22"):
         training.trainer(training.flags(tmp_path / "saved", save_every=100)).run()
     monkeypatch.setattr("mvar.train.trainer.GRACE_SECONDS", -1.0)
-    again = training.trainer(training.flags(tmp_path / "ended", save_every=100))
+    resumed = training.trainer(training.flags(tmp_path / "ended", save_every=100))
     with pytest.raises(Interrupted if number == signal.SIGTERM else KeyboardInterrupt):
-        again.run()
-    assert again.saved_iteration == (3 if number == signal.SIGTERM else 0)
+        resumed.run()
+    assert resumed.saved_iteration == (3 if number == signal.SIGTERM else 0)
 
 
-def test_a_damaged_checkpoint_is_passed_over(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_checkpoint_is_skipped(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = training.trainer(training.flags(tmp_path))
     first.run()
     newest = next((tmp_path / "checkpoints" / "00000022").glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-1000])
-    again = training.trainer(training.flags(tmp_path))
-    assert again.resume() and again.iteration == 16
+    resumed = training.trainer(training.flags(tmp_path))
+    assert resumed.resume() and resumed.iteration == 16
     assert "trying the previous one" in capsys.readouterr().out
-    again.run()
-    assert training.losses(tmp_path)[-6:] == training.losses(finished)[-6:]
+    resumed.run()
+    assert training.losses(tmp_path)[-6:] == training.losses(uninterrupted)[-6:]
     assert training.trainer(training.flags(tmp_path)).resume()
     for state in (tmp_path / "checkpoints").glob("*/state.json"):
         state.write_text("{")
-    with pytest.raises(OSError, match="state.json: cannot be used"):  # rather than begin anew
+    with pytest.raises(OSError, match="state.json: cannot be used"):  # does not restart from iteration 0
         training.trainer(training.flags(tmp_path)).resume()
 
 
-def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_resume_rejects_different_flags(tmp_path: Path) -> None:
     training.trainer(training.flags(tmp_path)).run()
     with pytest.raises(ValueError, match=r"--ep: the run in .* has 1, not 3; keep it, or choose another --out"):
         training.trainer(training.flags(tmp_path, ep=3)).resume()
@@ -140,17 +143,17 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
         assert training.trainer(training.flags(tmp_path, **changed)).resume()
     facts = tmp_path / "checkpoints" / "00000022" / "state.json"
     facts.write_text(facts.read_text().replace('"seed": 0,\n  "out"', '"seed": null,\n  "out"'))
-    assert '"seed": null' in facts.read_text()  # of a run that drew its own
+    assert '"seed": null' in facts.read_text()  # as saved by a run with a random seed
     assert training.trainer(training.flags(tmp_path, seed=0)).resume()
 
 
-def test_a_folder_of_its_own_is_begun_anew(tmp_path: Path) -> None:
+def test_resume_from_empty_folder(tmp_path: Path) -> None:
     assert not training.trainer(training.flags(tmp_path)).resume()
 
 
 @contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """Writing beyond that many bytes of a file fails, as on a full disk. (Python ignores the signal.)"""
+def file_size_limit(size: int) -> Iterator[None]:
+    """Make writes beyond `size` bytes of a file fail, as on a full disk. Python ignores SIGXFSZ."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -159,64 +162,65 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_ = training.trainer(training.flags(tmp_path))
-    save, places = run_._save, []
+def test_full_disk_does_not_stop_training(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trainer = training.trainer(training.flags(tmp_path))
+    save, saved_iterations = trainer._save, []
 
     def save_on_a_full_disk() -> None:
-        places.append(run_.iteration)
-        if run_.iteration < 16:
+        saved_iterations.append(trainer.iteration)
+        if trainer.iteration < 16:
             save()
         else:
-            with files_up_to(100_000):
+            with file_size_limit(100_000):
                 save()
 
-    run_._save = save_on_a_full_disk  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="cannot write .*00000022.*resumes after iteration 8"):  # the last must be there
-        run_.run()
-    assert places == [8, 16, 22]
+    trainer._save = save_on_a_full_disk  # type: ignore[method-assign]
+    # Failing to save the last checkpoint is an error.
+    with pytest.raises(OSError, match="cannot write .*00000022.*resumes after iteration 8"):
+        trainer.run()
+    assert saved_iterations == [8, 16, 22]
     assert "training continues, the last checkpoint is of iteration 8" in capfd.readouterr().out
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["00000008"]
-    again = training.trainer(training.flags(tmp_path))
-    assert again.resume() and again.iteration == 8
+    resumed = training.trainer(training.flags(tmp_path))
+    assert resumed.resume() and resumed.iteration == 8
 
 
-def poisoned(run_: Trainer, at: range) -> None:
-    backward = run_.optimizer.backward
+def inject_nan(trainer: Trainer, at: range) -> None:
+    backward = trainer.optimizer.backward
 
-    def poison(loss: torch.Tensor) -> None:
-        backward(loss * torch.nan if run_.iteration in at else loss)
+    def nan_backward(loss: torch.Tensor) -> None:
+        backward(loss * torch.nan if trainer.iteration in at else loss)
 
-    run_.optimizer.backward = poison  # type: ignore[method-assign]
+    trainer.optimizer.backward = nan_backward  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("fp16", [0, 1])
-def test_a_step_without_a_finite_gradient_is_skipped(fp16: int, tmp_path: Path) -> None:
-    run_ = training.trainer(training.flags(tmp_path, skips=3, fp16=fp16, bs=16), items=352)
-    poisoned(run_, range(5, 7))
-    run_.run()
+def test_non_finite_gradient_step_is_skipped(fp16: int, tmp_path: Path) -> None:
+    trainer = training.trainer(training.flags(tmp_path, skips=3, fp16=fp16, bs=16), items=352)
+    inject_nan(trainer, range(5, 7))
+    trainer.run()
     rows = training.rows(tmp_path)
     assert [row["skipped"] for row in rows] == [0] * 5 + [1] + [2] * 16
     assert [row["gradient_norm"] is None for row in rows] == [False] * 5 + [True] * 2 + [False] * 15
-    assert all(bool(value.isfinite().all()) for value in run_.weights().values())
+    assert all(bool(value.isfinite().all()) for value in trainer.weights().values())
     assert rows[-1]["loss"] < rows[0]["loss"]
-    if fp16:  # the loss's scale is halved each time
+    if fp16:  # the loss scale is halved for each skipped step
         assert [rows[i]["loss_scale"] for i in (4, 5, 6)] == [2**11, 2**10, 2**9]
 
 
-def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
-    run_ = training.trainer(training.flags(tmp_path, skips=3))
-    poisoned(run_, range(9, 100))
+def test_too_many_skipped_steps_raise(tmp_path: Path) -> None:
+    trainer = training.trainer(training.flags(tmp_path, skips=3))
+    inject_nan(trainer, range(9, 100))
     with pytest.raises(
         FloatingPointError, match="iteration 12: 3 consecutive steps .* last checkpoint is of iteration 8"
     ):
-        run_.run()
+        trainer.run()
 
 
-def test_kernels_and_reference_give_the_same_losses(tmp_path: Path) -> None:
-    """Against the reference in float64: at most ten times as far as the reference in float32.
+def test_kernel_losses_match_reference(tmp_path: Path) -> None:
+    """The error against a float64 reference is at most ten times that of the float32 reference.
 
-    Roundings differ, and training carries on every one of them; ten times leaves room for that.
+    Rounding differs and accumulates during training; the factor of ten allows for that.
     """
     curves = {}
     for name, backend, dtype in (
@@ -229,24 +233,24 @@ def test_kernels_and_reference_give_the_same_losses(tmp_path: Path) -> None:
     noise = (curves["reference"] - curves["exact"]).abs().max()
     assert 0 < noise < 1e-3
     assert (curves["kernels"] - curves["exact"]).abs().max() <= 10 * noise
-    assert not torch.equal(curves["kernels"], curves["reference"])  # they are two
+    assert not torch.equal(curves["kernels"], curves["reference"])  # the two implementations round differently
 
 
 @pytest.mark.parametrize("fp16", [1, 2])
-def test_sixteen_bits_learn_too(fp16: int, tmp_path: Path) -> None:
+def test_mixed_precision_training(fp16: int, tmp_path: Path) -> None:
     losses = {}
     for bits in (0, fp16):
-        run_ = training.trainer(training.flags(tmp_path / str(bits), fp16=bits, bs=16), items=192)
-        run_.run()
+        trainer = training.trainer(training.flags(tmp_path / str(bits), fp16=bits, bs=16), items=192)
+        trainer.run()
         losses[bits] = training.losses(tmp_path / str(bits))
     last = training.rows(tmp_path / str(fp16))[-1]
     assert last["skipped"] == 0 and last["loss_scale"] == (2**11 if fp16 == 1 else None)
     assert losses[fp16][-1] < losses[fp16][0] - 0.05
     assert losses[fp16] == pytest.approx(losses[0], rel=1e-2) and losses[fp16] != losses[0]
-    assert all(value.dtype == torch.float32 for value in run_.weights().values() if value.is_floating_point())
+    assert all(value.dtype == torch.float32 for value in trainer.weights().values() if value.is_floating_point())
 
 
-def test_accumulated_batches_are_one(tmp_path: Path) -> None:
+def test_gradient_accumulation_matches_single_batch(tmp_path: Path) -> None:
     norms = []
     for ac in (1, 4):
         out = tmp_path / str(ac)
@@ -255,7 +259,7 @@ def test_accumulated_batches_are_one(tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_progressive_training_runs_through_its_stages(tmp_path: Path) -> None:
+def test_progressive_training_stages(tmp_path: Path) -> None:
     training.trainer(training.flags(tmp_path, pg=0.8, pg0=0, wp=0.1, pgwp=0.2)).run()
     rows = training.rows(tmp_path)
     assert [row["scales"] for row in rows] == sorted(row["scales"] for row in rows)
@@ -264,42 +268,42 @@ def test_progressive_training_runs_through_its_stages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"recompute": True}, {"arch": "var", "anorm": True, "saln": True}])
-def test_other_models_and_memory_plans(changed: dict, finished: Path, tmp_path: Path) -> None:
+def test_other_models_and_recomputation(changed: dict, uninterrupted: Path, tmp_path: Path) -> None:
     training.trainer(training.flags(tmp_path, **changed)).run()
     losses = training.losses(tmp_path)
     assert losses[-1] < losses[0] - 0.2
-    if "recompute" in changed:  # what is computed again is the same
-        assert losses == training.losses(finished)
+    if "recompute" in changed:  # recomputed activations are identical
+        assert losses == training.losses(uninterrupted)
 
 
-def test_defaults_of_the_caller_change_nothing(tmp_path: Path) -> None:
-    """AdamW makes its count of steps on torch's default device."""
+def test_training_under_non_default_device_and_inference_mode(tmp_path: Path) -> None:
+    """AdamW creates its step counter on the default device of torch."""
     with torch.device("meta"), torch.inference_mode():
         main(["train", *training.arguments(tmp_path, seed=0)])
     assert training.losses(tmp_path)[-1] < training.losses(tmp_path)[0] - 0.5
 
 
-def test_images_are_encoded_on_the_way(tmp_path: Path) -> None:
+def test_training_from_images_matches_tokens(tmp_path: Path) -> None:
     from mvar import digits
     from mvar.data import tensor_source
 
-    run_ = training.trainer(training.flags(tmp_path / "tokens"))
-    run_.run()
-    run_ = training.trainer(training.flags(tmp_path / "images"))
+    trainer = training.trainer(training.flags(tmp_path / "tokens"))
+    trainer.run()
+    trainer = training.trainer(training.flags(tmp_path / "images"))
     train, _ = digits.load()
-    run_.source = tensor_source(train.images, train.labels, digits.NUM_CLASSES)
-    run_.run()
+    trainer.source = tensor_source(train.images, train.labels, digits.NUM_CLASSES)
+    trainer.run()
     assert training.losses(tmp_path / "images") == pytest.approx(training.losses(tmp_path / "tokens"), rel=1e-3)
 
 
-def test_tensorboard_asked_for_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_requested_but_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'mvar\[train\]'"):
         training.trainer(training.flags(tmp_path, tb=True)).run()
     training.trainer(training.flags(tmp_path, tb=None)).run()
 
 
-def test_from_a_folder_of_images_and_from_their_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_from_image_folder_and_token_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part, count in (("train", 6), ("val", 2)):
         write_images(tmp_path / "data" / part, {"cat": count, "dog": count}, size=(24, 20))
     sizes = mvar.TokenizerConfig((1, 2, 4), num_codes=16, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attention=False)

@@ -1,4 +1,4 @@
-"""DistContext of a run: which variables make one, and signals in threads other than the main one."""
+"""Tests of `DistContext`, the environment variables it reads, and signal handlers in any thread."""
 
 import signal
 import socket
@@ -13,7 +13,7 @@ from mvar.utils.signals import handling
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*TORCHRUN, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -30,7 +30,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
         {"WORLD_SIZE": "1"},
     ],
 )
-def test_what_is_left_in_the_environment_makes_no_group(
+def test_incomplete_environment_creates_no_process_group(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
@@ -46,7 +46,7 @@ def test_what_is_left_in_the_environment_makes_no_group(
         ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR is not set, and WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "10.0.0.1"}, "MASTER_PORT is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: expected a number from 0 to below WORLD_SIZE, 2, got 2"),
-        # The group of one would wait half an hour for its first process.
+        # Without this check, the process group would wait half an hour for rank 0.
         (
             {"WORLD_SIZE": "1", "RANK": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
             "RANK: expected a number from 0 to below WORLD_SIZE, 1, got 3",
@@ -63,7 +63,7 @@ def test_what_is_left_in_the_environment_makes_no_group(
         ({"WORLD_SIZE": "2", "RANK": ""}, "RANK: expected a whole number, got ''"),
     ],
 )
-def test_variables_that_contradict_one_another(
+def test_invalid_environment_variables(
     variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
@@ -72,7 +72,7 @@ def test_variables_that_contradict_one_another(
         pass
 
 
-def test_a_group_of_the_program_is_used_and_left_to_it() -> None:
+def test_existing_process_group_is_used_and_kept() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with init_distributed() as context:
@@ -82,7 +82,7 @@ def test_a_group_of_the_program_is_used_and_left_to_it() -> None:
         dist.destroy_process_group()
 
 
-def test_handlers_are_put_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError), handling({signal.SIGTERM: lambda *_: None}):
         assert signal.getsignal(signal.SIGTERM) is not before
@@ -90,8 +90,8 @@ def test_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_an_ignored_signal_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+def test_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as set by nohup
     try:
         with handling({signal.SIGHUP: lambda *_: None}):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -100,9 +100,9 @@ def test_an_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python lets the main thread alone set signal handlers; a run in another one goes without."""
-    found: list[object] = []
+def test_run_outside_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run outside the main thread installs no signal handlers, which Python allows in the main thread only."""
+    contexts: list[object] = []
 
     class Run:
         told_to_stop = None
@@ -110,9 +110,9 @@ def test_a_run_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         try:
             with init_distributed() as context, Trainer._stop_on_signals(Run()):  # type: ignore[arg-type]
-                found.append(context)
+                contexts.append(context)
         except BaseException as error:
-            found.append(error)
+            contexts.append(error)
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -124,5 +124,5 @@ def test_a_run_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [DistContext(0, 1)] and not dist.is_initialized()
+    assert contexts == [DistContext(0, 1)] and not dist.is_initialized()
     assert signal.getsignal(signal.SIGTERM) is before

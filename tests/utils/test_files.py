@@ -1,4 +1,4 @@
-"""What outputs do to links, pipes, devices and what was there before."""
+"""Tests of writing output files over links, pipes, devices and existing files."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def write(path: str | Path, text: str = "new") -> None:
         temporary.write_text(text)
 
 
-def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+def test_link_is_kept_and_target_is_written(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "target").write_text("old")
     for name, target in (("link", "disk/target"), ("second", "link"), ("dangling", "disk/more/new")):
@@ -35,8 +35,8 @@ def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
     ]
 
 
-def test_folders_that_are_links(tmp_path: Path) -> None:
-    (tmp_path / "here").symlink_to("there")  # which is not there yet
+def test_linked_folders(tmp_path: Path) -> None:
+    (tmp_path / "here").symlink_to("there")  # the target does not exist yet
     write(tmp_path / "here" / "file")
     assert (tmp_path / "here").is_symlink() and (tmp_path / "there" / "file").read_text() == "new"
     (tmp_path / "run").symlink_to("disk/run")
@@ -44,7 +44,7 @@ def test_folders_that_are_links(tmp_path: Path) -> None:
     assert (tmp_path / "disk" / "run").is_dir()
 
 
-def test_links_in_a_ring(tmp_path: Path) -> None:
+def test_link_cycle(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(OSError, match="cannot write .*/a: Too many levels of symbolic links"):
@@ -52,7 +52,7 @@ def test_links_in_a_ring(tmp_path: Path) -> None:
     assert (tmp_path / "a").is_symlink()
 
 
-def test_what_is_replaced_keeps_its_mode_and_what_is_new_has_the_umask(tmp_path: Path) -> None:
+def test_mode_is_kept_or_set_by_umask(tmp_path: Path) -> None:
     for mode in (0o600, 0o664, 0o755):
         (tmp_path / "file").write_text("old")
         (tmp_path / "file").chmod(mode)
@@ -70,8 +70,8 @@ def test_what_is_replaced_keeps_its_mode_and_what_is_new_has_the_umask(tmp_path:
         assert ((tmp_path / "file").stat().st_uid, (tmp_path / "file").stat().st_gid) == (1234, 2345)
 
 
-def test_weights_have_the_umask_too(tmp_path: Path) -> None:
-    """safetensors renames a file of its own over the path that it is given, which would also replace a link."""
+def test_weights_follow_umask_and_links(tmp_path: Path) -> None:
+    # safetensors renames its own temporary file over the given path, which would also replace a link.
     model, _ = mvar.build(1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), 16, ch=32, ch_mult=(1,)))
     (tmp_path / "plain").touch()
     (tmp_path / "link.safetensors").symlink_to("target")
@@ -80,17 +80,17 @@ def test_weights_have_the_umask_too(tmp_path: Path) -> None:
     assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_protected_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to("file")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write whatever the bits say
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write regardless of the mode
     for name in ("file", "link"):
         with pytest.raises(OSError, match=f"cannot write .*{name}: Permission denied"):
             write(tmp_path / name)
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 
-def test_pipes_are_written_into_once_all_is_there(tmp_path: Path) -> None:
+def test_pipe_is_written_after_completion(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     read: list[str] = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
@@ -101,7 +101,7 @@ def test_pipes_are_written_into_once_all_is_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
-def test_a_descriptor_is_written_into_where_it_stands(tmp_path: Path) -> None:
+def test_descriptor_is_written_at_its_position(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w+") as stream:
         stream.write("before ")
         stream.flush()
@@ -128,18 +128,18 @@ def test_devices(tmp_path: Path) -> None:
             write(tmp_path / "socket")
 
 
-def test_a_file_that_is_mounted_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def busy(temporary: Path, target: Path) -> None:
+def test_mounted_file_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_busy(temporary: Path, target: Path) -> None:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(temporary))
 
     (tmp_path / "file").write_text("a longer old text")
-    monkeypatch.setattr(Path, "replace", busy)
+    monkeypatch.setattr(Path, "replace", raise_busy)
     write(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError, OSError(errno.ENOSPC, "full")])
-def test_nothing_is_left_of_what_failed(tmp_path: Path, error: type[BaseException] | BaseException) -> None:
+def test_failed_write_leaves_no_files(tmp_path: Path, error: type[BaseException] | BaseException) -> None:
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "file").write_text("old")
     with pytest.raises(type(error) if isinstance(error, BaseException) else error), atomic_write(tmp_path / "link"):
@@ -147,7 +147,7 @@ def test_nothing_is_left_of_what_failed(tmp_path: Path, error: type[BaseExceptio
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 
-def test_names_as_long_as_they_may_be(tmp_path: Path) -> None:
+def test_maximum_length_names(tmp_path: Path) -> None:
     for name in ("a" * 255, "ä" * 125 + ".png", "." + "b" * 254):
         write(tmp_path / name)
         assert (tmp_path / name).read_text() == "new"
@@ -160,12 +160,12 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (tmp_path / "home" / "deep" / "file").exists() and not (tmp_path / "~").exists()
     assert expanded("~") == tmp_path / "home" and expanded("a/~/b") == Path("a/~/b")
     assert expanded(f"~{Path('~root').expanduser().owner()}/x") == Path("~root/x").expanduser()
-    write(expanded("./~/file"))  # twice
+    write(expanded("./~/file"))  # expanded twice
     assert (tmp_path / "~" / "file").exists()
     assert expanded("~nobody-of-that-name.png") == tmp_path / "~nobody-of-that-name.png"
 
 
-def test_errors_of_the_machine_and_of_the_file() -> None:
+def test_is_environmental() -> None:
     for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES, errno.ESTALE):
         assert is_environmental(OSError(number, os.strerror(number)))
     assert is_environmental(MemoryError())
@@ -177,14 +177,14 @@ def test_errors_of_the_machine_and_of_the_file() -> None:
     ("name", "format"),
     [("a.png", "PNG"), ("a.PNG", "PNG"), ("a.jpg", "JPEG"), ("a.jpeg", "JPEG"), ("a.webp", "WEBP"), ("a", "PNG")],
 )
-def test_a_image_has_the_format_of_its_name(tmp_path: Path, name: str, format: str) -> None:
+def test_image_format_follows_file_extension(tmp_path: Path, name: str, format: str) -> None:
     image = torch.linspace(0, 1, 3 * 16 * 16).view(3, 16, 16)
     save_image(tmp_path / name, image)
     with Image.open(tmp_path / name) as written:
         assert written.format == format and written.size == (16, 16)
 
 
-def test_images_that_a_name_cannot_hold(tmp_path: Path) -> None:
+def test_unsupported_image_formats_and_sizes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a.gif: expected a name that ends in one of .png, .jpg"):
         save_image(tmp_path / "a.gif", torch.zeros(3, 4, 4))
     check_image("a.png", 70000, 10)

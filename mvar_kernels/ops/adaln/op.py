@@ -1,4 +1,4 @@
-"""adaln and gated_adaln: the maths, the public functions, their checks and autograd.
+"""adaln and gated_adaln: the formulas, the public functions, their checks and autograd.
 
     adaln:        out = LN(x)·(1+s) + t
     gated_adaln:  x'  = x + g·b ;  out = LN(x')·(1+s) + t
@@ -60,7 +60,7 @@ def gated_adaln(
         eps, backend: as in :func:`adaln`.
 
     Returns:
-        (x', out), both (B, L, C) in the dtype of x. x' is rounded before it is normalised, so out
+        (x', out), both (B, L, C) in the dtype of x. x' is rounded before it is normalized, so out
         is adaln of the very x' that is returned. The backward keeps x', not x.
 
     Raises:

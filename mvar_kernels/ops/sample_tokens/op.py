@@ -1,4 +1,4 @@
-"""sample_tokens and soft_embedding: the maths, the public functions and their checks.
+"""sample_tokens and soft_embedding: the formulas, the public functions and their checks.
 
     logits   = cond + c·(cond − uncond)                                      classifier-free guidance
     top-k    keeps every logit ≥ the k-th largest (ties stay)

@@ -1,4 +1,4 @@
-"""scale_attention: the maths, the public function, its checks and autograd.
+"""scale_attention: the formulas, the public function, its checks and autograd.
 
 The sequence is a pyramid of token maps, coarse to fine; `scales` are their lengths.
 

@@ -1,4 +1,4 @@
-"""Backward of adaln and gated_adaln: slabs of tokens, then the sum of slabs; see the package for the maths."""
+"""Backward of adaln and gated_adaln: slabs of tokens, then the sum of slabs; see the package for the formulas."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -15,7 +15,7 @@ from mvar_kernels.ops.adaln.triton.common import (
     WIDEST,
     chosen_tile,
     load_vector,
-    normalised_vjp,
+    normalized_vjp,
     rows_together,
     tile_of,
     warps,
@@ -66,7 +66,7 @@ def _adaln_bwd_kernel(
         grad = tl.load(grad_ptr + b * stride_grad_b + rows * stride_grad_l + offs_c[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + b * stride_xb + rows * stride_xl + offs_c[None, :], mask=mask, other=0.0)
         grad = grad.to(tl.float32)
-        normed, dx = normalised_vjp(x.to(tl.float32), grad, one_plus_scale, mask_c, C, eps)
+        normed, dx = normalized_vjp(x.to(tl.float32), grad, one_plus_scale, mask_c, C, eps)
         dscale += tl.sum(grad * normed, axis=0)
         dshift += tl.sum(grad, axis=0)
         tl.store(dx_ptr + (b * L + rows) * C + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -129,7 +129,7 @@ def _gated_adaln_bwd_kernel(
         grad_x_new = tl.load(grad_x_new_ptr + offs_grad_x_new, mask=mask, other=0.0)
         branch = tl.load(branch_ptr + offs_branch, mask=mask, other=0.0)
         grad = grad.to(tl.float32)
-        normed, dx = normalised_vjp(x_new.to(tl.float32), grad, one_plus_scale, mask_c, C, eps)
+        normed, dx = normalized_vjp(x_new.to(tl.float32), grad, one_plus_scale, mask_c, C, eps)
         dscale += tl.sum(grad * normed, axis=0)
         dshift += tl.sum(grad, axis=0)
         dx += grad_x_new.to(tl.float32)

@@ -36,7 +36,7 @@ def centre(x, mask_c, C: tl.constexpr, eps):
 
 
 @triton.jit
-def normalised_vjp(x, grad, one_plus_scale, mask_c, C: tl.constexpr, eps):
+def normalized_vjp(x, grad, one_plus_scale, mask_c, C: tl.constexpr, eps):
     """(n = LN(x), gradient at x) of BLOCK_L rows, for the gradient at n·(1+scale)+shift.
 
     mean(w·n) is r·mean(w·centred), so the sums over channels come in two rounds, not three.

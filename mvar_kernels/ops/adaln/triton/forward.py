@@ -81,7 +81,7 @@ def _gated_adaln_fwd_kernel(
     scale = load_vector(scale_ptr, b, stride_scale, offs_c, mask_c)
     shift = load_vector(shift_ptr, b, stride_shift, offs_c, mask_c)
 
-    # Rounded before it is normalised: out is adaln of the very x' that is stored.
+    # Rounded before it is normalized: out is adaln of the very x' that is stored.
     x_new = (x.to(tl.float32) + gate * branch.to(tl.float32)).to(x_new_ptr.dtype.element_ty)
     offs_out = (b * L + offs_l)[:, None] * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
     tl.store(x_new_ptr + offs_out, x_new, mask=mask)

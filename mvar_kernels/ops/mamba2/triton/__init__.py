@@ -20,11 +20,11 @@ Why not 3. inside 2., or its row factor in what follows. The factor 1/σ of a to
 next matmul's result. That would save 4·E of the 10·E bytes a token that 2. and 3. move (bfloat16): 41 µs of
 a training step's layer at d16 and batch 32, at 4.3 TB/s; in generation, where y · SiLU(z) is still in L2, little
 more than a launch. But that matmul is torch's, whose epilogue takes no such factor, and the op promises the
-normalised row. It stays a launch until there is a matmul of our own.
+normalized row. It stays a launch until there is a matmul of our own.
 
 y · SiLU(z) goes through memory between 2. and 3. In bfloat16 it is rounded once more; simulated at d16's sizes, y's
 error is then at most 0.4 of the tolerance. float32 would move 4 bytes more a value, where all else is 10. In
-float16, whose range y · SiLU(z) can leave though the normalised row cannot, it is float32, and so are C and the
+float16, whose range y · SiLU(z) can leave though the normalized row cannot, it is float32, and so are C and the
 backward direction's states in memory.
 
 Tiles are chosen by how many tokens there are (one short chunk, or more) and whether there is one direction or two,

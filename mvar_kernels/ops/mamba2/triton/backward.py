@@ -1,4 +1,4 @@
-"""The backward of ssd_scan in Triton: its launches. The maths is in backward_kernels.py."""
+"""The backward of ssd_scan in Triton: its launches. The formulas is in backward_kernels.py."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -12,7 +12,7 @@ first: the tiles of a scale read its keys at the same time, from L2, and what is
 short tiles of the last heads.
 
 Query and key norms. A tile holds whole rows, so their lengths are summed from the very tile that is multiplied; no
-normalised copy is written. In 16 bits q and k go to the tensor cores as they came and 1/‖q‖, the temperature, the scale
+normalized copy is written. In 16 bits q and k go to the tensor cores as they came and 1/‖q‖, the temperature, the scale
 and 1/‖k‖ stay in float32 outside the matmul.
 
 Backward. With P the weights over their sum, c the scale times the temperature, and unit rows where there is a norm:
