@@ -1,11 +1,11 @@
-"""Environment and fixtures of all tests."""
+"""Environment and fixtures for all tests."""
 
 import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# A thread for each worker of pytest-xdist and for each process that a test starts; read at torch's import.
+# One thread per pytest-xdist worker and per subprocess of a test; torch reads this on import.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by torch's deterministic algorithms on a GPU
 
@@ -13,18 +13,18 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: its kernels then run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # set before Triton is imported, so that its kernels run on the CPU
 
 from tests.helpers.global_state import settings_of_the_session, unchanged_settings  # noqa: E402
 
 __all__ = ["settings_of_the_session", "unchanged_settings"]
 
-# Background jobs of a script ignore SIGINT, which some tests send.
+# A script's background jobs ignore SIGINT, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton kernels take seconds in the interpreter: slow, except for the contract test's reduced set of cases."""
+    """Mark interpreted Triton kernels, which take seconds, as slow, except in the contract test's reduced cases."""
     for item in items:
         interpreted = "-triton-" in item.name or "[triton]" in item.name
         if interpreted and item.path.stem != "test_contract":
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fill every torch.empty with NaN (or the largest integer), so that an unwritten output shows."""
+    """Fill every torch.empty with NaN (or the largest integer) to detect unwritten outputs."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -42,7 +42,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def mixer_inputs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """What each call of mamba2_mixer was given: the projection, and dt where it came apart from it."""
+    """The projection, and dt if passed separately, of each call of mamba2_mixer."""
     import mvar_kernels as mk  # as below
 
     mixer, given = mk.mamba2_mixer, []
@@ -57,8 +57,8 @@ def mixer_inputs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, to
 
 @pytest.fixture
 def use_instruction_set() -> Iterator[Callable[[str], None]]:
-    """Make the C++ kernels use an instruction set by name; skips where the processor lacks it."""
-    from mvar_kernels.dispatch import native  # after the choice above: what it imports may import Triton
+    """Select the C++ kernels' instruction set by name; skips the test if the processor lacks it."""
+    from mvar_kernels.dispatch import native  # imported here, as it may import Triton
 
     extension = native()
     assert extension is not None

@@ -1,10 +1,8 @@
 """Where a generation spends its time, by part of the model, under torch.profiler."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -15,7 +13,6 @@ from benchmarks.analysis.flops import OURS, Work, decoder_flops, work
 from benchmarks.analysis.roofline import copy_gbps, matmul_tflops
 from benchmarks.common.environment import DEVICE
 from benchmarks.common.timing import interleaved
-from mvar.models.autoencoder import Decoder
 from mvar.models.tokenizer import Tokenizer
 
 GENERATION, DECODER = "generation", "decoder"
@@ -80,7 +77,7 @@ def profile_gpu(model: mvar.Model, tokenizer: Tokenizer, labels: Tensor, dtype: 
 def _profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float]]:
     """Milliseconds of a call, in all and by part: of the kernels that it launches, without a GPU of the operators."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE.type == "cuda")
-    with _decoder_range(), profile(activities=activities) as found:
+    with profile(activities=activities) as found:
         with record_function(GENERATION):
             run()
         if DEVICE.type == "cuda":
@@ -104,16 +101,3 @@ def _profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float]]:
 def _ms(event: Any) -> float:
     us: float = event.device_time_total if DEVICE.type == "cuda" else event.cpu_time_total
     return us / 1e3
-
-
-@contextmanager
-def _decoder_range() -> Iterator[None]:
-    """The decoder as a range of the profile."""
-    forward = Decoder.forward
-
-    def recorded(decoder: Decoder, features: Tensor) -> Tensor:
-        with record_function(DECODER):
-            return forward(decoder, features)
-
-    with patch.object(Decoder, "forward", recorded):
-        yield

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 import mvar_kernels as mk
 from mvar.models.layers import State
@@ -87,7 +88,8 @@ def sample_batch(
             embedded = tokenizer.embed(tokens[-1])
         f_hat = f_hat + tokenizer.scale_features(k, embedded)
         if params.return_scales or k == last:
-            images.append((tokenizer.decode_features(f_hat) + 1) * 0.5 if params.decode else f_hat)
+            with record_function("decoder"):  # a range in profiles
+                images.append((tokenizer.decode_features(f_hat) + 1) * 0.5 if params.decode else f_hat)
         if k < last:
             step = model.word_embed(tokenizer.next_input(k + 1, f_hat).to(x.dtype)) + positions[k + 1]
             x = rows.repeat(step)

@@ -1,4 +1,4 @@
-"""What is carried between scales, against counts by hand and against what a generation holds."""
+"""Tests the size of the state carried between scales against manual counts and an actual generation."""
 
 import pytest
 import torch
@@ -10,16 +10,16 @@ from benchmarks.baselines import eager_generation
 from benchmarks.report import pages
 
 
-def test_counts_by_hand() -> None:
-    """d16: a mixer of 32 heads of 64×64 float32, and three rows of 2048 + 2·64 channels before the convolution."""
+def test_carried_bytes() -> None:
+    """In d16, a mixer carries 32 heads of 64×64 float32 and three rows of 2048 + 2·64 convolution inputs."""
     for resolution in (256, 512, 1024):
         assert scaling.carried_bytes(OURS, 16, resolution) == 2 * 16 * (4 * 32 * 64 * 64 + 2 * 3 * 2176)
     assert scaling.carried_bytes(PUBLIC, 16, 256) == 2 * 16 * 4 * 680 * 1024
     assert scaling.carried_bytes(VAR, 16, 256) == 2 * 16 * 2 * 2 * 680 * 1024
 
 
-def test_the_public_algorithm_holds_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the schedule of 256×256, in a model of one narrow block."""
+def test_carried_bytes_of_public_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uses the 256×256 schedule and a model of one narrow block."""
     tokenizer = mvar.TokenizerConfig(
         mvar.SCHEDULES[256], num_codes=1024, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False
     )
@@ -35,5 +35,5 @@ def test_the_public_algorithm_holds_what_is_counted(monkeypatch: pytest.MonkeyPa
     assert held[-1] == scaling.carried_bytes(PUBLIC, 1, 256) and held == sorted(held)
 
 
-def test_the_table_is_the_committed_one() -> None:
+def test_committed_table_is_current() -> None:
     assert pages.CARRIED_STATE.read_text() == scaling.page()

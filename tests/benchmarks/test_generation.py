@@ -1,4 +1,4 @@
-"""bench_generation with a small model on the CPU: every line of it but CUDA's own, because a GPU's time is short."""
+"""Tests bench_generation with a small model on the CPU: all code except the CUDA-only lines, as GPU time is scarce."""
 
 import argparse
 import copy
@@ -45,7 +45,7 @@ def tiny_pair(depth: int, resolution: int, architecture: str) -> Pair:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the suite last wrote; the machine's own rates and other processes are left out."""
+    """Results last written by the suite, with the machine's peak rates and subprocesses replaced by constants."""
     files: dict[str, Any] = {}
     monkeypatch.setattr(bench_generation, "save", lambda name, rows: files.update(copy.deepcopy(rows)))
     monkeypatch.setattr(bench_generation, "TIMING_SECONDS", {"cpu": 0.0})
@@ -69,7 +69,7 @@ def run(sizes: list[Configuration], seconds: float = 1000, before: dict[str, Any
     bench_generation.Suite(tiny_pair, seconds, before).run(sizes)
 
 
-def test_every_side_has_a_row_with_all_that_its_figures_depend_on(written: dict[str, Any], uncompiled: None) -> None:
+def test_all_methods_have_complete_rows(written: dict[str, Any], uncompiled: None) -> None:
     every = (*METHODS.values(), OURS.on("reference"))
     run(
         [Configuration(2, 256, 2, "bfloat16", every, profile=True), Configuration(2, 256, 1, "bfloat16", ALL, rounds=3)]
@@ -91,14 +91,14 @@ def test_every_side_has_a_row_with_all_that_its_figures_depend_on(written: dict[
     assert sum(spent["parts_ms"].values()) == pytest.approx(spent["total_ms"]) and spent["batch"] == 2
     text = "\n".join(report.sections(json.loads(json.dumps(written)), "cpu").values())
     assert text.count("| d2 at 256×256 | 2 | bfloat16 |") == len(every) and "| linear layers |" in text
-    assert "times have not been measured yet" in text  # of d16
+    assert "times have not been measured yet" in text  # d16 was not run
 
 
-def test_a_side_that_fails_is_left_out_and_named(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_method_is_reported(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = eager_generation.generate
 
     def fails(*args: Any, **options: Any) -> Any:
-        if torch.is_autocast_enabled("cpu"):  # and not while the engine is checked
+        if torch.is_autocast_enabled("cpu"):  # not while the engine's tokens are checked
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more of that")
         return theirs(*args, **options)
 
@@ -111,7 +111,7 @@ def test_a_side_that_fails_is_left_out_and_named(written: dict[str, Any], monkey
     assert said.endswith("Tried to allocate 20 GiB: public algorithm (d1, 256, batch 1, bfloat16).\n")
 
 
-def test_a_peak_that_fails_leaves_the_time(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_peak_memory_keeps_time(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*arguments: Any) -> float:
         raise RuntimeError("exit code -9")
 
@@ -122,12 +122,10 @@ def test_a_peak_that_fails_leaves_the_time(written: dict[str, Any], monkeypatch:
     assert "| 1.00 | – |" in report.methods(written["sizes"])
 
 
-def test_what_there_is_no_time_for_is_left_out_and_named(
-    written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_timeout_is_reported(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (limits, bench_generation):
         monkeypatch.setattr(module, "MIN_SECONDS", 0.01)
-    run([Configuration(1, 256, 1, "float32", (OURS,))])  # what is slow the first time
+    run([Configuration(1, 256, 1, "float32", (OURS,))])  # warm up, as the first run is slow
     monkeypatch.setattr(bench_generation, "check", lambda *_: {"mvar": {"wrong": None}})
     monkeypatch.setattr(bench_generation, "fastest_chunk", lambda *_: 32)
     monkeypatch.setattr(eager_generation, "generate", lambda *args, **options: time.sleep(60))
@@ -137,8 +135,8 @@ def test_what_there_is_no_time_for_is_left_out_and_named(
     assert second["left_out"] == {"mvar": "TimeoutError: no time left"} and second["rows"] == []
 
 
-def test_a_wrong_side_is_not_timed(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine on one backend samples nonsense: its other methods and the public algorithm are timed."""
+def test_wrong_method_is_not_timed(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the engine returns wrong tokens on one backend, only its other methods and the public algorithm are timed."""
     true = methods.launch
 
     def nonsense(model: Any, tokenizer: Any, labels: Any, how: SamplingParams, **options: Any) -> PendingResult:
@@ -164,26 +162,26 @@ def test_a_wrong_side_is_not_timed(written: dict[str, Any], monkeypatch: pytest.
     assert [row["side"] for row in size["rows"]] == [PUBLIC.name] and written["by_part"] == []
 
 
-def test_a_compiled_rival_that_is_wrong_is_not_timed(
+def test_wrong_compiled_baseline_is_not_timed(
     written: dict[str, Any], uncompiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true, compiled = eager_generation.block, METHODS["public-compiled"]
 
-    def forgets_the_past(
+    def block_without_cache(
         layers: Any, x: Tensor, cond: Tensor, cache: Tensor, attend: Any, chunk: int
     ) -> tuple[Tensor, Tensor]:
         return true(layers, x, cond, None, attend, chunk)
 
     for module in (methods, checks):
-        monkeypatch.setattr(module, "compiled_block", lambda: forgets_the_past)
+        monkeypatch.setattr(module, "compiled_block", lambda: block_without_cache)
     run([Configuration(1, 256, 1, "bfloat16", (PUBLIC, compiled))])
     (size,) = written["sizes"]
     assert [row["side"] for row in size["rows"]] == [PUBLIC.name]
     assert size["left_out"][compiled.name].startswith("wrong: a block is off by")
 
 
-def test_a_side_without_float32_is_checked_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the reference; "cuda" stands for the CPU's kernels here."""
+def test_check_without_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method without float32 is compared with the reference in 16 bits; "cuda" runs the CPU kernels here."""
     true = methods.launch
 
     def without_float32(*args: Any, dtype: torch.dtype, **options: Any) -> PendingResult:
@@ -198,18 +196,18 @@ def test_a_side_without_float32_is_checked_in_16_bits(monkeypatch: pytest.Monkey
     assert (found["dtype"], found["as"], found["wrong"]) == ("bfloat16", "mvar, reference", None)
 
 
-def test_a_share_counts_up_to_the_first_scale_that_differs() -> None:
+def test_share_stops_after_first_different_scale() -> None:
     tokens, others = torch.zeros(1, 14), torch.zeros(1, 14)
     assert checks.share(tokens, others, (1, 4, 9)) == 1
     others[:, 2], others[:, 5:] = 1, 1
     assert checks.share(tokens, others, (1, 4, 9)) == pytest.approx(0.8)
 
 
-def test_a_second_run_measures_what_is_missing(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_run_measures_missing_rows(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [Configuration(1, 256, batch, "float32", (OURS, PUBLIC)) for batch in (1, 2)]
     run(sizes[:1])
     before = copy.deepcopy(written)
-    monkeypatch.setattr(bench_generation, "check", lambda *_: {})  # what was checked is known
+    monkeypatch.setattr(bench_generation, "check", lambda *_: {})  # results of the check are kept
     run(sizes, before=copy.deepcopy(before))
     first, second = written["sizes"]
     assert first == before["sizes"][0] and second["batch"] == 2 and len(second["rows"]) == 2
@@ -218,23 +216,23 @@ def test_a_second_run_measures_what_is_missing(written: dict[str, Any], monkeypa
     partly["sizes"][0]["rows"][0]["peak_gib"] = None
     run(sizes, before=partly)
     assert [size["left_out"] for size in written["sizes"]] == [{}, {}] and len(written["sizes"][1]["rows"]) == 2
-    assert written["sizes"][0] == first  # with its peak
+    assert written["sizes"][0] == first  # including its peak memory
     known = copy.deepcopy(written)
     known["sizes"][1] |= {"rows": second["rows"][:1], "left_out": {PUBLIC.name: "OutOfMemoryError: 20 GiB"}}
     written.clear()
     run(sizes, before=known)
-    assert not written  # what failed before would fail again
+    assert not written  # previous failures are not retried
 
 
 @pytest.mark.parametrize("flag", ["--depths", "--batches", "--rounds"])
-def test_sizes_are_positive(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes_must_be_positive(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed(flag, "0")
     assert f"{flag}: expected at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*autocast")
-def test_on_a_gpu_the_public_scan_multiplies_in_tf32_beside_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_precision_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "DEVICE", torch.device("cuda"))
     before, found = torch.get_float32_matmul_precision(), []
     for dtype in (torch.bfloat16, FLOAT32):
@@ -249,7 +247,7 @@ def parsed(*flags: str) -> argparse.Namespace:
     return parser.parse_args(flags)
 
 
-def test_the_plan_is_the_product_of_what_is_asked_for() -> None:
+def test_plan_is_product_of_flags() -> None:
     assert plan.configurations(parsed(), "cpu") == list(PLANS["cpu"])
     assert {size.rounds for size in plan.configurations(parsed("--rounds", "9"), "cuda")} == {9}
     flags = ("--depths", "2", "4", "--batches", "1", "3", "--dtypes", "fp32", "bf16", "--backends", "auto", "reference")
@@ -263,9 +261,9 @@ def test_the_plan_is_the_product_of_what_is_asked_for() -> None:
     ]
 
 
-def test_the_plans_have_every_size() -> None:
-    """GPU: depth 16, 24 and 30, 256 and 512, batch 1, 8, 25 and 64, by model; CPU: both dtypes; both: one at 1024."""
-    on_gpu = {size[:3] for size in PLANS["cuda"] if OURS in size.methods} - {(20, 256, 64)}  # which papers report
+def test_default_plans() -> None:
+    """GPU: depths 16, 24, 30 at 256 and 512, batches 1, 8, 25, 64; CPU: both dtypes; both devices: one size at 1024."""
+    on_gpu = {size[:3] for size in PLANS["cuda"] if OURS in size.methods} - {(20, 256, 64)}  # a size reported by papers
     assert on_gpu == {(d, r, b) for d in (16, 24, 30) for r in (256, 512) for b in (1, 8, 25, 64)} | {(16, 1024, 1)}
     on_cpu = {size[:3] for size in PLANS["cpu"]}
     assert on_cpu == {(16, 256, 1), (16, 256, 8), (12, 256, 1), (16, 512, 1), (16, 1024, 1)}
@@ -273,14 +271,14 @@ def test_the_plans_have_every_size() -> None:
     assert grown == {256, 512, 1024}
 
 
-def test_a_process_of_its_own_says_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_in_subprocess(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_generation, "random_pair", tiny_pair)
     for method in (OURS, PUBLIC):
         assert 0.1 < bench_generation.peak_of(Configuration(1, 256, 2, "bfloat16", (method,)), method, 32) < 64
 
 
 def linear_flops(method: Method, pair: Pair) -> tuple[int, int]:
-    """Of the linear layers and of batched products in a generation of one image, as torch counts them."""
+    """FLOPs of linear layers and of batched matrix products in the generation of one image, counted by torch."""
     with FlopCounterMode(display=False) as counter:
         generate(method, pair, torch.tensor([3]), FLOAT32, chunk=CHUNKS[0])
     found = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
@@ -288,8 +286,8 @@ def linear_flops(method: Method, pair: Pair) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", ["mvar", "var", "public"])
-def test_flops_of_linear_layers_are_those_that_torch_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a model of two narrow blocks, whose embeddings and head modulation, not counted, are added by hand."""
+def test_linear_flops_match_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uses a model of two narrow blocks; its uncounted embeddings and head modulation are added by hand."""
     monkeypatch.setattr(
         mvar.inference.model, "can_prepack", lambda device, dtype: False
     )  # torch does not count packed layers
@@ -309,12 +307,12 @@ def test_flops_of_linear_layers_are_those_that_torch_counts(name: str, monkeypat
         ops += config.depth * SPECS["scale_attention"].work(Case("", {"B": 2, "H": H, "D": 64}, pattern), 2)[1]
     uncounted = 2 * (sum(scales) - scales[0]) * config.code_dim * C
     uncounted += (len(scales) if public_side else 1) * 2 * 2 * C * 2 * C
-    # torch makes the engine's word embedding a batched product; its ops, as one operator each, are not counted.
+    # torch computes the engine's word embedding as a batched product, and does not count the engine's custom operators.
     found = linear_flops(method, pair)[0] if public_side else sum(linear_flops(method, pair))
     assert found == model_flops(method.algorithm, config) - ops + uncounted
 
 
-def test_flops_of_attention_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_flops_match_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return ((q @ k.mT * scale).softmax(-1) @ v).transpose(1, 2)
@@ -327,8 +325,8 @@ def test_flops_of_attention_are_those_that_torch_counts(monkeypatch: pytest.Monk
     assert linear_flops(PUBLIC, pair)[1] == 2 * SPECS["scale_attention"].work(case, 2)[1] > 0
 
 
-def test_flops_of_a_side_have_its_decoder() -> None:
-    """The engine doubles maps by transposed convolutions, with fewer products; the public algorithm does not."""
+def test_flops_include_decoder() -> None:
+    """The engine upsamples by transposed convolutions, which need fewer FLOPs than the public algorithm's decoder."""
     deeper = mvar.TokenizerConfig((1, 2, 3), num_codes=64, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False)
     model, tokenizer = mvar.build(1, tokenizer=deeper)
     with FlopCounterMode(display=False) as counter:
@@ -338,7 +336,7 @@ def test_flops_of_a_side_have_its_decoder() -> None:
     assert flops_per_image(METHODS["tokens"], (model, tokenizer)) == model_flops(OURS.algorithm, model.config)
 
 
-def test_a_profile_has_every_part() -> None:
+def test_profile_has_all_parts() -> None:
     found = profile.profile_gpu(*tiny_pair(1, 256, "mvar"), torch.arange(1), torch.float32)
     spent = found["parts_ms"]
     assert sum(spent.values()) == pytest.approx(found["total_ms"])
@@ -348,7 +346,7 @@ def test_a_profile_has_every_part() -> None:
     assert "| gaps |" in text and "lower bound" not in text and "of 8192×8192 matrices" in text
 
 
-def test_targets_are_shown_beside_what_was_measured() -> None:
+def test_report_targets() -> None:
     def row(batch: int, method: Method, ms: float) -> dict[str, Any]:
         size = Configuration(16, 256, batch, "bfloat16", ()).sizes()
         return size | {"side": method.name, "p50_ms": ms, "images_per_second": 1e3 * batch / ms}
@@ -361,8 +359,8 @@ def test_targets_are_shown_beside_what_was_measured() -> None:
     assert said.count(": not measured") == 3 and report.targets(rows, timelines, "cpu") == []
 
 
-def test_published_figures_stand_beside_those_of_the_same_size() -> None:
-    """Of the paper's batch, or where it names none of the fastest; with the decoder beside with it."""
+def test_published_comparison() -> None:
+    """Uses the batch size of the paper, or the fastest one if the paper states none."""
 
     def row(batch: int, method: Method, rate: float) -> dict[str, Any]:
         return Configuration(16, 256, batch, "bfloat16", ()).sizes() | {"side": method.name, "images_per_second": rate}
@@ -382,14 +380,14 @@ def test_published_figures_stand_beside_those_of_the_same_size() -> None:
         assert named in {method.name for method in METHODS.values()}
 
 
-def test_without_its_decoder_a_method_generates_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_only_method_generates_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, labels = tiny_pair(1, 256, "mvar"), torch.tensor([3])
     decoded = generate(METHODS["mvar"], pair, labels, FLOAT32)
     monkeypatch.setattr(Decoder, "forward", lambda self, f: pytest.fail("decoded"))
     assert torch.equal(generate(METHODS["tokens"], pair, labels, FLOAT32), decoded)
 
 
-def test_scaling_shows_what_was_measured() -> None:
+def test_report_scaling() -> None:
     def row(resolution: int, dtype: str, method: str, ms: float) -> dict[str, Any]:
         size = Configuration(16, resolution, 1, dtype, ()).sizes()
         tokens = {256: 680, 512: 2240}[resolution]

@@ -1,4 +1,4 @@
-"""The stages of a GPU's check and benchmarks: what one step does to the others, what a cut leaves, and what is told."""
+"""Tests the GPU check and benchmark stages: isolation of steps, results after an interruption, and output."""
 
 import json
 import os
@@ -34,8 +34,8 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "LOGS", tmp_path / "logs")
 
 
-def test_a_step_takes_no_other_with_it(capsys: pytest.CaptureFixture[str]) -> None:
-    """One fails, one hangs with a child that holds its output, and one is not there; that after them runs."""
+def test_failed_steps_do_not_affect_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """A step runs after one that fails and one that hangs with a child process holding its output."""
     hangs = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
     begin = time.monotonic()
     plan = [python("fails", "raise SystemExit(3)"), python("hangs", hangs, 1), python("works", "print('here')")]
@@ -46,7 +46,7 @@ def test_a_step_takes_no_other_with_it(capsys: pytest.CaptureFixture[str]) -> No
     assert " done " in said["works"] and said["works"].endswith("here")
 
 
-def test_what_there_is_no_time_for_is_not_begun(capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_without_enough_time_are_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_steps([python("long", "raise SystemExit(0)")], 1, gpu_bench.MIN_SECONDS) == ["long"]
     assert "long" in (said := capsys.readouterr().out) and "no time left" in said
     assert run_steps([python("short", "")], 60, gpu_bench.MIN_SECONDS) == []
@@ -54,15 +54,15 @@ def test_what_there_is_no_time_for_is_not_begun(capsys: pytest.CaptureFixture[st
     assert " cut " in capsys.readouterr().out
 
 
-def test_no_op_is_forgotten() -> None:
+def test_plan_has_all_ops() -> None:
     assert set(gpu_bench.OPS) == set(SPECS) > set(gpu_bench.COMPILED)
     for seconds in (gpu_bench.SECONDS, 900.0):
         assert sum(step.seconds for step in gpu_bench.plan(seconds)) == pytest.approx(seconds)
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The check with a stand-in for its workers and the generation; the folder that it runs in."""
+def fake_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Replaces the workers and the generation of gpu_check by fake ones; returns the folder with its results."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for module in (environment, results):
@@ -78,7 +78,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "build" / "rehearsal"
 
 
-def test_the_check_says_what_is_wrong_and_tries_it_again(stand_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_and_retries_failures(fake_check: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         gpu_check.main()
     assert exit.value.code == 1
@@ -88,13 +88,11 @@ def test_the_check_says_what_is_wrong_and_tries_it_again(stand_in: Path, capsys:
     for way in ("without wgmma", "with one stage", "launch by launch"):
         assert f"adaln cpu float32 crash, {way}: process exited with SIGSEGV" in out
     assert "the same tokens" in out and "1 wrong, 0 not done" in out
-    assert [row.case for row in read(stand_in / "check.jsonl")] == ["odd", "crash", "one_token"]
-    assert [row.case for row in read(stand_in / "timed.jsonl")] == ["d16"]
+    assert [row.case for row in read(fake_check / "check.jsonl")] == ["odd", "crash", "one_token"]
+    assert [row.case for row in read(fake_check / "timed.jsonl")] == ["d16"]
 
 
-def test_the_check_that_is_right(
-    stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_succeeds(fake_check: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = [Job("adaln", "cpu", "float32", ["odd"], command=(sys.executable, "-c", STAND_IN))]
     monkeypatch.setattr(gpu_check, "plan_jobs", lambda *_: jobs)
     with pytest.raises(SystemExit) as exit:
@@ -102,12 +100,12 @@ def test_the_check_that_is_right(
     assert exit.value.code == 0 and "0 wrong, 0 not done" in capsys.readouterr().out
 
 
-def test_a_cut_leaves_the_rows_that_were_done(stand_in: Path) -> None:
-    """The real command, killed as soon as there is a row; whole lines are left, and its workers end."""
+def test_killed_check_leaves_complete_rows(fake_check: Path) -> None:
+    """Kills the real command after the first row; the file then has only complete lines."""
     environment = os.environ | REHEARSED
     command = [sys.executable, "-m", "benchmarks.gpu_check", "adaln"]
-    process = subprocess.Popen(command, cwd=stand_in.parent.parent, env=environment, stdout=subprocess.DEVNULL)
-    rows = stand_in / "check.jsonl"
+    process = subprocess.Popen(command, cwd=fake_check.parent.parent, env=environment, stdout=subprocess.DEVNULL)
+    rows = fake_check / "check.jsonl"
     begin = time.monotonic()
     while not (rows.exists() and rows.stat().st_size) and time.monotonic() - begin < 100:
         time.sleep(0.05)
@@ -116,7 +114,7 @@ def test_a_cut_leaves_the_rows_that_were_done(stand_in: Path) -> None:
     assert all(row.op == "adaln" for row in read(rows)) and rows.stat().st_size
 
 
-def test_without_a_gpu_a_stage_says_how_it_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_without_gpu_explain_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(sys, "argv", ["stage"])
     for stage in (gpu_check, gpu_bench, tune_triton):
@@ -124,11 +122,9 @@ def test_without_a_gpu_a_stage_says_how_it_is_rehearsed(monkeypatch: pytest.Monk
             stage.main()
 
 
-def test_what_was_right_is_not_tried_again(
-    stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_failed(fake_check: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.undo()
-    file = stand_in.parent / "all_right.jsonl"
+    file = fake_check.parent / "all_right.jsonl"
     file.parent.mkdir(exist_ok=True, parents=True)
     file.write_text("")
     monkeypatch.setattr(gpu_check, "require_gpu", lambda: None)
@@ -143,7 +139,7 @@ def test_what_was_right_is_not_tried_again(
         assert exit.value.code == 2 and arguments[-1] in capsys.readouterr().err
 
 
-def test_an_archive_that_is_damaged_is_told_of(
+def test_damaged_archive_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(kernel_cache, "ARCHIVE", tmp_path / "cache.tar.xz")
@@ -154,8 +150,8 @@ def test_an_archive_that_is_damaged_is_told_of(
     assert "cannot be unpacked" in capsys.readouterr().out and "TRITON_CACHE_DIR" not in os.environ
 
 
-def test_after_a_lost_gpu_the_ops_continue_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same flags, and what has failed so far."""
+def test_restart_after_gpu_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new process has the same flags, the remaining ops, and the failures so far."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(third_party, "FOLDER", tmp_path / "none")
     for module in (environment, results, op_calls, bench_ops):
@@ -180,9 +176,7 @@ def test_after_a_lost_gpu_the_ops_continue_in_a_new_process(tmp_path: Path, monk
     assert os.environ.pop(bench_ops.FAILED).startswith("gated_adaln, one_token: RuntimeError: illegal memory access")
 
 
-def test_a_tile_that_fails_leaves_the_others(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_tile_does_not_stop_tuning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     tiles = [tune_triton.Tile({"BLOCK": size}) for size in (16, 32, 64)]
 
     def run() -> tuple[torch.Tensor]:
@@ -198,10 +192,10 @@ def test_a_tile_that_fails_leaves_the_others(
     assert "out of resource" in capsys.readouterr().out
 
 
-def test_rows_that_a_commit_has_stay_until_measured_anew(
+def test_existing_rows_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what fails, a product or a case, does not keep the rest from being measured."""
+    """Rows of the same commit are kept until measured again; a failed matmul or case does not stop the others."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(third_party, "FOLDER", tmp_path / "none")
     for module in (environment, results):
@@ -236,8 +230,8 @@ def test_rows_that_a_commit_has_stay_until_measured_anew(
         ("tune_triton", "tune", {"kernel", "shape_class", "ms", "sizes", "warps", "stages"}),
     ],
 )
-def test_what_is_killed_leaves_whole_rows(tmp_path: Path, stage: str, name: str, columns: set[str]) -> None:
-    """Once the first are there; and the package's table of tiles is as it was."""
+def test_killed_stage_leaves_complete_rows(tmp_path: Path, stage: str, name: str, columns: set[str]) -> None:
+    """Kills the command after the first rows; the file is valid and the package's tile table is unchanged."""
     table = tune_triton.tiling.TABLE.read_bytes()
     command = [sys.executable, "-m", *f"benchmarks.{stage}".split()]
     process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | REHEARSED, stdout=subprocess.DEVNULL)
@@ -251,7 +245,7 @@ def test_what_is_killed_leaves_whole_rows(tmp_path: Path, stage: str, name: str,
     assert tune_triton.tiling.TABLE.read_bytes() == table
 
 
-def test_the_archive_has_what_a_launch_reads(tmp_path: Path) -> None:
+def test_archive_contents(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for name in ("A/k.cubin", "A/k.json", "A/__grp__k.json", "A/k.ptx", "A/k.ttir", "B/m.cubin"):
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +270,7 @@ def test_the_archive_has_what_a_launch_reads(tmp_path: Path) -> None:
         (lambda i: torch.ones(3, dtype=torch.int64) * 2, "another answer than the first tile's"),
     ],
 )
-def test_a_tile_s_answers_are_those_of_the_first(answers: Any, said: str | None) -> None:
+def test_tile_outputs_match_first_tile(answers: Any, said: str | None) -> None:
     calls = iter(range(100))
     got = tune_triton.fault(lambda: (answers(next(calls)),), (torch.ones(3).to(answers(0).dtype),))
     assert got is None if said is None else got is not None and got.startswith(said)

@@ -1,4 +1,4 @@
-"""What a benchmark's figures are and what stands beside them."""
+"""Tests timing, memory measurement and the recorded commit and machine."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from benchmarks.common import environment, memory, results, timing
 from mvar.utils import machine
 
 
-def test_latencies_are_of_every_round_and_medians_of_those(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latencies_and_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) ** 2 / 1e3)
     turns: list[str] = []
@@ -26,10 +26,8 @@ def test_latencies_are_of_every_round_and_medians_of_those(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("calls", "order"), [(1, "event call event"), (3, "call event call call call event")])
-def test_a_gpu_has_work_before_the_clock_of_several_calls_starts(
-    monkeypatch: pytest.MonkeyPatch, calls: int, order: str
-) -> None:
-    """So what the host takes to queue the first of them is not timed; one call fills a turn, and is not doubled."""
+def test_gpu_timing_order(monkeypatch: pytest.MonkeyPatch, calls: int, order: str) -> None:
+    """Before timing several calls, one untimed call hides the host's launch latency; a single call has none."""
     seen: list[str] = []
 
     class Event:
@@ -51,7 +49,7 @@ def test_a_gpu_has_work_before_the_clock_of_several_calls_starts(
     assert " ".join(seen) == order
 
 
-def test_a_commit_with_changed_code_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_with_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> None:
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
         subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
@@ -73,8 +71,8 @@ def test_a_commit_with_changed_code_says_so(tmp_path: Path, monkeypatch: pytest.
     assert results._commit().endswith(" with changes")
 
 
-def test_other_sources_are_another_machine_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where there is no git to say so."""
+def test_sources_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changed sources are detected without git; damaged result files are ignored."""
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "benchmarks" / "results")
     (tmp_path / "mvar").mkdir()
@@ -89,8 +87,8 @@ def test_other_sources_are_another_machine_s(tmp_path: Path, monkeypatch: pytest
     assert results.load("adaln") is None
 
 
-def test_without_git_a_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of the files, as it travels to a GPU, on a machine with git and on one without."""
+def test_unknown_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of a repository, on machines with and without git, the commit is unknown."""
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "benchmarks" / "results")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -99,8 +97,8 @@ def test_without_git_a_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.Mon
     assert results._commit() == "unknown, maybe with changes"
 
 
-def test_cpus_of_one_name_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rented machines call Zen 3 and Zen 5 the same; and what hides AMX from oneDNN makes other figures."""
+def test_device_name_distinguishes_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cloud machines report the same name for Zen 3 and Zen 5, and disabling AMX in oneDNN changes results."""
     facts = {"model name": "AMD EPYC", "cpu family": "25", "flags": "avx avx2"}
     monkeypatch.setattr(results, "cpuinfo", lambda: facts)
     monkeypatch.setattr(machine, "cpuinfo", lambda: facts)
@@ -113,11 +111,11 @@ def test_cpus_of_one_name_have_folders_of_their_own(monkeypatch: pytest.MonkeyPa
     assert results.device_name() == "intel_r_xeon_r_family_6_avx512_amx"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     assert results.device_name() == "intel_r_xeon_r_family_6_avx512_amx_onednn_up_to_avx512_core_bf16"
-    facts.clear()  # a system that does not tell
+    facts.clear()  # no /proc/cpuinfo
     assert results.device_name()
 
 
-def test_a_command_restarts_once_with_the_allocator_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_allocator_restarts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr(environment, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(environment, "REHEARSAL", False)
@@ -135,8 +133,8 @@ def test_a_command_restarts_once_with_the_allocator_settings(monkeypatch: pytest
     assert len(started) == 1
 
 
-def test_a_process_of_its_own_returns_a_result_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is without the settings for timing, which this process keeps."""
+def test_in_subprocess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The subprocess does not inherit the allocator settings for timing; this process keeps them."""
     monkeypatch.setenv("MALLOC_TOP_PAD_", "268435456")
     assert memory.in_subprocess(os.getenv, "MALLOC_TOP_PAD_", "none") == "none" and os.environ["MALLOC_TOP_PAD_"]
     with pytest.raises(RuntimeError, match="_exit: exit code 3"):

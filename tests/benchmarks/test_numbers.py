@@ -1,4 +1,4 @@
-"""NumPy's numbers as arguments and sizes."""
+"""Tests NumPy numbers as arguments and sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 import mvar
 
 
-def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
-    """As NumPy's own, as arrays and as tensors without dimensions; and the configuration is written as JSON."""
+def test_numpy_numbers(tmp_path: Path) -> None:
+    """NumPy scalars, arrays and 0-dim tensors are accepted, and configurations with them can be saved as JSON."""
     sizes = mvar.TokenizerConfig(
         np.array([1, 2]), num_codes=np.int64(16), ch=np.int32(32), ch_mult=np.array([1]), num_res_blocks=np.int64(1)
     )

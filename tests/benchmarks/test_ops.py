@@ -1,4 +1,4 @@
-"""`pytest benchmarks --benchmark-only` collects every op and times one case for real."""
+"""Tests `pytest benchmarks --benchmark-only`: it collects all ops, and times one case."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ def test_ops_under_pytest_benchmark() -> None:
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", *arguments]
-        # Without what pytest-xdist tells its workers. A rehearsal's cases are small.
+        # pytest-xdist's variables for its workers are removed. A rehearsal uses small cases.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment["MVAR_REHEARSAL"] = "1"
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""What bench_quality, the scaling with tokens and the report compute."""
+"""Tests bench_quality, the scaling with tokens and the report."""
 
 import json
 import math
@@ -23,8 +23,8 @@ from mvar.utils.images import to_bytes
 pytestmark = pytest.mark.slow
 
 
-def test_quality_tells_a_worse_set_from_an_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real digits in two halves as two sets; then one with noise on it."""
+def test_quality_distinguishes_worse_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares a set of real digits with itself, noisy digits with the originals, and two halves of the set."""
     monkeypatch.setattr(distances, "RESAMPLES", 50)
     train, _ = digits.load()
     space, labels = distances.digit_features(), train.labels[:600]
@@ -50,8 +50,8 @@ def test_quality_tells_a_worse_set_from_an_equal_one(monkeypatch: pytest.MonkeyP
     assert moments(reference).mean.dtype == torch.float64
 
 
-def test_intervals_hold_what_other_images_would_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 40 intervals of 95 %, at least 33 hold the mean figure: a binomial has fewer once in a thousand times."""
+def test_confidence_interval_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least 33 of 40 95 % intervals contain the mean; a binomial variable is lower with a probability of 1/1000."""
     monkeypatch.setattr(distances, "RESAMPLES", 50)
     generator = torch.Generator().manual_seed(0)
     width, labels = 8, torch.arange(100) % 2
@@ -59,7 +59,7 @@ def test_intervals_hold_what_other_images_would_give(monkeypatch: pytest.MonkeyP
     def sample() -> torch.Tensor:
         return torch.randn(len(labels), width, generator=generator, dtype=torch.float64)
 
-    centres = 20.0 * labels[:, None]  # classes far apart, of which every set has the same number
+    centres = 20.0 * labels[:, None]  # well-separated classes, with equal counts in every set
     fixed = moments(sample() + centres)
     space = distances.FeatureSpace("", lambda pixels: pixels, lambda generator: fixed)
     sets = [sample() + centres for _ in range(40)]
@@ -68,10 +68,11 @@ def test_intervals_hold_what_other_images_would_give(monkeypatch: pytest.MonkeyP
         figures = torch.tensor([each[name] for each in found])
         low, high = torch.tensor([each[f"{name}_interval"] for each in found]).unbind(1)
         assert int(((low <= figures.mean()) & (figures.mean() <= high)).sum()) >= 33
-        assert float((high - low).mean()) < 2 * 3.92 * float(figures.std())  # 3.92 σ hold 95 % of a normal distribution
+        # 3.92 σ is the width of the 95 % interval of a normal distribution.
+        assert float((high - low).mean()) < 2 * 3.92 * float(figures.std())
 
 
-def test_quality_of_a_wrong_backend_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = digits.pretrained()
     labels = torch.arange(20) % 10
     monkeypatch.setattr(
@@ -106,7 +107,7 @@ def test_quality_of_a_wrong_backend_shows(monkeypatch: pytest.MonkeyPatch) -> No
     assert rough["logit_error_rms"] == pytest.approx(float(wrong.square().mean().sqrt() / spread), rel=0.05)
 
 
-def test_quality_takes_every_backend_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_backends_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"cpu": None, "triton": "no GPU", "reference": None}
     monkeypatch.setattr(bench_quality, "backends", lambda: there)
     monkeypatch.setattr(bench_quality, "DEVICE", torch.device("cuda"))
@@ -117,11 +118,11 @@ def test_quality_takes_every_backend_and_dtype(monkeypatch: pytest.MonkeyPatch) 
     assert bench_quality.psnr_db(torch.zeros(4), torch.full((4,), 0.02), 2) == pytest.approx(40)
 
 
-def test_scaling_counts_what_grows() -> None:
-    """d16 at 256 against counts of a generation by part; then how each algorithm scales."""
+def test_scaling_counts() -> None:
+    """Compares d16 at 256 with FLOP counts by part, then checks how each algorithm scales."""
     rows = {(row["side"], row["resolution"]): row for row in scaling.counted()}
     by_part = 834.903932928e9 + 14.479261696e9 + 12.1438208e9  # linear layers, attention, mixer
-    assert rows[OURS, 256]["flops"] == pytest.approx(by_part, rel=1e-3)  # its adaLN shares a row
+    assert rows[OURS, 256]["flops"] == pytest.approx(by_part, rel=1e-3)  # adaLN rows are shared
     tokens = rows[OURS, 1024]["tokens"] / rows[OURS, 256]["tokens"]
     carried = {name: [rows[name, r]["state_bytes"] for r in (256, 1024)] for name in (OURS, VAR)}
     assert carried[OURS][0] == carried[OURS][1]
@@ -133,8 +134,8 @@ def test_scaling_counts_what_grows() -> None:
 ROW = {"case": "c", "dtype": "float32", "pass": "forward", "flops": 1e9, "moved_bytes": 1e8}
 
 
-def test_roofline_of_a_row() -> None:
-    """2 ms where a copy takes 1 ms: 500 of 1,000 GFLOP/s; of 800, where matmuls reach no more."""
+def test_roofline_point() -> None:
+    """An op takes 2 ms and a copy 1 ms: 500 of 1,000 GFLOP/s, or of 800 if matmuls reach no more."""
     row = ROW | {"median_ms": {"mvar cpu": 2.0, "mvar other": 3.0, "eager": 1.5, "copy": 1.0}}
     free = roofline.point("op", row, {"bfloat16": 100.0})
     assert free and (free.intensity, free.gflops, free.limit_gflops) == pytest.approx((10, 500, 1000))
@@ -148,15 +149,15 @@ def test_roofline_of_a_row() -> None:
     assert "| wrong, not timed | – | 1 | eager 1.5 |" in table
 
 
-def test_generated_plots_are_all_shown() -> None:
-    """Every plot that the results page shows is there, and none is left of a plot that is gone."""
+def test_generated_plots_are_shown() -> None:
+    """The plot files are exactly those that the results page shows."""
     shown = re.findall(r"!\[.*\]\((.+)\)", pages.BENCHMARKS.read_text())
     assert "roofline_amd_epyc_family_26_avx512.png" in shown
     assert {path.name for path in pages.GENERATED.glob("*.png")} == set(shown)
 
 
-def test_figures_of_two_cpus_never_share_a_table() -> None:
-    """Each model of CPU has a folder and a heading of its own, and a folder with two is refused."""
+def test_results_of_two_cpus_in_one_folder() -> None:
+    """Each CPU model has a separate folder and heading, and a folder with results of two models raises an error."""
 
     def results(*models: str) -> dict[str, Any]:
         machine = {"device": "cpu", "processor": "AMD EPYC", "threads": 2, "torch": "2.13.0"}
@@ -168,7 +169,7 @@ def test_figures_of_two_cpus_never_share_a_table() -> None:
         pages.machine("a", results(one, two))
 
 
-def test_every_folder_of_results_is_its_cpus() -> None:
+def test_result_folders_match_cpus() -> None:
     for path in RESULTS.glob("*/*.json"):
         machine = json.loads(path.read_text())["machine"]
         assert machine["device"] != "cpu" or path.parent.name == slug(machine["cpu_model"])

@@ -1,4 +1,4 @@
-"""Third-party kernels as baselines: what is fetched, how they are called, and what is compiled ahead of time."""
+"""Tests third-party kernels as baselines: fetching, calling conventions, and ahead-of-time compilation."""
 
 import io
 import os
@@ -27,8 +27,8 @@ from tests.helpers.paths import ROOT
 
 
 @pytest.fixture
-def in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules of their names whose functions compute, in PyTorch, what theirs document."""
+def fake_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the third-party modules by fake ones that implement the documented functions in PyTorch."""
 
     def causal_conv1d(
         x: Tensor,
@@ -39,7 +39,7 @@ def in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
         output_final_state: bool,
         activation: str,
     ) -> tuple[Tensor, Tensor]:
-        """x (B, L, D), weight (D, W), initial_state (B, D, W): the last W tokens, of which W − 1 are seen."""
+        """x (B, L, D), weight (D, W), initial_state (B, D, W): the last W tokens, of which W − 1 are used."""
         assert output_final_state and activation == "silu" and initial_state.shape == (len(x), *weight.shape)
         seen = torch.cat([initial_state[:, :, 1:], x.transpose(1, 2)], -1)
         after = torch.cat([initial_state, x.transpose(1, 2)], -1)[:, :, -weight.shape[1] :]
@@ -88,21 +88,21 @@ def close(got: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("L", [1, 2, 19])
-def test_the_mixer_asked_of_mamba_ssm_is_ours(in_their_place: None, L: int) -> None:
+def test_mamba_ssm_mixer_matches_reference(fake_modules: None, L: int) -> None:
     sizes = {"B": 2, "L": L, "H": 2, "P": 8, "N": 16}
     case = Case("mixer", sizes, {"scales": None}, keeps_dtype=("dt",))
     t = prepared(MAMBA2_MIXER, case, torch.float64)
     assert close(third_party.mamba2_mixer(t, case), MAMBA2_MIXER.reference(t, case))
 
 
-def test_the_modulated_norm_asked_of_liger_is_ours(in_their_place: None) -> None:
+def test_liger_norm_matches_reference(fake_modules: None) -> None:
     for spec in ADALN:
         case = Case("norm", {"B": 2, "L": 3, "C": 24})
         t = prepared(spec, case, torch.float64)
         assert close(BASELINES[spec.op]["Liger's norm"].run(t, case), spec.reference(t, case))
 
 
-def test_without_them_nothing_is_asked_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_third_party_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert not third_party.has_mamba_ssm() and not third_party.has_liger()
     monkeypatch.setattr(third_party, "FOLDER", tmp_path / "peers")
@@ -114,8 +114,8 @@ def test_without_them_nothing_is_asked_of_them(monkeypatch: pytest.MonkeyPatch, 
     assert sys.path == [str(tmp_path), str(tmp_path / "peers")] and third_party.has_liger()
 
 
-def test_of_an_archive_the_kernels_are_unpacked(tmp_path: Path) -> None:
-    """And not the package's own __init__, without which its folder is importable as it is."""
+def test_unpack_kernels(tmp_path: Path) -> None:
+    """The package's __init__ is omitted, so that its folder is importable as a namespace package."""
     names = ("__init__.py", "ops/triton/ssd.py", "ops/scan.py", "utils/torch.py", "../../out.py", "ops/triton/x.cu")
     with tarfile.open(tmp_path / "sources.tar.gz", "w:gz") as content:
         for name in names:
@@ -152,8 +152,8 @@ print(len(found), sorted(kernel.metadata.num_warps for kernel in found.values())
 """
 
 
-def test_every_configuration_and_launcher_is_compiled_ahead(tmp_path: Path) -> None:
-    """Of a kernel that is tuned at its first call, as other projects' are: and a second time nothing is compiled."""
+def test_precompile_autotuned_kernel(tmp_path: Path) -> None:
+    """All configurations of an autotuned kernel are compiled ahead, and a second run compiles nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     program = tmp_path / "twice.py"

@@ -1,4 +1,4 @@
-"""The training benchmarks: all implementations compute the same, and a wrong one is not timed."""
+"""Tests the training benchmarks: implementations agree, and wrong ones are not timed."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile without generated code, which takes a minute."""
+    """torch.compile with the eager backend, as code generation takes a minute."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="eager"))
 
@@ -40,14 +40,14 @@ def digits_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("implementation", [EAGER, COMPILED])
-def test_implementations_compute_what_mvar_does(implementation: str, tmp_path: Path) -> None:
-    """Losses, predictions and every gradient, with labels and branches dropped; and without, in validation."""
+def test_implementations_match_mvar(implementation: str, tmp_path: Path) -> None:
+    """Losses, predictions and gradients match, with label and branch dropping in training and without in validation."""
     model = run.new_model(training.flags(tmp_path, depth=2, alng=0.5, hd=1.0), training.data(), 0)
     object.__setattr__(model.config, "drop_path", 0.5)
     labels, inputs, tokens = digits_batch()
     draws = torch.rand(8, model.draws_per_image, generator=torch.Generator().manual_seed(2))
-    draws[:4, 0] = 0  # labels are dropped
-    assert (draws[:, 4:] > 0.5).any()  # and branches of the second block
+    draws[:4, 0] = 0  # drops labels
+    assert (draws[:, 4:] > 0.5).any()  # drops branches of the second block
     parameters = list(model.parameters())
     found = []
     for objective in (Objective(model), OBJECTIVES[implementation](model)):
@@ -63,7 +63,7 @@ def test_implementations_compute_what_mvar_does(implementation: str, tmp_path: P
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-def test_a_run_that_the_plain_model_lacks_is_refused(tmp_path: Path) -> None:
+def test_unsupported_flags_are_rejected(tmp_path: Path) -> None:
     model = run.new_model(training.flags(tmp_path), training.data(), 0)
     with pytest.raises(ValueError, match="--ls, --pg, --ac"):
         EagerObjective(model, smoothing=0.1)(*digits_batch())
@@ -71,7 +71,7 @@ def test_a_run_that_the_plain_model_lacks_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`bench_training_run.command` without its process, on 192 digits: 12 steps of a small model."""
+    """Runs `bench_training_run.command` in this process: 12 steps of a small model on 192 digits."""
     tokenizer, train, _ = training.data()
     first = next(train.batches(batch=192, seed=0, epoch=0))
     assert first.tokens is not None
@@ -91,19 +91,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("compiled", "small")
-def test_digits_end_to_end(tmp_path: Path) -> None:
+def test_training_run_on_digits(tmp_path: Path) -> None:
     exact = bench_training_run.command(EXACT, "float32", 1.0, tmp_path / "exact")
     assert len(exact.losses) == 13 and exact.parts.keys() >= {"steps", "first step", "checkpoints", "data and grid"}
     for dtype in bench_training_run.FP16:
         row = bench_training_run.measure(exact, dtype, 1.0, 1, tmp_path / dtype)
         assert 0 < row["loss_distances"][OURS] < (1e-4 if dtype == "float32" else 1e-1)
-        assert row["steps"] == 12 and row["val_loss"][OURS] != row["val_loss"][EAGER]  # they are two
+        assert row["steps"] == 12 and row["val_loss"][OURS] != row["val_loss"][EAGER]  # two separate runs
         text = report.digits([row])
         assert f"| 100%, 12 steps | {dtype} | the whole command, s | 10.0 | 10.0 (1.00×) | 10.0 (1.00×) | – |" in text
 
 
 @pytest.mark.usefixtures("small")
-def test_a_side_without_drops_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_implementation_without_drops_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class WithoutDrops(EagerObjective):
         def features(
             self, labels: torch.Tensor, inputs: torch.Tensor, draws: torch.Tensor | None
@@ -116,7 +116,7 @@ def test_a_side_without_drops_is_not_timed(tmp_path: Path, monkeypatch: pytest.M
         bench_training_run.measure(exact, "float32", 1.0, 1, tmp_path)
 
 
-def test_wrong_losses_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_losses_are_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     def command(implementation: str, dtype: str, shorten: float, out: Path) -> Run:
         loss = {EXACT: 2.0, EAGER: 2.001, OURS: float("nan")}.get(implementation, 2.0)
         return Run(1.0, {"first step": 1.0}, {"loss 1": loss, "val_loss 1": 2.0})
@@ -130,7 +130,7 @@ def test_wrong_losses_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not written
 
 
-def test_phases_inside_another_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_phases_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
     monkeypatch.setattr(bench_training_run.time, "perf_counter", lambda: float(next(clock)))
     phases = bench_training_run.Phases()
@@ -152,7 +152,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, compiled: None) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_gradients_of_a_wrong_side_are_noticed() -> None:
+def test_wrong_gradients_are_detected() -> None:
     steps = bench_training_step.TrainingStep(2, 3)
     assert max(steps.gradient_differences().values()) < 1e-4
     objective = steps.objectives[OURS]
@@ -162,8 +162,8 @@ def test_gradients_of_a_wrong_side_are_noticed() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_dtype_is_added_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each in a process of its own, for which this one stands in."""
+def test_dtypes_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each dtype is measured in a subprocess, which is replaced by a call in this process."""
     files: dict[str, Any] = {}
     monkeypatch.setattr(bench_training_step, "load", files.get)
     monkeypatch.setattr(bench_training_step, "save", lambda name, rows: files.update({name: rows}))
@@ -190,7 +190,7 @@ def test_a_dtype_is_added_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(run["batch"], run["dtype"]) for run in files["train_d1"]["runs"]] == [(3, "float32")]
 
 
-def test_results_are_added_to_those_of_the_same_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_kept_per_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = {"device": "cpu", "cpu_model": "One, family 1", "commit": "1234567"}
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     monkeypatch.setattr(results, "machine", lambda: dict(machine))

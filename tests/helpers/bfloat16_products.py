@@ -1,7 +1,7 @@
-"""float32 products as a CPU with AMX computes them, on any CPU.
+"""Simulates float32 matrix products of a CPU with AMX on any CPU.
 
-There oneDNN rounds the factors to bfloat16 wherever torch is set to "medium" (and, with AMX for float16, to 11 bits at
-"high"), and sums in float32.
+On such a CPU oneDNN rounds the factors to bfloat16 if torch's precision is "medium" (and, with AMX for float16, to 11
+bits at "high"), and accumulates in float32.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ FACTORS: Mapping[Any, tuple[int, ...]] = {
     aten.addbmm.default: (1, 2),
     aten.linear.default: (0, 1),
 }
-"""The places of the factors among the arguments."""
+"""Positions of the factors among the arguments."""
 
 
 class _Rounding(TorchDispatchMode):
@@ -47,7 +47,7 @@ class _Rounding(TorchDispatchMode):
 
 
 def reduced() -> bool:
-    """Whether torch is set to products that AMX computes with rounded factors."""
+    """Whether torch's settings allow AMX to round the factors of float32 products."""
     if precision.HAS_NEW:
         return torch.backends.mkldnn.matmul.fp32_precision not in precision.TRUE
     return torch.get_float32_matmul_precision() != "highest"
@@ -59,7 +59,7 @@ def _rounded(factor: Tensor) -> Tensor:
 
 @contextmanager
 def amx() -> Iterator[_Rounding]:
-    """In here this CPU multiplies as one with AMX, and counts such products; what was measured before is forgotten."""
+    """Simulates products with AMX and counts them; the cached measurement of the CPU's precision is cleared."""
     precision._measured.cache_clear()
     try:
         with _Rounding() as mode:

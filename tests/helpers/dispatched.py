@@ -1,4 +1,4 @@
-"""What an op's call runs by PyTorch's dispatcher, as under torch.compile, and not past it, as in eager mode."""
+"""Runs an op through PyTorch's dispatcher, as under torch.compile, instead of the shortcut of eager mode."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ OPS: tuple[RegisteredOp[Any], ...] = (
 
 
 def dispatched(op: str, run: Callable[[], object]) -> dict[str, Sequence[Any]]:
-    """The arguments of the op's operators, forward and backward, in their last calls; by the operators' names."""
+    """Arguments of the last calls of the op's forward and backward operators, by operator name."""
     (registered,) = (known for known in OPS if known.op.name == op)
     found: dict[str, Sequence[Any]] = {}
 

@@ -1,7 +1,7 @@
-"""What belongs to the whole process, and that no test leaves it changed.
+"""Fixtures which check that tests leave process-wide settings unchanged.
 
-A test that does so fails, and the next one finds everything as it was. The same for what a fixture of a module changes:
-it fails the first test that uses it.
+A test that changes a setting fails, and the setting is restored for the next test. If a module's fixture changes a
+setting, the first test that uses it fails.
 """
 
 import multiprocessing
@@ -17,10 +17,10 @@ import torch
 from mvar_kernels import precision
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGPIPE)
-"""Not SIGCHLD, whose handler torch's first data loader sets for good."""
+"""Without SIGCHLD, as torch's first data loader installs a permanent handler for it."""
 DEVICES = ("cpu", "cuda")
 OTHERS = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "TRITON_")
-"""Environment variables that pytest, scikit-learn, torch.compile and Triton set when they are first used."""
+"""Prefixes of environment variables that pytest, scikit-learn, torch.compile and Triton set on first use."""
 
 
 class Setting(NamedTuple):
@@ -53,7 +53,7 @@ def _deterministic() -> tuple[bool, bool]:
 
 
 def _threads(value: int) -> None:
-    if torch.get_num_threads() != value:  # setting it is not free
+    if torch.get_num_threads() != value:  # setting it has a cost
         torch.set_num_threads(value)
 
 
@@ -93,7 +93,7 @@ SETTINGS: dict[str, Setting] = {
     "umask": Setting(_umask, os.umask),
     "sys.path": Setting(lambda: list(sys.path), lambda value: sys.path.__setitem__(slice(None), value)),
     "start method of processes": Setting(
-        # The first process that is started chooses the default, which is no change.
+        # Starting the first process sets the default, which is not a change.
         lambda: multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0],
         lambda value: multiprocessing.set_start_method(value, force=True),
     ),
@@ -101,12 +101,12 @@ SETTINGS: dict[str, Setting] = {
 
 
 def snapshot() -> dict[str, Any]:
-    """All settings as they are now."""
+    """The current values of all settings."""
     return {name: setting.read() for name, setting in SETTINGS.items()}
 
 
 def changes(before: dict[str, Any]) -> list[str]:
-    """What is not as it was, in words; everything is made so again."""
+    """Descriptions of all changed settings, which are also restored."""
     found = []
     for name, setting in SETTINGS.items():
         now = setting.read()
@@ -117,7 +117,7 @@ def changes(before: dict[str, Any]) -> list[str]:
 
 
 def _difference(before: Any, now: Any) -> str:
-    if isinstance(before, dict):  # not all of the environment
+    if isinstance(before, dict):  # show only the changed variables
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         return ", ".join(f"{name} {before.get(name)!r} → {now.get(name)!r}" for name in names)
     return f"{before!r} → {now!r}"
@@ -130,7 +130,7 @@ def settings_of_the_session() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def unchanged_settings(settings_of_the_session: dict[str, Any]) -> Iterator[None]:
-    """Fails the test that leaves a setting of the process changed."""
+    """Fails a test that leaves a process-wide setting changed."""
     left = changes(settings_of_the_session)
     if left:
         pytest.fail(f"settings of the process that a fixture changed before: {'; '.join(left)}", pytrace=False)

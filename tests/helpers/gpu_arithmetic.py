@@ -1,7 +1,8 @@
-"""Triton's interpreter with the arithmetic of a GPU, as far as that is documented to be less than exact.
+"""Simulates the documented rounding errors of GPU arithmetic in Triton's interpreter.
 
-The interpreter rounds every float32 operation once; what a kernel becomes on sm_80 to sm_100 does not. Instructions as
-Triton 3.7.1 writes them, largest errors from the PTX ISA and, of libdevice, from the CUDA C++ programming guide:
+The interpreter rounds every float32 operation once; compiled kernels on sm_80 to sm_100 do not. Instructions are
+those that Triton 3.7.1 generates, with maximum errors from the PTX ISA and, for libdevice, the CUDA C++ programming
+guide:
 
     tl.exp2             ex2.approx.ftz.f32          2⁻²² of the result; 1 at 0
     tl.exp              ex2.approx.f32 of v·log₂e   the same, after the product's rounding
@@ -9,12 +10,13 @@ Triton 3.7.1 writes them, largest errors from the PTX ISA and, of libdevice, fro
     x / y               div.full.f32                2 ulp
     tl.sqrt             sqrt.approx.ftz.f32         2⁻²³
     tl.rsqrt            rsqrt.approx.ftz.f32        2⁻²²·⁹
-    tl.fma              fma.rn.f32                  rounded once, where the interpreter rounds twice
-    tl.dot "tf32"       mma, wgmma                  the last 13 bits of both operands are not read
-    tl.dot "tf32x3"     cvt.rna.tf32, three mma     x = big + small; the product of both smalls is left out
+    tl.fma              fma.rn.f32                  rounded once; the interpreter rounds twice
+    tl.dot "tf32"       mma, wgmma                  the last 13 bits of both operands are ignored
+    tl.dot "tf32x3"     cvt.rna.tf32, three mma     x = big + small; the product of the small parts is omitted
 
-tl.div_rn, tl.sqrt_rn, sums, products and products of matrices in "ieee" stay as they are. How errors are spread within
-their bounds is not documented: here evenly, by the bits of the arguments, with the result's rounding taken off.
+tl.div_rn, tl.sqrt_rn, sums, products and matrix products in "ieee" are unchanged. The distribution of errors within
+their bounds is not documented: here it is uniform, determined by the bits of the arguments, and the bounds are reduced
+by the rounding of the result.
 """
 
 import math
@@ -35,7 +37,7 @@ TF32_UNREAD = np.uint32(0x1FFF)
 
 @contextmanager
 def gpu_arithmetic(salt: int = 0) -> Iterator[None]:
-    """In here interpreted kernels compute as a GPU may; `salt` decides the errors."""
+    """Interpreted kernels compute with the errors that a GPU may have; `salt` selects the errors."""
 
     def unary(
         function: Callable[[Array], Array], exact_at: float, relative: float = 0.0, ulps: float = 0.0
@@ -45,7 +47,7 @@ def gpu_arithmetic(salt: int = 0) -> Iterator[None]:
                 return builder.unary_op(arg, function)
             with np.errstate(all="ignore"):
                 exact = function(arg.data.astype(np.float64))
-                value = _off(exact, relative, ulps, _evenly(arg.data, salt=salt))
+                value = _with_error(exact, relative, ulps, _uniform(arg.data, salt=salt))
             return TensorHandle(np.where(arg.data == exact_at, exact, value).astype(np.float32), arg.dtype.scalar)
 
         return create
@@ -60,7 +62,7 @@ def gpu_arithmetic(salt: int = 0) -> Iterator[None]:
             return builder.binary_op(lhs, rhs, np.divide)
         with np.errstate(all="ignore"):
             exact = np.divide(lhs.data, rhs.data, dtype=np.float64)
-            quotient = _off(exact, 0.0, 2.0, _evenly(lhs.data, rhs.data, salt=salt))
+            quotient = _with_error(exact, 0.0, 2.0, _uniform(lhs.data, rhs.data, salt=salt))
         return TensorHandle(quotient, lhs.dtype.scalar)
 
     with mock.patch.multiple(
@@ -78,8 +80,8 @@ def gpu_arithmetic(salt: int = 0) -> Iterator[None]:
         yield
 
 
-def _evenly(*args: Array, salt: int) -> Array:
-    """Numbers from −1 to 1 by the arguments' bits: an instruction answers the same to the same."""
+def _uniform(*args: Array, salt: int) -> Array:
+    """Numbers from −1 to 1 hashed from the arguments' bits, so that equal arguments give equal results."""
     mixed: Array = np.asarray(salt, np.uint32)
     for arg in args:
         mixed = (mixed ^ np.ascontiguousarray(arg).view(np.uint32).reshape(arg.shape)) * np.uint32(0x9E3779B1)
@@ -88,8 +90,8 @@ def _evenly(*args: Array, salt: int) -> Array:
     return mixed * 2.0**-31 - 1.0
 
 
-def _off(exact: Array, relative: float, ulps: float, evenly: Array) -> Array:
-    """float32 numbers that are off by no more than a part of the result, or so many ulps."""
+def _with_error(exact: Array, relative: float, ulps: float, evenly: Array) -> Array:
+    """`exact` in float32 with errors of at most `relative` times the result plus `ulps` ulps."""
     ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
     error = np.maximum(relative * np.abs(exact) + (ulps - 0.5) * ulp, 0.0) * evenly
     return np.where(np.isfinite(error), exact + error, exact).astype(np.float32)
@@ -105,7 +107,7 @@ def _dot(
 ) -> TensorHandle:
     parts = [(a.data, b.data)]
     if a.data.dtype == np.float32 and precision == ir.INPUT_PRECISION.TF32:
-        parts = [(_read(a.data), _read(b.data))]
+        parts = [(_tensor_core_input(a.data), _tensor_core_input(b.data))]
     elif a.data.dtype == np.float32 and precision == ir.INPUT_PRECISION.TF32x3:
         (big_a, small_a), (big_b, small_b) = _split(a.data), _split(b.data)
         parts = [(small_a, big_b), (big_a, small_b), (big_a, big_b)]
@@ -113,12 +115,12 @@ def _dot(
     return TensorHandle(sum(products[1:], products[0]) + acc.data, acc.dtype.scalar)
 
 
-def _read(x: Array) -> Array:
-    """What tensor cores see of float32."""
+def _tensor_core_input(x: Array) -> Array:
+    """float32 values as tensor cores read them."""
     return (np.ascontiguousarray(x).view(np.uint32) & ~TF32_UNREAD).view(np.float32)
 
 
 def _split(x: Array) -> tuple[Array, Array]:
-    """x rounded to tf32 (cvt.rna: halves away from zero), and what tensor cores see of the rest."""
-    big = _read((np.ascontiguousarray(x).view(np.uint32) + (TF32_UNREAD + 1) // 2).view(np.float32))
-    return big, _read(x - big)
+    """x rounded to tf32 (cvt.rna: halves away from zero), and the remainder as tensor cores read it."""
+    big = _tensor_core_input((np.ascontiguousarray(x).view(np.uint32) + (TF32_UNREAD + 1) // 2).view(np.float32))
+    return big, _tensor_core_input(x - big)

@@ -1,4 +1,4 @@
-"""Small folders of images for tests."""
+"""Creates small image folders."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def write_images(folder: Path, counts: dict[str, int], size: tuple[int, int] = (12, 10)) -> Path:
-    """Noise of (width, height), `counts[name]` PNG images of each class, no two alike. Returns the folder."""
+    """Write `counts[name]` distinct PNG images of noise, of size (width, height), per class. Returns the folder."""
     rng = np.random.default_rng(0)
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The extension of C++ kernels in builds for tests, each in a folder of its own."""
+"""Builds the C++ extension with other options, in separate folders."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ MODULE = "mvar_kernels._native"
 
 
 def build(folder: Path, *options: str) -> Path:
-    """The extension with these options of CMakeLists.txt, made anew where a source has changed."""
+    """Build the extension with the given CMake options, recompiling changed sources. Returns the module's path."""
     import pybind11
 
     path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
@@ -28,7 +28,7 @@ def build(folder: Path, *options: str) -> Path:
 
 
 def load(path: Path) -> None:
-    """Use the extension at `path` instead of the one in the package. Before anything has imported that one."""
+    """Use the extension at `path` instead of the package's, which must not have been imported yet."""
     spec = importlib.util.spec_from_file_location(MODULE, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Small models for the tests of accelerate inside other programs, and what they compare."""
+"""Small models and comparisons for the tests of accelerate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from mvar_kernels.patching.modules import Patch
 from tests.helpers.plain_var import PlainVAR, randomised
 
 LABELS = torch.tensor([3, 7])
-TOLERANCE = 1e-4  # as in test_patching.py, through one block of narrower layers
+TOLERANCE = 1e-4  # as in test_patching.py, for one block of narrower layers
 
 
 def plain(heads: int = 1, patch_nums: tuple[int, ...] = (1, 2), depth: int = 1, **sizes: Any) -> PlainVAR:

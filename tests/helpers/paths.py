@@ -1,4 +1,4 @@
-"""Folders of the checkout."""
+"""Paths in the repository."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A layer of mamba_ssm's published structure (state-spaces/mamba: names, shapes, inference cache), in plain PyTorch."""
+"""A plain PyTorch Mamba-2 layer with the names, shapes and inference cache of mamba_ssm (state-spaces/mamba)."""
 
 from types import SimpleNamespace
 
@@ -44,7 +44,7 @@ class PlainMamba2(nn.Module):
         cu_seqlens: Tensor | None = None,
         inference_params: SimpleNamespace | None = None,
     ) -> Tensor:
-        """(B, L, C) → (B, L, C); with a cache, its states are updated in place."""
+        """(B, L, C) → (B, L, C); states in a cache are updated in place."""
         if seqlen is not None:
             u = u.unflatten(0, (-1, seqlen))
         conv_state, ssm_state = self.allocate_inference_cache(len(u))
@@ -62,7 +62,7 @@ class PlainMamba2(nn.Module):
         return self._run(hidden_states, conv_state, ssm_state), conv_state, ssm_state
 
     def _run(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """Token by token from the states, which are updated in place."""
+        """Process the tokens one by one, starting from the states, which are updated in place."""
         z, xbc, dt = self.in_proj(u).split([self.d_ssm, self.conv1d.in_channels, self.nheads], -1)
         rows = torch.cat([conv_state.transpose(1, 2), xbc], 1)  # (B, width + L, channels)
         convolved = F.silu(

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="union-attr,operator,arg-type,list-item"
-# Submodules are found by name, as in the public code: torch types them as tensor or module.
-"""A model of VAR's published structure (arXiv 2404.02905; names and shapes of FoundationVision/VAR), in plain PyTorch.
+# Submodules are accessed by name, as in the public code, and torch types them as tensor or module.
+"""A plain PyTorch VAR (arXiv 2404.02905) with the names and shapes of FoundationVision/VAR.
 
-What a repository that follows VAR has, and nothing of ours: the specification of mvar's own VAR, and the model that
-`mvar_kernels.accelerate` is tried on. Attention under an L×L mask in training, over concatenated keys and values in
-generation; LN, modulation, gate and residual one after another; top-k and top-p by sorting.
+It is written as in repositories based on VAR and uses none of mvar's ops. It specifies mvar's VAR and serves as a test
+model for `mvar_kernels.accelerate`. Attention uses an L×L mask in training and concatenated keys and values in
+generation; LN, modulation, gate and residual are separate operations; top-k and top-p use sorting.
 """
 
 import math
@@ -63,7 +63,7 @@ class FFN(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leaves whole samples' branches out in training."""
+    """Drops the branch of random samples in training (stochastic depth)."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class PlainVAR(nn.Module):
         self.head_nm, self.head = AdaLNBeforeHead(C), nn.Linear(C, num_codes)
 
     def forward(self, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
-        """Logits (B, L, V) under teacher forcing."""
+        """Logits (B, L, V) with teacher forcing."""
         cond = self.class_emb(label_B)
         x = torch.cat([cond[:, None] + self.pos_start, self.word_embed(x_BLCv_wo_first_l)], 1)
         return self._logits(x + self.lvl_embed(self.lvl_1L) + self.pos_1LC, cond, self.attn_bias_for_masking)
@@ -161,12 +161,12 @@ class PlainVAR(nn.Module):
     def generate(
         self, tokenizer: Tokenizer, labels: Tensor, *, cfg: float = 1.5, top_k: int = 1, top_p: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) and the guided logits they were drawn from (B, L, V), over cached keys and values."""
+        """Tokens (B, L) and the guided logits (B, L, V) they are sampled from, using cached keys and values."""
         B, L = len(labels), len(self.scales)
         cond = self.class_emb(torch.cat([labels, torch.full_like(labels, self.num_classes)]))
         positions = (self.lvl_embed(self.lvl_1L) + self.pos_1LC).split(self.scales, 1)
         x = cond[:, None] + self.pos_start + positions[0]
-        f_hat = torch.zeros(B, tokenizer.code_dim, *2 * self.patch_nums[-1:])  # the tokenizer stays in float32
+        f_hat = torch.zeros(B, tokenizer.code_dim, *2 * self.patch_nums[-1:])  # the tokenizer is in float32
         tokens, drawn_from = [], []
         for block in self.blocks:
             block.attn.kv_caching(True)
@@ -184,7 +184,7 @@ class PlainVAR(nn.Module):
 
 
 def draw(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """(B, l, V) → (B, l): top-k, top-p by sorting, and a draw; `top_k` and `top_p` of 0 keep all."""
+    """Sample (B, l, V) → (B, l) with top-k and top-p by sorting; 0 disables `top_k` or `top_p`."""
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     if top_p:
@@ -196,7 +196,7 @@ def draw(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def randomised(model: PlainVAR, seed: int = 0) -> PlainVAR:
-    """Weights large enough that every branch and every bias counts."""
+    """Initialize with weights large enough that every branch and every bias contributes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -205,5 +205,5 @@ def randomised(model: PlainVAR, seed: int = 0) -> PlainVAR:
             elif p.dim() == 1:
                 p.copy_(0.2 * torch.randn(p.shape, generator=generator))
             elif "scale_mul" in name:
-                p.copy_(torch.linspace(1.0, 5.0, p.numel()).view(p.shape))  # the last beyond log 100
+                p.copy_(torch.linspace(1.0, 5.0, p.numel()).view(p.shape))  # the last exceeds log 100
     return model.eval()

@@ -1,10 +1,10 @@
-"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `python -m tests.helpers.sanitizers`.
+"""Runs the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `python -m tests.helpers.sanitizers`.
 
-Builds the extension with both in a folder of its own (CMakeLists.txt, MVAR_SANITIZE), then runs the specs' cases
-there, forward and backward: every op, dtype and instruction set of this machine, contiguous and strided inputs, odd and
-empty sizes, on one and two threads. The first fault ends the run with the sanitizer's report. `--op` takes one op.
+Builds the extension with both sanitizers in a separate folder (CMakeLists.txt, MVAR_SANITIZE), then runs the specs'
+cases, forward and backward: every op, dtype and instruction set of this machine, contiguous and strided inputs, odd and
+empty sizes, with one and two threads. The first fault ends the run with the sanitizer's report. `--op` selects one op.
 
-The sanitizers must be in the process before torch allocates: the runtime of GCC is preloaded, in a process of its own.
+The sanitizers must be loaded before torch allocates memory, so GCC's runtime is preloaded in a subprocess.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from pathlib import Path
 from tests.helpers.native_build import ROOT, build, load
 
 BUILD = ROOT / "build" / "sanitizers"
-# Leaks are Python's and torch's business, and so are their allocators' ways.
+# Leaks and allocator mismatches in Python and torch are ignored.
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
-# Sizes beside those of the specs' cases, by op.
+# Sizes in addition to those of the specs' cases, by op.
 EDGES = {
     "adaln": [
         {"B": 2, "L": 0, "C": 8},
@@ -43,7 +43,7 @@ EDGES |= {"gated_adaln": EDGES["adaln"], "mamba2_mixer": EDGES["ssd_scan"], "sof
 
 
 def absent() -> list[str]:
-    """The instruction sets that this machine lacks, as the extension of the package finds them."""
+    """Instruction sets that this machine lacks, according to the package's extension."""
     from mvar_kernels.dispatch import native
 
     extension = native()
@@ -59,7 +59,7 @@ def absent() -> list[str]:
 
 
 def runtime() -> str:
-    """What to preload."""
+    """The value of LD_PRELOAD."""
     compiler = os.environ.get("CXX", "g++")
     names = ("libasan.so", "libubsan.so")
     return " ".join(
@@ -71,7 +71,7 @@ def runtime() -> str:
 
 
 def run(only: str | None, sets: list[str] | None) -> None:
-    """Every case in this process, in which the sanitizers are."""
+    """Run every case in this process, which has the sanitizers loaded."""
     import torch
 
     from mvar_kernels.dispatch import native
@@ -98,7 +98,7 @@ def run(only: str | None, sets: list[str] | None) -> None:
 
 
 def calls(spec: "Spec") -> Iterator[Callable[[], object]]:  # type: ignore[name-defined]  # noqa: F821
-    """Every case of the op, and those of EDGES, in each dtype and layout."""
+    """Calls of the op for every case, including EDGES, in each dtype and layout."""
     from dataclasses import replace
     from functools import partial
 
@@ -106,7 +106,7 @@ def calls(spec: "Spec") -> Iterator[Callable[[], object]]:  # type: ignore[name-
 
     from mvar_kernels.testing.contract import evaluate, every_other, prepared, transposed
 
-    cases = [case for case in spec.cases if case.name != "d16_256"]  # nothing new in minutes
+    cases = [case for case in spec.cases if case.name != "d16_256"]  # takes minutes and covers nothing new
     base = next(case for case in cases if case.name in ("odd", "top_k"))
     cases += [replace(base, name=str(sizes), sizes=sizes) for sizes in EDGES[spec.op]]
     for case in cases:

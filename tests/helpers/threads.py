@@ -1,4 +1,4 @@
-"""Tests compute in one thread (conftest.py), but for those that are about their number."""
+"""Sets the number of threads; tests use one by default (conftest.py)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

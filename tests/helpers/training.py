@@ -1,4 +1,4 @@
-"""A training run on digits that takes seconds."""
+"""A short training run on digits."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ def flags(out: Path, **changed: Any) -> Flags:
 
 
 def arguments(out: Path, **changed: Any) -> list[str]:
-    """The same on the command line."""
+    """The flags as command-line arguments."""
     return [f"--{name}={value}" for name, value in {**SMALL, "out": str(out), **changed}.items()]
 
 
@@ -49,7 +49,7 @@ def data() -> Data:
 
 
 class _Trainer(Trainer):
-    """Computes as the command does: other products are other bits."""
+    """Uses the same matmul precision as the command, so that results are bit-identical."""
 
     def run(self) -> None:
         with float32_matmuls(self.context.device, fast=self.flags.tf32):
@@ -65,7 +65,7 @@ def trainer(
     items: int | None = None,
     source: Source | None = None,
 ) -> Trainer:
-    """items: so many of the digits only. source: instead of them."""
+    """items: use only this number of digits. source: use this instead of the digits."""
     model, (tokenizer, train, val) = new_model(run, data(), 0), data()
     train = source or train
     if not drops:
@@ -81,7 +81,7 @@ def trainer(
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    """The log's, of training."""
+    """The log's rows of training steps."""
     found = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [row for row in found if "loss" in row]
 

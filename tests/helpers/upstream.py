@@ -1,4 +1,4 @@
-"""The case of the public implementation under upstream_case/, as weight files and arrays."""
+"""Weights and arrays of the public implementation's test case in upstream_case/."""
 
 import json
 
@@ -16,7 +16,7 @@ PATCH_NUMS = tuple(CASE["patch_nums"])
 
 
 def weights(kind: str) -> dict[str, Tensor]:
-    """The state dict of "model" or "tokenizer", filled by the case's rule, whole: published buffers included."""
+    """The state dict of "model" or "tokenizer", filled by the case's rule and including published buffers."""
     scales = torch.tensor([n * n for n in PATCH_NUMS])
     levels = torch.repeat_interleave(torch.arange(len(scales)), scales)
     constructed = {

@@ -1,4 +1,4 @@
-"""All of generation by graph but the capture itself: buffers, padding, cache, seeds, and what happens without one."""
+"""Tests generation with CUDA graphs, except the capture itself: buffers, padding, cache, seeds and fallbacks."""
 
 import gc
 import importlib
@@ -19,18 +19,18 @@ generating = importlib.import_module("mvar.inference.api")  # `mvar.generate` is
 OPTIONS: dict[str, Any] = {"dtype": torch.float32, "top_k": 20, "seed": 9}
 
 
-class Recorded:
-    """Stands in for a CUDA graph: a replay reads the recording's inputs and writes its outputs, and nothing else.
+class FakeGraph:
+    """A fake CUDA graph whose replay only reads the recorded inputs and writes the recorded outputs.
 
-    Like a graph it does not keep the models alive whose weights it reads.
+    Like a CUDA graph, it does not keep the models alive whose weights it reads.
     """
 
-    made: list["Recorded"] = []
+    made: list["FakeGraph"] = []
     refuses = False
 
     def __init__(self, device: torch.device) -> None:
         self.replays = 0
-        Recorded.made.append(self)
+        FakeGraph.made.append(self)
 
     def record(self, function: Callable[..., Outputs], inputs: Sequence[Tensor], pool: Any) -> Outputs:
         if self.refuses:
@@ -54,10 +54,10 @@ class Recorded:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
-    """A machine on which graphs can be recorded."""
+    """Enables graphs on the CPU and replaces CUDA graphs by fake ones."""
     monkeypatch.setattr(generating, "has_graphs", lambda device: True)
-    monkeypatch.setattr(generating, "GRAPHS", Graphs(Recorded))
-    monkeypatch.setattr(Recorded, "made", [])
+    monkeypatch.setattr(generating, "GRAPHS", Graphs(FakeGraph))
+    monkeypatch.setattr(FakeGraph, "made", [])
     monkeypatch.setattr("mvar.inference.cuda_graphs._warned", set())
     graphs: Graphs = generating.GRAPHS
     yield graphs
@@ -75,59 +75,57 @@ def same(a: mvar.Generated, b: mvar.Generated) -> bool:
 
 @pytest.mark.parametrize("sizes", [{}, {"architecture": "var"}], ids=["mvar", "var"])
 @pytest.mark.parametrize("options", [{}, {"cfg": 0}, {"more_smooth": True}], ids=["guided", "unguided", "smooth"])
-def test_replays_with_other_labels_seeds_and_images(
-    graphs: Graphs, sizes: dict[str, Any], options: dict[str, Any]
-) -> None:
-    """One recording; every replay is what is drawn without one, and leaves alone what was given before."""
+def test_replays(graphs: Graphs, sizes: dict[str, Any], options: dict[str, Any]) -> None:
+    """Replays of one recording equal generation without a graph, and do not overwrite earlier results."""
     pair = small(**sizes)
     drawn = []
     for labels, seed, first in (([1, 2], 0, 0), ([1, 2], 1, 0), ([3, 2], 1, 0), ([3, 2], 1, 7), ([1, 2], 2**62 + 3, 0)):
         asked = OPTIONS | options | {"labels": labels, "seed": seed, "first_index": first}
         drawn.append((mvar.generate(*pair, **asked, graph=True), asked))
-    assert len(Recorded.made) == len(graphs) == 1 and Recorded.made[0].replays == 5
+    assert len(FakeGraph.made) == len(graphs) == 1 and FakeGraph.made[0].replays == 5
     assert len({tuple(out.tokens.flatten().tolist()) for out, _ in drawn}) == 5
     for out, asked in drawn:
         assert same(out, mvar.generate(*pair, **asked, graph=False))
 
 
-def test_a_batch_is_padded_and_what_is_padded_does_not_matter(graphs: Graphs) -> None:
+def test_padding(graphs: Graphs) -> None:
     pair = small()
     three, four = ([1, 2, 3], [1, 2, 3, 7])
     whole = mvar.generate(*pair, four, **OPTIONS)
     out = mvar.generate(*pair, three, **OPTIONS)
-    assert len(Recorded.made) == 1
+    assert len(FakeGraph.made) == 1
     assert out.tokens.shape[0] == out.images.shape[0] == 3
     assert torch.equal(out.tokens, whole.tokens[:3]) and torch.equal(out.images, whole.images[:3])
-    labels, image_index, _ = Recorded.made[0].inputs
+    labels, image_index, _ = FakeGraph.made[0].inputs
     assert labels.tolist() == [1, 2, 3, 3] and image_index.tolist() == [0, 1, 2, 2]
     assert same(out, mvar.generate(*pair, three, **OPTIONS, graph=False))
 
 
 def test_padded_batches() -> None:
-    """No batch shrinks, none of up to 64 doubles, and larger ones are as they are."""
+    """Padding never shrinks a batch, less than doubles those of up to 64 and leaves larger ones unchanged."""
     assert [padded_batch(n) for n in (1, 3, 17, 25, 26, 64, 65, 1000)] == [1, 4, 25, 25, 32, 64, 65, 1000]
     assert all(n <= padded_batch(n) < 2 * n or n == 1 for n in range(1, max(BATCHES) + 1))
 
 
-def test_the_cache_is_bounded_and_drops_what_is_unused_for_longest(graphs: Graphs) -> None:
+def test_cache_evicts_least_recently_used(graphs: Graphs) -> None:
     pair = small()
     for k in range(MAX_GRAPHS):
         mvar.generate(*pair, [1], **OPTIONS | {"top_k": 10 + k})
-    mvar.generate(*pair, [1], **OPTIONS | {"top_k": 10})  # used again: the next to go is top_k=11
+    mvar.generate(*pair, [1], **OPTIONS | {"top_k": 10})  # used again, so top_k=11 is evicted next
     mvar.generate(*pair, [1], **OPTIONS | {"top_k": 30})
-    assert len(graphs) == MAX_GRAPHS and len(Recorded.made) == MAX_GRAPHS + 1
+    assert len(graphs) == MAX_GRAPHS and len(FakeGraph.made) == MAX_GRAPHS + 1
     mvar.generate(*pair, [1], **OPTIONS | {"top_k": 10})
-    assert len(Recorded.made) == MAX_GRAPHS + 1
+    assert len(FakeGraph.made) == MAX_GRAPHS + 1
     mvar.generate(*pair, [1], **OPTIONS | {"top_k": 11})
-    assert len(Recorded.made) == MAX_GRAPHS + 2 and len(graphs) == MAX_GRAPHS
-    first, *others = Recorded.made
-    assert first.shared is None and all(other.shared in Recorded.made for other in others)  # one pool
+    assert len(FakeGraph.made) == MAX_GRAPHS + 2 and len(graphs) == MAX_GRAPHS
+    first, *others = FakeGraph.made
+    assert first.shared is None and all(other.shared in FakeGraph.made for other in others)  # all share one memory pool
 
 
 @pytest.mark.parametrize(
     "other", [{"cfg": 2.0}, {"top_k": 3}, {"top_p": 0.5}, {"more_smooth": True}, {"backend": "reference"}]
 )
-def test_other_options_are_other_graphs(graphs: Graphs, other: dict[str, Any]) -> None:
+def test_options_are_part_of_cache_key(graphs: Graphs, other: dict[str, Any]) -> None:
     pair = small()
     mvar.generate(*pair, [1], **OPTIONS)
     out = mvar.generate(*pair, [1], **OPTIONS | other)
@@ -135,7 +133,7 @@ def test_other_options_are_other_graphs(graphs: Graphs, other: dict[str, Any]) -
     assert same(out, mvar.generate(*pair, [1], **OPTIONS | other, graph=False))
 
 
-def test_other_products_are_another_graph(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matmul_precision_is_part_of_cache_key(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = small()
     mvar.generate(*pair, [1], **OPTIONS)
     other = "high" if torch.get_float32_matmul_precision() == "highest" else "highest"
@@ -145,17 +143,17 @@ def test_other_products_are_another_graph(graphs: Graphs, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("owner", [0, 1])
-def test_changed_weights_are_recorded_anew(graphs: Graphs, owner: int) -> None:
+def test_changed_weights_are_recaptured(graphs: Graphs, owner: int) -> None:
     pair = small()
     before = mvar.generate(*pair, [1], **OPTIONS)
     with torch.no_grad():
         (pair[0].head.bias[:32] if owner == 0 else pair[1].decoder.conv_out.bias).add_(5)
     out = mvar.generate(*pair, [1], **OPTIONS)
-    assert len(graphs) == 1 and len(Recorded.made) == 2 and not same(out, before)
+    assert len(graphs) == 1 and len(FakeGraph.made) == 2 and not same(out, before)
     assert same(out, mvar.generate(*pair, [1], **OPTIONS, graph=False))
 
 
-def test_graphs_are_gone_with_their_model(graphs: Graphs) -> None:
+def test_graphs_are_freed_with_model(graphs: Graphs) -> None:
     pair, other = small(), small()
     mvar.generate(*pair, [1], **OPTIONS)
     mvar.generate(*other, [1], **OPTIONS)
@@ -167,21 +165,21 @@ def test_graphs_are_gone_with_their_model(graphs: Graphs) -> None:
     assert len(graphs) == 0
 
 
-def test_a_capture_that_fails_is_said_once_and_not_tried_again(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_capture_warns_once(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = small()
     expected = mvar.generate(*pair, [1, 2, 3], **OPTIONS, graph=False)
-    monkeypatch.setattr(Recorded, "refuses", True)
+    monkeypatch.setattr(FakeGraph, "refuses", True)
     with pytest.warns(RuntimeWarning, match="without a CUDA graph, slower: operation not permitted") as said:
         for _ in range(3):
             assert same(mvar.generate(*pair, [1, 2, 3], **OPTIONS), expected)
-    assert len(said) == 1 and len(Recorded.made) == 1
+    assert len(said) == 1 and len(FakeGraph.made) == 1
     with pytest.raises(RuntimeError, match="operation not permitted"):
         mvar.generate(*pair, [1, 2, 3], **OPTIONS, graph=True)
 
 
-def test_a_capture_that_fails_keeps_nothing_alive(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_capture_frees_model(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = small()
-    monkeypatch.setattr(Recorded, "refuses", True)
+    monkeypatch.setattr(FakeGraph, "refuses", True)
     with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
         mvar.generate(*pair, [1], **OPTIONS)
     model = weakref.ref(pair[0])
@@ -190,8 +188,8 @@ def test_a_capture_that_fails_keeps_nothing_alive(graphs: Graphs, monkeypatch: p
     assert model() is None and len(graphs) == 0
 
 
-def test_errors_of_a_recording_are_those_of_generation(graphs: Graphs) -> None:
-    """What is wrong with the arguments is no failure of the capture."""
+def test_generation_errors(graphs: Graphs) -> None:
+    """Invalid arguments and weights raise the usual errors, not capture errors."""
     pair = small()
     with pytest.raises(ValueError, match="top_k"):
         mvar.generate(*pair, [1], **OPTIONS | {"top_k": -1})
@@ -203,8 +201,8 @@ def test_errors_of_a_recording_are_those_of_generation(graphs: Graphs) -> None:
     assert len(graphs) == 1
 
 
-def test_weights_made_in_inference_mode_are_not_recorded(graphs: Graphs) -> None:
-    """Their copy is made anew each time, and a recording with it would cost more than it saves."""
+def test_inference_mode_weights_are_not_captured(graphs: Graphs) -> None:
+    """Their inference copy is rebuilt for each call, so a recording would cost more than it saves."""
     pair = small()
     with torch.inference_mode():
         pair[0].head.weight = nn.Parameter(pair[0].head.weight.clone(), requires_grad=False)
@@ -212,14 +210,14 @@ def test_weights_made_in_inference_mode_are_not_recorded(graphs: Graphs) -> None
     assert len(graphs) == 0
 
 
-def test_images_of_every_scale_are_drawn_without_a_graph(graphs: Graphs) -> None:
+def test_return_scales_uses_no_graph(graphs: Graphs) -> None:
     pair = small()
     out = mvar.generate(*pair, [1, 2, 3], **OPTIONS, return_scales=True)
     assert len(graphs) == 0 and out.scales is not None and [len(t) for t in out.scales] == [3, 3, 3]
     assert same(out, mvar.generate(*pair, [1, 2, 3], **OPTIONS))
 
 
-def test_no_graph_where_there_is_no_gpu() -> None:
+def test_graph_requires_gpu() -> None:
     pair = small()
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="graph: CUDA graphs need a GPU, and the model is on cpu"):
@@ -227,9 +225,7 @@ def test_no_graph_where_there_is_no_gpu() -> None:
         assert same(mvar.generate(*pair, [1], **OPTIONS), mvar.generate(*pair, [1], **OPTIONS, graph=False))
 
 
-def test_a_compiled_decoder_is_another_tokenizer_and_another_graph(
-    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compile_decoder_uses_separate_graph(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(module))
     pair = small()
@@ -239,11 +235,11 @@ def test_a_compiled_decoder_is_another_tokenizer_and_another_graph(
     assert len(graphs) == 2 and len(compiled) == 1
 
 
-def test_one_recording_in_and_out_of_inference_mode(graphs: Graphs) -> None:
+def test_recording_is_shared_with_inference_mode(graphs: Graphs) -> None:
     pair = small()
     with torch.inference_mode():
         first = mvar.generate(*pair, [1], **OPTIONS)
     second = mvar.generate(*pair, [2], **OPTIONS)
     with torch.inference_mode():
         assert same(mvar.generate(*pair, [1], **OPTIONS), first)
-    assert len(Recorded.made) == 1 and same(second, mvar.generate(*pair, [2], **OPTIONS, graph=False))
+    assert len(FakeGraph.made) == 1 and same(second, mvar.generate(*pair, [2], **OPTIONS, graph=False))

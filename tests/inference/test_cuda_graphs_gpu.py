@@ -1,4 +1,4 @@
-"""CUDA graphs of whole generations, captured: what test_graphs.py leaves to a GPU."""
+"""Tests captured CUDA graphs of generation on a GPU."""
 
 import gc
 import importlib
@@ -20,10 +20,12 @@ def on_gpu(**sizes: Any) -> tuple[mvar.Model, mvar.Tokenizer]:
     return model.cuda(), tokenizer.cuda()
 
 
-@pytest.mark.parametrize("sizes", [{}, {"bidirectional": True}, {"architecture": "var"}], ids=["mvar", "both", "var"])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"bidirectional": True}, {"architecture": "var"}], ids=["mvar", "bidirectional", "var"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"cfg": 0}, {"more_smooth": True}], ids=["guided", "unguided", "smooth"])
-def test_replays_are_what_is_drawn_without_a_graph(
+def test_replay_matches_generation_without_graph(
     sizes: dict[str, Any], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     pair = on_gpu(**sizes)
@@ -32,8 +34,8 @@ def test_replays_are_what_is_drawn_without_a_graph(
         assert same(mvar.generate(*pair, **asked, graph=True), mvar.generate(*pair, **asked, graph=False))
 
 
-def test_graphs_in_one_pool_leave_one_another_alone() -> None:
-    """Two models and two batch sizes in turns, on two streams; then one model is gone, and its memory."""
+def test_shared_memory_pool() -> None:
+    """Alternates two models and two batch sizes on two streams, then checks that graphs are freed with the models."""
     pairs = [on_gpu(), on_gpu(architecture="var")]
     asked = [{"labels": [3] * n, "seed": n, "dtype": torch.float32, "top_k": 20} for n in (1, 8)]
     alone = [[mvar.generate(*pair, **options, graph=False) for options in asked] for pair in pairs]
@@ -49,7 +51,7 @@ def test_graphs_in_one_pool_leave_one_another_alone() -> None:
     assert len(generating.GRAPHS) == 0
 
 
-def test_changed_weights_are_captured_anew() -> None:
+def test_changed_weights_are_recaptured() -> None:
     pair = on_gpu()
     before = mvar.generate(*pair, [1], dtype=torch.float32, top_k=20, graph=True)
     with torch.no_grad():
@@ -59,10 +61,10 @@ def test_changed_weights_are_captured_anew() -> None:
     assert same(out, mvar.generate(*pair, [1], dtype=torch.float32, top_k=20, graph=False))
 
 
-def test_copies_to_the_host_do_not_wait_for_what_comes_later() -> None:
+def test_copy_to_host() -> None:
     source = torch.arange(1 << 20, device="cuda")
     arriving = to_host(source, source.sum())
-    source = source.new_zeros(1 << 20)  # may take the memory over, but not before it is copied
+    source = source.new_zeros(1 << 20)  # may reuse the memory, but not before the copy is done
     values, total = arriving()
     assert torch.equal(values, torch.arange(1 << 20)) and int(total) == (1 << 19) * ((1 << 20) - 1)
     assert values.is_pinned()

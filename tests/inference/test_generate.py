@@ -1,4 +1,4 @@
-"""Generation: agreement with the public implementation, the carried state, and where random numbers come from."""
+"""Tests generation: agreement with the public implementation, the carried state, and random numbers."""
 
 import math
 import subprocess
@@ -23,7 +23,7 @@ LABELS = torch.tensor([3, 7, 1])
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[mvar.MVAR, Tokenizer]:
-    """The public implementation's case, read through the loaders."""
+    """The model and tokenizer of the upstream case, read by the loaders."""
     folder: Path = tmp_path_factory.mktemp("weights")
     for kind in ("model", "tokenizer"):
         torch.save(upstream.weights(kind), folder / f"{kind}.pth")
@@ -32,7 +32,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[mvar.MVAR, Toke
 
 
 def small(**sizes: object) -> tuple[mvar.MVAR, Tokenizer]:
-    """A random pair of modest size; its gates are wide open, so that every branch counts."""
+    """A small random model and tokenizer, with gates large enough that every branch contributes."""
     tokenizer = mvar.TokenizerConfig(
         (1, 2, 3, 5), num_codes=64, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False
     )
@@ -40,7 +40,7 @@ def small(**sizes: object) -> tuple[mvar.MVAR, Tokenizer]:
     return mvar.init_weights(model, alng=1.0, hd=1.0, seed=4), images
 
 
-def test_logits_agree_with_the_public_implementation(published: tuple[mvar.MVAR, Tokenizer]) -> None:
+def test_logits_match_public_implementation(published: tuple[mvar.MVAR, Tokenizer]) -> None:
     model, tokenizer = published
     tokens = torch.from_numpy(upstream.ARRAYS["tokens"]).long()
     with torch.no_grad():
@@ -48,19 +48,17 @@ def test_logits_agree_with_the_public_implementation(published: tuple[mvar.MVAR,
     assert np.abs(logits[:, ::5, ::4].numpy() - upstream.ARRAYS["logits_every_5th_4th"]).max() < 1e-4
 
 
-def test_greedy_images_agree_with_the_public_implementation(published: tuple[mvar.MVAR, Tokenizer]) -> None:
+def test_greedy_images_match_public_implementation(published: tuple[mvar.MVAR, Tokenizer]) -> None:
     out = mvar.generate(*published, upstream.ARRAYS["labels"], cfg=1.5, top_k=1, dtype=torch.float32)
     assert np.array_equal(out.tokens.numpy(), upstream.ARRAYS["greedy_tokens"])
     assert np.abs(out.images[:, :, ::8, ::8].numpy() - upstream.ARRAYS["greedy_images_every_8th"]).max() < 1e-3
 
 
 @torch.no_grad()
-def generate_over_the_prefix(
-    model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor, cfg: float
-) -> tuple[Tensor, Tensor]:
-    """The public algorithm: at every scale all layers run over the whole prefix, guidance comes after the head.
+def generate_from_prefix(model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor, cfg: float) -> tuple[Tensor, Tensor]:
+    """Greedy generation with the public algorithm, which runs all layers over the full prefix at every scale.
 
-    Greedy. Returns tokens (B, L) and guided logits (B, L, V).
+    Guidance is applied after the head. Returns tokens (B, L) and guided logits (B, L, V).
     """
     B, scales = len(labels), model.config.scales
     both = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
@@ -82,8 +80,8 @@ def generate_over_the_prefix(
     return torch.cat(tokens, 1), torch.cat(logits, 1)
 
 
-def guided_logits_of(model: mvar.MVAR, run: object) -> tuple[mvar.Generated, Tensor]:
-    """What the head gives during a generation, all scales in a row."""
+def with_guided_logits(model: mvar.MVAR, run: object) -> tuple[mvar.Generated, Tensor]:
+    """The generated images and the outputs of the head, concatenated over the scales."""
     seen: list[Tensor] = []
     head = prepared_model(model, torch.float32).head
     handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -94,29 +92,31 @@ def guided_logits_of(model: mvar.MVAR, run: object) -> tuple[mvar.Generated, Ten
     return out, torch.cat(seen, 1)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"bidirectional": True}, {"qk_norm": True}], ids=["plain", "both", "qk_norm"])
-def test_carried_state_equals_the_whole_prefix(sizes: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    "sizes", [{}, {"bidirectional": True}, {"qk_norm": True}], ids=["plain", "bidirectional", "qk_norm"]
+)
+def test_carried_state_matches_full_prefix(sizes: dict[str, bool]) -> None:
     model, tokenizer = small(**sizes)
-    expected_tokens, expected_logits = generate_over_the_prefix(model, tokenizer, LABELS, cfg=1.5)
-    out, logits = guided_logits_of(
+    expected_tokens, expected_logits = generate_from_prefix(model, tokenizer, LABELS, cfg=1.5)
+    out, logits = with_guided_logits(
         model, lambda: mvar.generate(model, tokenizer, LABELS, cfg=1.5, top_k=1, dtype=torch.float32)
     )
     assert torch.equal(out.tokens, expected_tokens)
     assert (logits - expected_logits).abs().max() < 1e-5 * max(1.0, float(expected_logits.abs().max()))
 
 
-def test_carried_state_equals_the_whole_prefix_on_the_published_case(published: tuple[mvar.MVAR, Tokenizer]) -> None:
+def test_carried_state_matches_full_prefix_on_upstream_case(published: tuple[mvar.MVAR, Tokenizer]) -> None:
     model, tokenizer = published
-    expected_tokens, expected_logits = generate_over_the_prefix(model, tokenizer, LABELS, cfg=1.5)
-    out, logits = guided_logits_of(
+    expected_tokens, expected_logits = generate_from_prefix(model, tokenizer, LABELS, cfg=1.5)
+    out, logits = with_guided_logits(
         model, lambda: mvar.generate(model, tokenizer, LABELS, cfg=1.5, top_k=1, dtype=torch.float32)
     )
     assert torch.equal(out.tokens, expected_tokens)
     assert (logits - expected_logits).abs().max() < 1e-5
 
 
-def test_680_token_passes_at_256_not_1710() -> None:
-    """Counted at the mixer of a model with the 256×256 schedule; the public algorithm, counted alike, makes 1,710."""
+def test_number_of_token_passes() -> None:
+    """With the 256×256 schedule the mixer processes 680 tokens, and 1,710 with the public algorithm."""
     patch_nums = mvar.SCHEDULES[256]
     tokenizer_config = mvar.TokenizerConfig(
         patch_nums, num_codes=32, ch=32, ch_mult=(1,), num_res_blocks=1, attention=False
@@ -132,12 +132,12 @@ def test_680_token_passes_at_256_not_1710() -> None:
     assert sum(passes) == 680
     model.blocks[0].mamba.register_forward_pre_hook(count)
     passes.clear()
-    generate_over_the_prefix(model, tokenizer, torch.tensor([1]), cfg=1.5)
+    generate_from_prefix(model, tokenizer, torch.tensor([1]), cfg=1.5)
     assert sum(passes) == 1710
 
 
-def test_modulation_runs_once_a_generation() -> None:
-    """Once for the whole batch, the unconditional row once: B + 1 rows."""
+def test_modulation_runs_once() -> None:
+    """Modulation is computed for B + 1 rows, as the unconditional row is shared."""
     model, tokenizer = small()
     rows: list[int] = []
     prepared = prepared_model(model, torch.float32)
@@ -147,7 +147,7 @@ def test_modulation_runs_once_a_generation() -> None:
 
 
 @pytest.mark.parametrize("more_smooth", [False, True])
-def test_a_batch_equals_its_images_one_by_one(more_smooth: bool) -> None:
+def test_batch_invariance(more_smooth: bool) -> None:
     model, tokenizer = small()
     labels = torch.arange(8)
     options = {"seed": 9, "more_smooth": more_smooth, "dtype": torch.float32, "top_k": 20}
@@ -160,7 +160,7 @@ def test_a_batch_equals_its_images_one_by_one(more_smooth: bool) -> None:
     assert not torch.equal(other.tokens, whole.tokens)
 
 
-def test_global_random_state_is_neither_read_nor_moved() -> None:
+def test_global_rng_state_is_unused() -> None:
     model, tokenizer = small()
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -170,7 +170,7 @@ def test_global_random_state_is_neither_read_nor_moved() -> None:
     assert torch.equal(mvar.generate(model, tokenizer, LABELS, seed=2, dtype=torch.float32).tokens, first.tokens)
 
 
-def test_random_weights_follow_from_the_seed_alone() -> None:
+def test_random_weights_depend_only_on_seed() -> None:
     def weights(seed: int) -> list[Tensor]:
         sizes = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
         model, tokenizer = mvar.build(1, num_classes=2, tokenizer=sizes, seed=seed)
@@ -185,7 +185,7 @@ def test_random_weights_follow_from_the_seed_alone() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(weights(3), first, strict=True))
 
 
-def test_random_weights_do_not_depend_on_other_threads() -> None:
+def test_random_weights_in_threads() -> None:
     def weights(seed: int) -> Tensor:
         sizes = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
         return mvar.build(1, num_classes=2, tokenizer=sizes, seed=seed)[1].encoder.conv_in.weight
@@ -197,11 +197,11 @@ def test_random_weights_do_not_depend_on_other_threads() -> None:
     assert all(torch.equal(weight, weights(i % 2)) for i, weight in enumerate(found))
 
 
-def test_tokens_are_drawn_from_the_head_s_logits_as_asked() -> None:
-    """By the filters, seed and images given, and each scale with numbers of its own."""
+def test_sampling_options() -> None:
+    """Sampling uses the given filters, seed and image indices, and separate random numbers per scale."""
     model, tokenizer = small()
     asked: dict[str, Any] = {"top_k": 20, "top_p": 0.7, "seed": 9}
-    out, logits = guided_logits_of(
+    out, logits = with_guided_logits(
         model, lambda: mvar.generate(model, tokenizer, LABELS, first_index=5, dtype=torch.float32, **asked)
     )
     by_scale = (t.split(model.config.scales, 1) for t in (logits, out.tokens))
@@ -210,7 +210,7 @@ def test_tokens_are_drawn_from_the_head_s_logits_as_asked() -> None:
         assert torch.equal(tokens, drawn), k
 
 
-def test_guidance_off_leaves_the_unconditional_rows_out() -> None:
+def test_no_unconditional_rows_without_guidance() -> None:
     model, tokenizer = small()
     rows: list[int] = []
     prepared = prepared_model(model, torch.float32)
@@ -219,7 +219,7 @@ def test_guidance_off_leaves_the_unconditional_rows_out() -> None:
     assert set(rows) == {3}
 
 
-def test_images_of_every_scale() -> None:
+def test_return_scales() -> None:
     model, tokenizer = small()
     out = mvar.generate(model, tokenizer, LABELS, return_scales=True, dtype=torch.float32)
     assert out.scales is not None and len(out.scales) == 4
@@ -228,7 +228,7 @@ def test_images_of_every_scale() -> None:
     torch.testing.assert_close(out.images, (tokenizer.decode(out.tokens) + 1) / 2)
 
 
-def test_more_smooth_sharpens_and_cools_as_var_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_smooth_parameters_match_var(monkeypatch: pytest.MonkeyPatch) -> None:
     """logits·(1+k/(K−1)) at temperature 0.27·(1−0.95·k/(K−1)), for four scales."""
     soft_embedding, seen = mk.soft_embedding, []
 
@@ -243,13 +243,13 @@ def test_more_smooth_sharpens_and_cools_as_var_does(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_copy_follows_the_weights(dtype: torch.dtype) -> None:
-    """Made once, made anew when a weight changes, and near float32: the logits within a few roundings."""
+def test_half_precision_copy(dtype: torch.dtype) -> None:
+    """The copy is cached, rebuilt when a weight changes, and its logits match float32 within a few roundings."""
     model, tokenizer = small()
     copy = prepared_model(model, dtype)
     assert prepared_model(model, dtype) is copy
     mixer = copy.blocks[0].mamba
-    assert {t.dtype for t in (mixer.dt_bias, mixer.A_log, mixer.D)} == {torch.float32}  # the recurrence's
+    assert {t.dtype for t in (mixer.dt_bias, mixer.A_log, mixer.D)} == {torch.float32}  # parameters of the recurrence
     inputs = torch.randn(3, 38, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact, rough = model(LABELS, inputs), copy(LABELS, inputs)
@@ -301,7 +301,7 @@ def test_bad_arguments(wrong: dict[str, object], error: type[Exception], message
         ("patch_nums", mvar.TokenizerConfig((1, 2, 4, 5), num_codes=64, ch=32, ch_mult=(1,))),
     ],
 )
-def test_model_and_tokenizer_that_do_not_fit(name: str, config: mvar.TokenizerConfig) -> None:
+def test_model_tokenizer_mismatch(name: str, config: mvar.TokenizerConfig) -> None:
     with pytest.raises(ValueError, match=f"do not fit together: {name}"):
         mvar.generate(small()[0], Tokenizer(config), [1])
 
@@ -317,11 +317,11 @@ def test_model_and_tokenizer_that_do_not_fit(name: str, config: mvar.TokenizerCo
         (1, "decoder.conv_out.bias"),
     ],
 )
-def test_nan_weights_are_not_drawn_from(owner: int, name: str) -> None:
+def test_nan_weights(owner: int, name: str) -> None:
     pair = small()
     with torch.no_grad():
         pair[owner].get_parameter(name).view(-1)[0] = torch.nan
-    # A single code of the codebook may not be met: all of its entries are spoilt.
+    # A single code might not be sampled, so the entire codebook is set to NaN.
     if name == "quantize.embedding.weight":
         pair[owner].get_parameter(name).data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
@@ -329,7 +329,7 @@ def test_nan_weights_are_not_drawn_from(owner: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_codes_that_the_head_rules_out_are_not_drawn(dtype: torch.dtype) -> None:
+def test_codes_with_infinite_bias_are_not_sampled(dtype: torch.dtype) -> None:
     model, tokenizer = small()
     ruled_out = torch.arange(64) % 2 == 1
     with torch.no_grad():
@@ -343,7 +343,7 @@ def test_codes_that_the_head_rules_out_are_not_drawn(dtype: torch.dtype) -> None
         mvar.generate(model, tokenizer, [1], dtype=dtype)
 
 
-def test_overflow_in_float16_is_not_drawn_from() -> None:
+def test_float16_overflow() -> None:
     model, tokenizer = small()
     with torch.no_grad():
         model.head.weight.mul_(1e5)
@@ -353,8 +353,8 @@ def test_overflow_in_float16_is_not_drawn_from() -> None:
 
 
 @pytest.mark.slow
-def test_the_model_trains_compiled_and_under_autocast() -> None:
-    """One graph with label and branch dropping on; under autocast gradients stay near float32's."""
+def test_training_with_compile_and_autocast() -> None:
+    """Training compiles to one graph with label and branch dropping, and autocast gradients are close to float32."""
     model, _ = small(drop_path=0.3)
     inputs = torch.randn(3, 38, 32, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
@@ -371,8 +371,8 @@ def test_the_model_trains_compiled_and_under_autocast() -> None:
     assert (grads[0] - grads[1]).norm() < 16 * torch.finfo(torch.bfloat16).eps * grads[0].norm()
 
 
-def test_training_mode_drops_labels_and_branches() -> None:
-    """In training mode a share of labels is replaced and whole branches are switched off; not in evaluation."""
+def test_label_and_branch_dropping() -> None:
+    """Training mode drops labels and branches at random; evaluation mode does not."""
     model, _ = small(label_drop=0.5, drop_path=0.5)
     labels, inputs = torch.full((64,), 3), torch.randn(1, 38, 32).expand(64, -1, -1)
     assert torch.allclose(model(labels, inputs)[0], model(labels, inputs)[1], atol=1e-5)
@@ -382,8 +382,8 @@ def test_training_mode_drops_labels_and_branches() -> None:
     assert 4 < len(kinds) < 64  # 2 labels × 2 states each of the last block's three branches, at most 16
 
 
-def test_a_first_generation_imports_what_it_needs() -> None:
-    """Neither Triton nor torch._dynamo: with those it took 8 s instead of 3 (AMD EPYC, Zen 3)."""
+def test_generation_avoids_slow_imports() -> None:
+    """Generation imports neither Triton nor torch._dynamo; with them it took 8 s instead of 3 (AMD EPYC, Zen 3)."""
     assets = Path(mvar.__file__).parent / "assets"
     code = (
         "import sys, mvar\n"

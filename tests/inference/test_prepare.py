@@ -1,4 +1,4 @@
-"""Inference copies: the same numbers as the modules they were made from."""
+"""Tests that inference copies compute the same results as the original modules."""
 
 import copy
 from typing import Any
@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 
 def rounding(dtype: torch.dtype, terms: int) -> float:
-    """Largest relative error of a sum of so many products, in units of the result's size: √terms roundings, ×8."""
+    """Tolerance relative to the largest result of a sum of `terms` products: in float32, 8·√terms roundings."""
     return 8 * terms**0.5 * torch.finfo(dtype).eps if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 33])
-def test_packed_layers_equal_their_originals(dtype: torch.dtype, rows: int) -> None:
+def test_prepacked_layers(dtype: torch.dtype, rows: int) -> None:
     if not can_prepack(CPU, dtype):
         pytest.skip("oneDNN prepacks no bfloat16 on this CPU")
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def test_packed_layers_equal_their_originals(dtype: torch.dtype, rows: int) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fused_upsampling_convolution_equals_upsampling_and_convolution(dtype: torch.dtype) -> None:
+def test_fuse_upsample_conv(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 10, kernel_size=3, padding=1).requires_grad_(False).to(dtype)
     fused, exactly = fuse_upsample_conv(conv), copy.deepcopy(conv).double()
@@ -53,7 +53,7 @@ def test_a_fused_upsampling_convolution_equals_upsampling_and_convolution(dtype:
         assert (got - exact).abs().max() <= rounding(dtype, 54) * exact.abs().max()
 
 
-def test_the_decoder_by_dtype() -> None:
+def test_decoder_dtypes() -> None:
     _, tokenizer = mvar.build(
         1,
         num_classes=2,
@@ -68,11 +68,11 @@ def test_the_decoder_by_dtype() -> None:
     assert torch.equal(in_16_bits.quantize.embedding.weight, tokenizer.quantize.embedding.weight)
     rough = in_16_bits.decode_features(features)
     psnr_db = -10 * ((rough - exact).square().mean() / 4).log10()
-    assert rough.dtype == torch.float32 and 35 < psnr_db < 80  # not bit-equal either: it did run in bfloat16
+    assert rough.dtype == torch.float32 and 35 < psnr_db < 80  # below 80 dB, so it did run in bfloat16
 
 
-def test_a_copy_leaves_its_model_alone() -> None:
-    """No parameter of the original is converted, replaced or packed."""
+def test_copy_does_not_change_model() -> None:
+    """Preparing a copy does not convert, replace or pack any parameter of the original."""
     model, _ = mvar.build(
         1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
     )
@@ -86,8 +86,8 @@ def test_a_copy_leaves_its_model_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_the_mixer_s_steps_stay_in_float32(dtype: torch.dtype, bidirectional: bool, mixer_inputs: list[Any]) -> None:
-    """Beside 16-bit x, B and C: rounding dt moves every decay."""
+def test_mixer_dt_is_float32(dtype: torch.dtype, bidirectional: bool, mixer_inputs: list[Any]) -> None:
+    """dt is computed in float32 while x, B and C are 16-bit, as rounding dt changes every decay."""
     model, _ = mvar.build(2, width=64, bidirectional=bidirectional)
     layer = prepared_model(model, dtype).get_submodule("blocks.0.mamba")
     exact = model.get_submodule("blocks.0.mamba")
@@ -101,8 +101,8 @@ def test_the_mixer_s_steps_stay_in_float32(dtype: torch.dtype, bidirectional: bo
     assert (projected - want[..., : projected.shape[-1]]).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
 
 
-def test_weights_made_in_inference_mode_are_never_stale() -> None:
-    """Such tensors count no versions: a change of theirs cannot be seen, so the copy is made anew."""
+def test_inference_mode_weights_are_not_stale() -> None:
+    """Inference tensors have no version counter, so changes go unnoticed and the copy is rebuilt for each call."""
     sizes = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
     with torch.inference_mode():
         model, _ = mvar.build(1, num_classes=2, tokenizer=sizes)
@@ -113,8 +113,8 @@ def test_weights_made_in_inference_mode_are_never_stale() -> None:
 
 @pytest.mark.parametrize("sizes", [{}, {"architecture": "var"}, {"architecture": "var", "shared_adaln": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_joined_modulation_is_that_of_the_layers(sizes: dict[str, Any], dtype: torch.dtype) -> None:
-    """Every vector at its place; rows are expanded once, after the product."""
+def test_joined_modulation(sizes: dict[str, Any], dtype: torch.dtype) -> None:
+    """The joined layer returns the vectors of all layers in order, with rows expanded after the product."""
     tokenizer = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
     model, _ = mvar.build(3, num_classes=4, tokenizer=tokenizer, **sizes)
     mvar.init_weights(model, alng=1.0, seed=1)

@@ -1,4 +1,4 @@
-"""The C++ extension: its instruction sets, its threads, and an install that has to do without it."""
+"""Tests the C++ extension: instruction sets, threads, and installation without a compiler."""
 
 import importlib.util
 import sys
@@ -29,12 +29,12 @@ def _inputs(B: int, L: int, C: int, dtype: torch.dtype) -> dict[str, Tensor]:
     shapes = {"x": (B, L, C), "branch": (B, L, C), "grad_x_new": (B, L, C), "grad_out": (B, L, C)}
     shapes |= {"gate": (B, C), "scale": (B, C), "shift": (B, C)}  # type: ignore[dict-item]
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    tensors["x"] = tensors["x"] + 3  # a mean far from zero shows a variance that cancels
+    tensors["x"] = tensors["x"] + 3  # a mean far from zero reveals cancellation in the variance
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _run(module: Any, t: dict[str, Tensor], suffix: str) -> list[Tensor]:
-    """Every output of every kernel."""
+    """All outputs of all adaLN kernels."""
     adaln, gated = getattr(module, f"adaln_{suffix}"), getattr(module, f"gated_adaln_{suffix}")
     plain = AdaLN(t["x"], t["scale"], t["shift"], EPS)
     with_gate = GatedAdaLN(t["x"], t["branch"], t["gate"], t["scale"], t["shift"], EPS)
@@ -62,14 +62,16 @@ def test_instruction_set_agrees_with_float64(
         if want.numel():
             reference_error = (same.double() - want).abs().max().item()
             rounding = torch.finfo(dtype).eps * want.abs().max().item()
-            # Two roundings, not one: over a handful of values the reference may just be lucky.
+            # Allow two roundings, as the reference may be exact by chance on a few values.
             assert (got.double() - want).abs().max().item() <= 2 * reference_error + 2 * rounding
 
 
 @needs_native
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_threads_do_not_change_a_bit(use_instruction_set: Callable[[str], None], name: str, dtype: torch.dtype) -> None:
+def test_num_threads_is_bitwise_deterministic(
+    use_instruction_set: Callable[[str], None], name: str, dtype: torch.dtype
+) -> None:
     use_instruction_set(name)
     t = _inputs(3, 111, 259, dtype)
     before = torch.get_num_threads()
@@ -85,7 +87,7 @@ def test_threads_do_not_change_a_bit(use_instruction_set: Callable[[str], None],
 
 
 @needs_native
-def test_strided_inputs_are_read_in_place() -> None:
+def test_strided_inputs() -> None:
     t = _inputs(2, 9, 33, torch.float32)
     strided = {
         "x": torch.stack([t["x"], t["grad_out"]], 2)[:, :, 0],
@@ -101,7 +103,7 @@ def test_strided_inputs_are_read_in_place() -> None:
 
 
 @needs_native
-def test_unknown_instruction_set_is_refused() -> None:
+def test_unknown_instruction_set() -> None:
     assert native is not None
     with pytest.raises(ValueError, match="sse9"):
         native.use_instruction_set("sse9")
@@ -115,15 +117,15 @@ def _setup_script() -> ModuleType:
     return script
 
 
-def test_install_does_without_a_compiler(
+def test_install_without_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])  # to which setuptools adds its own packages
+    monkeypatch.setattr(sys, "path", [*sys.path])  # setuptools adds its vendored packages
     script = _setup_script()
     cmake, ninja = script.find_tool("cmake"), script.find_tool("ninja")
     if cmake is None or ninja is None:
         pytest.skip("needs cmake and ninja")
-    monkeypatch.setenv("PATH", str(tmp_path))  # holds no compiler
+    monkeypatch.setenv("PATH", str(tmp_path))  # has no compiler
     monkeypatch.delenv("CXX", raising=False)
     tools = {"cmake": cmake, "ninja": ninja}
     monkeypatch.setattr(script, "find_tool", tools.get)

@@ -1,4 +1,4 @@
-"""torch's default dtype and device, which belong to the program around us, decide nothing here."""
+"""Tests that results do not depend on torch's default dtype and device, which belong to the calling program."""
 
 import ast
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def same(got: list[Tensor], right: list[Tensor]) -> bool:
     )
 
 
-# A reference, the C++ kernels, and Triton in the smallest case where it is interpreted.
+# Triton uses the smallest case, as it may run in the interpreter.
 CASES = [(op, backend) for op in SPECS for backend in ("reference", "cpu", "triton") if unavailable(backend) is None]
 SMALL = {"scale_attention": "diagonal_norm", "ssd_scan": "bidirectional_odd", "mamba2_mixer": "bidirectional_odd"}
 
@@ -59,8 +59,8 @@ def case_of(spec: Spec, backend: str) -> object:
     return spec.cases[names.index(wanted)]
 
 
-def passes(op: str, backend: str) -> list[Tensor]:
-    """Outputs and gradients."""
+def outputs_and_grads(op: str, backend: str) -> list[Tensor]:
+    """Outputs and gradients of an op."""
     spec = SPECS[op]
     leaves = {name: t.clone().requires_grad_(name in spec.grads) for name, t in inputs(op, backend).items()}
     outs = spec.call(leaves, case_of(spec, backend), backend)  # type: ignore[arg-type]
@@ -70,21 +70,21 @@ def passes(op: str, backend: str) -> list[Tensor]:
 
 
 @cache
-def right_passes(op: str, backend: str) -> list[Tensor]:
-    return passes(op, backend)
+def expected_outputs_and_grads(op: str, backend: str) -> list[Tensor]:
+    return outputs_and_grads(op, backend)
 
 
 @defaults
 @pytest.mark.parametrize(("op", "backend"), CASES)
 def test_ops(op: str, backend: str, dtype: torch.dtype, device: str) -> None:
-    right = right_passes(op, backend)
+    right = expected_outputs_and_grads(op, backend)
     with default(dtype, device):
-        got = passes(op, backend)
+        got = outputs_and_grads(op, backend)
     assert same(got, right)
 
 
-def whole() -> dict[str, list[Tensor]]:
-    """Built, encoded, generated, trained and loaded, all of it under the defaults of the moment."""
+def run_models() -> dict[str, list[Tensor]]:
+    """Results of building, encoding, generating, training and loading under the current defaults."""
     config = mvar.TokenizerConfig((1, 2, 3), num_codes=64, code_dim=8, ch=32, ch_mult=(1, 1), num_res_blocks=1)
     found = {}
     for name, sizes in (("mvar", {}), ("var", {"architecture": "var", "shared_adaln": True})):
@@ -109,15 +109,15 @@ def whole() -> dict[str, list[Tensor]]:
 
 
 @cache
-def right_whole() -> dict[str, list[Tensor]]:
-    return whole()
+def expected_run_models() -> dict[str, list[Tensor]]:
+    return run_models()
 
 
 @defaults
 def test_models(dtype: torch.dtype, device: str) -> None:
-    right = right_whole()
+    right = expected_run_models()
     with torch.random.fork_rng(devices=[]), default(dtype, device):
-        got = whole()
+        got = run_models()
     assert {name: same(got[name], right[name]) for name in right} == dict.fromkeys(right, True)
 
 
@@ -128,8 +128,8 @@ FACTORIES = {
 LAYERS = {"Linear", "Conv1d", "Conv2d", "ConvTranspose2d", "Embedding", "RMSNorm", "GroupNorm", "LayerNorm"}
 
 
-def unnamed(path: Path) -> list[str]:
-    """Where defaults would decide: tensors without dtype and device, layers (and their tensors) without dtype."""
+def missing_dtype_or_device(path: Path) -> list[str]:
+    """Places that rely on defaults: tensors without dtype and device, layers (and their tensors) without dtype."""
     found, tree = [], ast.parse(path.read_text())
     layers = [
         node
@@ -154,8 +154,8 @@ def unnamed(path: Path) -> list[str]:
     return found
 
 
-def test_what_is_made_says_its_dtype_and_device() -> None:
-    """Layers are made where a `with torch.device(…)` of ours says: on the CPU by build, on no device by the loaders."""
+def test_factories_have_explicit_dtype_and_device() -> None:
+    """Layers need no device: they are made under `with torch.device(…)`, on the CPU by build and on meta by loaders."""
     files = [path for package in ("mvar", "mvar_kernels") for path in (ROOT / package).rglob("*.py")]
     assert len(files) > 50
-    assert [place for path in files for place in unnamed(path)] == []
+    assert [place for path in files for place in missing_dtype_or_device(path)] == []

@@ -1,4 +1,4 @@
-"""The tokenizer: agreement with the public implementation, the laws of its parts, and its errors."""
+"""Tests the tokenizer: agreement with the public implementation, properties of its parts, and errors."""
 
 import dataclasses
 import importlib.util
@@ -21,7 +21,7 @@ SMALL = TokenizerConfig(
 
 
 def small_tokenizer(**changes: object) -> Tokenizer:
-    """A small random tokenizer, its codes wide apart: the initial ones are all near zero."""
+    """A small random tokenizer with standard normal codes, as the initial codes are all near zero."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(dataclasses.replace(SMALL, **changes)).eval()
     torch.nn.init.normal_(tokenizer.quantize.embedding.weight)
@@ -44,7 +44,7 @@ def random_tokens(tokenizer: Tokenizer, batch: int = 3) -> Tensor:
 
 @pytest.fixture(scope="module")
 def upstream() -> tuple[Tokenizer, dict[str, np.ndarray]]:
-    """The tokenizer with the case's weights, and the case's arrays."""
+    """The tokenizer with the upstream case's weights, and the case's arrays."""
     spec = importlib.util.spec_from_file_location("fill", CASE / "fill.py")
     rule = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rule)
@@ -55,21 +55,21 @@ def upstream() -> tuple[Tokenizer, dict[str, np.ndarray]]:
     return tokenizer, dict(np.load(CASE / "case.npz"))
 
 
-def test_tokens_are_those_of_the_public_code(upstream):
+def test_encode_matches_public_code(upstream):
     tokenizer, case = upstream
     tokens = tokenizer.encode(torch.from_numpy(case["images_uint8"]).float() / 127.5 - 1)
     assert tokens.dtype == torch.int64
     np.testing.assert_array_equal(tokens.numpy(), case["tokens"])
 
 
-def test_teacher_forcing_inputs_are_those_of_the_public_code(upstream):
+def test_teacher_forcing_inputs_match_public_code(upstream):
     tokenizer, case = upstream
     inputs = tokenizer.teacher_forcing_inputs(torch.from_numpy(case["tokens"]).long())
     assert inputs.shape == (2, 129, 32) and inputs.dtype == torch.float32
     np.testing.assert_allclose(inputs[:, ::7].numpy(), case["inputs_every_7th"], atol=1e-4, rtol=0)
 
 
-def test_decoded_images_are_those_of_the_public_code(upstream):
+def test_decode_matches_public_code(upstream):
     tokenizer, case = upstream
     images = tokenizer.decode(torch.from_numpy(case["tokens"]).long())
     np.testing.assert_allclose(images[:, :, ::8, ::8].numpy(), case["decoded_every_8th"], atol=1e-3, rtol=0)
@@ -78,14 +78,14 @@ def test_decoded_images_are_those_of_the_public_code(upstream):
 
 @pytest.mark.parametrize("num_phi", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("num_scales", [2, 3, 4, 6, 10, 13, 14, 19])
-def test_phi_rule(num_scales, num_phi):
+def test_phi_index(num_scales, num_phi):
     margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
     ticks = np.linspace(margin, 1 - margin, num_phi)
     expected = [int(np.argmin(np.abs(ticks - k / (num_scales - 1)))) for k in range(num_scales)]
     assert [phi_index(k, num_scales, num_phi) for k in range(num_scales)] == expected
 
 
-def test_phi_of_the_published_schedules():
+def test_phi_index_of_published_schedules():
     assert [phi_index(k, 10, 4) for k in range(10)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
     assert [phi_index(k, 14, 4) for k in range(14)] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
 
@@ -106,7 +106,7 @@ def as_meta_state(listed: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, T
     }
 
 
-def test_names_shapes_and_dtypes_are_the_published_ones(published):
+def test_published_names_shapes_and_dtypes(published):
     config = TokenizerConfig.from_state_dict(as_meta_state(published))
     assert config == TokenizerConfig(patch_nums=BY_NUMBER_OF_SCALES[10])
     with torch.device("meta"):
@@ -126,17 +126,17 @@ def test_names_shapes_and_dtypes_are_the_published_ones(published):
         {"num_phi": 2, "ch_mult": (2,)},
     ],
 )
-def test_config_is_read_off_the_shapes(changes):
+def test_config_from_state_dict(changes):
     tokenizer = small_tokenizer(**changes)
     assert TokenizerConfig.from_state_dict(tokenizer.state_dict(), SMALL.patch_nums) == tokenizer.config
 
 
-def test_config_knows_the_schedule_of_the_1024_file(published):
+def test_config_from_1024_state_dict(published):
     state = as_meta_state(published | {HITS: ((14, 4096), "float32")})
     assert TokenizerConfig.from_state_dict(state).patch_nums == (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 
-def test_config_of_an_unknown_number_of_scales_asks_for_patch_nums(published):
+def test_config_with_unknown_number_of_scales(published):
     with pytest.raises(ValueError, match="patch_nums: no published schedule has 7 scales"):
         TokenizerConfig.from_state_dict(as_meta_state(published | {HITS: ((7, 4096), "float32")}))
 
@@ -151,13 +151,13 @@ def test_config_of_an_unknown_number_of_scales_asks_for_patch_nums(published):
         HITS,
     ],
 )
-def test_config_names_the_missing_weight(published, missing):
+def test_config_error_names_missing_weight(published, missing):
     state = as_meta_state({name: entry for name, entry in published.items() if name != missing})
     with pytest.raises(ValueError, match=f"'{missing}' is missing"):
         TokenizerConfig.from_state_dict(state)
 
 
-def test_statistics_of_another_schedule_are_left_out_on_loading():
+def test_load_ignores_hits_of_other_schedule():
     source, target = small_tokenizer(), small_tokenizer(patch_nums=(1, 4))
     source.quantize.ema_vocab_hit_SV.fill_(5)
     state = source.state_dict()
@@ -190,11 +190,11 @@ def test_config_errors(changes, message):
         dataclasses.replace(SMALL, **changes)
 
 
-# Shapes, steps and purity
+# Shapes, generation steps and absence of side effects
 
 
 @pytest.mark.parametrize("patch_nums", [(1, 2, 4), (2, 3, 5), (1,), (4,)])
-def test_shapes_from_images_to_tokens_and_back(patch_nums):
+def test_encode_decode_shapes(patch_nums):
     tokenizer = small_tokenizer(patch_nums=patch_nums)
     images = random_images(tokenizer)
     tokens = tokenizer.encode(images)
@@ -205,7 +205,7 @@ def test_shapes_from_images_to_tokens_and_back(patch_nums):
     assert decoded.shape == images.shape and decoded.dtype == torch.float32 and decoded.abs().max() <= 1
 
 
-def test_step_by_step_equals_teacher_forcing_and_decode():
+def test_stepwise_matches_teacher_forcing_and_decode():
     tokenizer = small_tokenizer()
     tokens = random_tokens(tokenizer)
     f_hat, inputs = torch.zeros(3, 8, 4, 4), []
@@ -217,7 +217,7 @@ def test_step_by_step_equals_teacher_forcing_and_decode():
     assert torch.equal(tokenizer.decode_features(f_hat), tokenizer.decode(tokens))
 
 
-def test_each_scale_takes_the_nearest_code_of_what_is_missing():
+def test_encode_selects_nearest_code_of_residual():
     tokenizer = small_tokenizer()
     images = random_images(tokenizer)
     rest = tokenizer.quant_conv(tokenizer.encoder(images)).detach()
@@ -227,7 +227,7 @@ def test_each_scale_takes_the_nearest_code_of_what_is_missing():
         rest = rest - tokenizer.scale_features(k, tokenizer.embed(tokens_k))
 
 
-def test_inputs_are_never_written_to():
+def test_inputs_are_not_modified():
     tokenizer = small_tokenizer()
     arguments = {
         "images": random_images(tokenizer),
@@ -248,7 +248,7 @@ def test_inputs_are_never_written_to():
         assert torch.equal(value, before[name]), f"{name} was written to"
 
 
-def test_the_quantizer_computes_in_float32_under_autocast():
+def test_quantizer_is_float32_under_autocast():
     tokenizer = small_tokenizer()
     embeddings, f_hat, rows = torch.randn(3, 4, 8), torch.randn(3, 8, 4, 4), torch.randn(3, 4000, 8)
     expected = tokenizer.scale_features(1, embeddings), tokenizer.quantize.nearest(rows)
@@ -258,7 +258,7 @@ def test_the_quantizer_computes_in_float32_under_autocast():
         assert tokenizer.decode_features(f_hat).dtype == torch.float32
 
 
-def test_half_precision_weights_work():
+def test_half_precision_weights():
     tokenizer = small_tokenizer().to(torch.bfloat16)
     tokens = tokenizer.encode(random_images(tokenizer))
     assert tokenizer.teacher_forcing_inputs(tokens).dtype == torch.float32
@@ -268,14 +268,14 @@ def test_half_precision_weights_work():
 # Training
 
 
-def test_forward_reconstructs_what_encode_and_decode_do():
+def test_forward_matches_encode_and_decode():
     tokenizer = small_tokenizer()
     images = random_images(tokenizer)
     output = tokenizer(images)
     torch.testing.assert_close(output.images.clamp(-1, 1), tokenizer.decode(tokenizer.encode(images)))
 
 
-def test_loss_and_usage_are_their_definitions():
+def test_loss_and_usage():
     tokenizer = small_tokenizer(beta=0.5)
     images = random_images(tokenizer)
     output, tokens = tokenizer(images), tokenizer.encode(images)
@@ -289,7 +289,7 @@ def test_loss_and_usage_are_their_definitions():
     torch.testing.assert_close(output.usage, torch.tensor(usage))
 
 
-def test_the_gradient_goes_straight_through_the_quantizer():
+def test_straight_through_gradient():
     tokenizer = small_tokenizer()
     features = torch.randn(2, 8, 4, 4, requires_grad=True)
     weight = torch.randn(2, 8, 4, 4)
@@ -298,7 +298,7 @@ def test_the_gradient_goes_straight_through_the_quantizer():
     assert tokenizer.quantize.embedding.weight.grad is None, "the reconstruction must not move the codebook"
 
 
-def test_every_parameter_is_trained():
+def test_all_parameters_have_gradients():
     tokenizer = small_tokenizer(num_phi=3, attention=True).train()
     images = random_images(tokenizer)
     output = tokenizer(images)
@@ -307,14 +307,14 @@ def test_every_parameter_is_trained():
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-def test_commitment_moves_the_encoder_and_the_codebook_loss_does_not():
+def test_only_commitment_loss_trains_encoder():
     for beta, moves in ((0.25, True), (0.0, False)):
         features = torch.randn(2, 8, 4, 4, requires_grad=True)
         small_tokenizer(beta=beta).quantize(features).vq_loss.backward()
         assert features.grad.any() == moves
 
 
-def test_hits_are_averaged_in_training_mode_only():
+def test_hits_are_averaged_only_in_training_mode():
     tokenizer = small_tokenizer()
     hits = tokenizer.quantize.ema_vocab_hit_SV
     first, second = random_images(tokenizer), -random_images(tokenizer)
@@ -332,8 +332,8 @@ def test_hits_are_averaged_in_training_mode_only():
     torch.testing.assert_close(hits, 0.99 * count(first) + 0.01 * count(second))
 
 
-def test_hits_of_all_processes_are_summed(tmp_path, monkeypatch):
-    """One process stands for two: its all-reduce doubles."""
+def test_hits_are_summed_over_processes(tmp_path, monkeypatch):
+    """Two processes are simulated in one by an all-reduce that doubles its input."""
     tokenizer = small_tokenizer()
     images = random_images(tokenizer)
     alone = tokenizer(images)
@@ -345,8 +345,8 @@ def test_hits_of_all_processes_are_summed(tmp_path, monkeypatch):
     assert torch.equal(output.usage, alone.usage)
 
 
-def test_revived_codes_are_the_first_process_s(monkeypatch):
-    """Each draws codes of its own, of its own images."""
+def test_revived_codes_are_broadcast_from_rank_0(monkeypatch):
+    """Processes have different images and revived codes, so those of rank 0 are broadcast."""
     tokenizer = small_tokenizer()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(7.0 + src))
@@ -354,7 +354,7 @@ def test_revived_codes_are_the_first_process_s(monkeypatch):
     assert (tokenizer.quantize.embedding.weight == 7).all()
 
 
-def test_dead_codes_become_vectors_that_the_codes_are_to_match():
+def test_dead_codes_are_replaced_by_residuals():
     tokenizer = small_tokenizer()
     images, codebook = random_images(tokenizer, batch=5), tokenizer.quantize.embedding.weight
     rest, candidates = tokenizer.quant_conv(tokenizer.encoder(images)).detach(), []
@@ -372,7 +372,7 @@ def test_dead_codes_become_vectors_that_the_codes_are_to_match():
     assert tokenizer.revive_dead_codes(images, threshold=0.5) == 0, "a new code is given time"
 
 
-def test_reviving_before_the_first_step_sets_the_codebook_and_lowers_the_loss():
+def test_revive_initializes_codebook():
     tokenizer = small_tokenizer()
     images = random_images(tokenizer, batch=8)
     before = tokenizer(images)
@@ -414,11 +414,11 @@ SMALL_TOKENIZER = small_tokenizer()
         (lambda t: t.decode_features(torch.zeros(1, 8, 4, 4).long()), TypeError, "f_hat: expected floating point"),
     ],
 )
-def test_errors_say_what_was_expected_and_what_came(call, error, message):
+def test_argument_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(SMALL_TOKENIZER)
 
 
-def test_errors_of_a_single_scale_are_the_same():
+def test_argument_errors_with_single_scale():
     with pytest.raises(ValueError, match="tokens: expected values in"):
         small_tokenizer(patch_nums=(4,)).teacher_forcing_inputs(torch.full((1, 16), 99))

@@ -1,4 +1,4 @@
-"""VAR itself in the engine: its checkpoints, training and cached generation, against a plain VAR."""
+"""Tests the engine's VAR against a plain VAR: checkpoints, training and cached generation."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ IDS = ["qk_norm", "no_qk_norm", "shared_aln"]
 
 
 def pair(folder: Path, **sizes: bool) -> tuple[PlainVAR, mvar.Model]:
-    """A plain VAR with random weights, and the engine's from a file of the plain one's state dict."""
+    """A plain VAR with random weights, and the engine's VAR loaded from a file of its state dict."""
     torch.manual_seed(0)
     plain = randomised(PlainVAR(2, PATCH_NUMS, **sizes))
     torch.save(plain.state_dict(), folder / "var.pth")
@@ -31,8 +31,8 @@ def small_tokenizer(patch_nums: tuple[int, ...] = PATCH_NUMS) -> Tokenizer:
 
 
 @pytest.mark.parametrize("sizes", KINDS, ids=IDS)
-def test_logits_and_gradients_are_the_plain_model_s(tmp_path: Path, sizes: dict[str, bool]) -> None:
-    """In float64; the engine rounds its logits to float32 at the end, once."""
+def test_logits_and_gradients_match_plain_var(tmp_path: Path, sizes: dict[str, bool]) -> None:
+    """Compares in float64; the engine only rounds its logits to float32 at the end."""
     plain, model = pair(tmp_path, **sizes)
     plain, model = plain.double(), model.double()
     inputs = torch.randn(3, 38, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -47,27 +47,27 @@ def test_logits_and_gradients_are_the_plain_model_s(tmp_path: Path, sizes: dict[
     for name, parameter in model.named_parameters():
         want = theirs.pop(name).grad
         assert want is not None and parameter.grad is not None, name
-        # The gradient enters rounded to float32, too.
+        # The incoming gradient is rounded to float32, too.
         assert (parameter.grad - want).abs().max() <= 4 * eps * want.abs().max(), name
     assert theirs == {}
 
 
 @pytest.mark.parametrize("sizes", KINDS, ids=IDS)
 @pytest.mark.parametrize("cfg", [0.0, 1.5])
-def test_greedy_tokens_are_the_plain_model_s(tmp_path: Path, sizes: dict[str, bool], cfg: float) -> None:
-    """Fixed buffers against concatenated keys and values."""
+def test_greedy_tokens_match_plain_var(tmp_path: Path, sizes: dict[str, bool], cfg: float) -> None:
+    """Preallocated key and value buffers give the same tokens as concatenated keys and values."""
     plain, model = pair(tmp_path, **sizes)
     tokenizer = small_tokenizer()
     expected, guided = plain.double().generate(tokenizer, LABELS, cfg=cfg)
     runner_up, best = guided.sort(-1).values[..., -2:].unbind(-1)
-    assert (best - runner_up).min() > 1e-4  # no ties: float32 must find the same
+    assert (best - runner_up).min() > 1e-4  # no ties, so float32 must give the same tokens
     out = mvar.generate(model, tokenizer, LABELS, cfg=cfg, top_k=1, dtype=torch.float32)
     assert torch.equal(out.tokens, expected)
 
 
 @pytest.mark.parametrize("resolution", [256, 512])
-def test_cached_generation_equals_teacher_forcing(resolution: int) -> None:
-    """On the published schedules: the arg-max of a generation is that of the masked pass over its own tokens."""
+def test_cached_generation_matches_teacher_forcing(resolution: int) -> None:
+    """With published schedules, greedy tokens are the argmax of the masked pass over the same tokens."""
     patch_nums = mvar.SCHEDULES[resolution]
     tokenizer = small_tokenizer(patch_nums)
     model = mvar.VAR(mvar.ModelConfig(1, patch_nums, num_classes=10, num_codes=64, architecture="var"))
@@ -79,7 +79,7 @@ def test_cached_generation_equals_teacher_forcing(resolution: int) -> None:
     assert (logits.amax(-1) - best).max() <= 1e-4 * logits.abs().max()
 
 
-def test_states_are_constant_in_size_and_written_in_place() -> None:
+def test_states_are_updated_in_place() -> None:
     model, _ = mvar.build(2, num_classes=10, patch_nums=(1, 2, 3), architecture="var", tokenizer=None)
     states = model.empty_states(4)
     before = [state.buffer for state in states]
@@ -108,7 +108,7 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-def test_it_trains_compiled() -> None:
+def test_compiled_training() -> None:
     model, _ = mvar.build(2, num_classes=10, patch_nums=(1, 2, 3), architecture="var", shared_adaln=True, drop_path=0.3)
     compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
     compiled(LABELS, torch.randn(3, 13, 32)).sum().backward()
@@ -116,7 +116,7 @@ def test_it_trains_compiled() -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_own_file_comes_back(tmp_path: Path, shared: bool) -> None:
+def test_save_and_load(tmp_path: Path, shared: bool) -> None:
     model, _ = mvar.build(1, num_classes=3, patch_nums=(1, 2), architecture="var", shared_adaln=shared)
     mvar.save(tmp_path / "var.safetensors", model)
     again = mvar.load_model(tmp_path / "var.safetensors")
@@ -124,8 +124,8 @@ def test_own_file_comes_back(tmp_path: Path, shared: bool) -> None:
     assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
-def test_every_size_is_read_off_the_published_names_and_shapes() -> None:
-    """VAR-d16 at 256, and d36-s at 512, which shares its modulation layer."""
+def test_config_from_published_state_dict() -> None:
+    """Covers VAR-d16 at 256 and d36-s at 512, which has a shared modulation layer."""
     for depth, resolution, shared in ((16, 256, False), (36, 512, True)):
         with torch.device("meta"):
             published = PlainVAR(
@@ -144,7 +144,7 @@ def test_every_size_is_read_off_the_published_names_and_shapes() -> None:
     ("depth", "shared", "million"),
     [(16, False, 310), (20, False, 600), (24, False, 1000), (30, False, 2000), (36, True, 2300)],
 )
-def test_published_numbers_of_parameters(depth: int, shared: bool, million: int) -> None:
+def test_published_parameter_counts(depth: int, shared: bool, million: int) -> None:
     with torch.device("meta"):
         model = mvar.VAR(mvar.ModelConfig(depth, mvar.SCHEDULES[256], architecture="var", shared_adaln=shared))
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 / million - 1) < 0.08
@@ -160,7 +160,7 @@ def test_published_numbers_of_parameters(depth: int, shared: bool, million: int)
         (lambda s: s.update({"blocks.0.ada_lin.1.weight": torch.zeros(9 * 128, 128)}), "expected shape"),
     ],
 )
-def test_weights_that_do_not_fit(tmp_path: Path, change: object, message: str) -> None:
+def test_invalid_weights(tmp_path: Path, change: object, message: str) -> None:
     state = pair(tmp_path)[0].state_dict()
     change(state)  # type: ignore[operator]
     torch.save(state, tmp_path / "changed.pth")
@@ -168,7 +168,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: object, message: str) -
         mvar.load_model(tmp_path / "changed.pth")
 
 
-def test_sizes_that_do_not_go_together() -> None:
+def test_invalid_sizes() -> None:
     with pytest.raises(ValueError, match="architecture: expected one of mvar, var"):
         mvar.ModelConfig(1, (1, 2), architecture="vae")
     with pytest.raises(ValueError, match="bidirectional: VAR has no mixer"):

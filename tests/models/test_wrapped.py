@@ -1,4 +1,4 @@
-"""Models and tokenizers as other programs leave them: wrapped, parametrized, quantized, with adapters and hooks."""
+"""Tests wrapped, parametrized, pruned, quantized and hooked models and tokenizers, and those with adapters."""
 
 import copy
 import threading
@@ -36,8 +36,8 @@ def expected_images(tokenizer: mvar.Tokenizer, tokens: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group of this process."""
+def single_process_group() -> Iterator[None]:
+    """A process group with one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -49,7 +49,7 @@ class Scaled(nn.Module):
 
 
 class Adapter(nn.Module):
-    """LoRA as peft wraps it round a layer."""
+    """A LoRA adapter that wraps a layer as in peft."""
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
@@ -99,19 +99,19 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("how", REWEIGHTED)
-def test_weights_are_those_of_the_forward_pass(how: str, tmp_path: Path) -> None:
-    """Of layers all over the model and the tokenizer, generated, saved and loaded again; and changed afterwards."""
+def test_parametrized_weights(how: str, tmp_path: Path) -> None:
+    """Generating, saving and loading use the parametrized weights, also if inference copies were made before."""
     model, tokenizer = pair()
-    generate(model, tokenizer)  # makes copies
+    generate(model, tokenizer)  # creates the inference copies
     for module, names in ((model, LAYERS["model"]), (tokenizer, LAYERS["tokenizer"])):
         for name in names:
             REWEIGHTED[how](module.get_submodule(name))
-    model.train()  # in which spectral norm would count calls
+    model.train()  # where spectral norm would update its buffers
     before = {n: t.clone() for n, t in model.state_dict().items()}
     out = generate(model, tokenizer)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     model.eval()
-    # Norms by one power iteration make weights, and with them rounding, some ten times larger.
+    # With one power iteration, spectral norm gives weights, and rounding errors, some ten times larger.
     torch.testing.assert_close(out.images, expected_images(tokenizer, out.tokens), rtol=0, atol=1e-4)
     mvar.save(tmp_path / "m.safetensors", model)
     mvar.save(tmp_path / "t.safetensors", tokenizer)
@@ -125,8 +125,8 @@ def test_weights_are_those_of_the_forward_pass(how: str, tmp_path: Path) -> None
     assert fingerprint(plain[0]) == fingerprint(model)
 
 
-def test_parts_of_a_block_and_of_the_model(tmp_path: Path) -> None:
-    """A parametrization of a weight that is no layer's, and of one in a layer that holds it and is not called."""
+def test_parametrized_non_layer_weights(tmp_path: Path) -> None:
+    """Parametrized weights of the model itself, of a block and of a layer whose forward is never called."""
     model, tokenizer = pair()
     generate(model, tokenizer)
     scaled = copy.deepcopy(model)
@@ -142,7 +142,7 @@ def test_parts_of_a_block_and_of_the_model(tmp_path: Path) -> None:
     assert torch.equal(generate(model, tokenizer).tokens, generate(scaled, tokenizer).tokens)
 
 
-def test_wrapped_by_torch(alone: None, tmp_path: Path) -> None:
+def test_torch_wrappers(single_process_group: None, tmp_path: Path) -> None:
     model, tokenizer = pair()
     right = generate(model, tokenizer)
     in_place = copy.deepcopy(model)
@@ -165,7 +165,7 @@ def test_wrapped_by_torch(alone: None, tmp_path: Path) -> None:
         assert custom_layer_of(model) is None and custom_layer_of(in_place) is None
 
 
-def test_sharded_by_fsdp(alone: None, tmp_path: Path) -> None:
+def test_fsdp(single_process_group: None, tmp_path: Path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     model, tokenizer = pair()
@@ -203,12 +203,12 @@ def test_sharded_by_fsdp(alone: None, tmp_path: Path) -> None:
     assert not (tmp_path / "f.safetensors").exists()
 
 
-def changed(name: str) -> tuple[mvar.Model, mvar.Tokenizer, str, str]:
-    """A pair with a layer of its own: which, and what is said of it."""
-    torch.manual_seed(0)  # an adapter draws its weights
+def with_custom_layer(name: str) -> tuple[mvar.Model, mvar.Tokenizer, str, str]:
+    """A pair with a custom layer, the layer's name and the expected description."""
+    torch.manual_seed(0)  # adapters have random weights
     model, tokenizer = pair()
     block: Any = model.blocks[1]
-    generate(model, tokenizer)  # the change comes after copies were made
+    generate(model, tokenizer)  # the change comes after the inference copies
     if name == "adapter":
         block.ffn.fc2 = Adapter(block.ffn.fc2)
         return model, tokenizer, "blocks.1.ffn.fc2", "is a Adapter"
@@ -251,10 +251,10 @@ CHANGES = "adapter, qkv adapter, decoder adapter, quantized, setting, hook, pre-
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_layer_of_its_own_takes_part(name: str, tmp_path: Path) -> None:
-    """Generation uses the module itself, as its own forward and decode do; a file cannot have it."""
+def test_custom_layer(name: str, tmp_path: Path) -> None:
+    """A model with a custom layer is used without a copy, matches its forward or decode, and cannot be saved."""
     before = pair()
-    model, tokenizer, layer, said = changed(name)
+    model, tokenizer, layer, said = with_custom_layer(name)
     changed_module = tokenizer if layer.startswith("decoder") else model
     assert (custom_layer_of(changed_module) or "").startswith(f"{layer} {said}")
     changed_module.train()
@@ -267,7 +267,7 @@ def test_a_layer_of_its_own_takes_part(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits.argmax(-1), out.tokens)
     plain = generate(*before, top_k=1, cfg=0.0)
     if changed_module is model:
-        assert name == "quantized" or not torch.equal(plain.tokens, out.tokens)  # 8 bits leave the likeliest codes
+        assert name == "quantized" or not torch.equal(plain.tokens, out.tokens)  # 8 bits may suffice for equal tokens
     else:
         assert not torch.allclose(plain.images, out.images, atol=1e-3)
     with pytest.raises(ValueError, match=f"dtype: .* used without a copy, as {layer} {said}"):
@@ -281,15 +281,15 @@ def test_a_layer_of_its_own_takes_part(name: str, tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
-def test_a_layer_that_cannot_take_part_is_named() -> None:
-    """An adapter round the codebook, whose weight is read and which is never called."""
+def test_unusable_custom_layer_error() -> None:
+    """An adapter around the codebook fails, as its weight is read without calling the module."""
     model, tokenizer = pair()
     tokenizer.quantize.embedding = nn.Sequential(tokenizer.quantize.embedding)  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match=r"quantize.embedding is a Sequential .* no attribute 'weight'"):
         generate(model, tokenizer)
 
 
-def test_a_hook_that_is_gone_leaves_a_copy_again() -> None:
+def test_removed_hook_restores_copy() -> None:
     model, tokenizer = pair()
     seen: list[str] = []
     handle = model.blocks[0].register_forward_hook(lambda *_: seen.append("called"))
@@ -300,7 +300,7 @@ def test_a_hook_that_is_gone_leaves_a_copy_again() -> None:
     assert len(seen) == len(CONFIG.patch_nums) and custom_layer_of(model) is None
 
 
-def test_a_file_loses_no_weight(tmp_path: Path) -> None:
+def test_save_rejects_unknown_weights(tmp_path: Path) -> None:
     model, _ = pair()
     model.extra = nn.Linear(2, 2)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="extra.weight is not a weight of this configuration"):
@@ -323,7 +323,7 @@ def test_a_file_loses_no_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e8m0fnu])
-def test_a_file_in_a_dtype_that_holds_no_weights_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_save_rejects_unsupported_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="dtype: expected one of float32, float16, .* or None, got torch"):
         mvar.save(tmp_path / "m.safetensors", pair()[0], dtype=dtype)
     assert not list(tmp_path.iterdir())
@@ -332,9 +332,7 @@ def test_a_file_in_a_dtype_that_holds_no_weights_is_refused(dtype: torch.dtype, 
 @pytest.mark.parametrize(
     ("value", "dtype"), [(1e5, torch.float16), (torch.nan, None), (torch.inf, None), (torch.nan, torch.float8_e4m3fn)]
 )
-def test_a_file_that_could_not_be_loaded_again_is_not_written(
-    value: float, dtype: torch.dtype | None, tmp_path: Path
-) -> None:
+def test_save_rejects_non_finite_weights(value: float, dtype: torch.dtype | None, tmp_path: Path) -> None:
     model, _ = pair()
     mvar.save(tmp_path / "m.safetensors", model, dtype=dtype)
     mvar.load_model(tmp_path / "m.safetensors")
@@ -346,14 +344,14 @@ def test_a_file_that_could_not_be_loaded_again_is_not_written(
     assert (tmp_path / "m.safetensors").read_bytes() == before
 
 
-def test_lazy_layers_are_named() -> None:
+def test_uninitialized_lazy_layer_error() -> None:
     model, tokenizer = pair()
     model.head = nn.LazyLinear(64)
     with pytest.raises(ValueError, match="MVAR: head.weight is not initialized"):
         generate(model, tokenizer)
 
 
-def test_weights_without_storage_are_named() -> None:
+def test_meta_weights_error() -> None:
     model, tokenizer = pair()
     tokenizer.decoder.conv_out.to("meta")
     with pytest.raises(ValueError, match="decoder.conv_out"):
@@ -362,7 +360,7 @@ def test_weights_without_storage_are_named() -> None:
         generate(model.to("meta"), tokenizer.to("meta"))
 
 
-def test_tied_weights_are_saved_and_loaded_apart(tmp_path: Path) -> None:
+def test_tied_weights_are_saved_separately(tmp_path: Path) -> None:
     model, tokenizer = pair()
     blocks: Any = model.blocks
     blocks[1].ffn.fc1.weight = blocks[0].ffn.fc1.weight
@@ -376,8 +374,8 @@ def test_tied_weights_are_saved_and_loaded_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_loaded_weight_has_memory_of_its_own(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Whatever the file's tensors share: one flat buffer, another's memory, a stride of zero, a transpose."""
+def test_loaded_weights_share_no_memory(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Tensors in the file may share a flat buffer or another tensor's memory, have stride 0 or be transposed."""
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in pair()[0].state_dict().items()}
     flat = torch.cat([t.flatten() for t in state.values() if t.is_floating_point()])
     start = 0
@@ -397,12 +395,12 @@ def test_every_loaded_weight_has_memory_of_its_own(dtype: torch.dtype, tmp_path:
         assert torch.equal(t, state[name].to(t.dtype)), name
 
 
-def test_made_in_inference_mode(tmp_path: Path) -> None:
-    """Built, loaded or made by hand under torch.inference_mode: all of it works outside."""
+def test_inference_mode(tmp_path: Path) -> None:
+    """Models built, loaded or constructed under torch.inference_mode work outside of it."""
     right = generate(*pair())
     with torch.inference_mode():
         built, tokenizer = pair()
-        generate(built, tokenizer)  # copies made in there serve outside
+        generate(built, tokenizer)  # the inference copies are reused outside
         mvar.save(tmp_path / "m.safetensors", built)
         loaded = mvar.load_model(tmp_path / "m.safetensors")
         by_hand = mvar.from_config(built.config)
@@ -422,7 +420,7 @@ def test_made_in_inference_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_the_mode_of_the_caller_changes_nothing(context: Callable[[], Any]) -> None:
+def test_caller_grad_mode_and_autocast(context: Callable[[], Any]) -> None:
     model, tokenizer = pair()
     right = generate(model, tokenizer)
     with context(), torch.autocast("cpu", torch.bfloat16):
@@ -431,7 +429,7 @@ def test_the_mode_of_the_caller_changes_nothing(context: Callable[[], Any]) -> N
     assert not out.images.requires_grad
 
 
-def test_several_threads_at_once() -> None:
+def test_concurrent_generation() -> None:
     model, tokenizer = pair()
     found: dict[int, Tensor] = {}
 
@@ -447,8 +445,8 @@ def test_several_threads_at_once() -> None:
         assert torch.equal(found[seed], generate(model, tokenizer, seed=seed).tokens)
 
 
-def test_a_modulation_layer_s_weight_is_not_looked_at_before_its_call() -> None:
-    """A parametrization may count its calls, and an adapter need not have a weight."""
+def test_modulation_weight_is_read_once() -> None:
+    """A parametrization may have side effects, and an adapter may have no weight attribute."""
     calls: list[Tensor] = []
 
     class Counting(nn.Module):
@@ -474,7 +472,7 @@ def test_a_modulation_layer_s_weight_is_not_looked_at_before_its_call() -> None:
     assert torch.equal(model(labels, inputs), right) and len(calls) == 1
 
 
-def test_a_tokenizer_compiled_whole_and_exported() -> None:
+def test_compile_and_export_tokenizer() -> None:
     _, tokenizer = pair()
     tokens = torch.randint(tokenizer.num_codes, (3, tokenizer.num_tokens))
     torch.compiler.reset()
@@ -495,7 +493,7 @@ def test_a_tokenizer_compiled_whole_and_exported() -> None:
     torch.testing.assert_close(exported(tokens[:2]), tokenizer.decode(tokens[:2]))
 
 
-def test_exported_with_any_batch() -> None:
+def test_export_with_dynamic_batch() -> None:
     model, _ = pair()
     labels, inputs = torch.tensor([1, 7, 2]), torch.randn(3, model.config.num_tokens - 1, 8)
     batch = torch.export.Dim("batch", min=2, max=64)
