@@ -3,22 +3,20 @@
 `with installed():` the backend "cuda" takes CPU tensors and runs them there.
 """
 
+import fcntl
 import importlib
 import importlib.util
-import os
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import pytest
 
 from mvar_kernels import dispatch
+from tests.helpers.native_build import configure_command, environment
 from tests.helpers.paths import ROOT
 
 HERE = Path(__file__).parent
@@ -28,17 +26,20 @@ NAME = "_cuda_on_cpu"
 
 @cache
 def build() -> Path:
-    """The compiled module, made anew where a source has changed.
+    """Build the module, recompiling changed sources. Returns its path.
 
-    Raises RuntimeError with the compiler's words where they do not compile.
+    Workers of pytest-xdist take turns: two builds at once in one folder leave objects of either.
+
+    Raises:
+        RuntimeError: a source does not compile, with the compiler's output.
     """
-    path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
-    configure = ["cmake", "-S", str(HERE), "-B", str(BUILD), "-G", "Ninja"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    for command in (configure, ["cmake", "--build", str(BUILD)]):
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure_command(HERE, BUILD), ["cmake", "--build", str(BUILD)]):
+            done = subprocess.run(command, capture_output=True, text=True, env=environment())
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     (module,) = BUILD.glob(f"{NAME}*.so")
     return module
 
