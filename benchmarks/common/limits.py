@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from mvar_kernels.dispatch import error_message
+
 T = TypeVar("T")
 MIN_SECONDS = 5.0  # with less left nothing is started
 NO_TIME = "TimeoutError: no time left"
@@ -30,8 +32,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's type and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0][:200]}"
+    """An exception's type and the first line of its message, at most 250 characters."""
+    return error_message(error)[:250]
 
 
 class Failures:

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         top_p=params.top_p,
         seed=options.seed,
         batch=options.batch,
-        dtype=str(resolve.DTYPES[options.dtype] or fastest_dtype(device)).removeprefix("torch."),
+        dtype=str(resolve.DTYPES.get(options.dtype) or fastest_dtype(device)).removeprefix("torch."),
         backend=params.backend,
         graph=options.graph,
         compiled_decoder=options.compile_decoder,

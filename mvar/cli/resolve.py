@@ -15,7 +15,7 @@ from mvar.inference.sampling import SamplingParams
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model
 
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # "auto": none
 
 
 def load(weights: str | None, tokenizer: str | None, device: torch.device) -> tuple[Model, Tokenizer]:
@@ -32,7 +32,7 @@ def load(weights: str | None, tokenizer: str | None, device: torch.device) -> tu
 def generate_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of :func:`mvar.generate`."""
     names = ("cfg", "top_k", "top_p", "seed", "backend", "graph")
-    return {name: getattr(options, name) for name in names} | {"dtype": DTYPES[options.dtype]}
+    return {name: getattr(options, name) for name in names} | {"dtype": DTYPES.get(options.dtype)}
 
 
 def sampling_params(options: argparse.Namespace, *, more_smooth: bool = False) -> SamplingParams:
@@ -54,7 +54,7 @@ def batch_launcher(
             params,
             seed=options.seed,
             first_index=start,
-            dtype=DTYPES[options.dtype],
+            dtype=DTYPES.get(options.dtype),
             graph=options.graph,
             compile_decoder=options.compile_decoder,
         )

@@ -63,7 +63,6 @@ def run(options: argparse.Namespace) -> None:
     """
     import numpy as np
     import torch
-    from tqdm import tqdm
 
     from mvar.cli import class_names, resolve
     from mvar.inference.prefetch import prefetched
@@ -94,10 +93,8 @@ def run(options: argparse.Namespace) -> None:
         if context.is_main_process and options.out is not None:
             _prepare_folder(options.out, overwrite=options.overwrite)
         context.barrier()
-        starts = range(0, len(labels), options.batch)[context.rank :: context.world_size]
-        no_bar = None if context.is_main_process else True  # None: on a terminal only
-        progress = tqdm(starts, desc="images", unit="batch", disable=no_bar)
-        for start, batch in prefetched(launch_batch, progress):
+        starts = context.shard(range(0, len(labels), options.batch), desc="images", unit="batch")
+        for start, batch in prefetched(launch_batch, starts):
             if options.out is not None:
                 for i, image in enumerate(batch, start):
                     save_pixels(options.out / f"{i:06d}_{int(labels[i]):04d}.png", image)

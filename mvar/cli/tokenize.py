@@ -56,9 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the tokens of <data_path>/train, and of <data_path>/val if it exists, to folders of the same names."""
-    import torch
-
     from mvar.checkpoint import load_tokenizer
+    from mvar.cli.resolve import DTYPES
     from mvar.data.encode import write_tokens
     from mvar.data.folder import ImageFolder
     from mvar.data.source import skipped_summary
@@ -85,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
             crops=options.crops if name == "train" else None,
             seed=options.seed,
             batch=options.batch,
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype],
+            dtype=DTYPES[options.dtype],
             workers=options.workers,
             rank=context.rank,
             world_size=context.world_size,

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from mvar.inference.prefetch import prefetched
 from mvar.inference.results import PendingResult
@@ -106,9 +105,7 @@ def generate_images(
         _write_recipe(folder, recipe, generated_by)
     # Broadcast, since a process that starts later could see more parts.
     missing = context.broadcast([] if npz.exists() else [s for s in starts if not _part(parts, s).exists()])
-    no_bar = None if context.is_main_process else True  # None: on a terminal only
-    progress = tqdm(missing[context.rank :: context.world_size], desc="images", unit="batch", disable=no_bar)
-    for start, pixels in prefetched(launch, progress):
+    for start, pixels in prefetched(launch, context.shard(missing, desc="images", unit="batch")):
         content = io.BytesIO()  # NumPy does not report a full disk
         np.save(content, pixels.numpy())
         with atomic_write(_part(parts, start)) as temporary:

@@ -17,16 +17,17 @@ from mvar.models.transformer import Model, ScaleTransformer
 
 
 class InferenceModel(ScaleTransformer):
-    """Version of :class:`mvar.Model` for inference, without teacher forcing, dropout and gradients.
+    """Version of :class:`mvar.Model` for inference, without dropout and gradients.
 
     Args:
-        model: of any dtype. Weights that are not converted are shared; none is changed.
+        model: whose submodules are taken over and converted, so that it must not be used afterwards. Tensors that need
+            no conversion are shared.
         dtype: of weights and activations.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype) -> None:
         super().__init__()
-        self.config, self.block = model.config, model.block
+        self.config = model.config
         self.class_emb, self.lvl_embed = model.class_emb.to(dtype), model.lvl_embed.to(dtype)
         self.pos_start, self.pos_1LC = _frozen(model.pos_start, dtype), _frozen(model.pos_1LC, dtype)
         self.register_buffer("lvl_1L", model.lvl_1L)

@@ -113,13 +113,13 @@ class Trainer:
         last_save_attempt = self.iteration
         with closing(logger), self._stop_on_signals():
             for batch in self._batches():
-                stage = schedule.stage(self.iteration)
+                iteration, stage = self.iteration, schedule.stage(self.iteration)
                 self._forward_backward(batch, stage)
-                rate, decay = schedule.learning_rate(self.iteration), schedule.weight_decay(self.iteration)
-                step = self.optimizer.step(rate, decay) if schedule.steps(self.iteration) else None
                 self.iteration += 1
                 logger.advance()
-                if step is not None:
+                if schedule.steps(iteration):
+                    rate, decay = schedule.learning_rate(iteration), schedule.weight_decay(iteration)
+                    step = self.optimizer.step(rate, decay)
                     self._check_skips()
                     last = self.iteration == schedule.iterations
                     logged = self.throughput.iteration
@@ -238,13 +238,14 @@ class Trainer:
 
     def _log(self, logger: MetricLogger, step: StepResult, stage: Stage, rate: float, decay: float) -> None:
         remaining = self.throughput.remaining_seconds(self.iteration, self.schedule.iterations)
+        speed = self.throughput.since_last(self.iteration, self.schedule.images)
         values: dict[str, Any] = self.metrics.means() | {
             "gradient_norm": step.gradient_norm,
             "learning_rate": rate,
             "weight_decay": decay,
             "epoch": self.iteration / self.schedule.per_epoch,
             "scales": stage.scales,
-            **self.throughput.since_last(self.iteration, self.schedule.images),
+            **speed,
             "skipped": self.optimizer.skipped,
             "unreadable": len(self.context.union(self.source.unreadable)),
             "loss_scale": self.optimizer.scaler.get_scale() if self.flags.fp16 == 1 else None,

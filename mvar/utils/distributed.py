@@ -2,13 +2,14 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from mvar.utils.errors import message
 
@@ -20,7 +21,7 @@ POLL_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process's rank among the processes of a run. All methods are collective: every process calls them."""
+    """This process's rank among the processes of a run. Every process must call barrier and broadcast."""
 
     rank: int = 0
     world_size: int = 1
@@ -36,6 +37,11 @@ class DistContext:
             while not work.is_completed():
                 time.sleep(POLL_SECONDS)
             work.wait()  # raises the error of a failed barrier
+
+    def shard(self, items: Sequence[Value], *, desc: str, unit: str) -> Iterable[Value]:
+        """This process's items, every `world_size`-th; the main process shows a progress bar if it has a terminal."""
+        no_bar = None if self.is_main_process else True  # None: on a terminal only
+        return tqdm(items[self.rank :: self.world_size], desc=desc, unit=unit, disable=no_bar)
 
     def broadcast(self, value: Value) -> Value:
         """The main process's value, in all processes."""

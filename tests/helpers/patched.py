@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from mvar_kernels.patching.modules import Patch
-from tests.helpers.plain_var import PlainVAR, randomised
+from tests.helpers.plain_var import PlainVAR, randomized
 
 LABELS = torch.tensor([3, 7])
-TOLERANCE = 1e-4  # as in test_patching.py, for one block of narrower layers
+TOLERANCE = 1e-4  # as in test_accelerate.py, for one block of narrower layers
 
 
 def plain(heads: int = 1, patch_nums: tuple[int, ...] = (1, 2), depth: int = 1, **sizes: Any) -> PlainVAR:
     torch.manual_seed(0)
-    return randomised(PlainVAR(depth, patch_nums, heads=heads, **sizes))
+    return randomized(PlainVAR(depth, patch_nums, heads=heads, **sizes))
 
 
 def normal(*shape: int) -> Tensor:
