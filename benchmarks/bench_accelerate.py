@@ -26,7 +26,7 @@ from benchmarks.common.results import save
 from benchmarks.common.timing import interleaved
 from mvar.models.tokenizer import Tokenizer
 from mvar_kernels.precision import float32_matmuls
-from tests.helpers.plain_var import PlainVAR, randomized
+from tests.helpers.plain_var import PlainVAR, randomised
 
 PATCH_NUMS = mvar.SCHEDULES[256]
 SMALL_DECODER = 32  # channels, instead of the published 160
@@ -49,7 +49,7 @@ def small_tokenizer() -> Tokenizer:
 
 def plain_var(depth: int) -> Subject:
     torch.manual_seed(0)
-    model = randomized(PlainVAR(depth, PATCH_NUMS, num_classes=1000, num_codes=4096)).to(DEVICE)
+    model = randomised(PlainVAR(depth, PATCH_NUMS, num_classes=1000, num_codes=4096)).to(DEVICE)
     tokenizer = small_tokenizer()
 
     def generate(model: Any, labels: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

@@ -163,7 +163,9 @@ class Flags:
     peak_tflops: float | None = _flag(
         None, "peak TFLOP/s of the device, for the model FLOPs utilization", float, free=True
     )
-    samples: int = _flag(8, "number of classes in the image grid at the end; 0 for no grid", free=True)
+    samples: int = _flag(
+        8, "number of classes in the image grid at the end; 0 for no grid", free=True, aliases=("pictures",)
+    )
     shorten: float = _flag(1.0, "fraction of the epochs to run, for a quick try")
 
     def __post_init__(self) -> None:

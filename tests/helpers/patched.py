@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mvar_kernels.patching.modules import Patch
-from tests.helpers.plain_var import PlainVAR, randomized
+from tests.helpers.plain_var import PlainVAR, randomised
 
 LABELS = torch.tensor([3, 7])
 TOLERANCE = 1e-4  # as in test_accelerate.py, for one block of narrower layers
@@ -15,7 +15,7 @@ TOLERANCE = 1e-4  # as in test_accelerate.py, for one block of narrower layers
 
 def plain(heads: int = 1, patch_nums: tuple[int, ...] = (1, 2), depth: int = 1, **sizes: Any) -> PlainVAR:
     torch.manual_seed(0)
-    return randomized(PlainVAR(depth, patch_nums, heads=heads, **sizes))
+    return randomised(PlainVAR(depth, patch_nums, heads=heads, **sizes))
 
 
 def normal(*shape: int) -> Tensor:

@@ -195,7 +195,7 @@ def draw(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
 
 
-def randomized(model: PlainVAR, seed: int = 0) -> PlainVAR:
+def randomised(model: PlainVAR, seed: int = 0) -> PlainVAR:
     """Initialize with weights large enough that every branch and every bias contributes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

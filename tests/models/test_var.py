@@ -9,7 +9,7 @@ import mvar
 from mvar.inference.prepare import prepared_model
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import VAR
-from tests.helpers.plain_var import PlainVAR, randomized
+from tests.helpers.plain_var import PlainVAR, randomised
 
 PATCH_NUMS = (1, 2, 3, 5)
 LABELS = torch.tensor([3, 7, 1])
@@ -20,7 +20,7 @@ IDS = ["qk_norm", "no_qk_norm", "shared_aln"]
 def pair(folder: Path, **sizes: bool) -> tuple[PlainVAR, mvar.Model]:
     """A plain VAR with random weights, and the engine's VAR loaded from a file of its state dict."""
     torch.manual_seed(0)
-    plain = randomized(PlainVAR(2, PATCH_NUMS, **sizes))
+    plain = randomised(PlainVAR(2, PATCH_NUMS, **sizes))
     torch.save(plain.state_dict(), folder / "var.pth")
     return plain, mvar.load_model(folder / "var.pth")
 

@@ -15,7 +15,7 @@ from mvar.models.tokenizer import Tokenizer
 from mvar_kernels.dispatch import native
 from mvar_kernels.patching.cache import cached_call, schedule_of
 from tests.helpers.plain_mamba2 import PlainMamba2
-from tests.helpers.plain_var import PlainVAR, SelfAttention, randomized
+from tests.helpers.plain_var import PlainVAR, SelfAttention, randomised
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
 SMALL = (1, 2, 3)
@@ -29,7 +29,7 @@ TOLERANCE = 3e-4
 
 def plain(patch_nums: tuple[int, ...] = SMALL, heads: int = 2, **sizes: Any) -> PlainVAR:
     torch.manual_seed(0)
-    return randomized(PlainVAR(2, patch_nums, heads=heads, **sizes))
+    return randomised(PlainVAR(2, patch_nums, heads=heads, **sizes))
 
 
 def inputs_of(model: PlainVAR, batch: int = 2) -> Tensor:

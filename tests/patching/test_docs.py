@@ -13,7 +13,7 @@ from mvar_kernels.dispatch import native
 from mvar_kernels.patching.modules import Patch
 from tests.helpers.paths import ROOT
 from tests.helpers.plain_mamba2 import PlainMamba2
-from tests.helpers.plain_var import PlainVAR, randomized
+from tests.helpers.plain_var import PlainVAR, randomised
 
 DOCUMENT = (ROOT / "docs" / "accelerate.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
@@ -62,7 +62,7 @@ def test_attention() -> None:
 
 
 def test_block() -> None:
-    model = randomized(PlainVAR(1, PATCH_NUMS))
+    model = randomised(PlainVAR(1, PATCH_NUMS))
     block, x, cond = model.blocks[0], random(2, 680, 64), random(2, 64)
     runs = [function("block", "before"), function("block", "after")]
     mask = model.attn_bias_for_masking

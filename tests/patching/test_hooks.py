@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 import mvar_kernels as mk
 from mvar_kernels.dispatch import native
 from tests.helpers.patched import HOOKS, LABELS, accelerated, close, normal, plain
-from tests.helpers.plain_var import PlainVAR, SelfAttention, randomized
+from tests.helpers.plain_var import PlainVAR, SelfAttention, randomised
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
 
@@ -62,7 +62,7 @@ def test_child_modified_after_accelerate() -> None:
         "hook": lambda m: m.blocks[0].ln_wo_grad.register_forward_hook(lambda module, args, out: 2 * out),
         "forward": lambda m: twice(m.blocks[0].ln_wo_grad),
         "class": lambda m: setattr(m.blocks[0].ln_wo_grad, "__class__", Doubled),
-        "another": lambda m: setattr(m.blocks[0], "ln_wo_grad", randomized(nn.LayerNorm(64))),
+        "another": lambda m: setattr(m.blocks[0], "ln_wo_grad", randomised(nn.LayerNorm(64))),
         "drop_path": lambda m: setattr(m.blocks[0], "drop_path", nn.Softsign()),
         "head": lambda m: twice(m.head_nm.ln_wo_grad),
         "proj": lambda m: twice(m.blocks[0].attn.proj),

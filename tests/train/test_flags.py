@@ -67,9 +67,10 @@ def test_other_var_flags_are_recognized(
 
 def test_var_flag_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
     words = "--opt=AdamW --saln True --anorm=F --tf32=fals --hflip=1 --workers=-1 --ini -1 --tclip=-1 --pn=1_2-3"
-    flags = parse(monkeypatch, *words.split(), "--local_out_dir_path=runs", "--local-rank=3")
+    flags = parse(monkeypatch, *words.split(), "--local_out_dir_path=runs", "--local-rank=3", "--pictures=3")
     assert (flags.opt, flags.saln, flags.anorm, flags.tf32, flags.hflip) == ("adamw", True, False, False, True)
     assert (flags.workers, flags.ini, flags.tclip, flags.pn, flags.out) == (0, -1, -1, (1, 2, 3), "runs")
+    assert flags.samples == 3
     assert parse(monkeypatch, "--fuse=0").backend == "reference" and parse(monkeypatch, "--fuse=1").backend == "auto"
 
 
