@@ -54,21 +54,32 @@ def key_spans(scales: tuple[int, ...], queries: int, causal: bool) -> list[Span]
     ]
 
 
-def tiles(spans: list[Span], block_rows: int, block_columns: int) -> list[tuple[int, ...]]:
-    """The plan's tiles for rows of `spans`."""
-    groups: list[list[Span]] = []
+def tiles(
+    spans: list[Span], block_rows: int, block_columns: int, lengths: range | None = None, *, cut: bool = True
+) -> list[tuple[int, ...]]:
+    """The plan's tiles for rows of `spans`, or for those of the scales whose length is in `lengths`.
+
+    cut: False for one tile a scale, however many rows it has.
+    """
+    groups: list[tuple[int, list[Span]]] = []
+    row, packed = 0, block_rows
     for span in spans:
-        packed = sum(n for n, _, _ in groups[-1]) if groups else block_rows
-        if packed + span[0] <= block_rows:
-            groups[-1].append(span)
+        if lengths is None or span[0] in lengths:
+            if packed + span[0] <= block_rows:
+                groups[-1][1].append(span)
+            else:
+                groups.append((row, [span]))
+                packed = 0
+            packed += span[0]
         else:
-            groups.append([span])
-    found, row = [], 0
-    for group in groups:
+            packed = block_rows
+        row += span[0]
+    found = []
+    for first, group in groups:
         rows = sum(n for n, _, _ in group)
+        step = block_rows if cut else rows
         columns = _columns(group, block_columns)
-        found += [(row + i, min(block_rows, rows - i), *columns) for i in range(0, rows, block_rows)]
-        row += rows
+        found += [(first + i, min(step, rows - i), *columns) for i in range(0, rows, step)]
     return sorted(found, key=lambda tile: tile[2] - tile[5])
 
 
@@ -94,12 +105,14 @@ def plan(
     block_rows: int,
     block_columns: int,
     device: torch.device,
+    lengths: range | None = None,
+    cut: bool = True,
 ) -> Plan:
-    """The plan of a schedule, copied to the device once."""
+    """The plan of a schedule, copied to the device once. lengths, cut: as in :func:`tiles`."""
     check_not_capturing("scale_attention", device)
     spans = (key_spans if rows_are_keys else query_spans)(scales, queries, causal)
     by_row = [(lo, hi) for n, lo, hi in query_spans(scales, queries, causal) for _ in range(n)]
     return Plan(
-        torch.tensor(tiles(spans, block_rows, block_columns), dtype=torch.int32, device=device),
+        torch.tensor(tiles(spans, block_rows, block_columns, lengths, cut=cut), dtype=torch.int32, device=device),
         torch.tensor(list(zip(*by_row, strict=True)), dtype=torch.int32, device=device),
     )

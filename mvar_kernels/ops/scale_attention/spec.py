@@ -30,6 +30,12 @@ CASES = (
     _case("packed", SMALL, 2, 3, 64, packed=True),
     _case("last_scales", SMALL, 2, 2, 128, query_scales=2, packed=True, norm=True),
     _case("d16_256", VAR_256, 1, 2, 64, norm=True),
+    # Backward of one program a scale: of one block, of two and of several, whole and partial, beside packed scales.
+    _case("100_tokens", (100,), 1, 2, 64),
+    _case("169_tokens", (1, 4, 169), 1, 1, 64, norm=True, packed=True),
+    _case("256_tokens", (9, 256), 1, 1, 64),
+    # Beside scales that are longer than one program takes.
+    _case("mixture", (4, 16, 289, 64), 2, 1, 32, norm=True),
     # The ends of the softmax and of the numbers, see _values.
     _case("saturated", SMALL, 1, 2, 64, values="one_key_ahead", scale=1.0),
     _case(

@@ -10,136 +10,30 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.ops.scale_attention.inputs import Attention
 from mvar_kernels.ops.scale_attention.plan import plan
+from mvar_kernels.ops.scale_attention.triton.backward_tiles import key_tile, query_tile
 from mvar_kernels.ops.scale_attention.triton.common import (
-    ABSENT,
-    LEAST_FACTOR,
-    LOWEST,
     MAX_LOG_TEMPERATURE,
     candidates,
-    exponents_of,
-    inverse_norm,
-    load_keys,
-    load_rows,
-    load_spans,
     load_tile,
-    next_weights,
-    operand,
-    row_mask,
-    row_offsets,
     score_factor,
-    scores_of,
     shape_class,
     strides,
-    through_norm,
     tile,
-    unit_rows,
-    where_seen,
 )
-from mvar_kernels.triton_math import LN_2, LOG2_E, exp2
 
-# By the padded head dimension. Of the side that is walked through, 32 rows a step: with norms these take all 255
-# registers on sm_80, and 174 to 200 on sm_90 (docs/generated/compiled_kernels.md).
+# Of heads of at most 64: 64 rows of either side of a scale, against 32 of the other. 64 would spill on sm_80, and two
+# stages do with norms; on sm_90 three programs share a multiprocessor (168 registers), with norms two (223).
+WHOLE = (tile(64, 32, 4, 1),)
+# By the padded head dimension.
 HALVES = {
-    64: (tile(64, 32, 8, 2), tile(128, 32, 8, 2)),
+    64: (tile(64, 32, 4, 2), tile(128, 32, 8, 2)),
     128: (tile(32, 32, 4, 2),),
     256: (tile(32, 32, 8, 1),),
 }
-KEY_HALVES = HALVES | {64: (tile(32, 64, 4, 2), tile(32, 128, 8, 2))}
+# In one stage for 64: m, 1/l and δ of the queries would go through the pipeline in copies of four bytes, of which a
+# thread issued 112 a block (Triton 3.6).
+KEY_HALVES = HALVES | {64: (tile(32, 64, 4, 1), tile(32, 128, 8, 1))}
 SINGLE = {64: (tile(32, 32, 8, 1),), 128: (tile(16, 16, 4, 1),), 256: (tile(16, 16, 4, 1),)}
-
-
-@triton.jit
-def _sum_weights(
-    q,
-    q_factor,
-    grad,
-    peak,
-    total,
-    product,
-    largest,
-    k_ptr,
-    v_ptr,
-    spans_ptr,
-    stride_kl,
-    stride_vl,
-    start,
-    hi,
-    offs_m,
-    mask_m,
-    Lq,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NORM: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One block of keys: the rows' largest score, sums of weights and of weights times dO·v, and largest |dO·v|."""
-    k, v, offs_n = load_keys(k_ptr, v_ptr, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-    scores = scores_of(q, k, NORM)  # [BLOCK_M, BLOCK_N]
-    scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
-    weights, shrink, new_peak = next_weights(scores, peak, q_factor, q.dtype == tl.float32)
-    dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-    total = total * shrink + tl.sum(weights, 1)
-    product = product * shrink + tl.sum(weights * dweights, 1)
-    largest = tl.maximum(largest, tl.max(tl.abs(dweights), 1))
-    return new_peak, total, product, largest
-
-
-@triton.jit
-def add_product(x, y, acc):
-    """acc + x y with x in float32 to its last bits: the rows of dS add up to 0, and what all keys have in common must
-    cancel in dq. A product on 16-bit tensor cores takes x as a sum of as many parts as hold 22 bits of it."""
-    part = x.to(y.dtype)
-    acc = tl.dot(part, y, acc, input_precision="ieee")
-    if y.dtype != tl.float32:
-        x -= part.to(tl.float32)
-        part = x.to(y.dtype)
-        acc = tl.dot(part, y, acc)
-    if y.dtype == tl.bfloat16:
-        x -= part.to(tl.float32)
-        acc = tl.dot(x.to(y.dtype), y, acc)
-    return acc
-
-
-@triton.jit
-def _through_keys(
-    q,
-    q_factor,
-    grad,
-    peak,
-    delta,
-    ds_factor,
-    dq,
-    slope,
-    k_ptr,
-    v_ptr,
-    spans_ptr,
-    stride_kl,
-    stride_vl,
-    start,
-    hi,
-    offs_m,
-    mask_m,
-    Lq,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NORM: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One block of keys: dq and the rows' sums of dS times the exponent, with it."""
-    k, v, offs_n = load_keys(k_ptr, v_ptr, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-    k_rows = k
-    if NORM:
-        k_rows = unit_rows(k)  # at once: later it would keep k in registers until then
-    exponents = exponents_of(scores_of(q, k, NORM), peak[:, None], q_factor[:, None])  # [BLOCK_M, BLOCK_N]
-    exponents = where_seen(exponents, ABSENT, spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
-    dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-    changes = exp2(exponents, q.dtype == tl.float32) * (dweights - delta[:, None])
-    if NORM:
-        slope += tl.sum(changes * exponents, 1)
-    dq = add_product(changes * ds_factor[:, None], k_rows, dq)
-    return dq, slope
 
 
 @triton.jit(do_not_specialize=["Lq"])
@@ -168,135 +62,23 @@ def _scale_attention_dq_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     H, B = tl.num_programs(1), tl.num_programs(2)
     row, rows, lo, _, full_hi, hi = load_tile(tiles_ptr)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    offs_m = row + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < row + rows
-    offs_rows = (b * H + h) * Lq + offs_m
-    offs_out = (b * Lq * H + h) * HEAD_DIM + row_offsets(offs_m, H * HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    mask_out = row_mask(mask_m, HEAD_DIM, BLOCK_D)
-
-    grad = tl.load(grad_ptr + offs_out, mask=mask_out, other=0.0)
-    factor = score_factor(scale, log_temperature_ptr, h, NORM)
-    q = load_rows(q_ptr, offs_m, stride_ql, row + rows, HEAD_DIM, BLOCK_D, True)
-    q, q_factor = operand(q, factor, NORM)
-
-    sum_factor = tl.maximum(q_factor, LEAST_FACTOR)
-    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    product = tl.zeros([BLOCK_M], tl.float32)
-    largest = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(lo, full_hi, BLOCK_N):
-        peak, total, product, largest = _sum_weights(
-            *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl),
-            *(start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, False),
-        )
-    for start in range(full_hi, hi, BLOCK_N):
-        peak, total, product, largest = _sum_weights(
-            *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl),
-            *(start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, True),
-        )
-    total = tl.where(mask_m, total, 1.0)
-    inverse, delta = tl.div_rn(1.0, total), tl.div_rn(product, total)
-    kind = H.to(tl.int64) * B * Lq  # from one of a row's numbers to the next
-    tl.store(rows_ptr + offs_rows, peak, mask=mask_m)
-    tl.store(rows_ptr + kind + offs_rows, inverse, mask=mask_m)
-    tl.store(rows_ptr + 2 * kind + offs_rows, delta, mask=mask_m)
-
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    slope = tl.zeros([BLOCK_M], tl.float32)
-    # With it |dS| is at most 2, so that neither it nor its last part leaves float16's range.
-    ds_factor = tl.div_rn(1.0, tl.maximum(largest, 1e-30))
-    for start in range(lo, full_hi, BLOCK_N):
-        dq, slope = _through_keys(
-            *(q, q_factor, grad, peak, delta, ds_factor, dq, slope, k_ptr, v_ptr, spans_ptr),
-            *(stride_kl, stride_vl, start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, False),
-        )
-    for start in range(full_hi, hi, BLOCK_N):
-        dq, slope = _through_keys(
-            *(q, q_factor, grad, peak, delta, ds_factor, dq, slope, k_ptr, v_ptr, spans_ptr),
-            *(stride_kl, stride_vl, start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, True),
-        )
-
-    dq *= (tl.maximum(largest, 1e-30) * inverse * factor)[:, None]
+    first = (b * Lq * H + h) * HEAD_DIM  # of the contiguous tensors
+    part = query_tile(
+        *(grad_ptr + first, q_ptr + b * stride_qb + h * stride_qh, k_ptr + b * stride_kb + h * stride_kh),
+        *(v_ptr + b * stride_vb + h * stride_vh, dq_ptr + first, rows_ptr + (b * H + h) * Lq, spans_ptr),
+        *(stride_ql, stride_kl, stride_vl, H * HEAD_DIM, H.to(tl.int64) * B * Lq),
+        *(score_factor(scale, log_temperature_ptr, h, NORM), row, row + rows, lo, full_hi, hi, Lq),
+        *(HEAD_DIM, BLOCK_D, NORM, LANES, BLOCK_M, BLOCK_N, BLOCK_N),
+    )
     if NORM:
-        part = (h * B + b) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(partials_ptr + part, tl.sum(tl.where(mask_m, slope * inverse, 0.0), 0) * LN_2)
-        # Loaded again, after a store, rather than kept in registers through the loops.
-        dq = through_norm(dq, load_rows(q_ptr, offs_m, stride_ql, row + rows, HEAD_DIM, BLOCK_D, True))
-    tl.store(dq_ptr + offs_out, dq.to(dq_ptr.dtype.element_ty), mask=mask_out)
-
-
-@triton.jit
-def _through_queries(
-    k,
-    k_inverse,
-    factor,
-    v,
-    dk,
-    dv,
-    grad_ptr,
-    rows_ptr,
-    q_ptr,
-    spans_ptr,
-    stride_gl,
-    stride_ql,
-    kind,
-    start,
-    hi,
-    offs_n,
-    Lq,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NORM: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One block of queries: dk and dv with it. All squares of scores are transposed, keys by queries."""
-    offs_m = start + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, offs_m, stride_ql, hi, HEAD_DIM, BLOCK_D, MASKED)
-    grad = load_rows(grad_ptr, offs_m, stride_gl, hi, HEAD_DIM, BLOCK_D, MASKED)
-    if MASKED:
-        peak = tl.load(rows_ptr + offs_m, mask=offs_m < hi, other=0.0)
-        inverse = tl.load(rows_ptr + kind + offs_m, mask=offs_m < hi, other=0.0)
-        delta = tl.load(rows_ptr + 2 * kind + offs_m, mask=offs_m < hi, other=0.0)
-    else:
-        peak = tl.load(rows_ptr + offs_m)
-        inverse = tl.load(rows_ptr + kind + offs_m)
-        delta = tl.load(rows_ptr + 2 * kind + offs_m)
-    q_rows = q
-    if NORM:
-        q_rows = unit_rows(q)
-    if q.dtype == tl.bfloat16:
-        # Tensor cores add in the order of the columns, whichever operand is the left one.
-        q_factor = tl.full([q.shape[0]], factor * LOG2_E, tl.float32)
-        scores = tl.dot(k, tl.trans(q))
-        if NORM:
-            q_factor *= inverse_norm(q)
-            scores *= k_inverse[:, None]
-        dweights = tl.dot(v, tl.trans(grad))
-    else:
-        # Transposed afterwards: to the last bit those that `peak` and δ are from. At 1e10 rounding is hundreds.
-        rows, q_factor = operand(q, factor, NORM)
-        scores = tl.trans(scores_of(rows, k, NORM))
-        dweights = tl.trans(tl.dot(grad, tl.trans(v), input_precision="ieee"))
-    exponents = exponents_of(scores, peak[None, :], q_factor[None, :])  # [BLOCK_N, BLOCK_M]
-    if MASKED:
-        key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, offs_m < hi)
-        seen = (offs_n[:, None] >= key_lo[None, :]) & (offs_n[:, None] < key_hi[None, :])
-        exponents = tl.where(seen, exponents, ABSENT)
-    weights = exp2(exponents, q.dtype == tl.float32) * inverse[None, :]
-    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
-    dscores = weights * (dweights - delta[None, :]) * factor
-    dk = tl.dot(dscores.to(q.dtype), q_rows, dk, input_precision="ieee")
-    return dk, dv
+        tl.store(partials_ptr + (h * B + b) * tl.num_programs(0) + tl.program_id(0), part)
 
 
 @triton.jit(do_not_specialize=["Lq", "L"])
@@ -330,44 +112,79 @@ def _scale_attention_dkdv_kernel(
     BLOCK_N: tl.constexpr,
 ):
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    H = tl.num_programs(1)
+    H, B = tl.num_programs(1), tl.num_programs(2)
     row, rows, lo, full_lo, full_hi, hi = load_tile(tiles_ptr)
+    first = (b * L * H + h) * HEAD_DIM
+    key_tile(
+        *(grad_ptr + (b * Lq * H + h) * HEAD_DIM, rows_ptr + (b * H + h) * Lq, q_ptr + b * stride_qb + h * stride_qh),
+        *(k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh, dk_ptr + first, dv_ptr + first),
+        *(spans_ptr, stride_ql, stride_kl, stride_vl, H * HEAD_DIM, H.to(tl.int64) * B * Lq),
+        *(score_factor(scale, log_temperature_ptr, h, NORM), row, row + rows, lo, full_lo, full_hi, hi, Lq),
+        *(HEAD_DIM, BLOCK_D, NORM, BLOCK_M, BLOCK_N),
+    )
+
+
+@triton.jit(do_not_specialize=["L"])
+def _scale_attention_bwd_kernel(
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    log_temperature_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    rows_ptr,
+    partials_ptr,
+    tiles_ptr,
+    spans_ptr,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    scale,
+    L,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A whole scale, or several packed into one tile: its queries' tiles, then its keys', of BLOCK_M rows."""
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    H, B = tl.num_programs(1), tl.num_programs(2)
+    row, rows, lo, full_lo, full_hi, hi = load_tile(tiles_ptr)
+    first = (b * L * H + h) * HEAD_DIM
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    grad_ptr += (b * Lq * H + h) * HEAD_DIM
-    rows_ptr += (b * H + h) * Lq
-    offs_n = row + tl.arange(0, BLOCK_N)
-    kind = tl.num_programs(2).to(tl.int64) * H * Lq
-
-    k = load_rows(k_ptr, offs_n, stride_kl, row + rows, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(v_ptr, offs_n, stride_vl, row + rows, HEAD_DIM, BLOCK_D, True)
+    grad_ptr += first
+    rows_ptr += (b * H + h) * L
+    kind = H.to(tl.int64) * B * L
     factor = score_factor(scale, log_temperature_ptr, h, NORM)
-    k_inverse = inverse_norm(k)
 
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(full_lo, full_hi, BLOCK_M):
-        dk, dv = _through_queries(
-            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, spans_ptr, H * HEAD_DIM, stride_ql, kind),
-            *(start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, False),
+    part = 0.0
+    for start in range(row, row + rows, BLOCK_M):
+        part += query_tile(
+            *(grad_ptr, q_ptr, k_ptr, v_ptr, dq_ptr + first, rows_ptr, spans_ptr, stride_ql, stride_kl, stride_vl),
+            *(H * HEAD_DIM, kind, factor, start, row + rows, lo, full_hi, hi, L),
+            *(HEAD_DIM, BLOCK_D, NORM, LANES, BLOCK_M, BLOCK_M, BLOCK_N),
         )
-    # What needs a mask lies before and after: packed scales begin to be seen at different queries.
-    before, after = full_lo - lo, hi - full_hi
-    for i in range(0, before + after, BLOCK_M):
-        start = tl.where(i < before, lo + i, full_hi + i - before)
-        dk, dv = _through_queries(
-            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, spans_ptr, H * HEAD_DIM, stride_ql, kind),
-            *(start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, True),
-        )
-
-    offs_out = (b * L * H + h) * HEAD_DIM + row_offsets(offs_n, H * HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    mask_out = row_mask(offs_n < row + rows, HEAD_DIM, BLOCK_D)
-    tl.store(dv_ptr + offs_out, dv.to(dv_ptr.dtype.element_ty), mask=mask_out)
     if NORM:
-        # Loaded again, after a store, rather than kept in registers through the loops.
-        dk = through_norm(dk, load_rows(k_ptr, offs_n, stride_kl, row + rows, HEAD_DIM, BLOCK_D, True))
-    tl.store(dk_ptr + offs_out, dk.to(dk_ptr.dtype.element_ty), mask=mask_out)
+        tl.store(partials_ptr + (h * B + b) * tl.num_programs(0) + tl.program_id(0), part)
+    tl.debug_barrier()  # all threads' m, 1/l and δ are in memory
+    for start in range(row, row + rows, BLOCK_M):
+        key_tile(
+            *(grad_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, dk_ptr + first, dv_ptr + first, spans_ptr, stride_ql, stride_kl),
+            *(stride_vl, H * HEAD_DIM, kind, factor, start, row + rows, lo, full_lo, full_hi, hi, L),
+            *(HEAD_DIM, BLOCK_D, NORM, BLOCK_N, BLOCK_M),
+        )
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -384,6 +201,17 @@ def _scale_attention_dtemperature_kernel(partials_ptr, log_temperature_ptr, grad
     tl.store(grad_ptr + h, grad.to(grad_ptr.dtype.element_ty))
 
 
+def _longest_whole(call: Attention) -> int:
+    """The tokens of the longest scale whose backward one program computes; of longer ones two kernels share the tiles.
+
+    0, so that all are shared, where keys have queries of other scales, or none; in float32, whose products need the
+    registers; and for wide heads.
+    """
+    q = call.q
+    own_scale = not call.causal and q.shape[1] == call.k.shape[1]
+    return 256 if own_scale and q.itemsize == 2 and q.shape[-1] <= 64 else 0
+
+
 def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     """Gradients of q, k, v and, where given, log_temperature."""
     q, k, v, temperature, scales, causal, scale = call.readable()
@@ -393,27 +221,45 @@ def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))
     rows = torch.empty((3, B, H, Lq), dtype=torch.float32, device=device)  # of each query: m, 1/l, δ
     sizes = {"HEAD_DIM": D, "BLOCK_D": tiling.dot_block(D), "NORM": temperature is not None}
+    lanes = {"LANES": 1 if q.itemsize == 4 else 4}
 
-    chosen = tiling.chosen("scale_attention_dq", shapes, candidates(q, HALVES, SINGLE), device)
-    made = plan(scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], device)
-    partials = torch.empty((H, B, len(made.tiles)), dtype=torch.float32, device=device)
-    _scale_attention_dq_kernel[(len(made.tiles), H, B)](
-        *(grad_out, q, k, v, temperature, dq, rows, partials, made.tiles, made.spans),
-        *(*strides(q, k, v), scale, Lq),
-        **sizes,
-        **chosen.arguments(),
-    )
-
-    chosen = tiling.chosen("scale_attention_dkdv", shapes, candidates(q, KEY_HALVES, SINGLE), device)
-    made = plan(scales, Lq, causal, True, chosen.sizes["BLOCK_N"], chosen.sizes["BLOCK_M"], device)
-    _scale_attention_dkdv_kernel[(len(made.tiles), H, B)](
-        *(grad_out, rows, q, k, v, temperature, dk, dv, made.tiles, made.spans),
-        *(*strides(q, k, v), scale, Lq, L),
-        **sizes,
-        **chosen.arguments(),
-    )
+    longest = _longest_whole(call)
+    whole, shared = range(1, longest + 1), range(longest + 1, L + 1)
+    sums = []  # each launch's parts of the temperature's gradient, (H, B, tiles)
+    if any(n in whole for n in scales):
+        chosen = tiling.chosen("scale_attention_bwd", shapes, WHOLE, device)
+        block = chosen.sizes["BLOCK_M"]
+        made = plan(scales, Lq, causal, False, block, block, device, whole, cut=False)
+        sums.append(torch.empty((H, B, len(made.tiles)), dtype=torch.float32, device=device))
+        _scale_attention_bwd_kernel[(len(made.tiles), H, B)](
+            *(grad_out, q, k, v, temperature, dq, dk, dv, rows, sums[-1], made.tiles, made.spans),
+            *(*strides(q, k, v), scale, L),
+            **sizes,
+            **lanes,
+            **chosen.arguments(),
+        )
+    if any(n in shared for n in scales):
+        chosen = tiling.chosen("scale_attention_dq", shapes, candidates(q, HALVES, SINGLE), device)
+        made = plan(scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], device, shared)
+        sums.append(torch.empty((H, B, len(made.tiles)), dtype=torch.float32, device=device))
+        _scale_attention_dq_kernel[(len(made.tiles), H, B)](
+            *(grad_out, q, k, v, temperature, dq, rows, sums[-1], made.tiles, made.spans),
+            *(*strides(q, k, v), scale, Lq),
+            **sizes,
+            **lanes,
+            **chosen.arguments(),
+        )
+        chosen = tiling.chosen("scale_attention_dkdv", shapes, candidates(q, KEY_HALVES, SINGLE), device)
+        made = plan(scales, Lq, causal, True, chosen.sizes["BLOCK_N"], chosen.sizes["BLOCK_M"], device, shared)
+        _scale_attention_dkdv_kernel[(len(made.tiles), H, B)](
+            *(grad_out, rows, q, k, v, temperature, dk, dv, made.tiles, made.spans),
+            *(*strides(q, k, v), scale, Lq, L),
+            **sizes,
+            **chosen.arguments(),
+        )
     if temperature is None:
         return [dq, dk, dv]
+    partials = sums[0] if len(sums) == 1 else torch.cat(sums, 2)
     dtemperature = torch.empty((H,), dtype=temperature.dtype, device=device)
     _scale_attention_dtemperature_kernel[(H,)](
         partials, temperature, dtemperature, partials.shape[1] * partials.shape[2], BLOCK=1024
