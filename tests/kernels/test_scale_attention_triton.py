@@ -1,6 +1,7 @@
 """Tests of scale_attention's tile plan, Triton kernels and flash-attn backend."""
 
 import sys
+from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -38,6 +39,18 @@ def test_tiles_cover_the_pattern(causal: bool, queries: int, rows_are_keys: bool
     assert sorted(covered) == list(range(len(by_row)))
 
 
+@pytest.mark.parametrize("longest", [0, 64, 256, 680])
+def test_whole_scales(longest: int) -> None:
+    """Each scale is in one tile with its rows and columns: of whole scales, or of those that are cut."""
+    spans = plan.query_spans(VAR_256, 680, False)
+    whole = plan.tiles(spans, 64, 32, range(1, longest + 1), cut=False)
+    shared = plan.tiles(spans, 64, 32, range(longest + 1, 681))
+    assert sorted(row for first, rows, *_ in whole + shared for row in range(first, first + rows)) == list(range(680))
+    for first, rows, lo, _, _, hi in whole:
+        assert (lo, hi) == (first, first + rows) and (rows <= 64 or rows in VAR_256) and rows <= max(64, longest)
+    assert all(hi - lo > longest for _, _, lo, _, _, hi in shared)
+
+
 def test_tile_efficiency() -> None:
     tiles = plan.tiles(plan.query_spans(VAR_256, 680, False), 64, 64)
     assert len(tiles) == 12 and tiles[0][-1] - tiles[0][2] == 256
@@ -63,6 +76,21 @@ def test_cached_keys_and_zero_rows(pattern: str, poisoned: None, monkeypatch: py
     for a, b in zip(got, want, strict=True):
         # A gradient through a norm clamped to 1e-12 is 1e12 times the others.
         assert ((a - b).abs() <= 1e-4 + 1e-4 * b.abs()).all()
+
+
+@needs_triton
+def test_whole_scales_agree_with_shared_ones(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program a scale, and two kernels with a program a tile: scales of several tiles and packed ones, and both."""
+    generator = torch.Generator().manual_seed(0)
+    module = import_module("mvar_kernels.ops.scale_attention.triton.backward")  # beside a function of its name
+    inputs = [torch.randn(2, 83, 2, 16, generator=generator).half() for _ in range(3)] + [torch.tensor([1.0, 4.0])]
+    monkeypatch.setattr(tiling, "chosen", lambda *_: Tile({"BLOCK_M": 32, "BLOCK_N": 16}))
+    for longest in (0, 50, 256):
+        monkeypatch.setattr(module, "_longest_whole", lambda call, longest=longest: longest)
+        got = results("triton", (1, 2, 9, 30, 41), 83, inputs, "diagonal")
+        want = results("reference", (1, 2, 9, 30, 41), 83, [t.double() for t in inputs], "diagonal")
+        for a, b in zip(got, want, strict=True):
+            assert (a - b).abs().max() <= 2e-3 * b.abs().max()
 
 
 def test_flash_attn_call(monkeypatch: pytest.MonkeyPatch) -> None:

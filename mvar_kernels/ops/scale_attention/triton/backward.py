@@ -1,4 +1,4 @@
-"""Backward kernels of scale attention: queries, then keys and values, then the temperature (see the package)."""
+"""Backward kernels of scale attention: whole scales, or queries, then keys; the temperature (see the package)."""
 
 from collections.abc import Sequence
 
@@ -228,8 +228,9 @@ def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     sums = []  # each launch's parts of the temperature's gradient, (H, B, tiles)
     if any(n in whole for n in scales):
         chosen = tiling.chosen("scale_attention_bwd", shapes, WHOLE, device)
-        block = chosen.sizes["BLOCK_M"]
-        made = plan(scales, Lq, causal, False, block, block, device, whole, cut=False)
+        made = plan(
+            scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], device, whole, cut=False
+        )
         sums.append(torch.empty((H, B, len(made.tiles)), dtype=torch.float32, device=device))
         _scale_attention_bwd_kernel[(len(made.tiles), H, B)](
             *(grad_out, q, k, v, temperature, dq, dk, dv, rows, sums[-1], made.tiles, made.spans),

@@ -198,12 +198,13 @@ def query_tile(
     total = tl.zeros([BLOCK_M, LANES], tl.float32)
     product = tl.zeros([BLOCK_M, LANES], tl.float32)
     largest = tl.zeros([BLOCK_M, LANES], tl.float32)
-    for start in range(lo, full_hi, BLOCK_N):
+    sums_hi = lo + (full_hi - lo) // BLOCK_N * BLOCK_N
+    for start in range(lo, sums_hi, BLOCK_N):
         peak, total, product, largest = _sum_weights(
             *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl),
             *(start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, LANES, False),
         )
-    for start in range(full_hi, hi, BLOCK_N):
+    for start in range(sums_hi, hi, BLOCK_N):
         peak, total, product, largest = _sum_weights(
             *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl),
             *(start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, LANES, True),
