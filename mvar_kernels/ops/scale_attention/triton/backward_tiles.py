@@ -96,8 +96,8 @@ def _without_last_bits(x, BITS: tl.constexpr, ADDED: tl.constexpr):
 def _add_product(x, y, acc):
     """acc + x y with x in float32 to its last bits: the rows of dS add up to 0, and what all keys have in common must
     cancel in dq. A product on 16-bit tensor cores takes x as a sum of parts: three of bfloat16's 8 bits are all of it;
-    of two of float16's 11 bits, the first is rounded, so that they hold 23. Bits are cut off as integers: a conversion
-    to 16 bits and back is an instruction (F2F) of a sixteenth of the others' rate."""
+    of two of float16's 11 bits, the first is rounded, so that they hold 23. Bits are cut off as integers: rounded to
+    16 bits and back, each element took a conversion of its own (F2F), where F2FP converts two (Triton 3.7.1)."""
     if y.dtype == tl.bfloat16:
         part = _without_last_bits(x, 16, 0)
         acc = tl.dot(part.to(y.dtype), y, acc)
