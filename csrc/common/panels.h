@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/tile.h"
+#include "common/transpose.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
@@ -62,33 +63,6 @@ MVAR_INLINE void pack_word(const Panels& out, int64_t word, const T* first, cons
     }
     store(out.at(word, c), packed, All{});
   }
-}
-
-template <int... lane>
-struct Lanes {};
-#if defined(__AVX512F__)
-typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
-#elif defined(__AVX2__)
-typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
-#else
-typedef Lanes<0, 1, 2, 3> AllLanes;
-#endif
-
-// One step of a transposition: exchanges the two off-diagonal blocks of side n in every square of
-// side 2n that rows a and b = a + n run through.
-template <int n, int... lane>
-MVAR_INLINE void exchange(Vec& a, Vec& b, Lanes<lane...>) {
-  const Vec upper = __builtin_shufflevector(a, b, (lane & n ? kWidth + lane - n : lane)...);
-  b = __builtin_shufflevector(a, b, (lane & n ? kWidth + lane : lane + n)...);
-  a = upper;
-}
-
-template <int n = 1>
-MVAR_INLINE void transpose(Vec (&rows)[kWidth]) {
-  unrolled<kWidth>([&](auto i) MVAR_INLINE_LAMBDA {
-    if constexpr (!(i & n)) exchange<n>(rows[i], rows[i + n], AllLanes{});
-  });
-  if constexpr (2 * n < kWidth) transpose<2 * n>(rows);
 }
 
 // Columns first_column.. of B, kWidth of them, from as many rows or fewer. row(i) is a pointer.

@@ -173,7 +173,7 @@ void derive_segment(const HeadSegment& head, const float* start, float* adjoint,
 // out_i += the column i of `transposed` + Σ_j dscores[i][j] lines_j; with `across` dscores[j][i] in its place.
 MVAR_INLINE void add_lines(const float* transposed, const float* dscores, bool across, const float* lines, int64_t q,
                            int64_t step, float* scratch, float* out, const Sizes& n, const Geometry& g) {
-  transpose(transposed, kChunk, n.N, q, scratch, g.N_padded);
+  transpose_padded(transposed, kChunk, n.N, q, scratch, g.N_padded);
   for_each_block(q, g.N_padded, [&](int64_t i, auto rows, int64_t col, auto cols) MVAR_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value, K = decltype(cols)::value;
     Block<R, K> block{};
@@ -204,7 +204,6 @@ void sum_heads(const Shared& shared, const Chunk& chunk, const float* partials, 
   });
   __builtin_memset(s.dB, 0, kChunk * g.N_padded * sizeof(float));
   __builtin_memset(s.dC, 0, kChunk * g.N_padded * sizeof(float));
-  __builtin_memset(s.lines, 0, kChunk * g.N_padded * sizeof(float));
   for (int64_t d = 0; d < n.directions; ++d) {
     const Partial sum(s.partial, d, n);
     const int64_t back = d ? (chunk.q - 1) * g.N_padded : 0, step = d ? -g.N_padded : g.N_padded;

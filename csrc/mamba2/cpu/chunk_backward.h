@@ -36,11 +36,6 @@ struct Line {
   MVAR_INLINE void add(int v, Vec value) { store(at + v * kWidth, load(at + v * kWidth, All{}) + value, All{}); }
 };
 
-MVAR_INLINE void transpose_lines(const float* lines, int64_t step, int64_t q, int64_t width, float* to) {
-  if (q < kChunk) __builtin_memset(to, 0, width * kChunk * sizeof(float));
-  transpose(lines, step, q, width, to, kChunk);
-}
-
 // products[n][i] = weights_i Σ_p state[n][p] lines_transposed[p][i]; dots_i += Σ_n products[n][i] factors[n][i]
 MVAR_INLINE void state_times_lines(const float* state, const float* lines_transposed, const float* weights,
                                    const float* factors, float* products, Line& dots, int64_t N, int64_t P,
@@ -151,8 +146,8 @@ void chunk_backward(const BackwardView& b, const float* before, const float* adj
   float weights[kChunk];
   for (int i = 0; i < kChunk; ++i) weights[i] = decays.until_end[i] * c.delta[i];
 
-  transpose_lines(c.x, c.x_step, c.q, width, s.x_transposed);
-  transpose_lines(b.dy, c.x_step, c.q, width, s.dy_transposed);
+  transpose_padded(c.x, c.x_step, c.q, width, s.x_transposed, kChunk);
+  transpose_padded(b.dy, c.x_step, c.q, width, s.dy_transposed, kChunk);
   add_dx(b, s.mix, weights, adjoint, N, width);
 
   Line direct{}, entering{}, leaving{}, log_a{};

@@ -89,7 +89,7 @@ MVAR_INLINE View view_of(const Shared& shared, const Chunk& chunk, int64_t direc
 // scores[t][s] = C_t · B_s, from lines already there; for the second direction both indices are reversed.
 // `transposed`: N·kChunk floats of scratch.
 void find_scores(const Shared& shared, const Chunk& chunk, const Sizes& n, const Geometry& g, float* transposed) {
-  transpose(shared.B, g.N_padded, kChunk, n.N, transposed, kChunk);
+  transpose_padded(shared.B, g.N_padded, kChunk, n.N, transposed, kChunk);
   for_each_block(chunk.q, kChunk, [&](int64_t t, auto rows, int64_t s, auto cols) MVAR_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value, K = decltype(cols)::value;
     Block<R, K> block{};
@@ -114,8 +114,8 @@ void transpose_shared(const Shared& shared, const Chunk& chunk, const Sizes& n, 
   for (int64_t d = 0; d < n.directions; ++d) {
     const int64_t back = d ? (chunk.q - 1) * g.N_padded : 0, step = d ? -g.N_padded : g.N_padded;
     const int64_t to = d * n.N * kChunk;
-    transpose(shared.B + back, step, chunk.q, n.N, shared.B_transposed + to, kChunk);
-    transpose(shared.C + back, step, chunk.q, n.N, shared.C_transposed + to, kChunk);
+    transpose_padded(shared.B + back, step, chunk.q, n.N, shared.B_transposed + to, kChunk);
+    transpose_padded(shared.C + back, step, chunk.q, n.N, shared.C_transposed + to, kChunk);
   }
 }
 
