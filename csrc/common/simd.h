@@ -65,6 +65,16 @@ MVAR_INLINE Vec keep(Vec v, First lanes) {
   return kept;
 }
 
+// body(lanes) for the first n lanes, or for all where there are as many.
+template <typename Body>
+MVAR_INLINE void with_lanes(int64_t n, Body body) {
+  if (n < kWidth) {
+    body(First{n});
+  } else {
+    body(All{});
+  }
+}
+
 // How T lies in memory: `Packed` is a vector of T, unpack and pack convert (pack rounds to
 // nearest even). Lanes that a load does not touch are zero.
 template <typename T>

@@ -82,16 +82,26 @@ def test_instruction_set_agrees_with_float64(
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", [SSD_SCAN, MAMBA2_MIXER], ids=["ssd_scan", "mamba2_mixer"])
+@pytest.mark.parametrize(
+    ("case", "num_threads"),
+    # Threads with samples of their own, and all threads at one sample, or at the first 16 of 17.
+    [(_case(3, 90, 4, 33, 17, scales=(1, 5, 70, 14)), (1, 2, 3)), (_case(17, 9, 4, 9, 17), (1, 16))],
+    ids=["samples", "groups"],
+)
 def test_num_threads_is_bitwise_deterministic(
-    use_instruction_set: Callable[[str], None], name: str, dtype: torch.dtype, spec: Spec
+    use_instruction_set: Callable[[str], None],
+    name: str,
+    dtype: torch.dtype,
+    spec: Spec,
+    case: Case,
+    num_threads: tuple[int, ...],
 ) -> None:
     use_instruction_set(name)
-    case = _case(3, 90, 4, 33, 17, scales=(1, 5, 70, 14))
     t = _tensors(spec, case, dtype)
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2, 3):
+        for threads in num_threads:
             torch.set_num_threads(threads)
             results.append(_run(spec, case, t, "cpu"))
     finally:

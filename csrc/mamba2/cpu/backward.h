@@ -55,18 +55,27 @@ struct SampleSums {
   double *dA, *dD, *ddt_bias;      // (B, directions·H), (B, H), (B, directions·H)
   float *dnorm_weight;             // (B, E)
   float *dconv;                    // (B, E+2N, taps+1): the taps' and the bias's
+
+  SampleSums(Carver& pieces, const Sizes& n) {
+    const int64_t E = n.H * n.P;
+    dA = (double*)pieces.take(2 * n.B * n.directions * n.H);
+    dD = (double*)pieces.take(2 * n.B * n.H);
+    ddt_bias = (double*)pieces.take(2 * n.B * n.directions * n.H);
+    dnorm_weight = pieces.take(n.B * E);
+    dconv = pieces.take(n.B * (E + 2 * n.N) * (n.taps + 1));
+  }
 };
 
+// What a team needs, and the sums of all.
 struct BackwardSpace {
   float *shared, *saved, *adjoints, *partials;
   float *squares, *products, *factors;  // for the form: per token and head, twice, and two per token
-  SampleSums sums;
-  int64_t sums_floats;
+  const SampleSums& sums;
   float* scratch;
   int64_t scratch_floats;
 
-  BackwardSpace(Carver& pieces, const Sizes& n, const Plan& plan, const Geometry& g) {
-    const int64_t E = n.H * n.P;
+  BackwardSpace(Carver& pieces, const Sizes& n, const Plan& plan, const Geometry& g, const SampleSums& sums)
+      : sums(sums) {
     shared = pieces.take(g.samples * plan.chunk_count() * g.shared);
     saved = pieces.take(plan.segment_count * g.samples * n.H * g.state);
     adjoints = pieces.take(g.samples * n.H * g.state);
@@ -74,24 +83,25 @@ struct BackwardSpace {
     squares = pieces.take(g.samples * n.L * n.H);
     products = pieces.take(g.samples * n.L * n.H);
     factors = pieces.take(g.samples * n.L * 2);
-    const int64_t before = pieces.floats;
-    sums.dA = (double*)pieces.take(2 * n.B * n.directions * n.H);
-    sums.dD = (double*)pieces.take(2 * n.B * n.H);
-    sums.ddt_bias = (double*)pieces.take(2 * n.B * n.directions * n.H);
-    sums.dnorm_weight = pieces.take(n.B * E);
-    sums.dconv = pieces.take(n.B * (E + 2 * n.N) * (n.taps + 1));
-    sums_floats = pieces.floats - before;
     Carver counter(nullptr);
     BackwardScratch(counter, n, g);
     scratch_floats = counter.needed();
-    scratch = pieces.take(threads() * scratch_floats);
+    scratch = pieces.take(g.members * scratch_floats);
   }
 };
 
-int64_t backward_workspace(const Sizes& n, const Plan& plan) {
+int64_t floats_of_backward_team(const Sizes& n, const Plan& plan, const Geometry& g, const SampleSums& sums) {
   Carver counter(nullptr);
-  BackwardSpace(counter, n, plan, Geometry(n, plan, true));
+  BackwardSpace(counter, n, plan, g, sums);
+  return counter.needed();
+}
+
+int64_t backward_workspace(const Sizes& n, const Plan& plan) {
+  const Geometry g(n, plan, true);
+  Carver counter(nullptr);
   counter.take(n.directions * n.H);  // A of a mixer
+  const SampleSums sums(counter, n);
+  counter.take(g.teams * floats_of_backward_team(n, plan, g, sums));
   return counter.needed();
 }
 
@@ -218,84 +228,91 @@ MVAR_INLINE float sum_samples(const double* sums, int64_t i, int64_t count, int6
   return (float)total;
 }
 
-// `Form`: see ScanBackwardForm and MixerBackwardForm.
-template <typename Form>
-void run_backward(const Form& form, const Sizes& n, const Plan& plan, const BackwardSpace& space,
-                  const Geometry& g) {
-  const int64_t chunks = plan.chunk_count();
-  __builtin_memset(space.sums.dA, 0, space.sums_floats * sizeof(float));
+// make_form(space): see ScanBackwardForm and MixerBackwardForm.
+template <typename MakeForm>
+void run_backward(const Sizes& n, const Plan& plan, Carver& pieces, MakeForm make_form) {
+  const Geometry g(n, plan, true);
+  const int64_t chunks = plan.chunk_count(), before = pieces.floats;
+  const SampleSums sums(pieces, n);
+  __builtin_memset(sums.dA, 0, (pieces.floats - before) * sizeof(float));
+  const int64_t floats = floats_of_backward_team(n, plan, g, sums);
+  float* workspace = pieces.take(g.teams * floats);
+  int64_t begun = 0;
 #pragma omp parallel if (worth_threads(n))
   {
-    Carver own(space.scratch + this_thread() * space.scratch_floats);
+    const Team team(g, n, &begun);
+    Carver of_team(workspace + team.index() * floats);
+    const BackwardSpace space(of_team, n, plan, g, sums);
+    const auto form = make_form(space);
+    constexpr bool needs_outputs = decltype(form)::kNeedsOutputs;
+    Carver own(space.scratch + team.member() * space.scratch_floats);
     const BackwardScratch scratch(own, n, g);
-    for (int64_t b0 = 0; b0 < n.B; b0 += g.samples) {
-      const int64_t samples = n.B - b0 < g.samples ? n.B - b0 : g.samples;
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < samples * chunks; ++i) {
+    team.for_each_group([&](int64_t b0, int64_t samples) {
+      team.share(samples * chunks, [&](int64_t i) {
         const Chunk& chunk = plan.chunks[i % chunks];
         const Shared shared(space.shared + i * g.shared, n, g);
         __builtin_memset(shared.B, 0, g.shared * sizeof(float));
         form.fill_shared(b0 + i / chunks, chunk, shared, scratch, g);
         find_scores(shared, chunk, n, g, scratch.forward.rows);
         transpose_shared(shared, chunk, n, g);
-      }
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < samples * n.H; ++i) {
+      });
+      team.share(samples * n.H, [&](int64_t i) {
         const int64_t b = b0 + i / n.H, h = i % n.H;
         float* shared = space.shared + i / n.H * chunks * g.shared;
-        load_state(form.grad_last(), b, h, n, g, space.adjoints + i * g.state);
         load_state(form.initial(), b, h, n, g, space.saved + i * g.state);
-        for (int64_t k = 0; k + !Form::kNeedsOutputs < plan.segment_count; ++k) {
+        for (int64_t k = 0; k + !needs_outputs < plan.segment_count; ++k) {
           const Segment segment(plan, k);
           const bool last = k + 1 == plan.segment_count;
           const float* from = space.saved + (k * samples * n.H + i) * g.state;
           float* state = last ? scratch.states : space.saved + ((k + 1) * samples * n.H + i) * g.state;
           form.fill_x(b, h, segment, scratch, g);
           float* of_segment = shared + segment.first_chunk * g.shared;
-          if constexpr (Form::kNeedsOutputs) {
-            __builtin_memcpy(state, from, g.state * sizeof(float));
-            scan_segment(segment, of_segment, h, form.A(), state, scratch.forward, n, g, [](const Chunk&) {});
+          if constexpr (needs_outputs) {
+            scan_segment(segment, of_segment, h, form.A(), from, state, !last, scratch.forward, n, g,
+                         [](const Chunk&) {});
             form.keep_outputs(b, h, segment, scratch, g, i / n.H);
           } else {
             const HeadSegment head{segment, of_segment, nullptr, h, form.A(), nullptr, scratch, n, g};
             for (int64_t c = 0; c < segment.count; ++c) head.advance(c, 0, c ? state : from, state);
           }
         }
-      }
-      if constexpr (Form::kNeedsOutputs) {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < samples * n.L; ++i) form.find_factors(i);
+      });
+      if constexpr (needs_outputs) {
+        team.share_evenly(samples * n.L, [&](int64_t i) { form.find_factors(i); });
+        team.wait();
       }
       for (int64_t k = plan.segment_count - 1; k >= 0; --k) {
         const Segment segment(plan, k);
         const int64_t partial = Partial::floats(n);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < samples * n.H; ++i) {
+        team.share(samples * n.H, [&](int64_t i) {
           const int64_t b = b0 + i / n.H, h = i % n.H;
           float* shared = space.shared + (i / n.H * chunks + segment.first_chunk) * g.shared;
           float* partials = space.partials + (i / n.H * plan.longest_segment * n.H + h) * partial;
-          double* dA = space.sums.dA + b * n.directions * n.H + h;
-          form.fill_x(b, h, segment, scratch, g);
+          float* adjoint = space.adjoints + i * g.state;
+          double* dA = sums.dA + b * n.directions * n.H + h;
+          if (k + 1 == plan.segment_count) load_state(form.grad_last(), b, h, n, g, adjoint);
+          form.fill_x_again(b, h, segment, scratch, g);
           form.fill_dy(b, h, segment, scratch, g, i / n.H);
           const HeadSegment head{segment, shared, partials, h, form.A(), dA, scratch, n, g};
-          derive_segment(head, space.saved + (k * samples * n.H + i) * g.state, space.adjoints + i * g.state,
+          derive_segment(head, space.saved + (k * samples * n.H + i) * g.state, adjoint,
                          [&](int64_t direction, const Chunk& chunk, const float* ddelta) {
                            form.take_delta(b, h, direction, chunk, ddelta);
                          });
           form.finish_head(b, h, segment, scratch, g);
-          if (k == 0) store_state(form.dinitial(), b, h, n, g, space.adjoints + i * g.state);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < samples * segment.count; ++i) {
+          if (k == 0) store_state(form.dinitial(), b, h, n, g, adjoint);
+        });
+        team.share(samples * segment.count, [&](int64_t i) {
           const int64_t b = i / segment.count, c = i % segment.count;
           const Shared shared(space.shared + (b * chunks + segment.first_chunk + c) * g.shared, n, g);
           const float* partials = space.partials + (b * plan.longest_segment + c) * n.H * partial;
           sum_heads(shared, segment.chunks[c], partials, scratch, n, g);
           form.finish_shared(b0 + b, segment.chunks[c], scratch, g);
-        }
+        });
       }
-    }
-    form.finish(scratch);
+      form.finish_samples(b0, samples, team, scratch);
+    });
+#pragma omp barrier
+    form.finish();
   }
 }
 

@@ -44,21 +44,59 @@ void gather_weights(const float* weight, const float* bias, int64_t taps, const 
   }
 }
 
-MVAR_INLINE Vec convolved(const float* rows, const float* weights, int64_t taps, int64_t width) {
-  Vec sum = load(weights + taps * width, All{});
-  for (int64_t k = 0; k < taps; ++k) {
-    sum = fma(load(weights + k * width, All{}), load(rows + k * width, All{}), sum);
+// A vector for each tap, in lines of `width` floats; in registers where the number of taps is known when compiling.
+template <int known>
+struct Taps {
+  const float* lines;
+  int64_t width;
+  Vec at[known];
+  Taps(const float* lines, int64_t width, int64_t) : lines(lines), width(width) {}
+  MVAR_INLINE void read() {
+    for (int64_t k = 0; k < known; ++k) at[k] = load(lines + k * width, All{});
   }
-  return sum;
+  MVAR_INLINE int64_t count() const { return known; }
+  MVAR_INLINE Vec get(int64_t k) const { return at[k]; }
+  MVAR_INLINE void set(int64_t k, Vec value) { at[k] = value; }
+};
+
+template <>
+struct Taps<0> {  // it is not known
+  float* lines;
+  int64_t width, taps;
+  Taps(float* lines, int64_t width, int64_t taps) : lines(lines), width(width), taps(taps) {}
+  MVAR_INLINE void read() {}
+  MVAR_INLINE int64_t count() const { return taps; }
+  MVAR_INLINE Vec get(int64_t k) const { return load(lines + k * width, All{}); }
+  MVAR_INLINE void set(int64_t k, Vec value) { store(lines + k * width, value, All{}); }
+};
+
+// body(Count<taps>), for the four of every published model, or body(Count<0>).
+template <typename Body>
+MVAR_INLINE void with_taps(int64_t taps, Body body) {
+  if (taps == 4) {
+    body(Count<4>{});
+  } else {
+    body(Count<0>{});
+  }
 }
 
-// out = SiLU(convolution), `tokens` lines
-void convolve(const float* rows, const float* weights, int64_t tokens, int64_t taps, int64_t width, float* out) {
-  for (int64_t j = 0; j < width; j += kWidth) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      store(out + t * width + j, silu(convolved(rows + t * width + j, weights + j, taps, width)), All{});
+// take(t, j, value) for `tokens` tokens and every vector of channels: the convolution of rows t … t + taps − 1.
+template <typename Take>
+MVAR_INLINE void convolve(const float* rows, float* weights, int64_t tokens, int64_t taps, int64_t width, Take take) {
+  with_taps(taps, [&](auto known) MVAR_INLINE_LAMBDA {
+    for (int64_t j = 0; j < width; j += kWidth) {
+      Taps<decltype(known)::value> weight(weights + j, width, taps);
+      weight.read();
+      const Vec bias = load(weights + taps * width + j, All{});
+      for (int64_t t = 0; t < tokens; ++t) {
+        Vec sum = bias;
+        for (int64_t k = 0; k < weight.count(); ++k) {
+          sum = fma(weight.get(k), load(rows + (t + k) * width + j, All{}), sum);
+        }
+        take(t, j, sum);
+      }
     }
-  }
+  });
 }
 
 }  // namespace

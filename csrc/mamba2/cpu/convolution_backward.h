@@ -12,76 +12,75 @@ using mamba2::MixerBackward;
 // Tokens whose gradients of the weights are summed before they are added to the rest.
 constexpr int64_t kConvTokens = 64;
 
-// out = the slope of SiLU at the convolution, `tokens` lines
-void convolution_slopes(const float* rows, const float* weights, int64_t tokens, int64_t taps, int64_t width,
-                        float* out) {
-  for (int64_t j = 0; j < width; j += kWidth) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      const Vec v = convolved(rows + t * width + j, weights + j, taps, width);
-      store(out + t * width + j, silu_slope(v, sigmoid(v)), All{});
-    }
-  }
-}
-
 // One vector of channels. dxbc holds the gradient dv of the convolution's output; from the first token on it
-// becomes that of the input: row l + taps − 1 − k of [state, xbc] times weight k is in token l's sum.
+// becomes that of the input. Rows of [state, xbc] are counted from the state's first; row r is in the windows of tokens
+// r − taps + 1 … r, times the weight k in that of token r − k.
 struct ChannelVector {
   const MixerBackward& a;
   const Sizes& n;
-  int64_t b, c;          // sample and first channel
-  const float* weights;  // of these channels: lines of kConvBlock floats
+  int64_t b, c;    // sample and first channel
+  float* weights;  // of these channels: lines of kConvBlock floats
+  float* sums;     // as many; scratch
 
-  // Rows of [state, xbc] are counted from the state's first.
-  MVAR_INLINE const float* input(int64_t r) const {
+  // Gradients of row r and, added, of the weights and the bias. kInside: row r is xbc's, and all its tokens are there;
+  // they still hold dv.
+  template <bool kInside, typename T, typename Lanes>
+  MVAR_INLINE void take_row(int64_t r, const T& weight, T& dweight, Vec& dbias, Lanes lanes) const {
     const int64_t l = r - (n.taps - 1);
-    return (l < 0 ? row<float>(a.forward.conv_state, b, r) : row<float>(a.forward.xbc, b, l)) + c;
-  }
-
-  MVAR_INLINE float* output(int64_t r) const {
-    const int64_t l = r - (n.taps - 1);
-    return (l < 0 ? row<float>(a.dconv_state, b, r) : row<float>(a.dxbc, b, l)) + c;
-  }
-
-  // Row r's gradient: from the tokens whose windows it is in, all of which still hold dv, and from the state
-  // handed on.
-  template <typename Lanes>
-  MVAR_INLINE Vec input_gradient(int64_t r, Lanes lanes) const {
-    Vec sum{};
-    for (int64_t k = 0; k < n.taps; ++k) {
-      const int64_t l = r - k;
-      if (l < 0 || l >= n.L) continue;
-      sum = fma(load(weights + k * kConvBlock, All{}), load(row<float>(a.dxbc, b, l) + c, lanes), sum);
+    const bool before = !kInside && l < 0;
+    const Vec x = load((before ? row<float>(a.forward.conv_state, b, r) : row<float>(a.forward.xbc, b, l)) + c, lanes);
+    Vec dx{};
+    for (int64_t k = 0; k < weight.count(); ++k) {
+      if (!kInside && (r - k < 0 || r - k >= n.L)) continue;
+      const Vec dv = load(row<float>(a.dxbc, b, r - k) + c, lanes);
+      dx = fma(weight.get(k), dv, dx);
+      dweight.set(k, fma(dv, x, dweight.get(k)));
+      if (k == 0) dbias += dv;
     }
-    if (r >= n.L) sum += load(row<float>(a.grad_last_conv, b, r - n.L) + c, lanes);
-    return sum;
+    if (!kInside && r >= n.L) dx += load(row<float>(a.grad_last_conv, b, r - n.L) + c, lanes);
+    store((before ? row<float>(a.dconv_state, b, r) : row<float>(a.dxbc, b, l)) + c, dx, lanes);
   }
 
   // dconv: (taps+1, channels), added to
-  template <typename Lanes>
-  void run(float* dconv, int64_t channels, Lanes lanes) const {
-    for (int64_t k = 0; k <= n.taps; ++k) {
-      for (int64_t first = 0; first < n.L; first += kConvTokens) {
-        const int64_t end = first + kConvTokens < n.L ? first + kConvTokens : n.L;
-        Vec sum{};
-        for (int64_t l = first; l < end; ++l) {
-          const Vec dv = load(row<float>(a.dxbc, b, l) + c, lanes);
-          sum = k < n.taps ? fma(dv, load(input(l + k), lanes), sum) : sum + dv;
+  template <int known, typename Lanes>
+  MVAR_INLINE void run(float* dconv, int64_t channels, Lanes lanes) const {
+    Taps<known> weight(weights, kConvBlock, n.taps);
+    weight.read();
+    const int64_t rows = n.taps - 1 + n.L;
+    for (int64_t first = 0; first < rows; first += kConvTokens) {
+      const int64_t end = first + kConvTokens < rows ? first + kConvTokens : rows;
+      Taps<known> dweight(sums, kConvBlock, n.taps);
+      for (int64_t k = 0; k < dweight.count(); ++k) dweight.set(k, Vec{});
+      Vec dbias{};
+      for (int64_t r = first; r < end; ++r) {
+        if (r >= n.taps - 1 && r < n.L) {
+          take_row<true>(r, weight, dweight, dbias, lanes);
+        } else {
+          take_row<false>(r, weight, dweight, dbias, lanes);
         }
-        float* to = dconv + k * channels + c;
-        store(to, load(to, lanes) + sum, lanes);
       }
+      float* to = dconv + c;
+      for (int64_t k = 0; k < dweight.count(); ++k, to += channels) {
+        store(to, load(to, lanes) + dweight.get(k), lanes);
+      }
+      store(to, load(to, lanes) + dbias, lanes);
     }
-    for (int64_t r = 0; r < n.taps - 1 + n.L; ++r) store(output(r), input_gradient(r, lanes), lanes);
   }
 };
 
-// weights: taps+1 lines of kConvBlock floats of scratch
+// weights: twice taps+1 lines of kConvBlock floats of scratch
 void derive_convolution(const MixerBackward& a, const Sizes& n, int64_t b, int64_t first, int64_t count,
                         float* weights, float* dconv) {
   const int64_t channels = n.H * n.P + 2 * n.N;
   gather_weights(a.forward.conv_weight, a.forward.conv_bias, n.taps, {first, count, kConvBlock}, weights);
-  for_each_vector(count, [&](int64_t j, auto lanes, int) MVAR_INLINE_LAMBDA {
-    ChannelVector{a, n, b, first + j, weights + j}.run(dconv, channels, lanes);
+  float* sums = weights + (n.taps + 1) * kConvBlock;
+  with_taps(n.taps, [&](auto known) MVAR_INLINE_LAMBDA {
+    for (int64_t j = 0; j < count; j += kWidth) {
+      const ChannelVector vector{a, n, b, first + j, weights + j, sums + j};
+      with_lanes(count - j, [&](auto lanes) MVAR_INLINE_LAMBDA {
+        vector.run<decltype(known)::value>(dconv, channels, lanes);
+      });
+    }
   });
 }
 

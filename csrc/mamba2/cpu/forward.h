@@ -2,19 +2,14 @@
 // with its state; and what needs all heads of a token.
 #pragma once
 
-#include "mamba2/cpu/geometry.h"
+#include "mamba2/cpu/team.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
 namespace {
 
-// Below this many numbers of state passed through, starting the threads costs more than they save.
-constexpr int64_t kParallelWork = 1 << 16;
-
 // Channels of the convolution that its backward takes at a time.
 constexpr int64_t kConvBlock = 64;
-
-MVAR_INLINE bool worth_threads(const Sizes& n) { return n.B * n.L * n.H * n.P * n.N > kParallelWork; }
 
 // What a thread needs for one chunk or for one segment of one head.
 struct Scratch {
@@ -22,7 +17,7 @@ struct Scratch {
   float *reverse;  // state of the backward direction
   float *mix, *weighted;
   float *rows;     // for the form: lines of a segment and `taps` more
-  float *weights;  // for the form: taps + 1 lines
+  float *weights;  // for the form: taps + 1 lines, or twice as many of kConvBlock channels
 
   Scratch(Carver& pieces, const Sizes& n, const Geometry& g) {
     const int64_t line = g.width > g.N_padded ? g.width : g.N_padded;
@@ -32,14 +27,15 @@ struct Scratch {
     mix = pieces.take(kChunk * kChunk);
     weighted = pieces.take(kChunk * g.N_padded);
     rows = pieces.take((g.slots + n.taps) * line);
-    weights = pieces.take((n.taps + 1) * (line > kConvBlock ? line : kConvBlock));
+    weights = pieces.take((n.taps + 1) * (line > 2 * kConvBlock ? line : 2 * kConvBlock));
   }
 };
 
+// What a team needs.
 struct ForwardSpace {
   float *shared, *states;
   float *gated, *squares;  // for the form, twice: of one stage while the next one is computed
-  float *scratch;
+  float* scratch;
   int64_t scratch_floats;
 
   ForwardSpace(Carver& pieces, const Sizes& n, const Plan& plan, const Geometry& g) {
@@ -50,14 +46,21 @@ struct ForwardSpace {
     Carver counter(nullptr);
     Scratch(counter, n, g);
     scratch_floats = counter.needed();
-    scratch = pieces.take(threads() * scratch_floats);
+    scratch = pieces.take(g.members * scratch_floats);
   }
 };
 
+int64_t floats_of_forward_team(const Sizes& n, const Plan& plan, const Geometry& g) {
+  Carver counter(nullptr);
+  ForwardSpace(counter, n, plan, g);
+  return counter.needed();
+}
+
 int64_t forward_workspace(const Sizes& n, const Plan& plan) {
+  const Geometry g(n, plan, false);
   Carver counter(nullptr);
   counter.take(n.directions * n.H);  // A of a mixer
-  ForwardSpace(counter, n, plan, Geometry(n, plan, false));
+  counter.take(g.teams * floats_of_forward_team(n, plan, g));
   return counter.needed();
 }
 
@@ -79,20 +82,23 @@ struct Segment {
   int64_t end() const { return first + tokens; }
 };
 
-// y of one segment of one head, both directions, from its x; `state` goes on to the segment's end.
-// `shared` is that of the segment's first chunk. prefetch_next(chunk) is called early, once for each chunk.
+// y of one segment of one head, both directions, from its x. `from`: the state before the segment; `to`: that at its
+// end, if it is needed at all, which may be the same place. `shared` is that of the segment's first chunk.
+// prefetch_next(chunk) is called early, once for each chunk.
 template <typename PrefetchNext>
-void scan_segment(const Segment& segment, float* shared, int64_t h, const float* A, float* state, const Scratch& s,
-                  const Sizes& n, const Geometry& g, PrefetchNext prefetch_next) {
+void scan_segment(const Segment& segment, float* shared, int64_t h, const float* A, const float* from, float* to,
+                  bool needs_end, const Scratch& s, const Sizes& n, const Geometry& g, PrefetchNext prefetch_next) {
   Decays decays;
   for (int64_t i = 0; i < segment.count; ++i) {
     const int64_t at = i * kChunk * g.width;
     const View c = view_of(Shared(shared + i * g.shared, n, g), segment.chunks[i], 0, h, A, n, g, s.x + at, s.y + at);
+    const float* state = i ? to : from;
     prefetch_next(segment.chunks[i]);
     find_decays(c.delta, c.A, decays);
     find_mix(c, decays, s.mix);
     chunk_outputs<false>(c, decays, s.mix, state, n.N, g.width);
-    advance_state(c, decays, state, state, s.weighted, n.N, g.N_padded, g.width);
+    if (i + 1 == segment.count && !needs_end) continue;
+    advance_state(c, decays, state, to, s.weighted, n.N, g.N_padded, g.width);
   }
   if (n.directions == 1) return;
   for (int64_t i = segment.count - 1; i >= 0; --i) {
@@ -113,33 +119,32 @@ void scan_segment(const Segment& segment, float* shared, int64_t h, const float*
 template <typename Form>
 void run_forward(const Form& form, const Sizes& n, const Plan& plan, float* workspace) {
   const Geometry g(n, plan, false);
-  Carver pieces(workspace);
-  const ForwardSpace space(pieces, n, plan, g);
   const int64_t chunks = plan.chunk_count(), segments = plan.segment_count;
   const int64_t stage = Form::kFinishesTokens ? g.stage : segments;
-  const int64_t lines = g.stage * g.slots;
+  const int64_t lines = g.stage * g.slots, floats = floats_of_forward_team(n, plan, g);
+  int64_t begun = 0;
 #pragma omp parallel if (worth_threads(n))
   {
-    Carver own(space.scratch + this_thread() * space.scratch_floats);
+    const Team team(g, n, &begun);
+    Carver pieces(workspace + team.index() * floats);
+    const ForwardSpace space(pieces, n, plan, g);
+    Carver own(space.scratch + team.member() * space.scratch_floats);
     const Scratch scratch(own, n, g);
-    for (int64_t b0 = 0; b0 < n.B; b0 += g.samples) {
-      const int64_t samples = n.B - b0 < g.samples ? n.B - b0 : g.samples;
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < samples * chunks; ++i) {
+    team.for_each_group([&](int64_t b0, int64_t samples) {
+      team.share(samples * chunks, [&](int64_t i) {
         const Chunk& chunk = plan.chunks[i % chunks];
         const Shared shared(space.shared + i * g.shared, n, g);
         __builtin_memset(shared.B, 0, g.shared * sizeof(float));
         form.fill_shared(b0 + i / chunks, chunk, shared, scratch, g);
         find_scores(shared, chunk, n, g, scratch.rows);
-      }
+      });
       for (int64_t k = 0; k < segments; k += stage) {
         const int64_t end = k + stage < segments ? k + stage : segments;
         const int64_t first = Segment(plan, k).first, tokens = Segment(plan, end - 1).end() - first;
         const int64_t turn = k / stage % 2 * g.samples * lines * n.H;
         float* gated = space.gated + turn * n.P;
         float* squares = space.squares + turn;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < samples * n.H; ++i) {
+        team.share(samples * n.H, [&](int64_t i) {
           const int64_t b = b0 + i / n.H, h = i % n.H;
           float* state = space.states + i * g.state;
           if (k == 0) load_state(form.a.initial, b, h, n, g, state);
@@ -149,22 +154,21 @@ void run_forward(const Form& form, const Sizes& n, const Plan& plan, float* work
             const int64_t line = (i / n.H * lines + segment.first - first) * n.H;
             float* shared = space.shared + (i / n.H * chunks + segment.first_chunk) * g.shared;
             form.fill_x(b, h, segment, scratch, g);
-            scan_segment(segment, shared, h, form.A(), state, scratch, n, g,
+            scan_segment(segment, shared, h, form.A(), state, state, true, scratch, n, g,
                          [&](const Chunk& chunk) { form.prefetch_next(b, h, chunk, segment.tokens); });
             form.finish_head(b, h, segment, scratch, g, gated + line * n.P, squares + line);
           }
           if (end == segments) store_state(form.a.last, b, h, n, g, state);
-        }
+        });
         if constexpr (Form::kFinishesTokens) {
-#pragma omp for schedule(static) nowait
-          for (int64_t i = 0; i < samples * tokens; ++i) {
+          team.share_evenly(samples * tokens, [&](int64_t i) {
             const int64_t b = i / tokens, t = i % tokens;
             const int64_t line = (b * lines + t) * n.H;
             form.finish_token(b0 + b, first + t, gated + line * n.P, squares + line);
-          }
+          });
         }
       }
-    }
+    });
   }
 }
 

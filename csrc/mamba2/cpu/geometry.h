@@ -15,6 +15,11 @@ using mamba2::States;
 // threads wait for the last one, and while the outputs of the heads are still in the last-level cache.
 constexpr int64_t kStageTokens = 256;
 
+// Below this many numbers of state passed through, starting the threads costs more than they save.
+constexpr int64_t kParallelWork = 1 << 16;
+
+MVAR_INLINE bool worth_threads(const Sizes& n) { return n.B * n.L * n.H * n.P * n.N > kParallelWork; }
+
 // Lines are padded to whole vectors and chunks to kChunk lines, so that no loop over them has a tail.
 struct Geometry {
   int64_t width;      // of a line of x or y of one head: P, padded
@@ -24,6 +29,9 @@ struct Geometry {
   int64_t transposed; // floats of the transposes of B or of C of a chunk, for the backward
   int64_t slots;      // lines of a segment
   int64_t stage;      // segments that a head computes before all heads are synchronized
+  bool alone;         // each thread is a Team
+  int64_t teams;
+  int64_t members;    // threads of a team
   int64_t samples;    // computed together: enough to keep all threads busy, and no more scratch than that
 
   Geometry(const Sizes& n, const Plan& plan, bool backward) {
@@ -34,8 +42,12 @@ struct Geometry {
     shared = 2 * kChunk * N_padded + n.directions * (kChunk * kChunk + n.H * kChunk) + 2 * transposed;
     slots = plan.longest_segment * kChunk;
     stage = kStageTokens > slots ? kStageTokens / slots : 1;
-    const int64_t tasks = 4 * threads() > 64 ? 4 * threads() : 64;
-    const int64_t wanted = (tasks + n.H - 1) / n.H;
+    const int64_t all = worth_threads(n) ? threads() : 1;
+    alone = 8 * n.B >= 7 * round_up(n.B, all);
+    teams = alone ? all : 1;
+    members = alone ? 1 : all;
+    const int64_t tasks = 4 * members > 64 ? 4 * members : 64;
+    const int64_t wanted = alone ? 1 : (tasks + n.H - 1) / n.H;
     samples = wanted < n.B ? wanted : n.B;
   }
 };

@@ -12,7 +12,8 @@ namespace {
 
 using mamba2::MixerForward;
 
-template <typename T>
+// kKeeps: the convolution is stored before its SiLU, for the backward.
+template <typename T, bool kKeeps = false>
 struct MixerForm {
   static constexpr bool kFinishesTokens = true;
   // float32 is gated in the output itself; bfloat16 would be rounded once too often.
@@ -20,9 +21,22 @@ struct MixerForm {
   const MixerForward& a;
   const Sizes& n;
   const float* rates;
+  const Tokens kept{};  // (B, L, E+2N)
 
   const float* A() const { return rates; }
   int64_t E() const { return n.H * n.P; }
+
+  // out = SiLU of the convolution: lines of tokens from `first` on
+  void fill_lines(int64_t b, int64_t first, int64_t tokens, const Channels& c, const Scratch& s, const float* rows,
+                  float* out) const {
+    convolve(rows, s.weights, tokens, n.taps, c.width, [&](int64_t t, int64_t j, Vec value) MVAR_INLINE_LAMBDA {
+      store(out + t * c.width + j, silu(value), All{});
+      if constexpr (kKeeps) {
+        float* to = row<float>(kept, b, first + t) + c.first + j;
+        with_lanes(c.count - j, [&](auto lanes) MVAR_INLINE_LAMBDA { store(to, value, lanes); });
+      }
+    });
+  }
 
   void fill_shared(int64_t b, const Chunk& chunk, const Shared& shared, const Scratch& s, const Geometry& g) const {
     float* lines[] = {shared.B, shared.C};
@@ -30,7 +44,7 @@ struct MixerForm {
       const Channels channels{E() + i * n.N, n.N, g.N_padded};
       gather_rows<T>(a.xbc, a.conv_state, b, chunk.first, chunk.q, n.taps, channels, s.rows);
       gather_weights(a.conv_weight, a.conv_bias, n.taps, channels, s.weights);
-      convolve(s.rows, s.weights, chunk.q, n.taps, g.N_padded, lines[i]);
+      fill_lines(b, chunk.first, chunk.q, channels, s, s.rows, lines[i]);
     }
     for (int64_t i = 0; i < chunk.q; ++i) {
       for (int64_t d = 0; d < n.directions; ++d) fill_delta(b, chunk, i, d, shared);
@@ -54,8 +68,9 @@ struct MixerForm {
     const Channels channels{h * n.P, n.P, g.width};
     gather_rows<T>(a.xbc, a.conv_state, b, segment.first, segment.tokens, n.taps, channels, s.rows);
     for (int64_t c = 0; c < segment.count; ++c) {
-      const float* rows = s.rows + (segment.chunks[c].first - segment.first) * g.width;
-      convolve(rows, s.weights, segment.chunks[c].q, n.taps, g.width, s.x + c * kChunk * g.width);
+      const Chunk& chunk = segment.chunks[c];
+      const float* rows = s.rows + (chunk.first - segment.first) * g.width;
+      fill_lines(b, chunk.first, chunk.q, channels, s, rows, s.x + c * kChunk * g.width);
     }
   }
 

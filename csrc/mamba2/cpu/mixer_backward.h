@@ -1,5 +1,5 @@
 // The backward of mamba2_mixer. Two places of the output hold something else for a while: that of dz, y of
-// the scan, until all heads of a token have it; that of dxbc, the gradient of the convolution, which the last
+// the scan, until all heads of a token have it; that of dxbc, the convolution and then its gradient, which the last
 // loop turns into that of its input.
 #pragma once
 
@@ -29,18 +29,24 @@ struct MixerBackwardForm {
 
   void fill_shared(int64_t b, const Chunk& chunk, const Shared& shared, const BackwardScratch& s,
                    const Geometry& g) const {
-    MixerForm<float>{a.forward, n, rates}.fill_shared(b, chunk, shared, s.forward, g);
+    form().fill_shared(b, chunk, shared, s.forward, g);
   }
 
   void fill_x(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g) const {
-    const MixerForm<float> form{a.forward, n, rates};
-    form.start_head(h, s.forward, g);
-    form.fill_x(b, h, segment, s.forward, g);
-    for (int64_t c = 0; c < segment.count; ++c) {
-      const int64_t first = (segment.chunks[c].first - segment.first) * g.width;
-      convolution_slopes(s.forward.rows + first, s.forward.weights, segment.chunks[c].q, n.taps, g.width,
-                         s.slopes + c * kChunk * g.width);
-    }
+    form().start_head(h, s.forward, g);
+    form().fill_x(b, h, segment, s.forward, g);
+  }
+
+  // The same from the convolution that fill_x kept, and the slopes of SiLU there.
+  void fill_x_again(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g) const {
+    for_each_line(segment, g, [&](int64_t l, int64_t at) MVAR_INLINE_LAMBDA {
+      const float* kept = row<float>(a.dxbc, b, l) + h * n.P;
+      for_each_vector(n.P, [&](int64_t p, auto lanes, int) MVAR_INLINE_LAMBDA {
+        const Vec value = load(kept + p, lanes), open = sigmoid(value);
+        store(s.forward.x + at + p, value * open, All{});
+        store(s.slopes + at + p, silu_slope(value, open), All{});
+      });
+    });
   }
 
   // y into dz's place, and its part of the two sums that the RMSNorm's backward needs of each token.
@@ -144,31 +150,29 @@ struct MixerBackwardForm {
 
   void finish_shared(int64_t b, const Chunk& chunk, const BackwardScratch& s, const Geometry& g) const {
     const float* lines[] = {s.dB, s.dC};
-    for (int64_t i = 0; i < 2; ++i) {
-      const Channels channels{E() + i * n.N, n.N, g.N_padded};
-      gather_rows<float>(a.forward.xbc, a.forward.conv_state, b, chunk.first, chunk.q, n.taps, channels,
-                         s.forward.rows);
-      gather_weights(a.forward.conv_weight, a.forward.conv_bias, n.taps, channels, s.forward.weights);
-      convolution_slopes(s.forward.rows, s.forward.weights, chunk.q, n.taps, g.N_padded, s.lines);
-      for (int64_t t = 0; t < chunk.q; ++t) {
-        float* to = row<float>(a.dxbc, b, chunk.first + t) + channels.first;
-        const int64_t at = t * g.N_padded;
+    for (int64_t t = 0; t < chunk.q; ++t) {
+      for (int64_t i = 0; i < 2; ++i) {
+        float* to = row<float>(a.dxbc, b, chunk.first + t) + E() + i * n.N;
         for_each_vector(n.N, [&](int64_t j, auto lanes, int) MVAR_INLINE_LAMBDA {
-          store(to + j, load(lines[i] + at + j, lanes) * load(s.lines + at + j, lanes), lanes);
+          const Vec value = load(to + j, lanes);
+          store(to + j, load(lines[i] + t * g.N_padded + j, lanes) * silu_slope(value, sigmoid(value)), lanes);
         });
       }
     }
   }
 
-  void finish(const BackwardScratch& s) const {
+  void finish_samples(int64_t b0, int64_t samples, const Team& team, const BackwardScratch& s) const {
     const int64_t channels = E() + 2 * n.N, blocks = (channels + kConvBlock - 1) / kConvBlock;
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < n.B * blocks; ++i) {
-      const int64_t first = i % blocks * kConvBlock;
+    team.share(samples * blocks, [&](int64_t i) {
+      const int64_t b = b0 + i / blocks, first = i % blocks * kConvBlock;
       const int64_t count = channels - first < kConvBlock ? channels - first : kConvBlock;
-      float* dconv = space.sums.dconv + i / blocks * channels * (n.taps + 1);
-      derive_convolution(a, n, i / blocks, first, count, s.forward.weights, dconv);
-    }
+      float* dconv = space.sums.dconv + b * channels * (n.taps + 1);
+      derive_convolution(a, n, b, first, count, s.forward.weights, dconv);
+    });
+  }
+
+  void finish() const {
+    const int64_t channels = E() + 2 * n.N;
 #pragma omp for schedule(static) nowait
     for (int64_t c = 0; c < channels; ++c) sum_channel(c, channels);
   }
@@ -194,6 +198,8 @@ struct MixerBackwardForm {
   }
 
  private:
+  MixerForm<float, true> form() const { return {a.forward, n, rates, a.dxbc}; }
+
   template <typename Body>
   MVAR_INLINE void for_each_line(const Segment& segment, const Geometry& g, Body body) const {
     for (int64_t c = 0; c < segment.count; ++c) {
@@ -203,10 +209,9 @@ struct MixerBackwardForm {
 };
 
 void mixer_backward(const MixerBackward& a, const Sizes& n, const Plan& plan, float* workspace) {
-  const Geometry g(n, plan, true);
   Carver pieces(workspace);
-  const BackwardSpace space(pieces, n, plan, g);
-  run_backward(MixerBackwardForm{a, n, space, find_rates(a.forward, n, pieces)}, n, plan, space, g);
+  const float* rates = find_rates(a.forward, n, pieces);
+  run_backward(n, plan, pieces, [&](const BackwardSpace& space) { return MixerBackwardForm{a, n, space, rates}; });
 }
 
 }  // namespace

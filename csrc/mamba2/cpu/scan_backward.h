@@ -30,6 +30,10 @@ struct ScanBackwardForm {
     ScanForm<float>{a.forward, n}.fill_x(b, h, segment, s.forward, g);
   }
 
+  void fill_x_again(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g) const {
+    fill_x(b, h, segment, s, g);
+  }
+
   // dy, and the skip's part of dx and dD.
   void fill_dy(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g,
                int64_t) const {
@@ -78,7 +82,9 @@ struct ScanBackwardForm {
     }
   }
 
-  void finish(const BackwardScratch&) const {
+  void finish_samples(int64_t, int64_t, const Team&, const BackwardScratch&) const {}
+
+  void finish() const {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < n.directions * n.H; ++i) {
       a.dA[i] = sum_samples(space.sums.dA, i, n.directions * n.H, n.B);
@@ -88,10 +94,8 @@ struct ScanBackwardForm {
 };
 
 void scan_backward(const ScanBackward& a, const Sizes& n, const Plan& plan, float* workspace) {
-  const Geometry g(n, plan, true);
   Carver pieces(workspace);
-  const BackwardSpace space(pieces, n, plan, g);
-  run_backward(ScanBackwardForm{a, n, space}, n, plan, space, g);
+  run_backward(n, plan, pieces, [&](const BackwardSpace& space) { return ScanBackwardForm{a, n, space}; });
 }
 
 }  // namespace
