@@ -8,7 +8,7 @@ namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
 
 // e^(−|x|), which never overflows.
-MVAR_INLINE Vec exp_of_minus_abs(Vec x) { return exp((Vec)((VecBits)x | 0x80000000u)); }
+MVAR_INLINE Vec exp_of_minus_abs(Vec x) { return exp<true>((Vec)((VecBits)x | 0x80000000u)); }
 
 MVAR_INLINE Vec sigmoid(Vec x) {
   const Vec e = exp_of_minus_abs(x);

@@ -12,7 +12,9 @@ namespace MVAR_INSTRUCTION_SET {
 // sum was rounded to is in its lowest bits.
 constexpr float kRoundToWhole = 12582912.0f;  // 1.5·2²³
 
-// 2^(whole + f) for |f| ≤ ½, where `rounded` is whole + kRoundToWhole; 0 in lanes of `x` below `least`
+// 2^(whole + f) for |f| ≤ ½, where `rounded` is whole + kRoundToWhole; 0 in lanes of `x` below `least`. kNegative: no x
+// is above 0.
+template <bool kNegative>
 MVAR_INLINE Vec exp2_of_parts(Vec x, float least, Vec rounded, Vec f) {
   // 2^f = 1 + f·(…), fitted to ½ a unit in the last place with room to spare (2e-9)
   Vec p = splat(1.5353362e-4f);
@@ -27,19 +29,23 @@ MVAR_INLINE Vec exp2_of_parts(Vec x, float least, Vec rounded, Vec f) {
   return _mm512_maskz_scalef_ps(not_below, p, rounded - kRoundToWhole);
 #else
   const Vec scaled = (Vec)((VecBits)p + ((VecBits)rounded << 23));
-  const Vec top = rounded - kRoundToWhole;
-  // 2^128 is no float, but p·2^128 may be one.
-  const Vec large = top > 128.0f ? splat(__builtin_inff()) : p * 0x1p127f * 2.0f;
-  const Vec number = top > 127.0f ? large : x < least ? splat(0.0f) : scaled;
+  Vec number = x < least ? splat(0.0f) : scaled;
+  if constexpr (!kNegative) {
+    const Vec top = rounded - kRoundToWhole;
+    // 2^128 is no float, but p·2^128 may be one.
+    const Vec large = top > 128.0f ? splat(__builtin_inff()) : p * 0x1p127f * 2.0f;
+    number = top > 127.0f ? large : number;
+  }
   return x == x ? number : x;
 #endif
 }
 
 MVAR_INLINE Vec exp2(Vec x) {
   const Vec rounded = x + kRoundToWhole;
-  return exp2_of_parts(x, -126.0f, rounded, x - (rounded - kRoundToWhole));
+  return exp2_of_parts<false>(x, -126.0f, rounded, x - (rounded - kRoundToWhole));
 }
 
+template <bool kNegative = false>
 MVAR_INLINE Vec exp(Vec x) {
   const float log2_e = 1.4426950408889634f;
   // log 2 in two parts, the first with so few bits that its product with an integer is exact
@@ -47,7 +53,7 @@ MVAR_INLINE Vec exp(Vec x) {
   const Vec rounded = fma(x, splat(log2_e), splat(kRoundToWhole));
   const Vec whole = rounded - kRoundToWhole;
   const Vec rest = fma(-whole, splat(log_2_low), fma(-whole, splat(log_2_high), x));
-  return exp2_of_parts(x, -87.0f, rounded, rest * log2_e);
+  return exp2_of_parts<kNegative>(x, -87.0f, rounded, rest * log2_e);
 }
 
 }  // namespace MVAR_INSTRUCTION_SET
