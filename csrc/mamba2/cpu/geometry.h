@@ -32,7 +32,7 @@ struct Geometry {
   bool alone;         // each thread is a Team
   int64_t teams;
   int64_t members;    // threads of a team
-  int64_t samples;    // computed together: enough to keep all threads busy, and no more scratch than that
+  int64_t samples;    // of a team: enough to keep its threads busy, and no more scratch than that
 
   Geometry(const Sizes& n, const Plan& plan, bool backward) {
     width = round_up(n.P, kWidth);
@@ -43,12 +43,12 @@ struct Geometry {
     slots = plan.longest_segment * kChunk;
     stage = kStageTokens > slots ? kStageTokens / slots : 1;
     const int64_t all = worth_threads(n) ? threads() : 1;
-    alone = 8 * n.B >= 7 * round_up(n.B, all);
+    const int64_t tasks = 4 * all > 64 ? 4 * all : 64;
+    const int64_t wanted = (tasks + n.H - 1) / n.H;
+    alone = all <= wanted && 8 * n.B >= 7 * round_up(n.B, all);
     teams = alone ? all : 1;
     members = alone ? 1 : all;
-    const int64_t tasks = 4 * members > 64 ? 4 * members : 64;
-    const int64_t wanted = alone ? 1 : (tasks + n.H - 1) / n.H;
-    samples = wanted < n.B ? wanted : n.B;
+    samples = alone ? 1 : wanted < n.B ? wanted : n.B;
   }
 };
 
