@@ -7,9 +7,9 @@ namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
 namespace {
 
-// The threads that compute a sample: all of them, or each for itself, where the samples share out among the threads with
-// at most an eighth of the time lost and that takes no more scratch. A thread then waits for nobody, and finds what it
-// has just written in its own cache.
+// The threads that compute a sample: all of them, or each for itself, where the samples share out among the threads
+// with at most an eighth of the time lost and that takes no more scratch. A thread then waits for nobody, and finds what
+// it has just written in its own cache.
 class Team {
  public:
   // taken: samples that all teams together have begun; 0 at first
