@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.analysis import lower_bounds, scaling
 from benchmarks.common.markdown import table
 from benchmarks.common.results import RESULTS, ROOT
-from benchmarks.report import compiled_kernels, generation, ops, plots, quality, training
+from benchmarks.report import compiled_kernels, generation, kernel_costs, ops, plots, quality, training
 from mvar.utils.files import atomic_write
 from mvar_kernels.testing.registry import SPECS
 
@@ -39,6 +39,7 @@ def main() -> None:
     pages = {
         BENCHMARKS: text.rstrip() + "\n",
         GENERATED / "compiled_kernels.md": compiled_kernels.page(*kernels),
+        GENERATED / "kernel_costs.md": kernel_costs.page(json.loads((RESULTS / "instructions.json").read_text())),
         CARRIED_STATE: scaling.page(),
         GENERATED / "lower_bounds.md": lower_bounds.page(),
         RESULTS / "floors_h200.json": lower_bounds.content(),

@@ -97,6 +97,15 @@ class Needs:
         return [fault for fault, is_so in found.items() if is_so]
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was compiled and not run. arguments: by the names of the kernel's parameters."""
+
+    compiled: Any
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+
+
 class CompileOnlyDriver:
     """A Triton driver for a GPU that is not present, with which kernels can only be compiled."""
 
@@ -151,10 +160,13 @@ def needs(arch: str, dtype: torch.dtype, compiled: Any) -> Needs:
 
 
 @contextlib.contextmanager
-def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list[int]]:
+def compiling(
+    arch: str, candidate: int, found: dict[str, Any], launches: list[Launch] | None = None
+) -> Iterator[list[int]]:
     """Make launches compile for `arch` with the given candidate tile; yield the largest number of candidates.
 
-    Third-party kernels with triton.autotune are compiled with each of their configurations.
+    `found` gets the kernels, `launches` every launch. Third-party kernels with triton.autotune are compiled with each
+    of their configurations.
     """
     most = [1]
 
@@ -167,6 +179,9 @@ def compiling(arch: str, candidate: int, found: dict[str, Any]) -> Iterator[list
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)  # compiled now or before
         found[compiled.hash] = compiled
+        if launches is not None:
+            arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+            launches.append(Launch(compiled, arguments, tuple(grid(arguments) if callable(grid) else grid)))
 
     def every_configuration(self: Any, *args: Any, **kwargs: Any) -> None:
         self.nargs = dict(zip(self.arg_names, args, strict=False))

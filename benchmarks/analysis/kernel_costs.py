@@ -1,0 +1,220 @@
+"""What a launch of a compiled Triton kernel costs, counted, and what time that would take on an H100, estimated.
+
+Counted of a launch: the instructions that its warps issue, those of each loop as often as it runs; the bytes of its
+arguments, each once; registers, shared memory, memory accesses by width, tensor-core instructions. Code that a branch
+skips counts as if it always ran (a first chunk's), so that instructions are an upper bound; where a loop stands in an
+`if` whose condition follows from the arguments it is counted as often as that holds.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.analysis import machine_code, trip_counts
+from tests.kernels.compile_ahead import ARCHITECTURES, CUOBJDUMP, Launch, needs
+
+Arguments = Mapping[str, Any]
+
+
+class Declared(NamedTuple):
+    """What does not follow from a kernel's launch and code.
+
+    columns: of an argument of which the kernel takes only some columns of the last dimension, how many.
+    unrolled: the compiler takes that many iterations of every loop at a time, and the rest one by one in a second loop.
+    iterations: of each loop in the machine code, where they depend on the data.
+    """
+
+    columns: Mapping[str, Callable[[Arguments], int]] = {}
+    unrolled: int = 1
+    iterations: tuple[float, ...] | None = None
+
+
+# Of 4,096 normal logits: rounds of the searches for top-k = 900 and top-p = 0.96 (ops/sample_tokens/triton/common.py),
+# and no code whose noise is worked out in full.
+SEARCHES = Declared(iterations=(10, 7, 0))
+KERNELS: Mapping[str, Declared] = {
+    "_adaln_fwd_kernel": Declared(),
+    "_adaln_bwd_kernel": Declared(),
+    "_adaln_sums_kernel": Declared(),
+    "_gated_adaln_fwd_kernel": Declared(),
+    "_gated_adaln_bwd_kernel": Declared(),
+    "_scale_attention_fwd_kernel": Declared(),
+    "_scale_attention_dq_kernel": Declared(),
+    "_scale_attention_dkdv_kernel": Declared(),
+    "_scale_attention_dtemperature_kernel": Declared(),
+    "_ssd_scan_fwd_kernel": Declared(),
+    "_ssd_scan_bwd_sweep_kernel": Declared(),
+    "_ssd_scan_bwd_grads_kernel": Declared(),
+    "_mamba2_mixer_prepare_kernel": Declared(
+        {"zxbcdt_ptr": lambda a: 2 * a["N"], "conv_ptr": lambda a: 2 * a["N"]}  # B and C
+    ),
+    "_mamba2_mixer_fwd_kernel": Declared(
+        {"zxbcdt_ptr": lambda a: 2 * a["H"] * a["P"] + (0 if a["PREPARED"] else 2 * a["N"])}  # z and x
+    ),
+    "_mamba2_mixer_norm_kernel": Declared(),
+    "_mamba2_mixer_bwd_conv_kernel": Declared(),
+    "_mamba2_mixer_bwd_outputs_kernel": Declared(),
+    "_mamba2_mixer_bwd_norm_kernel": Declared(),
+    "_mamba2_mixer_bwd_conv_grads_kernel": Declared(unrolled=4),
+    "_sample_tokens_fwd_kernel": SEARCHES,
+    "_soft_embedding_fwd_kernel": SEARCHES._replace(iterations=SEARCHES.iterations[:2]),  # type: ignore[index]
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One launch. loops: [instructions of the loop itself, its iterations in a program, all those around it included].
+
+    resident_warps: that fit on a multiprocessor. warp_instructions: of all warps. accesses: global memory accesses in
+    the code, by width. tensor_core_flops: by kind of instruction and dtype of the operands.
+    """
+
+    kernel: str
+    tile: str
+    programs: int
+    warps: int
+    stages: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    resident_warps: int
+    outside: int
+    loops: list[list[float]]
+    warp_instructions: int
+    accesses: dict[str, int]
+    tensor_core_flops: dict[str, int]
+    read_bytes: int
+    written_bytes: int
+
+
+def cost(launch: Launch, arch: str) -> Cost:
+    """Raises ValueError, with what to add to KERNELS, where that does not describe the kernel."""
+    compiled, warps = launch.compiled, launch.compiled.metadata.num_warps
+    listing = machine_code.parse(machine_code.sass(compiled.asm["cubin"], CUOBJDUMP))
+    function = trip_counts.parse(compiled.asm["ttir"])
+    name, declared = compiled.metadata.name, KERNELS.get(compiled.metadata.name)
+    programs = trip_counts.Programs(function, launch.grid, launch.arguments)
+    read, written = trip_counts.accesses(function)
+    if declared is None:
+        raise ValueError(_unknown(name, launch, read, written))
+    iterations = _iterations(name, declared, listing, programs)
+    parts = [(listing.outside, 1.0), *zip((loop.own for loop in listing.loops), iterations, strict=True)]
+    flops: Counter[str] = Counter()
+    for indices, times in parts:
+        for (kind, dtype), number in listing.flops(indices).items():
+            flops[f"{kind} {dtype}"] += round(number * times * warps * programs.count)
+    size = {each: _bytes(launch.arguments, each, declared.columns) for each in read | written}
+    resources = needs(arch, torch.float32, compiled)
+    return Cost(
+        kernel=name,
+        tile=resources.tile,
+        programs=programs.count,
+        warps=warps,
+        stages=resources.stages,
+        registers=resources.registers,
+        stack_bytes=resources.stack_bytes,
+        shared_bytes=resources.shared_bytes,
+        resident_warps=round(resources.occupancy * ARCHITECTURES[arch].threads / 32),
+        outside=len(listing.outside),
+        loops=[[len(loop.own), round(times, 3)] for loop, times in zip(listing.loops, iterations, strict=True)],
+        warp_instructions=round(sum(len(indices) * times for indices, times in parts) * warps * programs.count),
+        accesses=dict(sorted(sum((listing.accesses(indices) for indices, _ in parts), Counter()).items())),
+        tensor_core_flops=dict(sorted(flops.items())),
+        read_bytes=sum(size[each] for each in read),
+        written_bytes=sum(size[each] for each in written),
+    )
+
+
+def _iterations(
+    name: str, declared: Declared, listing: machine_code.Listing, programs: trip_counts.Programs
+) -> tuple[float, ...]:
+    """Of each loop in the machine code."""
+    if declared.iterations is not None:
+        if len(declared.iterations) != len(listing.loops):
+            raise ValueError(f"{name}: KERNELS declares iterations of other than the {len(listing.loops)} loops it has")
+        return declared.iterations
+    source, found, depths = trip_counts.loops(programs.function), list[float](), list[int]()
+    for loop, depth in source:
+        try:
+            times = programs.iterations(loop, declared.unrolled)
+        except trip_counts.UnknownError as error:
+            raise ValueError(f"{name}: add iterations=… to KERNELS: of {loop.text!r} unknown, {error}") from error
+        found += times
+        depths += [depth] * len(times)
+    if depths != [loop.depth for loop in listing.loops]:
+        raise ValueError(
+            f"{name}: the machine code has loops of depths {[loop.depth for loop in listing.loops]}, the source of "
+            f"{depths}, run {found} times. Add unrolled=… or iterations=… to KERNELS; the machine code's loops have "
+            f"{[len(loop.own) for loop in listing.loops]} instructions"
+        )
+    return tuple(found)
+
+
+def _bytes(arguments: Arguments, name: str, columns: Mapping[str, Callable[[Arguments], int]]) -> int:
+    given: Any = arguments[name]
+    tensor: torch.Tensor = getattr(given, "base", given)  # of a tensor descriptor
+    elements = tensor.numel() // tensor.shape[-1] * columns[name](arguments) if name in columns else tensor.numel()
+    return elements * tensor.itemsize
+
+
+def _unknown(name: str, launch: Launch, read: set[str], written: set[str]) -> str:
+    shapes = {each: tuple(launch.arguments[each].shape) for each in sorted(read | written)}
+    described = "\n".join(
+        f"    {each} {shape}: {' and '.join(['read'] * (each in read) + ['written'] * (each in written))}"
+        for each, shape in shapes.items()
+    )
+    return (
+        f'{name} is not in KERNELS (benchmarks/analysis/kernel_costs.py). Add "{name}": Declared(), with the columns '
+        f"of these arguments of which it takes only some:\n{described}"
+    )
+
+
+class Machine(NamedTuple):
+    """Rates that kernels reach, not peaks.
+
+    issue: share of the cycles in which each of a multiprocessor's four schedulers issues an instruction.
+    mma_sync: rate of mma.sync, as a share of that of wgmma.
+    """
+
+    multiprocessors: int
+    clock: float
+    issue: float
+    bytes_per_s: float
+    flops_per_s: float
+    mma_sync: float
+    launch_us: float
+
+
+# Assumed, not measured. One instruction in two cycles is what kernels reach that alternate between tensor cores and
+# arithmetic with 8 to 16 warps on a multiprocessor, each of which waits 4 to 30 cycles for a result: 0.45 with 8 warps,
+# 0.55 with 16. On Hopper mma.sync reaches some 0.62 of wgmma's rate (Luo et al., arXiv 2402.13499).
+H100 = Machine(132, 1.75e9, 0.5, 3.0e12, 800e12, 0.62, 1.0)
+ARCH = "sm_90"
+
+
+def limits_us(row: Mapping[str, Any]) -> dict[str, float]:
+    """What each part of an H100 would take for a launch, alone."""
+    seconds = 0.0
+    for kind, flops in row["tensor_core_flops"].items():
+        instruction, dtype = kind.split()
+        share = (0.5 if dtype == "TF32" else 1.0) * (1.0 if instruction == "HGMMA" else H100.mma_sync)
+        seconds += flops / (share * H100.flops_per_s)
+    issued = H100.multiprocessors * 4 * H100.clock * H100.issue
+    return {
+        "memory": 1e6 * (row["read_bytes"] + row["written_bytes"]) / H100.bytes_per_s,
+        "instructions": 1e6 * row["warp_instructions"] / issued,
+        "tensor cores": 1e6 * seconds,
+    }
+
+
+def estimate_us(row: Mapping[str, Any]) -> float:
+    """A launch's time: the slowest part's, and the gap between two launches of a CUDA graph."""
+    return max(limits_us(row).values()) + H100.launch_us
+
+
+def bound_us(moved_bytes: int, flops: int) -> float:
+    """The op's lower bound (roofline), from the bytes and FLOPs of its spec."""
+    return 1e6 * max(moved_bytes / H100.bytes_per_s, flops / H100.flops_per_s)
