@@ -62,6 +62,7 @@ bench: setup
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
 	-$(BIN)/python tests/kernels/compile_ahead.py --write benchmarks/results/kernels.json > /dev/null
 	-$(BIN)/python tests/kernels/cuda_resources.py --write benchmarks/results/cuda_kernels.json > /dev/null
+	-$(BIN)/python -m benchmarks.count_instructions --write benchmarks/results/instructions.json > /dev/null
 	$(BIN)/python -m benchmarks.report
 
 # What needs a GPU, in three stages, without a build and without network, in any Python with torch for CUDA, Triton and

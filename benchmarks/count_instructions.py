@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from benchmarks.analysis import kernel_costs, lower_bounds
+from benchmarks.analysis import kernel_costs, kernel_times, lower_bounds
 from benchmarks.common.environment import argument_parser
 from benchmarks.common.results import machine
 from mvar.models.config import SCHEDULES, ModelConfig
@@ -124,7 +124,7 @@ def write(path: Path, label: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("ops", nargs="*", choices=[*SPECS, []], help="(default: all)")
-    parser.add_argument("--arch", choices=compile_ahead.ARCHITECTURES, default=kernel_costs.ARCH)
+    parser.add_argument("--arch", choices=compile_ahead.ARCHITECTURES, default=kernel_times.ARCH)
     parser.add_argument("--depths", nargs="+", type=int, default=list(DEPTHS), help="(default: 16 24 30)")
     parser.add_argument("--write", type=Path, help="the result file, benchmarks/results/instructions.json")
     parser.add_argument("--label", help="of the rows in it (default: the commit)")

@@ -1,6 +1,6 @@
-"""What a launch of a compiled Triton kernel costs, counted, and what time that would take on an H100, estimated.
+"""What a launch of a compiled Triton kernel costs, counted.
 
-Counted of a launch: the instructions that its warps issue, those of each loop as often as it runs; the bytes of its
+Of a launch: the instructions that its warps issue, those of each loop as often as it runs; the bytes of its
 arguments, each once; registers, shared memory, memory accesses by width, tensor-core instructions. Code that a branch
 skips counts as if it always ran (a first chunk's), so that instructions are an upper bound; where a loop stands in an
 `if` whose condition follows from the arguments it is counted as often as that holds.
@@ -9,6 +9,7 @@ skips counts as if it always ran (a first chunk's), so that instructions are an 
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,17 +25,16 @@ class Declared(NamedTuple):
 
     columns: of an argument of which the kernel takes only some columns of the last dimension, how many.
     unrolled: the compiler takes that many iterations of every loop at a time, and the rest one by one in a second loop.
-    iterations: of each loop in the machine code, where they depend on the data.
+    iterations: of each loop in the machine code, in order, where they depend on the data or cannot be matched.
     """
 
     columns: Mapping[str, Callable[[Arguments], int]] = {}
     unrolled: int = 1
-    iterations: tuple[float, ...] | None = None
+    iterations: Callable[[Arguments], tuple[float, ...]] | None = None
 
 
-# Of 4,096 normal logits: rounds of the searches for top-k = 900 and top-p = 0.96 (ops/sample_tokens/triton/common.py),
-# and no code whose noise is worked out in full.
-SEARCHES = Declared(iterations=(10, 7, 0))
+# Of 4,096 normal logits: rounds of the searches for top-k = 900 and top-p = 0.96 (ops/sample_tokens/triton/common.py).
+SEARCHES = 10, 7
 KERNELS: Mapping[str, Declared] = {
     "_adaln_fwd_kernel": Declared(),
     "_adaln_bwd_kernel": Declared(),
@@ -59,8 +59,10 @@ KERNELS: Mapping[str, Declared] = {
     "_mamba2_mixer_bwd_outputs_kernel": Declared(),
     "_mamba2_mixer_bwd_norm_kernel": Declared(),
     "_mamba2_mixer_bwd_conv_grads_kernel": Declared(unrolled=4),
-    "_sample_tokens_fwd_kernel": SEARCHES,
-    "_soft_embedding_fwd_kernel": SEARCHES._replace(iterations=SEARCHES.iterations[:2]),  # type: ignore[index]
+    "_sample_tokens_fwd_kernel": Declared(
+        iterations=lambda a: (*SEARCHES, 0)
+    ),  # of codes near to winning but one: none
+    "_soft_embedding_fwd_kernel": Declared(iterations=lambda a: SEARCHES),
 }
 
 
@@ -93,7 +95,7 @@ class Cost:
 def cost(launch: Launch, arch: str) -> Cost:
     """Raises ValueError, with what to add to KERNELS, where that does not describe the kernel."""
     compiled, warps = launch.compiled, launch.compiled.metadata.num_warps
-    listing = machine_code.parse(machine_code.sass(compiled.asm["cubin"], CUOBJDUMP))
+    listing = _listing(compiled.asm["cubin"])
     function = trip_counts.parse(compiled.asm["ttir"])
     name, declared = compiled.metadata.name, KERNELS.get(compiled.metadata.name)
     programs = trip_counts.Programs(function, launch.grid, launch.arguments)
@@ -128,14 +130,22 @@ def cost(launch: Launch, arch: str) -> Cost:
     )
 
 
+@cache
+def _listing(cubin: bytes) -> machine_code.Listing:
+    return machine_code.parse(machine_code.sass(cubin, CUOBJDUMP))
+
+
 def _iterations(
     name: str, declared: Declared, listing: machine_code.Listing, programs: trip_counts.Programs
 ) -> tuple[float, ...]:
     """Of each loop in the machine code."""
     if declared.iterations is not None:
-        if len(declared.iterations) != len(listing.loops):
-            raise ValueError(f"{name}: KERNELS declares iterations of other than the {len(listing.loops)} loops it has")
-        return declared.iterations
+        given = declared.iterations(programs.arguments)
+        if len(given) != len(listing.loops):
+            raise ValueError(
+                f"{name}: KERNELS has iterations of {len(given)} loops, the code {len(listing.loops)} loops"
+            )
+        return given
     source, found, depths = trip_counts.loops(programs.function), list[float](), list[int]()
     for loop, depth in source:
         try:
@@ -170,51 +180,3 @@ def _unknown(name: str, launch: Launch, read: set[str], written: set[str]) -> st
         f'{name} is not in KERNELS (benchmarks/analysis/kernel_costs.py). Add "{name}": Declared(), with the columns '
         f"of these arguments of which it takes only some:\n{described}"
     )
-
-
-class Machine(NamedTuple):
-    """Rates that kernels reach, not peaks.
-
-    issue: share of the cycles in which each of a multiprocessor's four schedulers issues an instruction.
-    mma_sync: rate of mma.sync, as a share of that of wgmma.
-    """
-
-    multiprocessors: int
-    clock: float
-    issue: float
-    bytes_per_s: float
-    flops_per_s: float
-    mma_sync: float
-    launch_us: float
-
-
-# Assumed, not measured. One instruction in two cycles is what kernels reach that alternate between tensor cores and
-# arithmetic with 8 to 16 warps on a multiprocessor, each of which waits 4 to 30 cycles for a result: 0.45 with 8 warps,
-# 0.55 with 16. On Hopper mma.sync reaches some 0.62 of wgmma's rate (Luo et al., arXiv 2402.13499).
-H100 = Machine(132, 1.75e9, 0.5, 3.0e12, 800e12, 0.62, 1.0)
-ARCH = "sm_90"
-
-
-def limits_us(row: Mapping[str, Any]) -> dict[str, float]:
-    """What each part of an H100 would take for a launch, alone."""
-    seconds = 0.0
-    for kind, flops in row["tensor_core_flops"].items():
-        instruction, dtype = kind.split()
-        share = (0.5 if dtype == "TF32" else 1.0) * (1.0 if instruction == "HGMMA" else H100.mma_sync)
-        seconds += flops / (share * H100.flops_per_s)
-    issued = H100.multiprocessors * 4 * H100.clock * H100.issue
-    return {
-        "memory": 1e6 * (row["read_bytes"] + row["written_bytes"]) / H100.bytes_per_s,
-        "instructions": 1e6 * row["warp_instructions"] / issued,
-        "tensor cores": 1e6 * seconds,
-    }
-
-
-def estimate_us(row: Mapping[str, Any]) -> float:
-    """A launch's time: the slowest part's, and the gap between two launches of a CUDA graph."""
-    return max(limits_us(row).values()) + H100.launch_us
-
-
-def bound_us(moved_bytes: int, flops: int) -> float:
-    """The op's lower bound (roofline), from the bytes and FLOPs of its spec."""
-    return 1e6 * max(moved_bytes / H100.bytes_per_s, flops / H100.flops_per_s)

@@ -28,15 +28,12 @@ class Loop(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """outside: indices of the instructions in no loop. called: how many instructions only a CALL reaches.
-
-    These are the slow paths of divisions and square roots, and left out of `outside`.
-    """
+    """outside: indices of the instructions in no loop, without those that only a CALL reaches: the slow paths of
+    divisions and square roots."""
 
     instructions: tuple[str, ...]
     loops: tuple[Loop, ...]
     outside: tuple[int, ...]
-    called: int
 
     def accesses(self, indices: Iterable[int]) -> Counter[str]:
         """Number of global memory accesses by instruction and width: "LDG 16 B"."""
@@ -93,8 +90,7 @@ def parse(text: str) -> Listing:
         )
         for k, (first, last) in enumerate(spans)
     )
-    outside = tuple(sorted(reached - innermost.keys()))
-    return Listing(instructions, loops, outside, len(_without_padding(instructions, targets)) - len(reached))
+    return Listing(instructions, loops, tuple(sorted(reached - innermost.keys())))
 
 
 def _opcode(code: str) -> str:
@@ -124,12 +120,6 @@ def _reached(instructions: Sequence[str], targets: Sequence[int | None]) -> set[
             reached.add(i)
             waiting.extend(_successors(i, instructions[i], targets[i]))
     return reached
-
-
-def _without_padding(instructions: Sequence[str], targets: Sequence[int | None]) -> Sequence[str]:
-    """Up to the branch to itself that ends a kernel."""
-    end = next((i for i, target in enumerate(targets) if target == i), len(instructions))
-    return instructions[:end]
 
 
 def _access(code: str) -> str | None:

@@ -21,7 +21,7 @@ LOOPS = ("scf.for", "scf.while")
 READS = ("tt.load", "tt.descriptor_load", "tt.descriptor_gather")
 WRITES = ("tt.store", "tt.descriptor_store", "tt.descriptor_scatter", "tt.descriptor_reduce")
 ATOMICS = ("tt.atomic_rmw", "tt.atomic_cas")
-FOLDED: Mapping[str, Any] = {"arith.maxsi": np.max, "arith.minsi": np.min, "arith.addi": np.sum}
+FOLDED: Mapping[str, Any] = {"arith.maxsi": np.max, "arith.minsi": np.min}
 COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
     **{"eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal, "sgt": np.greater},
     **{"sge": np.greater_equal, "ult": np.less, "ule": np.less_equal, "ugt": np.greater, "uge": np.greater_equal},
@@ -154,12 +154,15 @@ class Programs:
         ids = np.unravel_index(np.arange(self.count), self.grid[::-1])  # x is the fastest
         self.ids = {axis: ids[2 - i] for i, axis in enumerate("xyz")}
         self.known: dict[int, Any] = {}
+        self.induction: dict[int, Any] = {}  # by the block of a loop: its variable in the iteration that is looked at
 
     def value(self, name: str, block: Block) -> Any:
         """Raises UnknownError."""
         operation, outer, index = _found(name, block)
         if operation is None:
             assert outer is not None
+            if id(outer) in self.induction and index == 0:
+                return self.induction[id(outer)]
             if outer.parent is not self.function:
                 raise UnknownError(f"{name} changes from iteration to iteration")
             return self._argument(name)
@@ -231,20 +234,35 @@ class Programs:
 
         unrolled: iterations that are one; with more than one, the second number is that of the ones left over.
         """
-        trips = self._trips(loop)
-        return [self._mean_around(loop, part) for part in ([trips] if unrolled == 1 else divmod(trips, unrolled))]
+        around = list(loop.inside())[::-1][1:]  # without the function
+        return [
+            float(np.mean(np.broadcast_to(self._times(loop, around, unrolled, part), self.count)))
+            for part in range(1 if unrolled == 1 else 2)
+        ]
 
-    def _mean_around(self, loop: Operation, times: Any) -> float:
-        for outer, which in loop.inside():
-            if outer.name in LOOPS:
-                times = times * self._trips(outer)
-            elif outer.name == "scf.if":
-                try:
-                    condition = self.value(outer.operands[0], outer.block)
-                except UnknownError:
-                    continue  # counted as taken
-                times = times * (condition != which)
-        return float(np.mean(np.broadcast_to(times, self.count)))
+    def _times(self, loop: Operation, around: Sequence[tuple[Operation, int]], unrolled: int, part: int) -> Any:
+        """In each program, inside the outermost of `around`."""
+        if not around:
+            return divmod(self._trips(loop), unrolled)[part]
+        (outer, which), *rest = around
+        if outer.name == "scf.if":
+            times = self._times(loop, rest, unrolled, part)
+            try:
+                return times * (self.value(outer.operands[0], outer.block) != which)
+            except UnknownError:
+                return times  # counted as taken
+        trips = self._trips(outer)
+        try:
+            return trips * self._times(loop, rest, unrolled, part)
+        except UnknownError:  # bounds that change from iteration to iteration
+            lower, _, step = (self.value(operand, outer.block) for operand in outer.operands[:3])
+            known, times = self.known, 0
+            for i in range(int(np.max(trips))):
+                self.known, self.induction[id(outer.blocks[0])] = known.copy(), lower + i * step
+                times = times + (i < trips) * self._times(loop, rest, unrolled, part)
+            self.known = known
+            del self.induction[id(outer.blocks[0])]
+            return times
 
     def _trips(self, loop: Operation) -> Any:
         if loop.name == "scf.while":

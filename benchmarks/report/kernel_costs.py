@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from benchmarks.analysis.kernel_costs import ARCH, H100, bound_us, estimate_us, limits_us
+from benchmarks.analysis.kernel_times import ARCH, H100, bound_us, estimate_us, limits_us
 from benchmarks.common.markdown import table, three_digits
 
 Row = Mapping[str, Any]

@@ -1,0 +1,86 @@
+"""Tests what Triton kernels compiled for H100 cost: narrow loads, tensor-core instructions, instructions in all.
+
+One process compiles the five ops of d16 in bfloat16, or takes from Triton's cache what test_compile_ahead.py compiled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from typing import Any
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+pytestmark = pytest.mark.slow
+
+pytest.importorskip("triton")
+OPS = ("mamba2_mixer", "ssd_scan", "scale_attention", "adaln", "gated_adaln")
+
+# At most so many instructions that load one number of 16 bits from global memory; of other kernels none.
+NARROW_LOADS = {
+    "_mamba2_mixer_prepare_kernel": 64,
+    "_mamba2_mixer_fwd_kernel": 32,
+    "_mamba2_mixer_bwd_conv_kernel": 32,
+    "_mamba2_mixer_bwd_conv_grads_kernel": 16,
+    # dt of a head, in the inputs' dtype: a stride of H numbers.
+    "_ssd_scan_fwd_kernel": 4,
+    "_ssd_scan_bwd_sweep_kernel": 1,
+    "_ssd_scan_bwd_grads_kernel": 6,
+}
+# Kernels whose matmuls are all wgmma. The scans' C·Bᵀ, of 16 tokens, is mma.sync, as is all in `grads` and `outputs`.
+WGMMA = {
+    "_scale_attention_fwd_kernel",
+    "_scale_attention_dq_kernel",
+    "_scale_attention_dkdv_kernel",
+    "_ssd_scan_bwd_sweep_kernel",
+}
+# Warp instructions of all launches per token and head (of adaLN per token), at most: d16, training with batch 32.
+INSTRUCTIONS = {
+    ("mamba2_mixer", "forward"): 320,
+    ("mamba2_mixer", "backward"): 1500,
+    ("ssd_scan", "forward"): 160,
+    ("ssd_scan", "backward"): 580,
+    ("scale_attention", "forward"): 140,
+    ("scale_attention", "backward"): 720,
+    ("adaln", "forward"): 760,
+    ("adaln", "backward"): 1320,
+    ("gated_adaln", "forward"): 1000,
+    ("gated_adaln", "backward"): 1830,
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    path = tmp_path_factory.mktemp("counted") / "instructions.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "benchmarks.count_instructions", *OPS, "--depths", "16"]
+    subprocess.run([*command, "--label", "here", "--write", str(path)], env=environment, cwd=ROOT, check=True)
+    found: list[dict[str, Any]] = json.loads(path.read_text())["labels"]["here"]["rows"]
+    return found
+
+
+def test_narrow_loads(rows: list[dict[str, Any]]) -> None:
+    narrow = [f"{load} {width} B" for load in ("LDG", "LDGSTS") for width in (1, 2)]
+    found = {row["kernel"]: sum(row["accesses"].get(access, 0) for access in narrow) for row in rows}
+    assert NARROW_LOADS.keys() <= found.keys()
+    assert not {name: count for name, count in found.items() if count > NARROW_LOADS.get(name, 0)}
+
+
+def test_tensor_cores(rows: list[dict[str, Any]]) -> None:
+    used = defaultdict(set)
+    for row in rows:
+        used[row["kernel"]] |= {kind.split()[0] for kind in row["tensor_core_flops"]}
+    assert {name: used[name] for name in WGMMA} == {name: {"HGMMA"} for name in WGMMA}
+
+
+def test_number_of_instructions(rows: list[dict[str, Any]]) -> None:
+    found: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        if row["case"] == "d16 training":
+            found[row["op"], row["pass"]] += row["warp_instructions"] / row["token_heads"]
+    assert found.keys() == INSTRUCTIONS.keys()
+    assert not {key: round(count, 1) for key, count in found.items() if count > INSTRUCTIONS[key]}
