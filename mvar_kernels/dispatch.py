@@ -144,6 +144,12 @@ def architecture(device: torch.device) -> str:
 
 
 @cache
+def multiprocessors(device: torch.device) -> int:
+    """The GPU's number of multiprocessors; 1 in the interpreter, which runs one program at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
 def measured() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
     """Architecture → op → the passes ("forward", "backward") in which its CUDA kernel was measured to be the faster."""
     table: Mapping[str, Mapping[str, tuple[str, ...]]] = json.loads(MEASURED.read_text())

@@ -74,6 +74,13 @@ def chosen(kernel: str, shape_class: str, candidates: Sequence[Tile], device: to
     return classes.get(shape_class, first)
 
 
+def matmul_instruction(device: torch.device) -> str:
+    """What multiplies tiles of 16-bit numbers on a GPU: "mma.sync", from sm_90 on "wgmma", from sm_100 on "tcgen05"."""
+    arch = architecture(device)
+    capability = int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 90
+    return "mma.sync" if capability < 90 else "wgmma" if capability < 100 else "tcgen05"
+
+
 def dot_block(size: int) -> int:
     """The block size of an operand of tl.dot with `size` elements: a power of two, at least 16."""
     return max(16, 1 << (size - 1).bit_length())

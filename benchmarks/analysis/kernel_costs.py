@@ -1,9 +1,10 @@
 """What a launch of a compiled Triton kernel costs, counted.
 
 Of a launch: the instructions that its warps issue, those of each loop as often as it runs; the bytes of its
-arguments, each once; registers, shared memory, memory accesses by width, tensor-core instructions. Code that a branch
-skips counts as if it always ran (a first chunk's), so that instructions are an upper bound; where a loop stands in an
-`if` whose condition follows from the arguments it is counted as often as that holds.
+arguments, each once; registers, shared memory, memory accesses by width, tensor-core instructions. In a loop the
+shorter side of a branch counts (whole chunks; a sequence's first and last chunk take up to an eighth more in the
+mixer's forward), outside of loops both; where a loop stands in an `if` whose condition follows from the arguments it is
+counted as often as that holds.
 """
 
 from collections import Counter
@@ -26,11 +27,26 @@ class Declared(NamedTuple):
     columns: of an argument of which the kernel takes only some columns of the last dimension, how many.
     unrolled: the compiler takes that many iterations of every loop at a time, and the rest one by one in a second loop.
     iterations: of each loop in the machine code, in order, where they depend on the data or cannot be matched.
+    shares: of a kernel whose programs do different things, the share of programs that get to each loop.
     """
 
     columns: Mapping[str, Callable[[Arguments], int]] = {}
     unrolled: int = 1
     iterations: Callable[[Arguments], tuple[float, ...]] | None = None
+    shares: Callable[[Arguments], tuple[float, ...]] | None = None
+
+
+def _mixer_shares(a: Arguments) -> tuple[float, ...]:
+    """The shares of the mixer's programs that scan, that wait, and that go through wide rows twice."""
+    parts, norms = a["H"] * -(-a["P"] // a["BLOCK_P"]), -(-a["L"] // a["NORM_ROWS"])
+    programs = (-(-a["rows"] // a["group"]) + 1) * a["group"] * (parts + norms)
+    scan, norm = a["rows"] * parts / programs, a["rows"] * norms / programs
+    return (scan, norm) if a["H"] * a["P"] <= a["BLOCK_E"] else (scan, norm, norm, norm)
+
+
+def _mixer_iterations(a: Arguments) -> tuple[float, ...]:
+    times = (-(-a["L"] // a["CHUNK"]), 0, *2 * (-(-a["H"] * a["P"] // a["BLOCK_E"]),))  # the rows are ready
+    return tuple(share * n for share, n in zip(_mixer_shares(a), times, strict=False))
 
 
 # Of 4,096 normal logits: rounds of the searches for top-k = 900 and top-p = 0.96 (ops/sample_tokens/triton/common.py).
@@ -42,6 +58,7 @@ KERNELS: Mapping[str, Declared] = {
     "_gated_adaln_fwd_kernel": Declared(),
     "_gated_adaln_bwd_kernel": Declared(),
     "_scale_attention_fwd_kernel": Declared(),
+    "_scale_attention_bwd_kernel": Declared(),
     "_scale_attention_dq_kernel": Declared(),
     "_scale_attention_dkdv_kernel": Declared(),
     "_scale_attention_dtemperature_kernel": Declared(),
@@ -52,9 +69,10 @@ KERNELS: Mapping[str, Declared] = {
         {"zxbcdt_ptr": lambda a: 2 * a["N"], "conv_ptr": lambda a: 2 * a["N"]}  # B and C
     ),
     "_mamba2_mixer_fwd_kernel": Declared(
-        {"zxbcdt_ptr": lambda a: 2 * a["H"] * a["P"] + (0 if a["PREPARED"] else 2 * a["N"])}  # z and x
+        {"zxbcdt_ptr": lambda a: 2 * a["H"] * a["P"]},  # z and x
+        iterations=_mixer_iterations,
+        shares=_mixer_shares,
     ),
-    "_mamba2_mixer_norm_kernel": Declared(),
     "_mamba2_mixer_bwd_conv_kernel": Declared(),
     "_mamba2_mixer_bwd_outputs_kernel": Declared(),
     "_mamba2_mixer_bwd_norm_kernel": Declared(),
@@ -103,7 +121,13 @@ def cost(launch: Launch, arch: str) -> Cost:
     if declared is None:
         raise ValueError(_unknown(name, launch, read, written))
     iterations = _iterations(name, declared, listing, programs)
-    parts = [(listing.outside, 1.0), *zip((loop.own for loop in listing.loops), iterations, strict=True)]
+    shares = declared.shares(launch.arguments) if declared.shares else (1.0,) * len(listing.loops)
+    outside: dict[float, list[int]] = {}  # by how many times in a program
+    for index in listing.outside:
+        guarded = listing.loop_of(index)
+        outside.setdefault(1.0 if guarded is None else shares[guarded], []).append(index)
+    loops = zip((loop.own for loop in listing.loops), iterations, strict=True)
+    parts = [*((tuple(indices), times) for times, indices in outside.items()), *loops]
     flops: Counter[str] = Counter()
     for indices, times in parts:
         for (kind, dtype), number in listing.flops(indices).items():

@@ -19,7 +19,8 @@ say their size."""
 
 
 class Loop(NamedTuple):
-    """first, last: indices of instructions. depth: 1 for the outermost. own: indices that are in no loop inside."""
+    """first, last: indices of instructions. depth: 1 for the outermost. own: indices that are in no loop inside and on
+    the shortest way through: of the two sides of a branch the longer is for the ends of a sequence."""
 
     first: int
     last: int
@@ -29,11 +30,21 @@ class Loop(NamedTuple):
 
 class Listing(NamedTuple):
     """outside: indices of the instructions in no loop, without those that only a CALL reaches: the slow paths of
-    divisions and square roots."""
+    divisions and square roots. skipping: spans (first, last) of instructions that a branch outside of loops skips, and
+    a loop with them."""
 
     instructions: tuple[str, ...]
     loops: tuple[Loop, ...]
     outside: tuple[int, ...]
+    skipping: tuple[tuple[int, int], ...]
+
+    def loop_of(self, index: int) -> int | None:
+        """The first loop in the smallest span around an instruction that is outside of loops."""
+        around = [(first, last) for first, last in self.skipping if first <= index <= last]
+        if not around:
+            return None
+        first, last = min(around, key=lambda span: span[1] - span[0])
+        return next(k for k, loop in enumerate(self.loops) if first <= loop.first <= last)
 
     def accesses(self, indices: Iterable[int]) -> Counter[str]:
         """Number of global memory accesses by instruction and width: "LDG 16 B"."""
@@ -86,11 +97,40 @@ def parse(text: str) -> Listing:
             first,
             last,
             sum(a <= first and last <= b for a, b in spans),
-            tuple(i for i in range(first, last + 1) if innermost[i] == k),
+            tuple(i for i in _shortest(first, last, instructions, targets, spans) if innermost[i] == k),
         )
         for k, (first, last) in enumerate(spans)
     )
-    return Listing(instructions, loops, tuple(sorted(reached - innermost.keys())))
+    skipping = tuple(
+        (i + 1, target - 1)
+        for i, target in enumerate(targets)
+        if target is not None and i not in innermost and any(i < first and last < target for first, last in spans)
+    )
+    return Listing(instructions, loops, tuple(sorted(reached - innermost.keys())), skipping)
+
+
+def _shortest(
+    first: int,
+    last: int,
+    instructions: Sequence[str],
+    targets: Sequence[int | None],
+    spans: Sequence[tuple[int, int]],
+) -> list[int]:
+    """The indices on the shortest way from first to last, which skips no loop inside."""
+    ways: dict[int, tuple[int, int | None]] = {first: (1, None)}  # length, and the index before
+    for i in range(first, last):
+        if i not in ways:
+            continue
+        for after in _successors(i, instructions[i], targets[i]):
+            skips = any(i < start and end < after for start, end in spans)
+            if i < after <= last and not skips and (after not in ways or ways[i][0] + 1 < ways[after][0]):
+                ways[after] = (ways[i][0] + 1, i)
+    found: list[int] = []
+    at: int | None = last
+    while at is not None:
+        found.append(at)
+        at = ways[at][1]
+    return found[::-1]
 
 
 def _opcode(code: str) -> str:

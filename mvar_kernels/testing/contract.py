@@ -77,6 +77,9 @@ def error_ratios(spec: Spec, got: Results, same: Results, exact: Results) -> dic
     finite, another shape or dtype, and integers that differ.
     """
     found = {}
+    slack = dict(spec.slack)
+    if any(value.dtype in (torch.float16, torch.bfloat16) for value in same.values()):
+        slack |= spec.slack_16_bits
     for name, value in got.items():
         value, expected = value.to(exact[name].device), exact[name]
         if value.shape != expected.shape or value.dtype != same[name].dtype:
@@ -90,7 +93,7 @@ def error_ratios(spec: Spec, got: Results, same: Results, exact: Results) -> dic
         else:
             error, of_reference = (float((t.double() - expected).abs().max()) for t in (value, same[name]))
             rounding = torch.finfo(value.dtype).eps * float(expected.abs().max())
-            tolerance = spec.slack.get(name, (1.0, ""))[0] * (2 * of_reference + rounding)
+            tolerance = slack.get(name, (1.0, ""))[0] * (2 * of_reference + rounding)
             found[name] = error / tolerance if tolerance else (math.inf if error else 0.0)
     return found
 

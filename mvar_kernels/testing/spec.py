@@ -42,6 +42,7 @@ class Spec:
     reference: the specification in PyTorch on the same inputs, differentiable, in any dtype.
     keeps_dtype: inputs that stay float32 when the rest is float16 or bfloat16.
     slack: output or gradient name → (factor on the tolerance, the reason for it).
+    slack_16_bits: the same where inputs are float16 or bfloat16; it goes before slack.
     bench, bench_cuda: the cases that benchmarks time on a CPU and on a GPU, of sizes that occur in published models.
     work, work_backward: bytes moved at least and floating-point operations, for a case and bytes per element.
     """
@@ -58,5 +59,6 @@ class Spec:
     dtypes: tuple[torch.dtype, ...] = HALVES_AND_SINGLE
     keeps_dtype: tuple[str, ...] = ()
     slack: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    slack_16_bits: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     bench: tuple[Case, ...] = ()
     bench_cuda: tuple[Case, ...] = ()

@@ -195,6 +195,7 @@ def compiling(
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(Autotuner, "run", every_configuration),
         mock.patch.object(tiling, "chosen", chosen),
+        mock.patch.object(tiling, "architecture", lambda device: arch),
     ):
         yield most
 

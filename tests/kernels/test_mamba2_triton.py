@@ -1,6 +1,6 @@
 """Tests of Mamba-2's Triton kernels: tiles, convolution widths, and steps Δ of 5, where one token dominates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,13 +12,15 @@ from mvar_kernels import tiling
 from mvar_kernels.dispatch import unavailable
 from mvar_kernels.ops.mamba2 import reference
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
-from mvar_kernels.ops.mamba2.spec import SSD_SCAN
+from mvar_kernels.ops.mamba2.spec import LAST_STATE, SSD_SCAN
 from mvar_kernels.testing.spec import Case
 
 if unavailable("triton") is not None:
     pytest.skip(str(unavailable("triton")), allow_module_level=True)
 
-from mvar_kernels.ops.mamba2.triton import MIXER, SCAN, mamba2_mixer_triton, ssd_scan_triton
+from mvar_kernels.ops.mamba2.triton import mamba2_mixer_triton, ssd_scan_triton
+from mvar_kernels.ops.mamba2.triton.forward import SCAN
+from mvar_kernels.ops.mamba2.triton.mixer_forward import MIXER
 
 pytestmark = pytest.mark.slow
 
@@ -52,16 +54,19 @@ def assert_right(inputs: list[list[Tensor]], scales: tuple[int, ...], dtype: tor
 
     got = run(mamba2_mixer_triton.forward, dtype, DEVICE)
     same, exact = (run(reference.mamba2_mixer, kind, "cpu") for kind in (dtype, torch.float64))
-    assert_as_near(got, same, exact)
+    assert_as_near(got, same, exact, LAST_STATE[0] if dtype.itemsize == 2 else 1.0)
 
 
-def assert_as_near(got: Sequence[Tensor], same: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+def assert_as_near(
+    got: Sequence[Tensor], same: Sequence[Tensor], exact: Sequence[Tensor], state_slack: float = 1.0
+) -> None:
     """Compare within the tolerance of test_contract.py; `same` is the reference in the dtype of `got`."""
-    for value, near, true in zip(got, same, exact, strict=True):
+    slack = [1.0] * (len(got) - 1) + [state_slack]
+    for value, near, true, factor in zip(got, same, exact, slack, strict=True):
         if not value.numel():
             continue
         error, reference_error = ((t.double().cpu() - true).abs().max() for t in (value, near))
-        assert error <= 2 * reference_error + torch.finfo(value.dtype).eps * true.abs().max()
+        assert error <= factor * (2 * reference_error + torch.finfo(value.dtype).eps * true.abs().max())
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -82,20 +87,26 @@ def test_conv_widths(taps: int, L: int) -> None:
     assert_right(mixer_inputs(2, L, 2, 16, taps, False, -3.0), (L,))
 
 
-@pytest.mark.parametrize(("kind", "tile"), [(kind, tile) for kind, tiles in MIXER.items() for tile in tiles])
-def test_mixer_tiles(kind: str, tile: tiling.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With P = 40, the last block of channels is partially filled."""
-    monkeypatch.setattr(tiling, "chosen", lambda name, shape, found, device: tile if tile in found else found[-1])
-    L = 11 if kind == "short" else 37
-    assert_right(mixer_inputs(1, L, 2, 40, 4, kind == "both", -3.0), (4, L - 4))
+def distinct(table: Mapping[str, Sequence[tiling.Tile]]) -> list[tuple[str, dict[str, int]]]:
+    """Return the kinds of a table and the different sizes of their tiles."""
+    found = [(kind.split()[0], dict(tile.sizes)) for kind, tiles in table.items() for tile in tiles]
+    return [each for i, each in enumerate(found) if each not in found[:i]]
 
 
-@pytest.mark.parametrize(("kind", "tile"), [(kind, tile) for kind, tiles in SCAN.items() for tile in tiles])
-def test_scan_tiles(kind: str, tile: tiling.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "chosen", lambda *_: tile)
-    case = Case("", {"B": 1, "L": 11 if kind == "short" else 37, "H": 2, "P": 40, "N": N}, {"scales": None})
+@pytest.mark.parametrize(("kind", "sizes"), distinct(MIXER))
+def test_mixer_tiles(kind: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With P = 40, the last block of channels is partially filled; with more rows, norms follow in several groups."""
+    monkeypatch.setattr(tiling, "chosen", lambda *_: tiling.Tile(sizes))
+    L = 11 if kind == "short" else 70
+    assert_right(mixer_inputs(3, L, 2, 40, 4, kind == "both", -3.0), (4, L - 4))
+
+
+@pytest.mark.parametrize(("kind", "sizes"), distinct(SCAN))
+def test_scan_tiles(kind: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "chosen", lambda *_: tiling.Tile(sizes))
+    case = Case("", {"B": 1, "L": 11 if kind == "short" else 70, "H": 2, "P": 40, "N": N}, {"scales": None})
     if kind == "both":
-        case = replace(case, options={"scales": (4, 33)})
+        case = replace(case, options={"scales": (4, 66)})
     exact_inputs = list(SSD_SCAN.inputs(case, torch.Generator().manual_seed(0)).values())
     scales = case.options["scales"] or (case.sizes["L"],)
 

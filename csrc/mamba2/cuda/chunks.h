@@ -32,6 +32,10 @@
 // Operations of a token and head, in multiply-adds: scores 32·64·¾, their matmul with x 32·64·¾, h C 4,096, the
 // update 6 · 4,096: 32 k, 64 kFLOP; in float16, of parts, 46 k. Bytes: x and z 256, y · SiLU(z) 128 written (read and
 // written again by the norm); from the L2 cache 512 of what is prepared.
+//
+// Triton's kernel takes 64 tokens at a time: there four warps multiply 64 × 64 squares together (wgmma, sm_90 alone).
+// Here each warp multiplies by itself (mma.sync, from sm_80 on, one source for all), and the scores of 64 tokens would
+// double the work of their matmuls, which 32 tokens keep at a fifth of all.
 #pragma once
 
 #include "mamba2/cuda/common.h"

@@ -13,9 +13,10 @@ from mvar_kernels.ops.mamba2.scan import ssd_scan
 from mvar_kernels.testing.spec import PER_HEAD_SUM, Case, Inputs, Spec
 
 EPS = 1e-5
-# With 16-bit inputs tensor cores compute it as three tf32 matmuls, which keep 23 of the 24 bits of each factor; with
-# few tokens the error of the float32 reference is less than one rounding.
-LAST_STATE = (1.5, "computed by matmuls that keep 23 bits of each factor")
+# The reference computes the state in float32 whatever the inputs. With 16-bit ones kernels add to it products of two
+# bfloat16 parts of each factor (errors of about 2⁻¹⁸ each), where three tf32 products would keep 2⁻²³: of all cases the
+# largest error over the tolerance without slack is 39 in the interpreter. Rounding y to bfloat16 costs 2⁻⁹.
+LAST_STATE = (64.0, "computed by matmuls of two bfloat16 parts of each factor")
 PARAMETERS = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
 
 
@@ -232,7 +233,8 @@ SSD_SCAN = Spec(
     outputs=("y", "state"),
     grads=("x", "dt", "A", "B", "C", "D", "initial_state"),
     keeps_dtype=("A", "D", "initial_state"),
-    slack={"state": LAST_STATE, "grad of A": PER_HEAD_SUM, "grad of D": PER_HEAD_SUM},
+    slack={"grad of A": PER_HEAD_SUM, "grad of D": PER_HEAD_SUM},
+    slack_16_bits={"state": LAST_STATE},
     bench=BENCH,
     bench_cuda=BENCH_CUDA,
     work=_scan_work,
@@ -248,7 +250,8 @@ MAMBA2_MIXER = Spec(
     outputs=("y", "conv", "ssm"),
     grads=("zxbcdt", "dt", *PARAMETERS, "conv", "ssm"),
     keeps_dtype=("dt_bias", "A_log", "D", "ssm"),
-    slack={"ssm": LAST_STATE} | {f"grad of {name}": PER_HEAD_SUM for name in ("dt_bias", "A_log", "D")},
+    slack={f"grad of {name}": PER_HEAD_SUM for name in ("dt_bias", "A_log", "D")},
+    slack_16_bits={"ssm": LAST_STATE},
     bench=BENCH,
     bench_cuda=BENCH_CUDA_MIXER,
     work=_mixer_work,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels.dispatch import check_not_capturing
-from mvar_kernels.triton_math import divide, exp
+from mvar_kernels.triton_math import divide, exp, widen
 
 
 @cache  # for good: a captured CUDA graph reads it where it lay at capture
@@ -89,20 +89,57 @@ def softplus(v):
 
 
 @triton.jit
+def load_vector(ptrs, mask):
+    """Numbers, 0 where masked; a mask that is None is not needed."""
+    if mask is None:
+        vector = tl.load(ptrs)
+    else:
+        vector = tl.load(ptrs, mask=mask, other=0.0)
+    return vector
+
+
+@triton.jit
+def load_tile(ptrs, mask_rows, mask_columns):
+    """A tile of rows and columns, 0 where masked; a mask [rows, 1] or [columns] that is None is not needed."""
+    if mask_rows is None and mask_columns is None:
+        tile = tl.load(ptrs)
+    elif mask_columns is None:
+        tile = tl.load(ptrs, mask=mask_rows, other=0.0)
+    elif mask_rows is None:
+        tile = tl.load(ptrs, mask=mask_columns[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs, mask=mask_rows & mask_columns[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
 def load_rows(ptr, stride_l, start, offs_c, mask_c, L, CHUNK: tl.constexpr):
     """A chunk's rows at some channels [CHUNK, BLOCK_C], 0 in rows ≥ L. ptr: the batch row's first token."""
     offs_t = tl.arange(0, CHUNK)[:, None]
     ptr += tl.cast(start, tl.int64) * stride_l
-    return tl.load(ptr + offs_t * stride_l + offs_c[None, :], mask=(offs_t < L - start) & mask_c[None, :], other=0.0)
+    return load_tile(ptr + offs_t * stride_l + offs_c[None, :], offs_t < L - start, mask_c)
+
+
+@triton.jit
+def store_tile(ptrs, tile, mask_rows, mask_columns):
+    """The reverse of load_tile, in the dtype of the memory."""
+    tile = tile.to(ptrs.dtype.element_ty)
+    if mask_rows is None and mask_columns is None:
+        tl.store(ptrs, tile)
+    elif mask_columns is None:
+        tl.store(ptrs, tile, mask=mask_rows)
+    elif mask_rows is None:
+        tl.store(ptrs, tile, mask=mask_columns[None, :])
+    else:
+        tl.store(ptrs, tile, mask=mask_rows & mask_columns[None, :])
 
 
 @triton.jit
 def store_rows(ptr, stride_l, tile, start, offs_c, mask_c, L, CHUNK: tl.constexpr):
-    """The reverse of load_rows, in the dtype of the memory."""
+    """The reverse of load_rows."""
     offs_t = tl.arange(0, CHUNK)[:, None]
-    mask = (offs_t < L - start) & mask_c[None, :]
     ptr += tl.cast(start, tl.int64) * stride_l
-    tl.store(ptr + offs_t * stride_l + offs_c[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+    store_tile(ptr + offs_t * stride_l + offs_c[None, :], tile, offs_t < L - start, mask_c)
 
 
 @triton.jit
@@ -115,9 +152,8 @@ def conv_weights(weight_ptr, bias_ptr, channel, offs_c, mask_c, TAPS: tl.constex
     weights = ()
     for tap in tl.static_range(TAPS):
         pointers = weight_ptr + channel * TAPS + tap + offs_c * TAPS
-        weight = tl.load(pointers, mask=mask_c, other=0.0).to(tl.float32)
-        weights = weights + (weight,)  # type: ignore[assignment]
-    return weights + (tl.load(bias_ptr + channel + offs_c, mask=mask_c, other=0.0).to(tl.float32),)
+        weights = weights + (load_vector(pointers, mask_c).to(tl.float32),)  # type: ignore[assignment]
+    return weights + (load_vector(bias_ptr + channel + offs_c, mask_c).to(tl.float32),)
 
 
 @triton.jit
@@ -142,48 +178,19 @@ def conv_rows(
     """
     offs_t = tl.arange(0, CHUNK)[:, None]
     offs = offs_t * stride_l + offs_c[None, :]
-    first_ptr = xbc_ptr + tl.cast(start - (TAPS - 1), tl.int64) * stride_l + channel
-    out = weights[TAPS][None, :]
-    for tap in tl.static_range(TAPS):
-        token = start - (TAPS - 1) + tap + offs_t
-        mask = (token >= 0) & (token < L) & mask_c[None, :]
-        out += weights[tap][None, :] * tl.load(first_ptr + tap * stride_l + offs, mask=mask, other=0.0).to(tl.float32)
-    if start < TAPS - 1:
-        for tap in tl.static_range(TAPS - 1):
-            row = start + tap + offs_t
-            mask = (row < TAPS - 1) & mask_c[None, :]
-            before = tl.load(conv_ptr + channel + row * stride_row + offs_c[None, :], mask=mask, other=0.0)
-            out += weights[tap][None, :] * before.to(tl.float32)
-    return out
-
-
-@triton.jit
-def conv_silu(
-    xbc_ptr,
-    stride_l,
-    conv_ptr,
-    stride_row,
-    weights,
-    channel,
-    offs_c,
-    mask_c,
-    start,
-    L,
-    TAPS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """SiLU of conv_rows, EXACT where xbc is float32.
-
-    start < L always: the branch keeps the compiler from computing the tile again for every register layout in which the
-    matmuls need it.
-    """
-    tile = tl.zeros([CHUNK, offs_c.shape[0]], tl.float32)
-    if start < L:
-        tile = refined_silu(
-            conv_rows(xbc_ptr, stride_l, conv_ptr, stride_row, weights, channel, offs_c, mask_c, start, L, TAPS, CHUNK),
-            xbc_ptr.dtype.element_ty == tl.float32,
-        )
-    return tile
+    xbc_ptr += tl.cast(start, tl.int64) * stride_l + channel
+    out = tl.zeros([CHUNK, offs_c.shape[0]], tl.float32)
+    if (start >= TAPS - 1) & (start + CHUNK <= L):
+        for tap in tl.static_range(TAPS):
+            rows = load_tile(xbc_ptr + (tap - TAPS + 1) * stride_l + offs, None, mask_c)
+            out += weights[tap][None, :] * widen(rows)
+    else:
+        for tap in tl.static_range(TAPS):
+            token = start + tap - (TAPS - 1) + offs_t
+            before = conv_ptr + channel + (token + TAPS - 1) * stride_row + offs_c[None, :]
+            ptrs = tl.where(token < 0, before, xbc_ptr + (tap - TAPS + 1) * stride_l + offs)
+            out += weights[tap][None, :] * widen(load_tile(ptrs, token < L, mask_c))
+    return out + weights[TAPS][None, :]
 
 
 @triton.jit
@@ -209,60 +216,3 @@ def decay_matrix(coarse, fine, mask, EXACT: tl.constexpr):
     """
     exponents = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     return exp(tl.where(mask, exponents, float("-inf")), EXACT)
-
-
-@triton.jit
-def forward_decays(delta, A, CHUNK: tl.constexpr, EXACT: tl.constexpr):
-    """The forward direction's factors inside a chunk: how much of token s's x ⊗ B is in h_t [t, s] for s < t, of
-    the h before the chunk in h_t, of s in the chunk's last h, of the h before the chunk in its last.
-    """
-    offs = tl.arange(0, CHUNK)
-    coarse, fine = split_log_decays(delta * A)
-    to_coarse, to_fine = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
-    all_coarse, all_fine = tl.sum(coarse, 0), tl.sum(fine, 0)
-    inside = decay_matrix(to_coarse, to_fine, offs[:, None] > offs[None, :], EXACT) * delta[None, :]
-    until_end = exp((all_coarse - to_coarse) + (all_fine - to_fine)) * delta
-    return inside, exp(to_coarse + to_fine, EXACT), until_end, exp(all_coarse + all_fine)
-
-
-@triton.jit
-def backward_decays(delta, A, scale, first, last, CHUNK: tl.constexpr, EXACT: tl.constexpr):
-    """The backward direction's factors, with g = r + Δ' x ⊗ B of the token after the chunk: how much of token s's
-    x ⊗ B is in r_t [t, s], of g in r_t, of s in the chunk's own g (at its first token), of g in that.
-
-    scale: of each token; first, last: those of the chunk's first and last token.
-    """
-    offs = tl.arange(0, CHUNK)
-    coarse, fine = split_log_decays(delta * A)
-    before_coarse, before_fine = tl.cumsum(coarse, 0) - coarse, tl.cumsum(fine, 0) - fine
-    all_coarse, all_fine = tl.sum(coarse, 0), tl.sum(fine, 0)
-    mask = (offs[:, None] < offs[None, :]) & (scale[:, None] == scale[None, :])
-    inside = decay_matrix(-before_coarse, -before_fine, mask, EXACT) * delta[None, :]
-    from_end = exp((all_coarse - before_coarse) + (all_fine - before_fine), EXACT)
-    to_start = exp(before_coarse + before_fine, EXACT) * delta
-    chunk_decay = tl.where(first == last, exp(all_coarse + all_fine, EXACT), 0.0)
-    return inside, tl.where(scale == last, from_end, 0.0), tl.where(scale == first, to_start, 0.0), chunk_decay
-
-
-@triton.jit
-def steps(dt_ptr, stride_l, start, L, CHUNK: tl.constexpr):
-    """A chunk's column of dt or Δ in float32 [CHUNK], 0 in rows ≥ L. dt_ptr: the batch row's first, at its head.
-
-    start < L always: the branch keeps the compiler from loading the column again for every register layout.
-    """
-    column = tl.zeros([CHUNK], tl.float32)
-    if start < L:
-        pointers = dt_ptr + tl.cast(start, tl.int64) * stride_l + tl.arange(0, CHUNK) * stride_l
-        column = tl.load(pointers, mask=tl.arange(0, CHUNK) < L - start, other=0.0).to(tl.float32)
-    return column
-
-
-@triton.jit
-def softplus_steps(dt_ptr, stride_l, bias, start, L, CHUNK: tl.constexpr):
-    """Δ = softplus(dt + bias) of a chunk, float32 [CHUNK], 0 in rows ≥ L. The branch: as in steps."""
-    delta = tl.zeros([CHUNK], tl.float32)
-    if start < L:
-        pointers = dt_ptr + tl.cast(start, tl.int64) * stride_l + tl.arange(0, CHUNK) * stride_l
-        dt = tl.load(pointers, mask=tl.arange(0, CHUNK) < L - start, other=0.0).to(tl.float32)
-        delta = tl.where(tl.arange(0, CHUNK) < L - start, softplus(dt + bias), 0.0)
-    return delta
