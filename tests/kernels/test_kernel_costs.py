@@ -22,7 +22,7 @@ OPS = ("mamba2_mixer", "ssd_scan", "scale_attention", "adaln", "gated_adaln")
 # At most so many instructions that load one number of 16 bits from global memory; of other kernels none.
 NARROW_LOADS = {
     # conv_weight, of which a thread takes a tap of a channel at a time, before the loop.
-    "_mamba2_mixer_prepare_kernel": 32,
+    "_mamba2_mixer_prepare_kernel": 64,
     "_mamba2_mixer_fwd_kernel": 32,
     "_mamba2_mixer_bwd_conv_kernel": 32,
     "_mamba2_mixer_bwd_conv_grads_kernel": 16,
