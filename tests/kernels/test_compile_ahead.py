@@ -71,7 +71,7 @@ KEYS = """
 import importlib, sys
 from triton.runtime.jit import JITFunction
 for op in sys.argv[1:]:
-    for part in ("forward", "backward", "mixer_backward", ""):
+    for part in ("prepare", "forward", "mixer_forward", "backward", "mixer_backward", ""):
         try:
             module = importlib.import_module(f"mvar_kernels.ops.{op}.triton.{part}".rstrip("."))
         except ModuleNotFoundError:

@@ -179,18 +179,29 @@ def conv_rows(
     offs_t = tl.arange(0, CHUNK)[:, None]
     offs = offs_t * stride_l + offs_c[None, :]
     xbc_ptr += tl.cast(start, tl.int64) * stride_l + channel
-    out = tl.zeros([CHUNK, offs_c.shape[0]], tl.float32)
+    out = weights[TAPS][None, :] + tl.zeros([CHUNK, offs_c.shape[0]], tl.float32)
     if (start >= TAPS - 1) & (start + CHUNK <= L):
         for tap in tl.static_range(TAPS):
             rows = load_tile(xbc_ptr + (tap - TAPS + 1) * stride_l + offs, None, mask_c)
             out += weights[tap][None, :] * widen(rows)
     else:
+        # In 16 bits one load chooses between both, which takes fewer registers; float32 adds the state's rows last.
+        ONE_LOAD: tl.constexpr = xbc_ptr.dtype.element_ty != tl.float32
         for tap in tl.static_range(TAPS):
             token = start + tap - (TAPS - 1) + offs_t
-            before = conv_ptr + channel + (token + TAPS - 1) * stride_row + offs_c[None, :]
-            ptrs = tl.where(token < 0, before, xbc_ptr + (tap - TAPS + 1) * stride_l + offs)
-            out += weights[tap][None, :] * widen(load_tile(ptrs, token < L, mask_c))
-    return out + weights[TAPS][None, :]
+            ptrs, mask = xbc_ptr + (tap - TAPS + 1) * stride_l + offs, token < L
+            if ONE_LOAD:
+                before = conv_ptr + channel + (token + TAPS - 1) * stride_row + offs_c[None, :]
+                ptrs = tl.where(token < 0, before, ptrs)
+            else:
+                mask = mask & (token >= 0)
+            out += weights[tap][None, :] * widen(load_tile(ptrs, mask, mask_c))
+        if start < TAPS - 1 and not ONE_LOAD:
+            for tap in tl.static_range(TAPS - 1):
+                row = start + tap + offs_t
+                before = conv_ptr + channel + row * stride_row + offs_c[None, :]
+                out += weights[tap][None, :] * widen(load_tile(before, row < TAPS - 1, mask_c))
+    return out
 
 
 @triton.jit
