@@ -2,7 +2,8 @@
 
 Against the reference in float64, a kernel's error is at most twice that of the reference in its own dtype plus one
 rounding at the largest value of the tensor, for every output and every gradient; slack is a number in spec.py with its
-reason. Integer outputs equal the reference's. Used by the tests and by `mvar check`.
+reason, which has the gradients whose rounding is of bfloat16, too. Integer outputs equal the reference's. Used by the
+tests and by `mvar check`.
 """
 
 import math
@@ -70,15 +71,17 @@ def evaluate(
     return results
 
 
-def error_ratios(spec: Spec, got: Results, same: Results, exact: Results) -> dict[str, float]:
+def error_ratios(
+    spec: Spec, got: Results, same: Results, exact: Results, inputs: torch.dtype | None = None
+) -> dict[str, float]:
     """error / tolerance of each output and gradient, at most 1 if it is right.
 
-    same, exact: the reference's, in the dtype of `got` and in float64, on one device. Infinite for values that are not
-    finite, another shape or dtype, and integers that differ.
+    same, exact: the reference's, in the dtype of `got` and in float64, on one device. inputs: their dtype, or None for
+    that of the first output. Infinite for values that are not finite, another shape or dtype, and integers that differ.
     """
-    found = {}
+    found, inputs = {}, inputs or same[spec.outputs[0]].dtype
     slack = dict(spec.slack)
-    if any(value.dtype in (torch.float16, torch.bfloat16) for value in same.values()):
+    if inputs in (torch.float16, torch.bfloat16):
         slack |= spec.slack_16_bits
     for name, value in got.items():
         value, expected = value.to(exact[name].device), exact[name]
@@ -92,7 +95,8 @@ def error_ratios(spec: Spec, got: Results, same: Results, exact: Results) -> dic
             found[name] = 0.0
         else:
             error, of_reference = (float((t.double() - expected).abs().max()) for t in (value, same[name]))
-            rounding = torch.finfo(value.dtype).eps * float(expected.abs().max())
+            of_operands = inputs == torch.bfloat16 and name in spec.bfloat16_operands
+            rounding = torch.finfo(inputs if of_operands else value.dtype).eps * float(expected.abs().max())
             tolerance = slack.get(name, (1.0, ""))[0] * (2 * of_reference + rounding)
             found[name] = error / tolerance if tolerance else (math.inf if error else 0.0)
     return found

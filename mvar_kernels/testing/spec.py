@@ -43,6 +43,8 @@ class Spec:
     keeps_dtype: inputs that stay float32 when the rest is float16 or bfloat16.
     slack: output or gradient name → (factor on the tolerance, the reason for it).
     slack_16_bits: the same where inputs are float16 or bfloat16; it goes before slack.
+    bfloat16_operands: float32 gradient whose tolerance has, with bfloat16 inputs, a rounding of bfloat16, as kernels
+        multiply in it what the reference multiplies in float32 → the reason for it.
     bench, bench_cuda: the cases that benchmarks time on a CPU and on a GPU, of sizes that occur in published models.
     work, work_backward: bytes moved at least and floating-point operations, for a case and bytes per element.
     """
@@ -60,5 +62,6 @@ class Spec:
     keeps_dtype: tuple[str, ...] = ()
     slack: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     slack_16_bits: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    bfloat16_operands: Mapping[str, str] = field(default_factory=dict)
     bench: tuple[Case, ...] = ()
     bench_cuda: tuple[Case, ...] = ()

@@ -93,9 +93,15 @@ def params() -> Iterator[object]:
 PARAMS = list(params())
 
 
-def compare(spec: Spec, got: dict[str, Tensor], same: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+def compare(
+    spec: Spec,
+    got: dict[str, Tensor],
+    same: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    inputs: torch.dtype | None = None,
+) -> None:
     assert got.keys() <= same.keys() == exact.keys() and set(spec.outputs) <= got.keys()
-    ratios = contract.error_ratios(spec, got, same, exact)
+    ratios = contract.error_ratios(spec, got, same, exact, inputs)
     assert all(ratio <= 1 for ratio in ratios.values()), f"error over tolerance: {ratios}"
 
 

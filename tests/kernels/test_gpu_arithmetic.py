@@ -26,7 +26,7 @@ import triton.language as tl
 
 from mvar_kernels import tiling, triton_math
 from mvar_kernels.ops.mamba2.triton import backward as triton_backward
-from mvar_kernels.ops.mamba2.triton import mixer_forward
+from mvar_kernels.ops.mamba2.triton import backward_kernels, grads_kernel, mixer_backward_kernels, mixer_forward
 from tests.helpers.gpu_arithmetic import gpu_arithmetic
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,17 @@ FLOAT16 = {
     "ssd_scan": ("odd", "float32_steps_both"),
     "mamba2_mixer": ("odd", "float32_steps_both", "large_short", "instant_decay_both"),
 }
-BFLOAT16 = {"ssd_scan": ("odd", "float32_steps"), "mamba2_mixer": ("nine_tokens", "instant_decay_both")}
+BFLOAT16 = {
+    "ssd_scan": ("odd", "chunks", "float32_steps_both", "large_states"),
+    "mamba2_mixer": (
+        "nine_tokens",
+        "chunks",
+        "float32_steps_chunks",
+        "large_short",
+        "large_both",
+        "instant_decay_both",
+    ),
+}
 
 
 def params(names: dict[str, tuple[str, ...]]) -> list[object]:
@@ -72,14 +82,29 @@ def test_float16(spec: Spec, case: Case, poisoned: None) -> None:
     assert_within_contract(spec, case, prepared(spec, case, torch.float16))
 
 
-@pytest.mark.parametrize(("spec", "case"), params(BFLOAT16))
-def test_float32_gradients_of_bfloat16(spec: Spec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensor cores truncate, rather than round, the operands of tf32 products, which the backward of bfloat16 uses.
+@triton.jit
+def _rounded_operand(v, OPERAND: tl.constexpr):
+    """v rounded to bfloat16, to the nearest, in float32."""
+    v = v.to(tl.float32)
+    bits = v.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return tl.where(v == v, rounded.to(tl.float32, bitcast=True), v)
 
-    Triton's interpreter has no bfloat16: float16 tensors hold the bfloat16 values, incoming gradients included.
+
+@pytest.mark.parametrize("scheme", [triton_backward.SCHEMES[torch.bfloat16], triton_backward.HOPPER_BFLOAT16])
+@pytest.mark.parametrize(("spec", "case"), params(BFLOAT16))
+def test_float32_gradients_of_bfloat16(
+    spec: Spec, case: Case, scheme: triton_backward.Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward of bfloat16 rounds what it multiplies, and what it keeps between kernels, to bfloat16.
+
+    Triton's interpreter has no bfloat16: float16 tensors hold the bfloat16 values, incoming gradients included, and
+    float32 ones those of operands and states, rounded where the kernels round them.
     """
-    for of_dtype in (triton_backward.PRECISE, triton_backward.CHUNKS):
-        monkeypatch.setitem(of_dtype, torch.float16, of_dtype[torch.bfloat16])
+    emulated = dataclasses.replace(scheme, operand=tl.float32, stored=torch.float32)
+    monkeypatch.setitem(triton_backward.SCHEMES, torch.float16, emulated)
+    for module in (backward_kernels, grads_kernel, mixer_backward_kernels):
+        monkeypatch.setattr(module, "operand", _rounded_operand)
     inputs = prepared(spec, case, torch.bfloat16)
     kept = [f"grad of {n}" for n in spec.grads if n in inputs and inputs[n].dtype == torch.float32]
 
@@ -96,7 +121,7 @@ def test_float32_gradients_of_bfloat16(spec: Spec, case: Case, monkeypatch: pyte
     exact = gradients(None, Tensor.double)
     with gpu_arithmetic():
         got = gradients("triton", lambda t: t.half() if t.dtype == torch.bfloat16 else t)
-    compare(dataclasses.replace(spec, outputs=()), got, same, exact)
+    compare(dataclasses.replace(spec, outputs=()), got, same, exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize("op", ["mamba2_mixer", "ssd_scan"])

@@ -1,6 +1,7 @@
-"""The backward of ssd_scan in Triton: its launches. The formulas is in backward_kernels.py."""
+"""The backward of ssd_scan in Triton: its launches. The formulas are in backward_kernels.py."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,34 +9,71 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvar_kernels import tiling
+from mvar_kernels import dispatch, tiling
 from mvar_kernels.ffi import empty_contiguous, last_dim_contiguous
 from mvar_kernels.ops.mamba2.inputs import Scan
-from mvar_kernels.ops.mamba2.triton.backward_kernels import _ssd_scan_bwd_grads_kernel, _ssd_scan_bwd_sweep_kernel
+from mvar_kernels.ops.mamba2.triton.backward_kernels import (
+    _ssd_scan_bwd_prepare_kernel,
+    _ssd_scan_bwd_sweep_kernel,
+)
 from mvar_kernels.ops.mamba2.triton.common import scale_of_tokens
+from mvar_kernels.ops.mamba2.triton.grads_kernel import _ssd_scan_bwd_grads_kernel
 from mvar_kernels.tiling import Tile
 
-# Tokens. With 64 the tiles of `grads` do not fit in the registers. Nor do 32 where matmuls take float32's operands, or
-# both parts of three tf32 matmuls: with 32, `grads` spilled 176 to 280 bytes a thread in float16 and 760 to 848 in
-# float32 (sm_90, Triton 3.6 and 3.7); with 16, none and at most 32, while the states in memory are twice as many.
-CHUNKS = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 32}
 # Heads that one program adds dB and dC of: more leave fewer partials, fewer leave more programs. The most of
 # these that still makes this many programs, so that small batches fill a GPU, too.
 HEAD_GROUPS = (8, 4, 2, 1)
 PROGRAMS = 512
 
-PRECISE = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}  # see backward_kernels.py
 
-# With 4 warps float32's matmuls take up to all 255 registers of a thread (sm_90, Triton 3.6).
+@dataclass(frozen=True)
+class Scheme:
+    """How the kernels compute with inputs of a dtype; see backward_kernels.py.
+
+    chunk: tokens. operand, stored: dtypes of matmuls, and of tensors between kernels. precise, coarse: the precision of
+    matmuls that a float32 gradient depends on, and of the others; bfloat16 operands have but one. two_parts: of the
+    second operand of a sweep. wgmma: `grads` as in _wgmma_direction_grads.
+    """
+
+    chunk: int
+    operand: Any
+    stored: torch.dtype
+    precise: str = "ieee"
+    coarse: str = "ieee"
+    two_parts: bool = False
+    wgmma: bool = False
+
+
+# With chunks of 32 `grads` spills where matmuls take float32's operands, or both parts of three tf32 matmuls: 176 to
+# 280 bytes a thread in float16 and 760 to 848 in float32 (sm_90, Triton 3.6 and 3.7); with 16, none, while states in
+# memory are twice as many.
+SCHEMES = {
+    torch.float32: Scheme(16, tl.float32, torch.float32),
+    torch.float16: Scheme(16, tl.float32, torch.float32, "tf32x3", "tf32"),
+    torch.bfloat16: Scheme(32, tl.bfloat16, torch.bfloat16, two_parts=True),
+}
+# 64 rows are what Hopper's warp groups multiply at once; where each warp multiplies 16, as many spill 100 to 400 bytes.
+HOPPER_BFLOAT16 = Scheme(64, tl.bfloat16, torch.bfloat16, two_parts=True, wgmma=True)
+
+
+def scheme(dtype: torch.dtype, device: torch.device) -> Scheme:
+    """What a GPU computes with best."""
+    if dtype == torch.bfloat16 and dispatch.architecture(device) == "sm_90":
+        return HOPPER_BFLOAT16
+    return SCHEMES[dtype]
+
+
+PREPARE_TILES = (Tile({}, warps=4, stages=1),)
+# With 4 warps float32's matmuls take up to all 255 registers of a thread, with 64 rows of P they spill 8 bytes (sm_90).
 SWEEP_TILES = {
     dtype: (
-        Tile({"BLOCK_P": 64}, warps, stages=2),
+        Tile({"BLOCK_P": rows}, warps, stages=2),
         Tile({"BLOCK_P": 32}, warps, stages=2),
         Tile({"BLOCK_P": 32}, warps, stages=1),
     )
-    for dtype, warps in {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}.items()
+    for dtype, rows, warps in ((torch.float32, 32, 8), (torch.float16, 64, 4), (torch.bfloat16, 64, 4))
 }
-GRADS_TILES = (Tile({}, warps=8, stages=1),)  # with 4 warps the registers spill
+GRADS_TILES = {dtype: (Tile({}, warps=8, stages=1),) for dtype in SCHEMES}
 
 
 def rows_of(t: Tensor, leading: int = 2) -> Tensor:
@@ -44,16 +82,15 @@ def rows_of(t: Tensor, leading: int = 2) -> Tensor:
 
 
 class ScanGradients:
-    """Launches the two kernels on (B·L, width) views; the mixer runs more of its own in between.
+    """Launches the kernels on (B·L, width) views; the mixer runs more of its own in between.
 
-    x, B, C: as they are, or for the mixer (`bias` given) float32, after SiLU. dt, A and bias: by columns of heads.
+    The mixer gives x after SiLU, xBC for B, A_log for A, and its conv state, packed weights and dt's bias.
     """
 
     def __init__(
         self,
         x: Tensor,
         dt: Tensor,
-        bias: Tensor | None,
         A: Tensor,
         B: Tensor,
         C: Tensor,
@@ -61,91 +98,118 @@ class ScanGradients:
         initial: Tensor,
         scales: tuple[int, ...],
         dtype: torch.dtype,
+        mixer: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
+        device = x.device
+        self.scheme = how = scheme(dtype, device)
         self.batch, self.H, self.P, self.N = initial.shape
         self.L = x.shape[0] // max(self.batch, 1)
-        self.chunks = triton.cdiv(self.L, CHUNKS[dtype])
+        conv, weights, bias = mixer or (None, None, None)
+        self.mixer = mixer is not None
+        self.chunks = triton.cdiv(self.L, how.chunk)
         self.programs = self.batch * self.chunks
         self.heads = next((n for n in HEAD_GROUPS if self.programs * triton.cdiv(self.H, n) >= PROGRAMS), 1)
         self.groups = triton.cdiv(self.H, self.heads)
         self.directions = A.numel() // self.H
-        self.x, self.dt, self.bias, self.A, self.B, self.C, self.D = x, dt, bias, A.contiguous(), B, C, D.contiguous()
-        self.scale = scale_of_tokens(scales, x.device) if self.directions == 2 else None
-        self.operand = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
-        self.coarse = "ieee" if dtype == torch.float32 else "tf32"
+        self.x, self.A, self.D = x, A.contiguous(), D.contiguous()
+        self.scale = scale_of_tokens(scales, device) if self.directions == 2 else None
         self.dtype = dtype
-        self.shape_class = f"P{self.P} N{self.N} {str(dtype).removeprefix('torch.')}" + " mixer" * (bias is not None)
-        self.options: dict[str, Any] = {
-            "H": self.H,
-            "P": self.P,
+        self.shape_class = f"P{self.P} N{self.N} {str(dtype).removeprefix('torch.')}" + " mixer" * self.mixer
+        self.sizes: dict[str, Any] = {
             "N": self.N,
-            "BOTH": self.directions == 2,
-            "MIXER": bias is not None,
-            "PRECISE": PRECISE[dtype],
-            "CHUNK": CHUNKS[dtype],
+            "EXACT": dtype == torch.float32,
+            "OPERAND": how.operand,
+            "CHUNK": how.chunk,
             "BLOCK_N": tiling.dot_block(self.N),
         }
-
-    def sweep(self, came: Tensor, went: Tensor, first: Tensor, last: Tensor | None) -> Tensor:
-        """What enters each chunk, (directions, batch, chunks, H, P, N); `last` given: of gradients, and filled."""
-        states = torch.empty(
-            self.directions, self.batch, self.chunks, *first.shape[1:], dtype=torch.float32, device=first.device
+        self.options = self.sizes | {
+            "H": self.H,
+            "P": self.P,
+            "BOTH": self.directions == 2,
+            "PRECISE": how.precise,
+        }
+        columns = self.directions * self.H
+        self.steps = torch.empty(self.programs, columns + 1, 4, how.chunk, dtype=torch.float32, device=device)
+        # What enters each chunk, and its gradient: next to each other, so that their addresses differ by constants.
+        self.states = torch.empty(
+            self.batch, self.chunks, self.H, self.directions, 2, self.P, self.N, dtype=how.stored, device=device
         )
+        self.bc = torch.empty(self.programs * how.chunk, 2 * self.N, dtype=how.stored, device=device)
+        self.C = self.bc[:, self.N :]
+        if self.mixer and how.two_parts:
+            self.C = torch.empty(self.programs * how.chunk, self.N, dtype=torch.float32, device=device)
+        _ssd_scan_bwd_prepare_kernel[(self.programs,)](
+            B,
+            C,
+            conv,
+            weights,
+            dt,
+            bias,
+            self.A,
+            self.steps,
+            self.bc,
+            self.C,
+            B.stride(0),
+            C.stride(0),
+            dt.stride(0),
+            self.L,
+            self.H * self.P,
+            columns,
+            TAPS=1 if weights is None else weights.shape[0] - 1,
+            MIXER=self.mixer,
+            TWO_PARTS=how.two_parts,
+            BLOCK_H=triton.next_power_of_2(columns),
+            **self.sizes,
+            **tiling.chosen("ssd_scan_bwd_prepare", self.shape_class, PREPARE_TILES, device).arguments(),
+        )
+
+    def sweep(self, came: Tensor, went: Tensor, first: Tensor, last: Tensor | None) -> None:
+        """Fills in what enters each chunk; `last` given: its gradient, and `last` with that of the first state."""
         tile = tiling.chosen("ssd_scan_bwd_sweep", self.shape_class, SWEEP_TILES[self.dtype], first.device).arguments()
         tile["BLOCK_P"] = min(tile["BLOCK_P"], tiling.dot_block(self.P))
         grid = (self.batch * self.H, triton.cdiv(self.P, tile["BLOCK_P"]), self.directions)
         _ssd_scan_bwd_sweep_kernel[grid](
             came,
             went,
-            self.dt,
-            self.bias,
-            self.A,
+            self.steps,
             self.scale,
             first.contiguous(),
             last,
-            states,
+            self.states,
             came.stride(0),
             went.stride(0),
-            self.dt.stride(0),
             self.L,
             ADJOINT=int(last is not None),
+            TWO_PARTS=self.scheme.two_parts,
             **self.options,
             **tile,
         )
-        return states
 
-    def grads(self, dy: Tensor, states: Tensor, adjoints: Tensor, dx: Tensor, ddt: Tensor) -> tuple[Tensor, Tensor]:
+    def grads(self, dy: Tensor, dx: Tensor, ddt: Tensor) -> tuple[Tensor, Tensor]:
         """Fills dx and ddt; returns partials of [dB, dC] (groups, B·L, 2N) and of sums (chunks of B, kinds, H)."""
-        kinds = 1 + self.directions * (1 if self.bias is None else 2)
-        dbc = states.new_empty(self.groups, self.batch * self.L, 2 * self.N)
+        kinds = 1 + self.directions * (2 if self.mixer else 1)
+        dbc = self.steps.new_empty(self.groups, self.batch * self.L, 2 * self.N)
         sums = dbc.new_empty(self.programs, kinds, self.H)
-        tile = tiling.chosen("ssd_scan_bwd_grads", self.shape_class, GRADS_TILES, states.device)
+        tile = tiling.chosen("ssd_scan_bwd_grads", self.shape_class, GRADS_TILES[self.dtype], dy.device)
         _ssd_scan_bwd_grads_kernel[self.programs, self.groups](
             self.x,
-            self.dt,
-            self.bias,
+            self.steps,
             self.A,
-            self.B,
-            self.C,
+            self.bc,
             self.D,
             dy,
             self.scale,
-            states,
-            adjoints,
+            self.states,
             dx,
             ddt,
             dbc,
             sums,
-            self.x.stride(0),
-            self.dt.stride(0),
-            self.B.stride(0),
-            self.C.stride(0),
-            dy.stride(0),
             ddt.stride(0),
             self.L,
             self.heads,
-            OPERAND=self.operand,
-            COARSE=self.coarse,
+            MIXER=self.mixer,
+            WGMMA=self.scheme.wgmma,
+            COARSE=self.scheme.coarse,
             BLOCK_P=tiling.dot_block(self.P),
             **self.options,
             **tile.arguments(),
@@ -156,13 +220,14 @@ class ScanGradients:
 def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     """Gradients of x, dt, A, B, C, D and the initial state from those of y and of the last state."""
     x, dt, A, B, C, D, initial, scales = call
-    dy = rows_of(grads[0])
-    flat_x, flat_B, flat_C = rows_of(x), rows_of(B), rows_of(C)
-    scan = ScanGradients(flat_x, rows_of(dt), None, A, flat_B, flat_C, D, initial, scales, x.dtype)
+    dy = grads[0].contiguous().view(-1, D.numel() * x.shape[3])
+    scan = ScanGradients(
+        x.contiguous().view(dy.shape), rows_of(dt), A, rows_of(B), rows_of(C), D, initial, scales, x.dtype
+    )
     dx, ddt, dinitial = map(empty_contiguous, (x, dt, initial))
-    states = scan.sweep(flat_x, flat_B, initial, None)
-    adjoints = scan.sweep(dy, flat_C, grads[1], dinitial)
-    dbc, sums = scan.grads(dy, states, adjoints, dx, rows_of(ddt))
-    dB, dC = (part.sum(0).view(B.shape).to(B.dtype) for part in dbc.chunk(2, -1))
+    scan.sweep(scan.x, scan.bc, initial, None)
+    scan.sweep(dy, scan.C, grads[1], dinitial)
+    dbc, sums = scan.grads(dy, dx, rows_of(ddt))
+    dB, dC = (part.contiguous().to(B.dtype) for part in dbc.sum(0).view(*B.shape[:2], -1).chunk(2, -1))
     dA, dD = (part.sum(0) for part in sums.split([scan.directions, 1], 1))
     return [dx, ddt, dA.view(A.shape).to(A.dtype), dB, dC, dD.view(D.shape).to(D.dtype), dinitial]
