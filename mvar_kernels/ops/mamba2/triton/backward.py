@@ -13,6 +13,7 @@ from mvar_kernels import dispatch, tiling
 from mvar_kernels.ffi import empty_contiguous, last_dim_contiguous
 from mvar_kernels.ops.mamba2.inputs import Scan
 from mvar_kernels.ops.mamba2.triton.backward_kernels import (
+    PLANES,
     _ssd_scan_bwd_prepare_kernel,
     _ssd_scan_bwd_sweep_kernel,
 )
@@ -63,7 +64,7 @@ def scheme(dtype: torch.dtype, device: torch.device) -> Scheme:
     return SCHEMES[dtype]
 
 
-PREPARE_TILES = (Tile({}, warps=4, stages=1),)
+PREPARE_TILES = (Tile({}, warps=8, stages=1),)  # with 4, tiles of 64 rows spill
 # With 4 warps float32's matmuls take up to all 255 registers of a thread, with 64 rows of P they spill 8 bytes (sm_90).
 SWEEP_TILES = {
     dtype: (
@@ -129,7 +130,9 @@ class ScanGradients:
             "PRECISE": how.precise,
         }
         columns = self.directions * self.H
-        self.steps = torch.empty(self.programs, columns + 1, 4, how.chunk, dtype=torch.float32, device=device)
+        self.steps = torch.empty(
+            self.programs, columns + 1, PLANES.value, how.chunk, dtype=torch.float32, device=device
+        )
         # What enters each chunk, and its gradient: next to each other, so that their addresses differ by constants.
         self.states = torch.empty(
             self.batch, self.chunks, self.H, self.directions, 2, self.P, self.N, dtype=how.stored, device=device
@@ -186,10 +189,8 @@ class ScanGradients:
         )
 
     def grads(self, dy: Tensor, dx: Tensor, ddt: Tensor) -> tuple[Tensor, Tensor]:
-        """Fills dx and ddt; returns partials of [dB, dC] (groups, B·L, 2N) and of sums (chunks of B, kinds, H)."""
-        kinds = 1 + self.directions * (2 if self.mixer else 1)
+        """Fills dx and ddt; returns dB and dC (B·L, 2N), and sums over all tokens (dt, A and D; columns)."""
         dbc = self.steps.new_empty(self.groups, self.batch * self.L, 2 * self.N)
-        sums = dbc.new_empty(self.programs, kinds, self.H)
         tile = tiling.chosen("ssd_scan_bwd_grads", self.shape_class, GRADS_TILES[self.dtype], dy.device)
         _ssd_scan_bwd_grads_kernel[self.programs, self.groups](
             self.x,
@@ -201,10 +202,7 @@ class ScanGradients:
             self.scale,
             self.states,
             dx,
-            ddt,
             dbc,
-            sums,
-            ddt.stride(0),
             self.L,
             self.heads,
             MIXER=self.mixer,
@@ -214,7 +212,10 @@ class ScanGradients:
             **self.options,
             **tile.arguments(),
         )
-        return dbc, sums
+        found = self.steps[:, : self.directions * self.H, 4:]
+        by_tokens = found[:, :, 0].unflatten(0, (self.batch, self.chunks)).transpose(2, 3).flatten(1, 2)
+        ddt.unflatten(0, (self.batch, self.L)).copy_(by_tokens[:, : self.L])
+        return dbc.sum(0), found.sum((0, 3)).t()
 
 
 def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
@@ -228,6 +229,6 @@ def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     scan.sweep(scan.x, scan.bc, initial, None)
     scan.sweep(dy, scan.C, grads[1], dinitial)
     dbc, sums = scan.grads(dy, dx, rows_of(ddt))
-    dB, dC = (part.contiguous().to(B.dtype) for part in dbc.sum(0).view(*B.shape[:2], -1).chunk(2, -1))
-    dA, dD = (part.sum(0) for part in sums.split([scan.directions, 1], 1))
-    return [dx, ddt, dA.view(A.shape).to(A.dtype), dB, dC, dD.view(D.shape).to(D.dtype), dinitial]
+    dB, dC = (part.reshape(B.shape).to(B.dtype) for part in dbc.chunk(2, -1))
+    dA, dD = sums[1].view(A.shape).to(A.dtype), sums[2, : D.numel()].to(D.dtype)
+    return [dx, ddt, dA, dB, dC, dD, dinitial]

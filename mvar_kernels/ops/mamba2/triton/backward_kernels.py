@@ -10,8 +10,8 @@ chunk and λ the gradient of the state after it:
    gradient of the initial state.
 4. `grads`, one program per (batch row, chunk, group of heads): every gradient of the chunk from its h and λ.
    dB and dC are shared by the heads: a program adds those of its group in registers, head after head, and writes
-   one float32 partial per group. What is summed over tokens (dA, dD) leaves one partial per chunk and head.
-   torch.sum adds the partials, in an order that the shape alone decides.
+   one float32 partial per group. What is summed over tokens (dA, dD) is stored token by token, in float32.
+   torch.sum adds it and the partials, in an order that the shape alone decides.
 
 With decay[t, s] = a_{s+1} … a_t, since_t = a_first … a_t, until_s = a_{s+1} … a_last, and sums over s < t,
 
@@ -49,6 +49,8 @@ import triton.language as tl
 
 from mvar_kernels.ops.mamba2.triton.common import clamped, conv_rows, finite_rate, sigmoids, softplus, split_log_decays
 from mvar_kernels.triton_math import LOG2_E, exp
+
+PLANES = tl.constexpr(7)  # of steps: three vectors or four for `grads`, then three of its results
 
 
 @triton.jit
@@ -179,8 +181,8 @@ def _ssd_scan_bwd_prepare_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """steps (chunks of b, columns + 1, 4, CHUNK): of each column Δ, its slope in dt, and the prefix sums of log a in
-    one part or, EXACT, two; and last C·B. bc: [B, C] (chunks of b, CHUNK, 2N).
+    """steps (chunks of b, columns + 1, PLANES, CHUNK): of each column Δ, its slope in dt, and the prefix sums of log a
+    in one part or, EXACT, two; and last C·B. bc: [B, C] (chunks of b, CHUNK, 2N).
 
     MIXER: from xBC at B_ptr through the convolution and SiLU, dt through softplus, and A_ptr holds A_log; C_out is C in
     float32 (chunks of b, CHUNK, N). Sums for exp2, which is faster, unless EXACT. Program id: chunk of a batch row.
@@ -215,8 +217,8 @@ def _ssd_scan_bwd_prepare_kernel(
     dt_at = dt_ptr + (b * L + start + offs_i[:, None]) * dt_stride + offs_h[None, :]
     delta = tl.load(dt_at, mask=mask_dt, other=0.0).to(tl.float32)  # [CHUNK, BLOCK_H]
     A = tl.load(A_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
-    steps_ptr += program * (columns + 1) * 4 * CHUNK
-    at = steps_ptr + offs_h[None, :] * (4 * CHUNK) + offs_i[:, None]
+    steps_ptr += program * (columns + 1) * PLANES * CHUNK
+    at = steps_ptr + offs_h[None, :] * (PLANES * CHUNK) + offs_i[:, None]
     if MIXER:
         A = -exp(A)
         v = delta + tl.load(bias_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
@@ -230,7 +232,7 @@ def _ssd_scan_bwd_prepare_kernel(
     else:
         coarse = (coarse + fine) * LOG2_E
     tl.store(at + 2 * CHUNK, coarse, mask=mask_h[None, :])
-    tl.store(steps_ptr + columns * (4 * CHUNK) + offs_i, tl.sum(B * C, 1))
+    tl.store(steps_ptr + columns * (PLANES * CHUNK) + offs_i, tl.sum(B * C, 1))
 
 
 @triton.jit
@@ -287,7 +289,7 @@ def _ssd_scan_bwd_sweep_kernel(
     offs_from = offs_i[:, None] * from_stride + offs_p[None, :]
     offs_to = offs_i[:, None] * to_stride + offs_n[None, :]
     COLUMNS: tl.constexpr = 2 * H if BOTH else H
-    steps_ptr += (direction * H + h) * (4 * CHUNK)
+    steps_ptr += (direction * H + h) * (PLANES * CHUNK)
     from_ptr += b * L * from_stride + h * P
     states_ptr += ((h * (2 if BOTH else 1) + direction) * 2 + ADJOINT) * P * N
     state = tl.load(first_ptr + sequence * P * N + offs_state, mask=mask_state & (direction == 0), other=0.0)
@@ -296,7 +298,7 @@ def _ssd_scan_bwd_sweep_kernel(
         chunk = tl.where(rightwards, i, chunks - 1 - i)
         at_chunk = b * chunks + chunk
         tl.store(states_ptr + at_chunk * COLUMNS * 2 * P * N + offs_state, operand(state, OPERAND), mask=mask_state)
-        at = steps_ptr + at_chunk * (COLUMNS + 1) * 4 * CHUNK
+        at = steps_ptr + at_chunk * (COLUMNS + 1) * PLANES * CHUNK
         coarse, fine, all_coarse, all_fine = prefix_sums(at, offs_i, direction, CHUNK, EXACT)
         coarse, fine = tl.where(rightwards, all_coarse - coarse, coarse), tl.where(rightwards, all_fine - fine, fine)
         weight = power(exponent(coarse, fine, EXACT), EXACT)

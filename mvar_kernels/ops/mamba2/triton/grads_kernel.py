@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from mvar_kernels.ops.mamba2.triton.backward_kernels import (
+    PLANES,
     edges,
     exponent,
     operand,
@@ -55,7 +56,8 @@ def _direction_grads(
 
     Registers are what this kernel is short of: tiles are loaded, and B Cᵀ and x dyᵀ computed, again rather than kept.
     Nor is a sum over heads the accumulator of a matmul: Triton would lay it out with every warp's rows twice.
-    Returns dB, dC and dx with their parts added, and the gradients of Δ and of A, all without tokens' own terms.
+    Returns dB, dC and dx with their parts added, the gradient of Δ and each token's part of that of A, all without
+    tokens' own terms.
     """
     offs = tl.arange(0, CHUNK)
     delta = tl.load(at + offs)
@@ -109,7 +111,7 @@ def _direction_grads(
     dG = scores_grad * decay
     dB += _matmul(dG, bc_at + N, mask_bc, once, False, OPERAND, COARSE) * delta[:, None]
     dC += _matmul(tl.trans(dG * delta[:, None]), bc_at, mask_bc, once, False, OPERAND, COARSE)
-    return dB, dC, dx, ddelta, tl.sum(delta * dlog_a, 0)
+    return dB, dC, dx, ddelta, delta * dlog_a
 
 
 @triton.jit
@@ -123,8 +125,8 @@ def _wgmma_direction_grads(
     to each token, from h and in the pairs; what goes from each in the pairs is a row of dG ⊙ G. Both are of dG as it is
     rounded and of the same products of B and C, so that what starts and ends on one side of a step cancels. Sums of
     columns, which this avoids, take 300 of 2,000 instructions.
-    Returns dB, dC and dx with their parts added, arrived of all heads so far, the gradients of Δ and of A without
-    tokens' own terms, and x·dy.
+    Returns dB, dC and dx with their parts added, arrived of all heads so far, the gradient of Δ and each token's
+    part of that of A, both without tokens' own terms, and x·dy.
     """
     offs = tl.arange(0, CHUNK)
     delta = tl.maximum(tl.load(at + offs), 2.0**-60)  # it is divided by; beside other tokens' this is nothing
@@ -174,7 +176,7 @@ def _wgmma_direction_grads(
     # Where a step lets nothing pass, what is left of the difference would be multiplied by an A of any size.
     dlog_a = tl.where(delta * A > -104.0, dlog_a, 0.0)
     ddelta = started / delta + A * dlog_a
-    return dB, dC, dx, all_arrived, ddelta, tl.sum(delta * dlog_a, 0), x_dy
+    return dB, dC, dx, all_arrived, ddelta, delta * dlog_a, x_dy
 
 
 @triton.jit(do_not_specialize=["L", "heads"])
@@ -188,10 +190,7 @@ def _ssd_scan_bwd_grads_kernel(
     scale_ptr,
     states_ptr,
     dx_ptr,
-    ddt_ptr,
     dbc_ptr,
-    sums_ptr,
-    ddt_stride,
     L,
     heads,
     H: tl.constexpr,
@@ -208,14 +207,13 @@ def _ssd_scan_bwd_grads_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dx and ddt of a chunk's tokens and `heads` heads, and partials: dbc (group of heads, b·L + t, [B, C]) and sums
-    (chunk of b, kind, head), the kinds being A of each direction, D, and the mixer's dt_bias of each direction.
+    """dx of a chunk's tokens and `heads` heads, the gradient of dt and each token's part of those of A and D in the
+    last three planes of steps, and partials of dB and dC: dbc (group of heads, b·L + t, [B, C]).
 
     Program ids: chunk of a batch row, group of heads. MIXER: through softplus and A = −exp(A_log), too. x, dy and dx
     are (B·L, H·P), contiguous.
     """
     DIRECTIONS: tl.constexpr = 2 if BOTH else 1
-    KINDS: tl.constexpr = DIRECTIONS * (2 if MIXER else 1) + 1
     chunks = tl.cdiv(L, CHUNK)
     program = tl.program_id(0).to(tl.int64)
     b, chunk = program // chunks, tl.program_id(0) % chunks
@@ -227,10 +225,8 @@ def _ssd_scan_bwd_grads_kernel(
     x_ptr += row * (H * P)
     dy_ptr += row * (H * P)
     dx_ptr += row * (H * P)
-    ddt_ptr += row * ddt_stride
     bc_ptr += program * CHUNK * (2 * N)
-    steps_ptr += program * (DIRECTIONS * H + 1) * 4 * CHUNK
-    sums_ptr += program * KINDS * H
+    steps_ptr += program * (DIRECTIONS * H + 1) * PLANES * CHUNK
     states_ptr += program * H * DIRECTIONS * 2 * P * N
     offs_x = offs_i[:, None] * (H * P) + offs_p[None, :]
     offs_state = offs_p[:, None] * N + offs_n[None, :]
@@ -257,24 +253,24 @@ def _ssd_scan_bwd_grads_kernel(
             x, dy = operand(x, OPERAND), operand(dy, OPERAND)  # [CHUNK, BLOCK_P]
         for direction in tl.range(DIRECTIONS, disable_licm=True):
             column = direction * H + head
-            at = steps_ptr + column * (4 * CHUNK)
+            at = steps_ptr + column * (PLANES * CHUNK)
             A = tl.load(A_ptr + column).to(tl.float32)
             if MIXER:
                 A = -exp(A, EXACT)
             A = finite_rate(A)
             forward = direction == 0  # which tokens' own terms and the skip belong to
-            own_at = steps_ptr + DIRECTIONS * H * 4 * CHUNK + offs_i
+            own_at = steps_ptr + DIRECTIONS * H * PLANES * CHUNK + offs_i
             if WGMMA:
                 own = tl.load(own_at)
                 own_G = tl.where(forward, own * tl.load(at + offs_i) + tl.load(D_ptr + head).to(tl.float32), 0.0)
-                dB, dC, dx, arrived, ddt, dA, x_dy = _wgmma_direction_grads(
+                dB, dC, dx, arrived, ddt, A_grad, x_dy = _wgmma_direction_grads(
                     x, dy, bc_at, mask_bc, h_at + direction * (2 * P * N), mask_state, dB, dC, dx, arrived, at, own_G,
                     A, direction, scale, before, after, once, P, N, BOTH, OPERAND, CHUNK,
                 )  # fmt: skip
                 x_dy = tl.where(forward, x_dy, 0.0)
                 own_dG += x_dy * tl.load(at + offs_i)
             else:
-                dB, dC, dx, ddt, dA = _direction_grads(
+                dB, dC, dx, ddt, A_grad = _direction_grads(
                     x_at, dy_at, bc_at, h_at + direction * (2 * P * N), mask_x, mask_bc, mask_state, dB, dC, dx, at, A,
                     direction, scale, before, after, once, P, N, BOTH, EXACT, OPERAND, PRECISE, COARSE, CHUNK,
                 )  # fmt: skip
@@ -287,11 +283,11 @@ def _ssd_scan_bwd_grads_kernel(
                 dx += tl.where(forward, own * delta + tl.load(D_ptr + head).to(tl.float32), 0.0)[:, None] * dy
             ddt += own * x_dy
             if MIXER:
-                ddt = tl.where(mask_t, ddt * tl.load(at + CHUNK + offs_i), 0.0)
-                tl.store(sums_ptr + (DIRECTIONS + 1) * H + column, tl.sum(ddt, 0))
-            tl.store(ddt_ptr + offs_i * ddt_stride + column, ddt.to(ddt_ptr.dtype.element_ty), mask=mask_t)
-            tl.store(sums_ptr + column, dA * A if MIXER else dA)
-            tl.store(sums_ptr + DIRECTIONS * H + head, tl.sum(x_dy, 0), mask=forward)
+                ddt *= tl.load(at + CHUNK + offs_i)
+                A_grad *= A
+            tl.store(at + 4 * CHUNK + offs_i, tl.where(mask_t, ddt, 0.0))
+            tl.store(at + 5 * CHUNK + offs_i, A_grad)
+            tl.store(at + 6 * CHUNK + offs_i, x_dy)
         tl.store(dx_ptr + head * P + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
 
     if WGMMA:

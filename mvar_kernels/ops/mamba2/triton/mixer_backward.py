@@ -54,11 +54,16 @@ OUTPUTS_TILES = {
     (torch.bfloat16, 2): (Tile({"BLOCK_P": 64}, warps=8, stages=1), Tile({"BLOCK_P": 32}, warps=4, stages=1)),
 }
 OTHER_OUTPUTS_TILES = (Tile({"BLOCK_P": 32}, warps=4, stages=1),)
-NORM_TILES = (Tile({"ROWS": 8}, warps=4, stages=1), Tile({"ROWS": 16}, warps=4, stages=1))
 CONV_GRADS_TILES = (
     Tile({"ROWS": 64, "UNROLL": 8, "BLOCK_C": 256}, warps=4, stages=1),
     Tile({"ROWS": 64, "UNROLL": 4, "BLOCK_C": 512}, warps=4, stages=1),
 )
+
+
+def norm_tiles(block: int) -> tuple[Tile, ...]:
+    """A row stays in the registers: 16 values of it a thread take 170 of them, 32 would spill (sm_90)."""
+    warps = min(max(block // 512, 4), 16)
+    return Tile({"ROWS": 8}, warps, stages=1), Tile({"ROWS": 16}, warps, stages=1)
 
 
 def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
@@ -95,7 +100,8 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     _mamba2_mixer_bwd_outputs_kernel[batch * scan.H, triton.cdiv(scan.P, tile["BLOCK_P"])](
         x, scan.steps, scan.bc, scan.D, scan.scale, initial, scan.states, y, L, **scan.options, **tile
     )
-    tile = chosen("norm", NORM_TILES)
+    block = triton.next_power_of_2(E)
+    tile = chosen("norm", norm_tiles(block))
     programs = triton.cdiv(batch * L, tile["ROWS"])
     norm_sums = torch.empty(programs, E, dtype=torch.float32, device=device)
     grad = rows_of(grads[0])
@@ -114,7 +120,7 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
         call.eps,
         EXACT=exact,
         OPERAND=how.operand,
-        BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_E=block,
         **tile,
     )
     scan.sweep(y, scan.C, grads[2], dinitial)
@@ -123,7 +129,7 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     tile = chosen("conv_grads", CONV_GRADS_TILES)
     programs = batch * triton.cdiv(L + taps - 1, tile["ROWS"])
     conv_sums = norm_sums.new_empty(programs, taps + 1, channels)
-    for grads_of, first in ((dx, 0), (dbc.sum(0), E)):
+    for grads_of, first in ((dx, 0), (dbc, E)):
         count, columns = grads_of.shape[1], slice(first, first + grads_of.shape[1])
         _mamba2_mixer_bwd_conv_grads_kernel[programs, triton.cdiv(count, tile["BLOCK_C"])](
             grads_of,
@@ -144,8 +150,7 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
             EXACT=exact,
             **tile,
         )
-    kinds = [scan.directions, 1, scan.directions]
-    dA_log, dD, ddt_bias = (part.sum(0) for part in sums.split(kinds, 1))
+    ddt_bias, dA_log, dD = sums[0], sums[1], sums[2, : scan.H]
     dweight, dbias = conv_sums.sum(0).split([taps, 1])
     given = (dweight.t(), dbias, ddt_bias, dA_log, dD, norm_sums.sum(0))
     dparams = [d.reshape(p.shape).to(p.dtype).contiguous() for d, p in zip(given, call.parameters, strict=True)]

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from mvar_kernels.ops.mamba2.triton.backward_kernels import (
+    PLANES,
     edges,
     exponent,
     gate,
@@ -109,7 +110,7 @@ def _mamba2_mixer_bwd_outputs_kernel(
     b, head = sequence // H, tl.program_id(0) % H
     chunks = tl.cdiv(L, CHUNK)
     DIRECTIONS: tl.constexpr = 2 if BOTH else 1
-    STEPS: tl.constexpr = (DIRECTIONS * H + 1) * 4 * CHUNK  # of a chunk
+    STEPS: tl.constexpr = (DIRECTIONS * H + 1) * PLANES * CHUNK  # of a chunk
     STATES: tl.constexpr = DIRECTIONS * H * 2 * P * N
     offs_i, offs_p, offs_n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     first_p = tl.program_id(1) * BLOCK_P
@@ -125,9 +126,9 @@ def _mamba2_mixer_bwd_outputs_kernel(
     states_ptr += b * chunks * STATES + head * DIRECTIONS * 2 * P * N + first_p * N
     back_states_ptr = states_ptr + 2 * P * N
     steps_ptr += b * chunks * STEPS
-    own_ptr = steps_ptr + DIRECTIONS * H * 4 * CHUNK
-    steps_ptr += head * 4 * CHUNK
-    back_steps_ptr = steps_ptr + H * 4 * CHUNK
+    own_ptr = steps_ptr + DIRECTIONS * H * PLANES * CHUNK
+    steps_ptr += head * PLANES * CHUNK
+    back_steps_ptr = steps_ptr + H * PLANES * CHUNK
     D = tl.load(D_ptr + head).to(tl.float32)
 
     if BOTH:
