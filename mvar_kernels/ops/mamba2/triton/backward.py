@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvar_kernels import dispatch, tiling
+from mvar_kernels import tiling
 from mvar_kernels.ffi import empty_contiguous, last_dim_contiguous
 from mvar_kernels.ops.mamba2.inputs import Scan
 from mvar_kernels.ops.mamba2.triton.backward_kernels import (
@@ -59,7 +59,7 @@ HOPPER_BFLOAT16 = Scheme(64, tl.bfloat16, torch.bfloat16, two_parts=True, wgmma=
 
 def scheme(dtype: torch.dtype, device: torch.device) -> Scheme:
     """What a GPU computes with best."""
-    if dtype == torch.bfloat16 and dispatch.architecture(device) == "sm_90":
+    if dtype == torch.bfloat16 and tiling.matmul_instruction(device) == "wgmma":
         return HOPPER_BFLOAT16
     return SCHEMES[dtype]
 
