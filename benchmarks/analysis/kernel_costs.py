@@ -49,6 +49,10 @@ def _mixer_iterations(a: Arguments) -> tuple[float, ...]:
     return tuple(share * n for share, n in zip(_mixer_shares(a), times, strict=False))
 
 
+def _of_prepare(a: Arguments) -> int:
+    return int(2 * a["N"] if a["MIXER"] else a["N"])
+
+
 # Of 4,096 normal logits: rounds of the searches for top-k = 900 and top-p = 0.96 (ops/sample_tokens/triton/common.py).
 SEARCHES = 10, 7
 KERNELS: Mapping[str, Declared] = {
@@ -63,8 +67,17 @@ KERNELS: Mapping[str, Declared] = {
     "_scale_attention_dkdv_kernel": Declared(),
     "_scale_attention_dtemperature_kernel": Declared(),
     "_ssd_scan_fwd_kernel": Declared(),
-    "_ssd_scan_bwd_sweep_kernel": Declared(),
-    "_ssd_scan_bwd_grads_kernel": Declared(),
+    "_ssd_scan_bwd_prepare_kernel": Declared(
+        {name: _of_prepare for name in ("B_ptr", "C_ptr", "conv_ptr", "weight_ptr")}  # of [x, B, C] B and C
+        | {"steps_ptr": lambda a: 4 * a["CHUNK"] // 7}  # four planes of seven
+    ),
+    "_ssd_scan_bwd_sweep_kernel": Declared(
+        {
+            "states_ptr": lambda a: a["N"] // 2,  # the states, or their gradients
+            "steps_ptr": lambda a: 2 * a["CHUNK"] // 7,
+        }
+    ),
+    "_ssd_scan_bwd_grads_kernel": Declared(iterations=lambda a: (a["heads"], *2 * (0, a["heads"]))),
     "_mamba2_mixer_prepare_kernel": Declared(
         {"zxbcdt_ptr": lambda a: 2 * a["N"], "conv_ptr": lambda a: 2 * a["N"]}  # B and C
     ),
@@ -74,9 +87,12 @@ KERNELS: Mapping[str, Declared] = {
         shares=_mixer_shares,
     ),
     "_mamba2_mixer_bwd_conv_kernel": Declared(),
-    "_mamba2_mixer_bwd_outputs_kernel": Declared(),
+    "_mamba2_mixer_bwd_outputs_kernel": Declared(
+        {"states_ptr": lambda a: a["N"] // 2, "steps_ptr": lambda a: 2 * a["CHUNK"] // 7},
+        iterations=lambda a: (-(-a["L"] // a["CHUNK"]), 0, -(-a["L"] // a["CHUNK"])),  # `once` is not 4 times
+    ),
     "_mamba2_mixer_bwd_norm_kernel": Declared(),
-    "_mamba2_mixer_bwd_conv_grads_kernel": Declared(unrolled=4),
+    "_mamba2_mixer_bwd_conv_grads_kernel": Declared(),
     "_sample_tokens_fwd_kernel": Declared(
         iterations=lambda a: (*SEARCHES, 0)
     ),  # of codes near to winning but one: none
