@@ -86,7 +86,6 @@ KERNELS: Mapping[str, Declared] = {
         iterations=_mixer_iterations,
         shares=_mixer_shares,
     ),
-    "_mamba2_mixer_bwd_conv_kernel": Declared(),
     "_mamba2_mixer_bwd_outputs_kernel": Declared(
         {"states_ptr": lambda a: a["N"] // 2, "steps_ptr": lambda a: 2 * a["CHUNK"] // 7},
         iterations=lambda a: (-(-a["L"] // a["CHUNK"]), 0, -(-a["L"] // a["CHUNK"])),  # `once` is not 4 times

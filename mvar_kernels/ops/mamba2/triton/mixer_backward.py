@@ -41,13 +41,11 @@ from mvar_kernels.ops.mamba2.inputs import Mixer
 from mvar_kernels.ops.mamba2.triton.backward import ScanGradients, rows_of, scheme
 from mvar_kernels.ops.mamba2.triton.mixer_backward_kernels import (
     _mamba2_mixer_bwd_conv_grads_kernel,
-    _mamba2_mixer_bwd_conv_kernel,
     _mamba2_mixer_bwd_norm_kernel,
     _mamba2_mixer_bwd_outputs_kernel,
 )
 from mvar_kernels.tiling import Tile
 
-CONV_TILES = (Tile({"ROWS": 64, "UNROLL": 4, "BLOCK_C": 512}, warps=4, stages=1),)
 # By dtype and number of directions. What others take spills with 64 rows of P, or in both directions with 4 warps.
 OUTPUTS_TILES = {
     (torch.bfloat16, 1): (Tile({"BLOCK_P": 64}, warps=4, stages=1), Tile({"BLOCK_P": 64}, warps=8, stages=1)),
@@ -88,17 +86,15 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     weights = torch.cat([conv_weight.t(), conv_bias[None]]).float()
     exact, how = dtype == torch.float32, scheme(dtype, device)
     x = torch.empty(batch * L, E, dtype=how.stored, device=device)
-    tile = chosen("conv", CONV_TILES)
-    grid = (batch * triton.cdiv(L, tile["ROWS"]), triton.cdiv(E, tile["BLOCK_C"]))
-    _mamba2_mixer_bwd_conv_kernel[grid](
-        xbc, conv, weights, x, xbc.stride(0), L, E, channels, TAPS=taps, EXACT=exact, OPERAND=how.operand, **tile
-    )
     scan = ScanGradients(x, dt, A_log, xbc, xbc, D, initial, call.scales, dtype, (conv, weights, dt_bias))
     y = torch.empty_like(x)
     tile = chosen("outputs", OUTPUTS_TILES.get((dtype, scan.directions), OTHER_OUTPUTS_TILES))
     tile["BLOCK_P"] = min(tile["BLOCK_P"], tiling.dot_block(scan.P))
     _mamba2_mixer_bwd_outputs_kernel[batch * scan.H, triton.cdiv(scan.P, tile["BLOCK_P"])](
-        x, scan.steps, scan.bc, scan.D, scan.scale, initial, scan.states, y, L, **scan.options, **tile
+        *(xbc, conv, weights, x, scan.steps, scan.bc, scan.D, scan.scale, initial, scan.states, y, xbc.stride(0), L),
+        TAPS=taps,
+        **scan.options,
+        **tile,
     )
     block = triton.next_power_of_2(E)
     tile = chosen("norm", norm_tiles(block))

@@ -15,6 +15,7 @@ from mvar_kernels.ops.mamba2.triton.backward_kernels import (
     prefix_sums,
     tile_matmul,
 )
+from mvar_kernels.ops.mamba2.triton.common import conv_rows, load_rows, store_rows
 from mvar_kernels.triton_math import divide
 
 
@@ -35,52 +36,24 @@ def _convolved(weights, rows, TAPS: tl.constexpr):
     return v
 
 
-@triton.jit(do_not_specialize=["L"])
-def _mamba2_mixer_bwd_conv_kernel(
-    xbc_ptr,
-    conv_ptr,
-    weight_ptr,
-    x_ptr,
-    xbc_stride,
-    L,
-    E,
-    channels,
-    TAPS: tl.constexpr,
-    EXACT: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """x after the convolution and SiLU (B·L, E). Program ids: ROWS tokens of a batch row, channels.
-
-    A thread keeps its channels' last TAPS−1 rows in registers and goes through the tokens.
-    """
-    blocks = tl.cdiv(L, ROWS)
-    b, start = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * ROWS
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < E
-    xbc_ptr += b * L * xbc_stride
-    conv_ptr += b * (TAPS - 1) * channels
-    x_ptr += b * L * E + offs_c
-    weights = packed_weights(weight_ptr, channels, offs_c, mask_c, TAPS)
-    rows = ()
-    for tap in tl.static_range(TAPS - 1):
-        token = start - (TAPS - 1) + tap
-        rows = rows + (_input_row(xbc_ptr, conv_ptr, xbc_stride, channels, token, offs_c, mask_c, L, TAPS),)  # type: ignore[assignment]
-    for first in range(start, tl.minimum(start + ROWS, L), UNROLL):
-        for i in tl.static_range(UNROLL):
-            mask = mask_c & (first + i < L)
-            row = tl.load(xbc_ptr + (first + i) * xbc_stride + offs_c, mask=mask, other=0.0)
-            rows = rows + (row.to(tl.float32),)  # type: ignore[assignment]
-        for i in tl.static_range(UNROLL):
-            x = gate(_convolved(weights, rows[i : i + TAPS], TAPS), EXACT)[0]
-            tl.store(x_ptr + (first + i) * E, operand(x, OPERAND), mask=mask_c & (first + i < L))
-        rows = rows[UNROLL:]  # type: ignore[assignment]
+@triton.jit
+def _convolved_x(
+    xbc_ptr, xbc_stride, conv_ptr, channels, weight_ptr, x_ptr, start, offs_p, mask_p, L, E, TAPS: tl.constexpr,
+    EXACT: tl.constexpr, OPERAND: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A chunk's x after the convolution and SiLU, which is stored [CHUNK, BLOCK_P]. The pointers: at offs_p = 0."""
+    weights = packed_weights(weight_ptr, channels, offs_p, mask_p, TAPS)
+    v = conv_rows(xbc_ptr, xbc_stride, conv_ptr, channels, weights, 0, offs_p, mask_p, start, L, TAPS, CHUNK)
+    x = operand(gate(v, EXACT)[0], OPERAND)
+    store_rows(x_ptr, E, x, start, offs_p, mask_p, L, CHUNK)
+    return x
 
 
 @triton.jit(do_not_specialize=["L"])
 def _mamba2_mixer_bwd_outputs_kernel(
+    xbc_ptr,
+    conv_ptr,
+    weight_ptr,
     x_ptr,
     steps_ptr,
     bc_ptr,
@@ -89,10 +62,12 @@ def _mamba2_mixer_bwd_outputs_kernel(
     first_ptr,
     states_ptr,
     y_ptr,
+    xbc_stride,
     L,
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
+    TAPS: tl.constexpr,
     BOTH: tl.constexpr,
     EXACT: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -101,7 +76,8 @@ def _mamba2_mixer_bwd_outputs_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """y (B·L, H·P) and the states that enter the chunks (b, chunk, head, direction, 0, P, N) of a row's head.
+    """x after the convolution and SiLU, y, both (B·L, H·P), and the states that enter the chunks (b, chunk, head,
+    direction, 0, P, N), of a row's head.
 
     The direction inside the scales first, whose states the same program reads back. Tokens' own terms and the skip are
     the diagonal of the matrix that x is multiplied with. Program ids: batch row and head, rows of P.
@@ -118,8 +94,12 @@ def _mamba2_mixer_bwd_outputs_kernel(
     mask_state = mask_p[:, None] & mask_n[None, :]
     mask_bc = (offs_i >= 0)[:, None] & mask_n[None, :]
     offs_state = offs_p[:, None] * N + offs_n[None, :]
-    offs_x = offs_i[:, None] * (H * P) + offs_p[None, :]
     offs_bc = offs_i[:, None] * (2 * N) + offs_n[None, :]
+    E: tl.constexpr = H * P
+    CHANNELS: tl.constexpr = E + 2 * N
+    xbc_ptr += b * L * xbc_stride + head * P + first_p
+    conv_ptr += b * (TAPS - 1) * CHANNELS + head * P + first_p
+    weight_ptr += head * P + first_p
     x_ptr += b * L * (H * P) + head * P + first_p
     y_ptr += b * L * (H * P) + head * P + first_p
     bc_ptr += b * chunks * CHUNK * (2 * N)
@@ -137,8 +117,10 @@ def _mamba2_mixer_bwd_outputs_kernel(
             chunk = tl.cast(chunks - 1 - left, tl.int64)
             start = chunk * CHUNK
             tl.store(back_states_ptr + chunk * STATES + offs_state, operand(state, OPERAND), mask=mask_state)
-            mask_x = (start + offs_i < L)[:, None] & mask_p[None, :]
-            x = tl.load(x_ptr + start * (H * P) + offs_x, mask=mask_x, other=0.0)
+            x = _convolved_x(
+                *(xbc_ptr, xbc_stride, conv_ptr, CHANNELS, weight_ptr, x_ptr, start, offs_p, mask_p, L),
+                *(E, TAPS, EXACT, OPERAND, CHUNK),
+            )
             B = tl.load(bc_ptr + start * (2 * N) + offs_bc, mask=mask_bc, other=0.0)
             at = back_steps_ptr + chunk * STEPS
             coarse, fine, all_coarse, all_fine = prefix_sums(at, offs_i, 1, CHUNK, EXACT)
@@ -156,8 +138,13 @@ def _mamba2_mixer_bwd_outputs_kernel(
         start = chunk * CHUNK
         h = operand(state, OPERAND)
         tl.store(states_ptr + chunk * STATES + offs_state, h, mask=mask_state)
-        mask_x = (start + offs_i < L)[:, None] & mask_p[None, :]
-        x = tl.load(x_ptr + start * (H * P) + offs_x, mask=mask_x, other=0.0)
+        if BOTH:
+            x = load_rows(x_ptr, E, start, offs_p, mask_p, L, CHUNK)
+        else:
+            x = _convolved_x(
+                *(xbc_ptr, xbc_stride, conv_ptr, CHANNELS, weight_ptr, x_ptr, start, offs_p, mask_p, L),
+                *(E, TAPS, EXACT, OPERAND, CHUNK),
+            )
         bc_at = bc_ptr + start * (2 * N) + offs_bc
         B = tl.load(bc_at, mask=mask_bc, other=0.0)
         C = tl.load(bc_at + N, mask=mask_bc, other=0.0)
@@ -180,7 +167,7 @@ def _mamba2_mixer_bwd_outputs_kernel(
         mix *= tile_matmul(C, tl.trans(B), tl.num_programs(2), PRECISE)
         mix = tl.where(offs_i[:, None] == offs_i[None, :], own[:, None], mix)
         y += tl.dot(operand(mix, OPERAND), x, input_precision=PRECISE)
-        tl.store(y_ptr + start * (H * P) + offs_x, operand(y, OPERAND), mask=mask_x)
+        store_rows(y_ptr, E, operand(y, OPERAND), start, offs_p, mask_p, L, CHUNK)
         weight = power(exponent(all_coarse - coarse, all_fine - fine, EXACT), EXACT) * delta
         chunk_decay = power(exponent(all_coarse, all_fine, EXACT), EXACT)
         came = tl.trans(operand(x.to(tl.float32) * weight[:, None], OPERAND))
