@@ -24,8 +24,7 @@ NARROW_LOADS = {
     # conv_weight, of which a thread takes a tap of a channel at a time, before the loop.
     "_mamba2_mixer_prepare_kernel": 64,
     "_mamba2_mixer_fwd_kernel": 32,
-    "_mamba2_mixer_bwd_conv_kernel": 32,
-    "_mamba2_mixer_bwd_conv_grads_kernel": 16,
+    "_ssd_scan_bwd_prepare_kernel": 8,  # dt, once for a chunk of all heads
 }
 # Kernels whose matmuls are all wgmma.
 WGMMA = {
@@ -34,13 +33,15 @@ WGMMA = {
     "_mamba2_mixer_fwd_kernel",
     "_ssd_scan_fwd_kernel",
     "_ssd_scan_bwd_sweep_kernel",
+    "_ssd_scan_bwd_grads_kernel",
+    "_mamba2_mixer_bwd_outputs_kernel",
 }
 # Warp instructions of all launches per token and head (of adaLN per token), at most: d16, training with batch 32.
 INSTRUCTIONS = {
-    ("mamba2_mixer", "forward"): 168,
-    ("mamba2_mixer", "backward"): 1430,
+    ("mamba2_mixer", "forward"): 165,
+    ("mamba2_mixer", "backward"): 485,
     ("ssd_scan", "forward"): 62,
-    ("ssd_scan", "backward"): 580,
+    ("ssd_scan", "backward"): 238,
     ("scale_attention", "forward"): 140,
     ("scale_attention", "backward"): 340,
     ("adaln", "forward"): 760,
