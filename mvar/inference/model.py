@@ -138,7 +138,26 @@ def _linear_of(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Li
     return PrepackedLinear(layer) if can_prepack(weight.device, dtype) else layer  # type: ignore[return-value]
 
 
+class FusedFeedForward(FeedForward):
+    """GELU in the epilogue of fc1's matmul, by cuBLASLt: the hidden activations are written once and read once.
+
+    On CUDA `torch._addmm_activation` is the tanh approximation whichever library multiplies, on a CPU erf.
+    """
+
+    def __init__(self, ffn: FeedForward) -> None:
+        nn.Module.__init__(self)
+        self.fc1, self.fc2 = ffn.fc1, ffn.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch._addmm_activation(self.fc1.bias, x.flatten(0, -2), self.fc1.weight.t(), use_gelu=True)
+        return self.fc2(hidden).view(x.shape)
+
+
 def _feed_forward(ffn: FeedForward, dtype: torch.dtype) -> FeedForward:
-    if can_prepack(ffn.fc1.weight.device, dtype):
+    device = ffn.fc1.weight.device
+    if can_prepack(device, dtype):
         return PrepackedFeedForward(ffn.to(dtype))  # type: ignore[return-value]
+    # Float32 stays as PyTorch computes it: an epilogue's approximation of tanh is made for 16 bits.
+    if device.type == "cuda" and torch.version.hip is None and dtype in (torch.float16, torch.bfloat16):
+        return FusedFeedForward(ffn.to(dtype))
     return ffn.to(dtype)

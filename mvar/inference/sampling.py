@@ -68,7 +68,7 @@ def sample_batch(
     for k, length in enumerate(config.scales):
         hidden, states = model.hidden(x, modulation, (length,), states, backend=params.backend)
         progress = k / last if last else 0.0
-        logits = model.head(rows.guide(hidden, params.cfg * progress)).float()  # (B, l, V)
+        logits = model.head(rows.guide(hidden, params.cfg * progress))  # (B, l, V)
         finite = finite & logits.amax(-1).isfinite().all()  # −∞ excludes a code; all codes at −∞ are an error
         options: dict[str, Any] = {
             "top_k": params.top_k,

@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import mvar
+from mvar.inference.model import FusedFeedForward
 from mvar.inference.onednn import PrepackedFeedForward, PrepackedLinear, can_prepack
 from mvar.inference.prepare import fuse_upsample_conv, prepared_model, prepared_tokenizer
 from mvar.models.layers import FeedForward
 
 CPU = torch.device("cpu")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def rounding(dtype: torch.dtype, terms: int) -> float:
@@ -38,6 +40,29 @@ def test_prepacked_layers(dtype: torch.dtype, rows: int) -> None:
         )
     for got, exact in pairs:
         assert got.dtype == dtype and got.shape == exact.shape
+        assert (got - exact).abs().max() <= rounding(dtype, 512) * exact.abs().max()
+
+
+def addmm_gelu(bias: Tensor, x: Tensor, weight: Tensor, *, use_gelu: bool) -> Tensor:
+    """torch._addmm_activation as it is on CUDA; on a CPU it is erf's GELU."""
+    assert use_gelu
+    return F.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 33, 128), (0, 4, 128)])
+def test_fused_feed_forward(
+    device: str, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    ffn, x = FeedForward(128, 512).to(device, dtype), 3 * torch.randn(shape, device=device).to(dtype)
+    if device == "cpu":
+        monkeypatch.setattr(torch, "_addmm_activation", addmm_gelu)
+    with torch.no_grad():
+        got, exact = FusedFeedForward(ffn)(x), copy.deepcopy(ffn).double()(x.double())
+    assert got.dtype == dtype and got.shape == exact.shape
+    if exact.numel():
         assert (got - exact).abs().max() <= rounding(dtype, 512) * exact.abs().max()
 
 
