@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from benchmarks.analysis.flops import OURS, ROWS, work
 from benchmarks.analysis.kernel_times import ARCH, H100, bound_us, estimate_us, limits_us
 from benchmarks.common.markdown import table, three_digits
+from mvar.models.config import SCHEDULES, ModelConfig
 
 Row = Mapping[str, Any]
 Pass = tuple[str, str, str]  # op, case, forward or backward
@@ -55,9 +57,39 @@ Training is a batch of 32 images of 256×256 (680 tokens each), the last scale t
 - **Lower bound** and **least**: the bytes and FLOPs of the op's spec at these rates (roofline). **Share** is the lower
   bound over the estimate of all launches.
 
+## Training step
+
+The ops of all layers, forward and backward, and the linear layers at {H100.flops_per_s / 1e12:g} TFLOP/s. Left out:
+loss, optimizer, GELU, casts and everything else of PyTorch's.
+
+{_steps(labels)}
 ## Ops
 
 {_summary(labels)}{details}"""
+
+
+TRAINING_BATCH = 32
+CALLS = {"scale_attention": 1, "mamba2_mixer": 1, "gated_adaln": 3}
+"""Of each op in a layer; one adaln comes before the first."""
+
+
+def _steps(labels: Mapping[str, Sequence[Row]]) -> str:
+    rows = []
+    for depth in dict.fromkeys(int(row["case"].split()[0][1:]) for row in next(iter(labels.values()))):
+        config = ModelConfig(depth=depth, patch_nums=SCHEDULES[256])
+        linear = 3 * work(OURS, config, TRAINING_BATCH // ROWS)["linear layers"].flops
+        of_ops = [
+            sum(
+                (depth * CALLS[row["op"]] if row["op"] in CALLS else row["op"] == "adaln") * estimate_us(row) / 1e3
+                for row in rows_of_label
+                if row["case"] == f"d{depth} training"
+            )
+            for rows_of_label in labels.values()
+        ]
+        linear_ms = 1e3 * linear / H100.flops_per_s
+        sums = " → ".join(three_digits(ms + linear_ms) for ms in of_ops)
+        rows.append((f"d{depth}", " → ".join(map(three_digits, of_ops)), three_digits(linear_ms), sums))
+    return table(("batch 32", "ops ms", "linear layers ms", "sum ms"), rows)
 
 
 def _labels(counted: Mapping[str, Any]) -> Sequence[tuple[str, Mapping[str, Any]]]:
