@@ -128,3 +128,11 @@ def test_empty_batch(both: bool) -> None:
     assert y.shape == (0, 5, 32)
     grads = torch.autograd.grad(y.sum() + state.ssm.sum(), inputs)
     assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, inputs, strict=True))
+
+
+def test_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.4 would fail while it compiles, after the dispatcher has chosen it."""
+    monkeypatch.setattr("triton.__version__", "3.4.0")
+    inputs = SSD_SCAN.inputs(SSD_SCAN.cases[0], torch.Generator().manual_seed(0))
+    with pytest.raises(mk.BackendError, match=r"Triton 3\.4\.0: expected 3\.5 or newer"):
+        SSD_SCAN.call({n: t.float().to(DEVICE) for n, t in inputs.items()}, SSD_SCAN.cases[0], "triton")

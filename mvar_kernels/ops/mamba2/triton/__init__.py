@@ -1,5 +1,6 @@
 """Mamba-2 in Triton: forward.py and mixer_forward.py, backward.py and mixer_backward.py; chunk.py has the formulas."""
 
+import triton
 from torch import Tensor
 
 from mvar_kernels import tiling
@@ -11,9 +12,12 @@ from mvar_kernels.ops.mamba2.triton.mixer_backward import mamba2_mixer_backward
 from mvar_kernels.ops.mamba2.triton.mixer_forward import mamba2_mixer
 
 LARGEST_N = 256
+OLDEST_TRITON = (3, 5)  # 3.4, which torch 2.8 brings, has no tl.range(disable_licm=)
 
 
 def _unsupported(first: Tensor, state: Tensor) -> str | None:
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {triton.__version__}: expected {'.'.join(map(str, OLDEST_TRITON))} or newer"
     reason = tiling.unsupported_dtype(first)
     if reason is not None:
         return reason

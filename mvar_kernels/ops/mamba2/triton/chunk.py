@@ -64,7 +64,7 @@ def decay_vectors(delta, A, REVERSE: tl.constexpr, EXACT: tl.constexpr):
     else:
         sums, step = (coarse + fine) * LOG2_E, tl.log2(delta)
         until = ((end_coarse - coarse) + (end_fine - fine)) * LOG2_E + step
-        vectors, end = (sums, sums - step, until, delta), ((end_coarse + end_fine) * LOG2_E, None)
+        vectors, end = (sums, sums - step, until, delta), ((end_coarse + end_fine) * LOG2_E, end_fine)
     return vectors, end
 
 
