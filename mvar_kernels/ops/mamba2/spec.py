@@ -16,6 +16,7 @@ EPS = 1e-5
 # The reference computes the state in float32 whatever the inputs. With 16-bit ones kernels add to it products of two
 # bfloat16 parts of each factor (errors of about 2⁻¹⁸ each), where three tf32 products would keep 2⁻²³: of all cases the
 # largest error over the tolerance without slack is 39 in the interpreter. Rounding y to bfloat16 costs 2⁻⁹.
+# What this costs in a model's logits is in docs/kernels.md (The contract).
 LAST_STATE = (64.0, "computed by matmuls of two bfloat16 parts of each factor")
 # The reference in bfloat16 rounds the gradient of y alone. Kernels multiply x, B, C, h, λ and dy in bfloat16 and keep
 # x, dy, h and λ in it in between. Emulated on all cases (tests/kernels/test_gpu_arithmetic.py) the errors are 0.2 to 13
