@@ -2,12 +2,14 @@
 
 The kernels are compiled with the tiles that are launched if none were tuned, in bfloat16, for the sizes of d16, d24 and
 d30: training with batch 32, forward and backward, and the last scale of a generation of 8 images with guidance (16
-rows of 256 tokens). What is counted, and how: analysis/kernel_costs.py. With --write the rows go into a result file
-under a label, beside those of its first label, with which docs/generated/kernel_costs.md compares them.
+rows of 256 tokens); group_norm_silu on the sizes of its GPU benchmark. What is counted, and how:
+analysis/kernel_costs.py. With --write the rows go into a result file under a label, beside those of its first label,
+with which docs/generated/kernel_costs.md compares them.
 """
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,12 +31,13 @@ from tests.kernels import compile_ahead
 DEPTHS = (16, 24, 30)
 CASES = {"training": (32, True), "last scale": (8, False)}
 """Images, and whether it is a training step or a step of a generation with guidance."""
+DECODER = ("group_norm_silu",)
 SAMPLING = {"guidance": 0.0, "top_k": 900, "top_p": 0.96, "ties": False, "offset": 0.0, "ruled_out": False}
 ITEMSIZE = torch.bfloat16.itemsize
 
 
 class Run(NamedTuple):
-    """token_heads: tokens of all rows, times heads where the op has them."""
+    """token_heads: tokens of all rows, times heads where the op has them, or positions of all images."""
 
     op: str
     name: str
@@ -45,7 +48,11 @@ class Run(NamedTuple):
 
 def runs(ops: list[str], depths: list[int]) -> Iterator[Run]:
     """The ops as the model calls them. No tokens are sampled in training, and of all models alike."""
-    for op, depth, (name, (images, train)) in itertools.product(ops, depths, CASES.items()):
+    for op in set(ops) & set(DECODER):
+        for case in SPECS[op].bench_cuda:
+            yield Run(op, case.name, case, False, math.prod(case.sizes[d] for d in "BHW"))
+    of_model = [op for op in ops if op not in DECODER]
+    for op, depth, (name, (images, train)) in itertools.product(of_model, depths, CASES.items()):
         config = ModelConfig(depth=depth, patch_nums=SCHEDULES[256])
         rows, new = (images, len(config.scales)) if train else (2 * images, 1)
         case = lower_bounds.cases(config, rows, images, config.scales, new)[op]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvar_kernels.dispatch import BackendError, backends
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
+from mvar_kernels.ops.group_norm_silu.op import group_norm_silu
 from mvar_kernels.ops.mamba2.mixer import Mamba2State, mamba2_mixer
 from mvar_kernels.ops.mamba2.scan import ssd_scan
 from mvar_kernels.ops.sample_tokens.op import sample_tokens, soft_embedding
@@ -23,6 +24,7 @@ __all__ = [
     "adaln",
     "backends",
     "gated_adaln",
+    "group_norm_silu",
     "mamba2_mixer",
     "restore",
     "sample_tokens",

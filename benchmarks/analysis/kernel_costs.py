@@ -96,6 +96,8 @@ KERNELS: Mapping[str, Declared] = {
         iterations=lambda a: (*SEARCHES, 0)
     ),  # of codes near to winning but one: none
     "_soft_embedding_fwd_kernel": Declared(iterations=lambda a: SEARCHES),
+    "_group_norm_silu_stats_kernel": Declared(),
+    "_group_norm_silu_fwd_kernel": Declared(),
 }
 
 

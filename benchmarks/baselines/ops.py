@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.baselines import eager_generation, third_party
 from mvar_kernels.ops.adaln.spec import EPS as ADALN_EPS
+from mvar_kernels.ops.group_norm_silu.spec import EPS as GROUP_NORM_EPS
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, SSD_SCAN
 from mvar_kernels.ops.scale_attention.flash_attn import boundaries
 from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, spans
@@ -47,6 +48,10 @@ def _adaln(t: Inputs, case: Case, norm: Norm = _layer_norm) -> tuple[Tensor, ...
 def _gated_adaln(t: Inputs, case: Case, norm: Norm = _layer_norm) -> tuple[Tensor, ...]:
     x = t["x"] + t["gate"][:, None] * t["branch"]
     return x, *_adaln(t | {"x": x}, case, norm)
+
+
+def _group_norm_silu(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    return (F.silu(F.group_norm(t["x"], case.options["groups"], t["weight"], t["bias"], GROUP_NORM_EPS), inplace=True),)
 
 
 def _qkv(t: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,6 +167,7 @@ def _adaln_baselines(run: Callable[..., tuple[Tensor, ...]]) -> Mapping[str, Bas
 BASELINES: Mapping[str, Mapping[str, Baseline]] = {
     "adaln": _adaln_baselines(_adaln),
     "gated_adaln": _adaln_baselines(_gated_adaln),
+    "group_norm_silu": {"eager": Baseline(_group_norm_silu)},
     "scale_attention": {
         "SDPA by scale": Baseline(_sdpa_by_scale),
         "matmul by scale": Baseline(_matmul_by_scale),

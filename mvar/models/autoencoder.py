@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mvar_kernels as mk
+
 NORM_GROUPS = 32
 """Number of groups of every GroupNorm; must divide all widths."""
 
@@ -29,6 +31,21 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, padding: int =
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=padding, dtype=torch.float32)
 
 
+def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """SiLU(norm(x)): one op without gradients, outside of torch.compile and autocast, unless `norm` was changed."""
+    is_plain = type(norm) is nn.GroupNorm and norm.affine and "forward" not in vars(norm)
+    if (
+        not is_plain
+        or norm._forward_hooks
+        or norm._forward_pre_hooks
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(x.device.type)
+    ):
+        return F.silu(norm(x), inplace=True)
+    return mk.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
 class ResidualBlock(nn.Module):
     """Two times (GroupNorm, SiLU, 3×3 convolution) and a skip connection: (B, in, h, w) → (B, out, h, w)."""
 
@@ -42,8 +59,8 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same_width else _conv1x1(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        return self.conv2(F.silu(self.norm2(h), inplace=True)).add_(self.nin_shortcut(x))
+        h = self.conv1(norm_silu(self.norm1, x))
+        return self.conv2(norm_silu(self.norm2, h)).add_(self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -133,7 +150,7 @@ class Encoder(nn.Module):
         for level in self.down:
             h = level(h)
         h = self.mid(h)
-        return self.conv_out(F.silu(self.norm_out(h), inplace=True))
+        return self.conv_out(norm_silu(self.norm_out, h))
 
 
 class Decoder(nn.Module):
@@ -157,4 +174,4 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(features))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h), inplace=True))
+        return self.conv_out(norm_silu(self.norm_out, h))

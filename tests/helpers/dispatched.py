@@ -8,6 +8,7 @@ import pytest
 from mvar_kernels import custom_op
 from mvar_kernels.custom_op import RegisteredOp
 from mvar_kernels.ops.adaln.op import _adaln, _gated_adaln
+from mvar_kernels.ops.group_norm_silu.op import _group_norm_silu
 from mvar_kernels.ops.mamba2.mixer import _mamba2_mixer
 from mvar_kernels.ops.mamba2.scan import _ssd_scan
 from mvar_kernels.ops.sample_tokens.op import _sample_tokens, _soft_embedding
@@ -21,6 +22,7 @@ OPS: tuple[RegisteredOp[Any], ...] = (
     _mamba2_mixer,
     _sample_tokens,
     _soft_embedding,
+    _group_norm_silu,
 )
 
 

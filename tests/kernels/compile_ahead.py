@@ -205,8 +205,8 @@ def inputs_of(spec: Spec, case: Case, dtype: torch.dtype) -> Inputs:
     one, two = (spec.inputs(case.at_batch(B), torch.Generator().manual_seed(0)) for B in (1, 2))
     inputs = {}
     for name, t in one.items():
-        whole = t.expand(case.sizes["B"], *t.shape[1:]) if t.shape != two[name].shape else t
-        inputs[name] = whole.to(torch.float32 if name in (*spec.keeps_dtype, *case.keeps_dtype) else dtype)
+        t = t.to(torch.float32 if name in (*spec.keeps_dtype, *case.keeps_dtype) else dtype)
+        inputs[name] = t.expand(case.sizes["B"], *t.shape[1:]) if t.shape != two[name].shape else t
     return inputs
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from mvar_kernels.ops.adaln.op import _ADALN, _GATED
+from mvar_kernels.ops.group_norm_silu.op import _OP as _GROUP_NORM
 from mvar_kernels.ops.mamba2 import mixer, scan
 from mvar_kernels.ops.sample_tokens.op import _SAMPLE, _SOFT
 from mvar_kernels.ops.scale_attention import op as attention
@@ -23,7 +24,7 @@ from tests.helpers.paths import ROOT
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("triton")
-OPS = [op.name for op in (_ADALN, _GATED, attention._OP, mixer._OP, scan._OP, _SAMPLE, _SOFT) if "triton" in op.modules]
+OPS = [op.name for op in (_ADALN, _GATED, _GROUP_NORM, attention._OP, mixer._OP, scan._OP, _SAMPLE, _SOFT)]
 
 
 # In both directions with 16 rows of a chunk, of which float32's matmuls take all registers (Triton 3.6 and 3.7).
@@ -85,7 +86,7 @@ def test_cache_key_is_independent_of_import_order() -> None:
     """Processes that import the ops in different orders must share one cache of compiled kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    ops = ["adaln", "scale_attention", "mamba2", "sample_tokens"]
+    ops = ["adaln", "scale_attention", "mamba2", "sample_tokens", "group_norm_silu"]
     found = []
     for order in (ops, ops[::-1], ["mamba2"]):
         command = [sys.executable, "-c", KEYS, *order]

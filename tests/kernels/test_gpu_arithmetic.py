@@ -39,6 +39,7 @@ FLOAT32 = {
     "mamba2_mixer": ("odd", "nine_tokens", "float32_steps_both", "large_short", "instant_decay_both"),
     "sample_tokens": ("top_k", "ties"),
     "soft_embedding": ("one_code", "arg_max", "ties"),
+    "group_norm_silu": ("odd", "odd_last", "one_channel", "slices_last"),
 }
 # In these ops some outputs and gradients are float32 in any dtype: states, and those with one value per head.
 FLOAT16 = {

@@ -13,7 +13,7 @@ from torch import Tensor
 import mvar
 from mvar.digits import pretrained
 from mvar.train.objective import Objective
-from mvar_kernels.dispatch import unavailable
+from mvar_kernels.dispatch import OPS, unavailable
 from mvar_kernels.testing.registry import SPECS
 from mvar_kernels.testing.spec import Spec
 from tests.helpers.paths import ROOT
@@ -42,7 +42,8 @@ def same(got: list[Tensor], right: list[Tensor]) -> bool:
 
 
 # Triton uses the smallest case, as it may run in the interpreter.
-CASES = [(op, backend) for op in SPECS for backend in ("reference", "cpu", "triton") if unavailable(backend) is None]
+BACKENDS = [backend for backend in ("reference", "cpu", "triton") if unavailable(backend) is None]
+CASES = [(op, backend) for op in SPECS for backend in BACKENDS if backend in OPS[op].modules]
 SMALL = {"scale_attention": "diagonal_norm", "ssd_scan": "bidirectional_odd", "mamba2_mixer": "bidirectional_odd"}
 
 

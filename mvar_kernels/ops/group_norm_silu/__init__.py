@@ -1,0 +1,1 @@
+"""GroupNorm followed by SiLU, for the image tokenizer."""
