@@ -33,9 +33,10 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, padding: int =
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """SiLU(norm(x)): one op without gradients, outside of torch.compile and autocast, unless `norm` was changed."""
-    is_plain = type(norm) is nn.GroupNorm and norm.affine and "forward" not in vars(norm)
     if (
-        not is_plain
+        type(norm) is not nn.GroupNorm
+        or not norm.affine
+        or "forward" in vars(norm)
         or norm._forward_hooks
         or norm._forward_pre_hooks
         or torch.is_grad_enabled()

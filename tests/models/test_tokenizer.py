@@ -3,14 +3,18 @@
 import dataclasses
 import importlib.util
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import mvar_kernels as mk
+from mvar.inference.prepare import prepared_tokenizer
 from mvar.models.quantizer import phi_index
 from mvar.models.tokenizer import BY_NUMBER_OF_SCALES, Tokenizer, TokenizerConfig
+from mvar_kernels.dispatch import unavailable
 from tests.helpers.paths import ROOT
 
 CASE = ROOT / "tests" / "upstream_case"
@@ -422,3 +426,79 @@ def test_argument_errors(call, error, message):
 def test_argument_errors_with_single_scale():
     with pytest.raises(ValueError, match="tokens: expected values in"):
         small_tokenizer(patch_nums=(4,)).teacher_forcing_inputs(torch.full((1, 16), 99))
+
+
+def norms_with_silu(module: nn.Module) -> list[nn.Module]:
+    return [m for name, m in module.named_modules() if isinstance(m, nn.GroupNorm) and not name.endswith(".norm")]
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights of all norms that the fused op was called for."""
+    called: list[Tensor] = []
+    op = mk.group_norm_silu
+    monkeypatch.setattr(
+        mk, "group_norm_silu", lambda x, weight, *rest, **more: (called.append(weight), op(x, weight, *rest, **more))[1]
+    )
+    return called
+
+
+def test_group_norm_and_silu_are_one_op_without_gradients(fused: list[Tensor]) -> None:
+    """With the same result as PyTorch's own, which is used with gradients, under autocast and in torch.compile."""
+    tokenizer = small_tokenizer(attention=True)
+    images = random_images(tokenizer)
+    with torch.no_grad():
+        for module, given in ((tokenizer.encoder, images), (tokenizer.decoder, torch.randn(2, 8, 4, 4))):
+            got, norms = module(given), norms_with_silu(module)
+            assert {id(t) for t in fused} == {id(m.weight) for m in norms} and len(fused) == len(norms) > 5
+            fused.clear()
+            with torch.enable_grad():
+                assert torch.equal(got, module(given).detach())
+            with torch.autocast("cpu", torch.bfloat16):
+                module(given)
+            torch.compiler.reset()
+            torch.compile(module.mid, backend="eager", fullgraph=True)(torch.randn(1, 64, 4, 4))
+            assert not fused
+
+
+def test_changed_norm_is_called(fused: list[Tensor]) -> None:
+    """A norm with a hook, of another class or with its forward replaced is called like any module."""
+    decoder = small_tokenizer().decoder
+    seen: list[str] = []
+
+    class Other(nn.GroupNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append("class")
+            return super().forward(x)
+
+    blocks = decoder.mid.block_1, decoder.mid.block_2
+    blocks[0].norm1 = Other(32, 64)
+    blocks[0].norm2 = nn.GroupNorm(32, 64, affine=False)
+    blocks[1].norm1.register_forward_hook(lambda *_: seen.append("hook"))
+    blocks[1].norm2.register_forward_pre_hook(lambda *_: seen.append("pre-hook"))
+    forward = decoder.norm_out.forward
+    decoder.norm_out.forward = lambda x: (seen.append("forward"), forward(x))[1]
+    with torch.no_grad():
+        decoder(torch.randn(1, 8, 4, 4))
+    assert seen == ["class", "hook", "pre-hook", "forward"] and len(fused) == len(norms_with_silu(decoder)) - 5
+
+
+@pytest.mark.skipif(unavailable("triton") is not None, reason=str(unavailable("triton")))
+def test_triton_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels last, as generation decodes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    copy = prepared_tokenizer(small_tokenizer().to(device), torch.float32)
+    features = copy.post_quant_conv(torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(0)).to(device))
+    formats: list[bool] = []
+    op = mk.group_norm_silu
+
+    def triton(x: Tensor, *arguments: Any) -> Tensor:
+        out = op(x, *arguments, backend="triton")
+        formats.append(all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, out)))
+        return out
+
+    with torch.no_grad():
+        want = copy.decoder(features)
+        monkeypatch.setattr(mk, "group_norm_silu", triton)
+        torch.testing.assert_close(copy.decoder(features), want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    assert formats == [True] * len(norms_with_silu(copy.decoder))

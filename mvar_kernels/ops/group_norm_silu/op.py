@@ -9,7 +9,7 @@ from torch import Tensor
 from mvar_kernels import validation
 from mvar_kernels.custom_op import RegisteredOp
 from mvar_kernels.dispatch import Op, check_name
-from mvar_kernels.ops.group_norm_silu.inputs import GroupNormSiLU
+from mvar_kernels.ops.group_norm_silu.inputs import GroupNormSiLU, flattened, unflattened
 
 _OP = Op("group_norm_silu", __package__, {"triton": "triton", "reference": "reference"})
 
@@ -17,7 +17,7 @@ _OP = Op("group_norm_silu", __package__, {"triton": "triton", "reference": "refe
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, *, backend: str = "auto"
 ) -> Tensor:
-    """SiLU(GroupNorm(x)). Gradients are computed by the reference.
+    """SiLU(GroupNorm(x)). Gradients are the reference's; of another backend requested by name there are none.
 
     Args:
         x: (B, C, H, W), float16, bfloat16, float32 or float64. Contiguous and channels-last samples are read in place.
@@ -34,7 +34,8 @@ def group_norm_silu(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
         BackendError: the named backend cannot run on these inputs.
     """
-    op, sizes = "group_norm_silu", dict[str, int]()
+    op = "group_norm_silu"
+    sizes: dict[str, int] = {}
     validation.tensor(op, "x", x, "B C H W", sizes)
     dtypes = (x.dtype, validation.accumulator(x.dtype))
     validation.tensor(op, "weight", weight, "C", sizes, like=x, dtypes=dtypes)
@@ -45,11 +46,9 @@ def group_norm_silu(
         raise ValueError(f"{op}: groups: expected a positive divisor of C={C}, got {groups!r}")
     check_name(backend)
     eps = validation.positive(op, "eps", eps)
-    if x.stride(1) == 1 and not x.is_contiguous():
-        flat = x.permute(0, 2, 3, 1).flatten(1, 2)
-        out = _group_norm_silu(GroupNormSiLU(flat, weight, bias, known, eps, True), backend)[0]
-        return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-    return _group_norm_silu(GroupNormSiLU(x.flatten(2), weight, bias, known, eps, False), backend)[0].view(x.shape)
+    flat, channels_last = flattened(x)
+    out = _group_norm_silu(GroupNormSiLU(flat, weight, bias, known, eps, channels_last), backend)[0]
+    return unflattened(out, x.shape, channels_last)
 
 
 def _fake(call: GroupNormSiLU) -> tuple[Tensor]:

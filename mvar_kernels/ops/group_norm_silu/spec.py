@@ -1,9 +1,10 @@
 """Cases, bytes and FLOPs of group_norm_silu."""
 
 import torch
+from torch import Tensor
 
 from mvar_kernels.ops.group_norm_silu import reference
-from mvar_kernels.ops.group_norm_silu.inputs import GroupNormSiLU
+from mvar_kernels.ops.group_norm_silu.inputs import GroupNormSiLU, flattened, unflattened
 from mvar_kernels.ops.group_norm_silu.op import group_norm_silu
 from mvar_kernels.testing.spec import Case, Inputs, Spec
 
@@ -20,15 +21,13 @@ CASES = (
     _case("odd_last", (3, 21, 5, 7), 7, channels_last=True),
     _case("one_number", (1, 3, 1, 1), 3),
     _case("one_channel", (2, 1, 9, 7), 1),
-    _case("empty_batch", (0, 8, 2, 2), 4, channels_last=True),
+    _case("groups_of_one_channel_last", (2, 12, 3, 3), 12, channels_last=True),
     _case("float32_parameters", (2, 24, 6, 6), 3, "weight", "bias"),
     _case("float32_parameters_last", (2, 24, 6, 6), 3, "weight", "bias", channels_last=True),
-    _case("constant", (2, 96, 9, 9), 3, spread=0.0, mean=12345.678),
-    _case("constant_last", (1, 70, 7, 7), 2, spread=0.0, mean=-1000.1, channels_last=True),
+    _case("constant", (2, 24, 9, 9), 3, spread=0.0, mean=12345.678),
     _case("far_from_zero", (1, 24, 16, 16), 4, spread=1e-2, mean=1e4),
-    _case("far_from_zero_last", (1, 24, 16, 16), 4, spread=1e-2, mean=1e4, channels_last=True),
-    _case("slices", (1, 20, 33, 31), 4),
-    _case("slices_last", (1, 160, 33, 31), 32, channels_last=True),
+    _case("slices", (1, 20, 29, 23), 4),
+    _case("slices_last", (1, 20, 29, 23), 4, channels_last=True),
     _case("wide_last", (1, 640, 4, 4), 32, channels_last=True),
 )
 BENCH = (_case("decoder_64", (1, 320, 64, 64), 32, channels_last=True),)
@@ -45,18 +44,18 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     # A mean far from zero shows a variance that cancels.
     spread, mean = case.options.get("spread", 1.5), case.options.get("mean", 3.0)
     format_ = torch.channels_last if case.options.get("channels_last") else torch.contiguous_format
-    normal = {"generator": generator, "dtype": torch.float64, "device": generator.device}
-    return {
-        "x": (torch.randn(B, C, H, W, **normal) * spread + mean).contiguous(memory_format=format_),
-        "weight": 1 + 0.5 * torch.randn(C, **normal),
-        "bias": torch.randn(C, **normal),
-    }
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+
+    x = (normal(B, C, H, W) * spread + mean).contiguous(memory_format=format_)
+    return {"x": x, "weight": 1 + 0.5 * normal(C), "bias": normal(C)}
 
 
-def _reference(t: Inputs, case: Case) -> tuple[torch.Tensor]:
-    x = t["x"]
-    call = GroupNormSiLU(x.flatten(2), t["weight"], t["bias"], case.options["groups"], EPS, False)
-    return (reference.group_norm_silu(call)[0].view(x.shape),)
+def _reference(t: Inputs, case: Case) -> tuple[Tensor]:
+    x, channels_last = flattened(t["x"])
+    call = GroupNormSiLU(x, t["weight"], t["bias"], case.options["groups"], EPS, channels_last)
+    return (unflattened(reference.group_norm_silu(call)[0], t["x"].shape, channels_last),)
 
 
 def _work(case: Case, itemsize: int) -> tuple[int, int]:

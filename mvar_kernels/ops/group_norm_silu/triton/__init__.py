@@ -107,7 +107,7 @@ def _group_norm_silu_stats_kernel(
 
     n = tl.where(in_tile < (last - first - 1) % BLOCK_L + 1, count, count - 1.0)
     mean, m2, n = _combined(mean, m2, n, AXIS)
-    if CPG > 1:
+    if CHANNELS_LAST:
         # Channels of a group are brought to one thread through memory, as groups start at any channel.
         channels_ptr += (b * slices + s) * 2 * C
         tl.store(channels_ptr + offs_c, mean, mask=mask_c)
@@ -245,7 +245,7 @@ def group_norm_silu(call: GroupNormSiLU) -> tuple[Tensor]:
     slab = slab_length(B * blocks, tiles)
     slices, in_slice = triton.cdiv(tiles, slab), slab * tile.sizes["BLOCK_L"]
     partials = torch.empty((2, B, slices, groups), dtype=torch.float32, device=x.device)
-    of_channels = partials.new_empty((B, slices, 2, C) if channels > 1 else (1,))
+    of_channels = partials.new_empty((B, slices, 2, C) if channels_last else (1,))
     _group_norm_silu_stats_kernel[(B * slices * blocks,)](
         x,
         of_channels,
