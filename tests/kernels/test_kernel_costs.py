@@ -1,6 +1,7 @@
 """Tests what Triton kernels compiled for H100 cost: narrow loads, tensor-core instructions, instructions in all.
 
-One process compiles the five ops of d16 in bfloat16, or takes from Triton's cache what test_compile_ahead.py compiled.
+One process compiles the ops of d16 and of the decoder in bfloat16, or takes from Triton's cache what
+test_compile_ahead.py compiled.
 """
 
 import json
@@ -17,7 +18,7 @@ from tests.helpers.paths import ROOT
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("triton")
-OPS = ("mamba2_mixer", "ssd_scan", "scale_attention", "adaln", "gated_adaln")
+OPS = ("mamba2_mixer", "ssd_scan", "scale_attention", "adaln", "gated_adaln", "group_norm_silu")
 
 # At most so many instructions that load one number of 16 bits from global memory; of other kernels none.
 NARROW_LOADS = {
@@ -25,6 +26,9 @@ NARROW_LOADS = {
     "_mamba2_mixer_prepare_kernel": 64,
     "_mamba2_mixer_fwd_kernel": 32,
     "_ssd_scan_bwd_prepare_kernel": 8,  # dt, once for a chunk of all heads
+    # The parameters and the first number of each group, before the loops.
+    "_group_norm_silu_stats_kernel": 2,
+    "_group_norm_silu_fwd_kernel": 9,
 }
 # Kernels whose matmuls are all wgmma.
 WGMMA = {
@@ -49,6 +53,10 @@ INSTRUCTIONS = {
     ("gated_adaln", "forward"): 1000,
     ("gated_adaln", "backward"): 1830,
 }
+
+
+# The same of group_norm_silu per 1,000 numbers, of its sites in the decoder that have most of them.
+DECODER = {"decoder_256": 820, "decoder_128": 840}
 
 
 # Of the loop over chunks alone, which is what a longer sequence costs.
@@ -87,6 +95,15 @@ def test_number_of_instructions(rows: list[dict[str, Any]]) -> None:
             found[row["op"], row["pass"]] += row["warp_instructions"] / row["token_heads"]
     assert found.keys() == INSTRUCTIONS.keys()
     assert not {key: round(count, 1) for key, count in found.items() if count > INSTRUCTIONS[key]}
+
+
+def test_number_of_instructions_of_the_decoder(rows: list[dict[str, Any]]) -> None:
+    found: Counter[str] = Counter()
+    for row in rows:
+        if row["op"] == "group_norm_silu":
+            assert not row["stack_bytes"] and row["accesses"]["LDG 16 B"] >= 2
+            found[row["case"]] += 1000 * row["warp_instructions"] / (row["op_bytes"] / 4)  # read and written, 2 bytes
+    assert not {case: round(found[case]) for case, most in DECODER.items() if not 0 < found[case] <= most}
 
 
 def test_instructions_of_the_mixers_loop(rows: list[dict[str, Any]]) -> None:
