@@ -1,6 +1,7 @@
 """Tests of group_norm_silu: layouts, robustness, gradients, errors, and the Triton kernels' tiles and slabs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import mvar_kernels as mk
 from mvar_kernels import tiling
 from mvar_kernels.dispatch import unavailable
 from mvar_kernels.ops.group_norm_silu.inputs import flattened
+from mvar_kernels.tiling import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [name for name in ("reference", "triton") if unavailable(name) is None]
@@ -79,6 +81,22 @@ def test_tiles_and_slabs(channels_last: bool, one_slab: bool, monkeypatch: pytes
         results.append(mk.group_norm_silu(x + 3, weight, bias, 2, backend="triton"))
     for got in results:
         torch.testing.assert_close(got.double(), exact(x + 3, weight, bias, 2), rtol=0, atol=4e-6)
+
+
+@TRITON
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_more_slices_than_are_read_at_once(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """34 or 61 slices of different means."""
+    block_l = 8 if channels_last else 128
+
+    def chosen(kernel: str, name: str, tiles: Sequence[Tile], device: torch.device) -> Tile:
+        return replace(tiles[0], sizes={**tiles[0].sizes, "BLOCK_L": block_l})
+
+    monkeypatch.setattr(tiling, "chosen", chosen)
+    x, weight, bias = inputs(1, 18, 13, 37, channels_last=channels_last)
+    x += torch.linspace(0, 20, 13 * 37).view(13, 37).to(DEVICE)
+    got = mk.group_norm_silu(x, weight, bias, 2, backend="triton")
+    torch.testing.assert_close(got.double(), exact(x, weight, bias, 2), rtol=0, atol=4e-6)
 
 
 @TRITON

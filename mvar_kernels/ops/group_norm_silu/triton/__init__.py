@@ -2,7 +2,7 @@
 
 PyTorch on CUDA normalizes contiguous tensors only. Of a channels-last one, as the decoder's are, it makes a contiguous
 copy, reads that for the statistics, reads and writes it to normalize and again for SiLU, and the next convolution makes
-it channels last: 9 passes over the tensor, 5 of a contiguous one. The 36 sites of the 256×256 decoder have 207 MB an
+it channels last: 9 passes over the tensor, 5 of a contiguous one. The 35 sites of the 256×256 decoder have 207 MB an
 image in bfloat16.
 
 **Statistics.** A program takes a slab of a sample's positions in GROUPS whole groups of channels. Each number of its
