@@ -28,6 +28,7 @@ def comparison(ops: Ops, matmul_gflops: Mapping[str, float]) -> str:
     for op, of_op in ops.items():
         for row in of_op:
             ours, found, ms = ours_ms(row), point(op, row, matmul_gflops), row["median_ms"]
+            untimed = "–" if row.get("wrong") == {} else "wrong, not timed"  # –: no kernel for this device
             baselines = (
                 f"{name} {t:.3g}" + (f" ({t / min(ours.values()):.1f}×)" if ours else "")
                 for name, t in ms.items()
@@ -37,7 +38,7 @@ def comparison(ops: Ops, matmul_gflops: Mapping[str, float]) -> str:
                 (
                     f"`{op}` {row['case']}",
                     f"{row['dtype']} {row['pass']}",
-                    ", ".join(f"{t:.3g}" for t in ours.values()) or "wrong, not timed",
+                    ", ".join(f"{t:.3g}" for t in ours.values()) or untimed,
                     _percent(found.share) if found else "–",
                     f"{ms['copy']:.3g}",
                     ", ".join(baselines) or "–",
