@@ -67,6 +67,34 @@ def test_float16_and_float32_spills(tmp_path: Path) -> None:
     assert not spills
 
 
+LARGEST_STATE = """
+import dataclasses, torch
+from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER
+from mvar_kernels.ops.mamba2.triton import LARGEST_N
+from mvar_kernels.testing.spec import Case
+from tests.kernels.compile_ahead import compile_op, inputs_allowed, needs
+spec = dataclasses.replace(MAMBA2_MIXER, grads=())
+case = Case("", {"B": 1, "L": 40, "H": 1, "P": 64, "N": LARGEST_N}, {"scales": None})
+with inputs_allowed():
+    found = compile_op(spec, [case], torch.bfloat16, "sm_90", every_tile=False, layouts=False)
+for compiled in found.values():
+    print(*needs("sm_90", torch.bfloat16, compiled).faults(), sep="\\n")
+"""
+
+
+def run_script(script: str, *arguments: str) -> list[str]:
+    """Return the lines that a script prints in a process with Triton's compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+
+
+def test_largest_state_fits_in_shared_memory() -> None:
+    """A kernel of so large a state may spill; with more shared memory than there is, it would not start."""
+    assert not [fault for fault in run_script(LARGEST_STATE) if "shared memory" in fault]
+
+
 KEYS = """
 import importlib, sys
 from triton.runtime.jit import JITFunction
@@ -84,12 +112,7 @@ for op in sys.argv[1:]:
 
 def test_cache_key_is_independent_of_import_order() -> None:
     """Processes that import the ops in different orders must share one cache of compiled kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
     ops = ["adaln", "scale_attention", "mamba2", "sample_tokens", "group_norm_silu"]
-    found = []
-    for order in (ops, ops[::-1], ["mamba2"]):
-        command = [sys.executable, "-c", KEYS, *order]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        found.append({tuple(line.split()) for line in done.stdout.splitlines()})
+    orders = (ops, ops[::-1], ["mamba2"])
+    found = [{tuple(line.split()) for line in run_script(KEYS, *order)} for order in orders]
     assert len(found[0]) > 20 and found[0] == found[1] > found[2] != set()
