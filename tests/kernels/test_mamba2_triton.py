@@ -136,3 +136,11 @@ def test_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = SSD_SCAN.inputs(SSD_SCAN.cases[0], torch.Generator().manual_seed(0))
     with pytest.raises(mk.BackendError, match=r"Triton 3\.4\.0: expected 3\.5 or newer"):
         SSD_SCAN.call({n: t.float().to(DEVICE) for n, t in inputs.items()}, SSD_SCAN.cases[0], "triton")
+
+
+@pytest.mark.parametrize(("P", "N"), [(256, 256), (512, 16), (16, 512)])
+def test_large_states_are_refused(P: int, N: int) -> None:
+    """Otherwise the backward would raise when it is launched, as it needs more shared memory than there is."""
+    x, dt, B = (torch.ones(shape, device=DEVICE) for shape in ((1, 2, 1, P), (1, 2, 1), (1, 2, N)))
+    with pytest.raises(mk.BackendError, match=f"P={P}, N={N}: above"):
+        mk.ssd_scan(x, dt, -torch.ones(1, device=DEVICE), B, B, backend="triton")
