@@ -13,12 +13,13 @@ from mvar_kernels.dispatch import unavailable
 from mvar_kernels.ops.mamba2 import reference
 from mvar_kernels.ops.mamba2.inputs import Mixer, Scan
 from mvar_kernels.ops.mamba2.spec import LAST_STATE, SSD_SCAN
+from mvar_kernels.testing import contract
 from mvar_kernels.testing.spec import Case
 
 if unavailable("triton") is not None:
     pytest.skip(str(unavailable("triton")), allow_module_level=True)
 
-from mvar_kernels.ops.mamba2.triton import mamba2_mixer_triton, ssd_scan_triton
+from mvar_kernels.ops.mamba2.triton import backward, mamba2_mixer_triton, ssd_scan_triton
 from mvar_kernels.ops.mamba2.triton.forward import SCAN
 from mvar_kernels.ops.mamba2.triton.mixer_forward import MIXER
 
@@ -144,3 +145,20 @@ def test_large_states_are_refused(P: int, N: int) -> None:
     x, dt, B = (torch.ones(shape, device=DEVICE) for shape in ((1, 2, 1, P), (1, 2, 1), (1, 2, N)))
     with pytest.raises(mk.BackendError, match=f"P={P}, N={N}: above"):
         mk.ssd_scan(x, dt, -torch.ones(1, device=DEVICE), B, B, backend="triton")
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_groups_of_heads(both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program adds dB and dC of two heads, the last one of the third alone. In small batches each takes one head."""
+    monkeypatch.setattr(backward, "HEAD_GROUPS", (2,))
+    monkeypatch.setattr(backward, "PROGRAMS", 1)
+    scales = (4, 16) if both else None
+    case = Case("", {"B": 1, "L": 20, "H": 3, "P": 16, "N": N}, {"scales": scales})
+    inputs = contract.prepared(SSD_SCAN, case, torch.float32, DEVICE)
+    got = contract.evaluate(SSD_SCAN, case, inputs, "triton")
+    same, exact = (
+        contract.evaluate(SSD_SCAN, case, {n: t.cpu().to(kind) for n, t in inputs.items()}, None)
+        for kind in (torch.float32, torch.float64)
+    )
+    ratios = contract.error_ratios(SSD_SCAN, got, same, exact)
+    assert max(ratios.values()) <= 1, ratios
