@@ -55,7 +55,7 @@ def ssd_scan(
     Returns:
         y (B, L, H, P) in the dtype of x, and the last forward state (B, H, P, N) in float32 (float64
         for float64). Inputs are never written to. A NaN or infinity at one token is in all that follows it, and may
-        reach up to 31 tokens before it: chunks of 16 or 32 tokens, on every backend, are matmuls in which what
+        reach up to 63 tokens before it: chunks of 16, 32 or 64 tokens, on every backend, are matmuls in which what
         a token cannot see is multiplied by 0. Other batch rows stay as they are.
 
     Raises:

@@ -6,10 +6,10 @@ S_t = l_0 + … + l_t inside the chunk, token s reaches a later token t through
     exp(S_t − S_s) = a_{s+1} … a_t
 
 Prefix sums in plain float32 would cancel: with S near −1000 the difference of two of them is off by 6e-5, and so
-is, relatively, the decay. They are therefore kept in two parts: multiples of 2⁻¹⁰, whose sums and differences
-are exact (|S| ≤ 64·256 = 2¹⁴ fits 24 bits), and remainders below 2⁻¹⁰, whose sums are below 2⁻⁴ and so lose 2⁻²⁸.
-A log decay below −256 counts as −256: float32's exp is 0 from −104 on. Every exponent is masked to −∞
-before exp, and is never above 0 otherwise.
+is, relatively, the decay. For float32 inputs they are therefore kept in two parts: multiples of 2⁻¹⁰, whose sums and
+differences are exact (|S| ≤ 64·256 = 2¹⁴ fits 24 bits), and remainders below 2⁻¹⁰, whose sums are below 2⁻⁴ and so
+lose 2⁻²⁸; for 16-bit inputs the two are added up, once all sums are taken. A log decay below −256 counts as −256:
+float32's exp is 0 from −104 on. Every exponent is masked to −∞ before exp, and is never above 0 otherwise.
 """
 
 from functools import cache
@@ -216,14 +216,3 @@ def split_log_decays(log_a):
     log_a = tl.where(log_a < -256.0, -256.0, log_a)
     coarse = tl.floor(log_a * 1024.0) * (1.0 / 1024.0)
     return coarse, log_a - coarse
-
-
-@triton.jit
-def decay_matrix(coarse, fine, mask, EXACT: tl.constexpr):
-    """exp((coarse_t + fine_t) − (coarse_s + fine_s)) [t, s] where mask, else 0.
-
-    Forward direction: inclusive prefix sums, mask t > s. Backward direction (token s reaches an earlier t of
-    its scale through a'_t … a'_{s−1}): the negative exclusive prefix sums, mask t < s and same scale.
-    """
-    exponents = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-    return exp(tl.where(mask, exponents, float("-inf")), EXACT)

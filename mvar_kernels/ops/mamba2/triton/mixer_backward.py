@@ -5,27 +5,27 @@
     y            = ssd_scan(x, Δ, A, B, C, D)
     gated        = y · SiLU(z),  r = 1/√(mean(gated²) + eps),  out = gated · r · norm_weight
 
-1. `conv`: x after SiLU, for the kernels that multiply it, as often as they do. `conv_grads` convolves again instead of
-   reading SiLU', which is as many bytes again.
-2. `prepare` of the scan: B, C and Δ, once for all heads.
-3. `outputs`, one program per (batch row, head): the state before each chunk, and y.
-4. `norm`, one program per few tokens: with g the gradient of out, w·g = norm_weight · g and r of each token,
+1. `prepare` of the scan: B, C and Δ, once for all heads.
+2. `outputs`, one program per (batch row, head, rows of P): the state before each chunk, y, and x after SiLU, for the
+   kernels that multiply it. `conv_grads` convolves again instead of reading SiLU', which is as many bytes again.
+3. `norm`, one program per few tokens: with g the gradient of out, w·g = norm_weight · g and r of each token,
 
        dgated = r · (w·g) − r³ · mean(gated · w·g) · gated,   dz = dgated · y · SiLU'(z),   dy = dgated · SiLU(z)
 
    dy takes y's place. norm_weight's gradient g · gated · r leaves one partial per program.
-5. `sweep` and `grads` of the scan; the latter go through softplus' to ddt.
-6. `conv_grads`, of x's channels, and of those of B and C when all heads' parts are added: through SiLU' to dv. With
+4. `sweep` and `grads` of the scan; the latter go through softplus' to ddt.
+5. `conv_grads`, of x's channels, and of those of B and C when all heads' parts are added: through SiLU' to dv. With
    `rows` = [conv state, xBC], row r has weight k in token r − k's sum, so drows_r = Σ_k weight_k dv_{r−k}; the state
    handed on is the last rows. The gradients of weights, Σ_l dv_l rows_{l+k}, and of the bias leave one partial per
    program.
 
-Bytes in bfloat16, a token and head of P = N = 64 (d16, batch 32: 0.70 M of them): conv 256, outputs 384 with a state of
+Bytes in bfloat16, a token and head of P = N = 64 (d16, batch 32: 0.70 M of them): outputs 512 with a state of
 2 bytes · 64 · 64 every 64 tokens, norm 640, sweep 256, grads 640, conv_grads 384, partials of dB and dC for groups of 8
-heads 128: 1.9 GB, where y, SiLU and SiLU' in float32 and states every 32 tokens were 4.9 GB, and zxbcdt and both
-gradients alone are 0.53 GB. Without x in memory they would be 1.7 GB: but convolving x in `outputs` and
-`grads` takes 50 to 60 instructions a token and head in each, counted for sm_90, which is 80 µs at half of an H100's
-issue rate, where conv's bytes take 60 µs at 3 TB/s; and it leaves `grads` no registers. Nothing of this has been timed.
+heads 128: 1.8 GB, and 2.0 with what heads share (docs/generated/kernel_costs.md), where y, SiLU and SiLU' in float32
+and states every 32 tokens were 4.8 GB, and zxbcdt and both gradients alone are 0.53 GB. Without x in memory they would
+be 0.1 GB less: but convolving x in `grads`, too, takes 50 to 60 instructions a token and head, counted for sm_90, which
+is 40 µs at half of an H100's issue rate, where writing x takes 30 µs at 3 TB/s; and it leaves `grads` no registers.
+Nothing of this has been timed.
 """
 
 from collections.abc import Sequence
