@@ -55,6 +55,7 @@ BFLOAT16 = {
         "float32_steps_chunks",
         "large_short",
         "large_both",
+        "instant_decay_chunks",
         "instant_decay_both",
     ),
 }

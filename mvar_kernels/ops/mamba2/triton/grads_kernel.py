@@ -286,7 +286,7 @@ def _ssd_scan_bwd_grads_kernel(
                 ddt *= tl.load(at + CHUNK + offs_i)
                 A_grad *= A
             tl.store(at + 4 * CHUNK + offs_i, tl.where(mask_t, ddt, 0.0))
-            tl.store(at + 5 * CHUNK + offs_i, A_grad)
+            tl.store(at + 5 * CHUNK + offs_i, tl.where(mask_t, A_grad, 0.0))  # Δ is 0 there, but divided by
             tl.store(at + 6 * CHUNK + offs_i, x_dy)
         tl.store(dx_ptr + head * P + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
 
