@@ -75,10 +75,10 @@ def chosen(kernel: str, shape_class: str, candidates: Sequence[Tile], device: to
 
 
 def matmul_instruction(device: torch.device) -> str:
-    """What multiplies tiles of 16-bit numbers on a GPU: "mma.sync", from sm_90 on "wgmma", from sm_100 on "tcgen05"."""
+    """What multiplies tiles of 16-bit numbers: "wgmma" on sm_90, "tcgen05" on sm_100 to sm_110, else "mma.sync"."""
     arch = architecture(device)
     capability = int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 90
-    return "mma.sync" if capability < 90 else "wgmma" if capability < 100 else "tcgen05"
+    return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(capability // 10, "mma.sync")
 
 
 def dot_block(size: int) -> int:

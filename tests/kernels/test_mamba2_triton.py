@@ -162,3 +162,12 @@ def test_groups_of_heads(both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     ratios = contract.error_ratios(SSD_SCAN, got, same, exact)
     assert max(ratios.values()) <= 1, ratios
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [("sm_80", "mma.sync"), ("sm_89", "mma.sync"), ("sm_90", "wgmma"), ("sm_103", "tcgen05"), ("sm_120", "mma.sync")],
+)
+def test_matmul_instruction(arch: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "architecture", lambda device: arch)
+    assert tiling.matmul_instruction(torch.device("cuda")) == expected
