@@ -41,7 +41,7 @@ def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
         or norm._forward_pre_hooks
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(x.device.type)
+        or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
     ):
         return F.silu(norm(x), inplace=True)
     return mk.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)

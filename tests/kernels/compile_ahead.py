@@ -201,12 +201,14 @@ def compiling(
 
 
 def inputs_of(spec: Spec, case: Case, dtype: torch.dtype) -> Inputs:
-    """Return the case's inputs in `dtype`, with one row expanded over the batch, as they are not computed with."""
+    """Return the case's inputs in `dtype`; what has a batch is uninitialized, as it is not computed with."""
     one, two = (spec.inputs(case.at_batch(B), torch.Generator().manual_seed(0)) for B in (1, 2))
     inputs = {}
     for name, t in one.items():
         t = t.to(torch.float32 if name in (*spec.keeps_dtype, *case.keeps_dtype) else dtype)
-        inputs[name] = t.expand(case.sizes["B"], *t.shape[1:]) if t.shape != two[name].shape else t
+        if t.shape != two[name].shape:
+            t = torch.empty_strided((case.sizes["B"], *t.shape[1:]), (t[0].numel(), *t.stride()[1:]), dtype=t.dtype)
+        inputs[name] = t
     return inputs
 
 

@@ -27,8 +27,8 @@ pytest.importorskip("triton")
 OPS = [op.name for op in (_ADALN, _GATED, _GROUP_NORM, attention._OP, mixer._OP, scan._OP, _SAMPLE, _SOFT)]
 
 
-# In both directions with 16 rows of a chunk, of which float32's matmuls take all registers (Triton 3.6 and 3.7).
-KNOWN_SPILLS = {("_ssd_scan_bwd_grads_kernel", "float32"): 32}
+# C and what the heads add up are in bfloat16 or in float32.
+TWO_DTYPES = {"_ssd_scan_bwd_sweep_kernel", "_mamba2_mixer_bwd_conv_grads_kernel"}
 
 
 def compiled(table: Path, *options: str) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
@@ -45,7 +45,7 @@ def test_kernel_resources(arch: str, tmp_path: Path) -> None:
     rows, done = compiled(tmp_path / "kernels.json", "--arch", arch)
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAULT" in line)
     again = Counter((row["kernel"], row["dtype"], row["tile"], row["warps"], row["stages"]) for row in rows)
-    assert not [row for row, times in again.items() if times > 1]
+    assert not [row for row, times in again.items() if times > 1 + (row[0] in TWO_DTYPES)]
     for op in OPS:
         assert any(op in row["kernel"] for row in rows), f"no kernel of {op} was compiled"
 
@@ -60,9 +60,7 @@ def test_float16_and_float32_spills(tmp_path: Path) -> None:
         for op in ops:
             assert any(op in row["kernel"] and row["dtype"] == dtype for row in rows), f"none of {op} in {dtype}"
     spills = {
-        f"{row['kernel']} {row['dtype']} {row['tile']}": row["stack_bytes"]
-        for row in rows
-        if row["stack_bytes"] > KNOWN_SPILLS.get((row["kernel"], row["dtype"]), 0)
+        f"{row['kernel']} {row['dtype']} {row['tile']}": row["stack_bytes"] for row in rows if row["stack_bytes"] > 0
     }
     assert not spills
 

@@ -153,7 +153,7 @@ def edges(scale_ptr, chunk, L, CHUNK: tl.constexpr):
     return scale, before, after
 
 
-@triton.jit(do_not_specialize=["L", "columns"])
+@triton.jit(do_not_specialize=["dt_stride", "L", "columns"])
 def _ssd_scan_bwd_prepare_kernel(
     B_ptr,
     C_ptr,

@@ -38,7 +38,7 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.ffi import empty_contiguous
 from mvar_kernels.ops.mamba2.inputs import Mixer
-from mvar_kernels.ops.mamba2.triton.backward import ScanGradients, rows_of, scheme
+from mvar_kernels.ops.mamba2.triton.backward import HOPPER_BFLOAT16, SCHEMES, ScanGradients, rows_of, scheme
 from mvar_kernels.ops.mamba2.triton.mixer_backward_kernels import (
     _mamba2_mixer_bwd_conv_grads_kernel,
     _mamba2_mixer_bwd_norm_kernel,
@@ -46,10 +46,11 @@ from mvar_kernels.ops.mamba2.triton.mixer_backward_kernels import (
 )
 from mvar_kernels.tiling import Tile
 
-# By dtype and number of directions. What others take spills with 64 rows of P, or in both directions with 4 warps.
+# By scheme and number of directions. Others spill with 64 rows of P (bfloat16 on sm_80 in both directions 8 bytes).
 OUTPUTS_TILES = {
-    (torch.bfloat16, 1): (Tile({"BLOCK_P": 64}, warps=4, stages=1), Tile({"BLOCK_P": 64}, warps=8, stages=1)),
-    (torch.bfloat16, 2): (Tile({"BLOCK_P": 64}, warps=8, stages=1), Tile({"BLOCK_P": 32}, warps=4, stages=1)),
+    (SCHEMES[torch.bfloat16], 1): (Tile({"BLOCK_P": 64}, warps=4, stages=1), Tile({"BLOCK_P": 64}, warps=8, stages=1)),
+    (HOPPER_BFLOAT16, 1): (Tile({"BLOCK_P": 64}, warps=4, stages=1), Tile({"BLOCK_P": 64}, warps=8, stages=1)),
+    (HOPPER_BFLOAT16, 2): (Tile({"BLOCK_P": 64}, warps=8, stages=1), Tile({"BLOCK_P": 32}, warps=4, stages=1)),
 }
 OTHER_OUTPUTS_TILES = (Tile({"BLOCK_P": 32}, warps=4, stages=1),)
 CONV_GRADS_TILES = (
@@ -88,7 +89,7 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     x = torch.empty(batch * L, E, dtype=how.stored, device=device)
     scan = ScanGradients(x, dt, A_log, xbc, xbc, D, initial, call.scales, dtype, (conv, weights, dt_bias))
     y = torch.empty_like(x)
-    tile = chosen("outputs", OUTPUTS_TILES.get((dtype, scan.directions), OTHER_OUTPUTS_TILES))
+    tile = chosen("outputs", OUTPUTS_TILES.get((how, scan.directions), OTHER_OUTPUTS_TILES))
     tile["BLOCK_P"] = min(tile["BLOCK_P"], tiling.dot_block(scan.P))
     _mamba2_mixer_bwd_outputs_kernel[batch * scan.H, triton.cdiv(scan.P, tile["BLOCK_P"])](
         *(xbc, conv, weights, x, scan.steps, scan.bc, scan.D, scan.scale, initial, scan.states, y, xbc.stride(0), L),
