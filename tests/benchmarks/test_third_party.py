@@ -1,7 +1,6 @@
 """Tests third-party kernels as baselines: fetching, calling conventions, and ahead-of-time compilation."""
 
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -23,7 +22,7 @@ from mvar_kernels.ops.mamba2.inputs import Scan
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER
 from mvar_kernels.testing.contract import prepared
 from mvar_kernels.testing.spec import Case
-from tests.helpers.paths import ROOT
+from tests.helpers.compiler import compiler_environment
 
 
 @pytest.fixture
@@ -154,8 +153,7 @@ print(len(found), sorted(kernel.metadata.num_warps for kernel in found.values())
 
 def test_precompile_autotuned_kernel(tmp_path: Path) -> None:
     """All configurations of an autotuned kernel are compiled ahead, and a second run compiles nothing."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment = compiler_environment() | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     program = tmp_path / "twice.py"
     program.write_text(TWICE)
     made = []

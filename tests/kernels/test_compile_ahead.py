@@ -5,7 +5,6 @@ Each kernel is compiled with its default tile, and once only: not again for ever
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -19,7 +18,7 @@ from mvar_kernels.ops.group_norm_silu.op import _OP as _GROUP_NORM
 from mvar_kernels.ops.mamba2 import mixer, scan
 from mvar_kernels.ops.sample_tokens.op import _SAMPLE, _SOFT
 from mvar_kernels.ops.scale_attention import op as attention
-from tests.helpers.paths import ROOT
+from tests.helpers.compiler import compiler_environment
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +33,8 @@ TWO_DTYPES = {"_ssd_scan_bwd_sweep_kernel", "_mamba2_mixer_bwd_conv_grads_kernel
 def compiled(table: Path, *options: str) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
     """Return the rows that compile_ahead.py writes with default tiles, and the finished process."""
     command = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), "--tiles", "first", *options]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([*command, "--write", str(table)], capture_output=True, text=True, env=environment)
+    command += ["--write", str(table)]
+    done = subprocess.run(command, capture_output=True, text=True, env=compiler_environment())
     assert table.exists(), done.stderr
     return json.loads(table.read_text())["rows"], done
 
@@ -82,10 +81,9 @@ for compiled in found.values():
 
 def run_script(script: str, *arguments: str) -> list[str]:
     """Return the lines that a script prints in a process with Triton's compiler."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+    done = subprocess.run(command, capture_output=True, text=True, env=compiler_environment(), check=True)
+    return done.stdout.splitlines()
 
 
 def test_largest_state_fits_in_shared_memory() -> None:
@@ -94,14 +92,12 @@ def test_largest_state_fits_in_shared_memory() -> None:
 
 
 KEYS = """
-import importlib, sys
+import importlib, pkgutil, sys
 from triton.runtime.jit import JITFunction
 for op in sys.argv[1:]:
-    for part in ("prepare", "forward", "mixer_forward", "backward", "mixer_backward", ""):
-        try:
-            module = importlib.import_module(f"mvar_kernels.ops.{op}.triton.{part}".rstrip("."))
-        except ModuleNotFoundError:
-            continue
+    package = importlib.import_module(f"mvar_kernels.ops.{op}.triton")
+    names = [f"{package.__name__}.{part.name}" for part in pkgutil.iter_modules(package.__path__)]
+    for module in (package, *map(importlib.import_module, names)):
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
                 print(name, value.cache_key)

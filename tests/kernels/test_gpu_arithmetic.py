@@ -86,11 +86,8 @@ def test_float16(spec: Spec, case: Case, poisoned: None) -> None:
 
 @triton.jit
 def _rounded_operand(v, OPERAND: tl.constexpr):
-    """v rounded to bfloat16, to the nearest, in float32."""
-    v = v.to(tl.float32)
-    bits = v.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-    return tl.where(v == v, rounded.to(tl.float32, bitcast=True), v)
+    """v rounded to bfloat16, in float32."""
+    return triton_math.as_bfloat16(v.to(tl.float32))
 
 
 @pytest.mark.parametrize("scheme", [triton_backward.SCHEMES[torch.bfloat16], triton_backward.HOPPER_BFLOAT16])

@@ -5,7 +5,6 @@ test_compile_ahead.py compiled.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.compiler import compiler_environment
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -66,10 +66,9 @@ MIXER_LOOP = 100
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("counted") / "instructions.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "benchmarks.count_instructions", *OPS, "--depths", "16"]
-    subprocess.run([*command, "--label", "here", "--write", str(path)], env=environment, cwd=ROOT, check=True)
+    command += ["--label", "here", "--write", str(path)]
+    subprocess.run(command, env=compiler_environment(), cwd=ROOT, check=True)
     found: list[dict[str, Any]] = json.loads(path.read_text())["labels"]["here"]["rows"]
     return found
 
