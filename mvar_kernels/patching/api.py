@@ -9,7 +9,6 @@ buffers, hooks, names and the state dict stay, and `restore` sets the class back
 first is patched.
 """
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from mvar_kernels.dispatch import PREFERENCE, error_message, unavailable
 from mvar_kernels.patching.class_swap import with_ancestor
 from mvar_kernels.patching.equivalence import EquivalenceCheck
-from mvar_kernels.patching.modules import PATCHES, Patch, has_global_hooks, has_hooks, kind_of
+from mvar_kernels.patching.patches import PATCHES
+from mvar_kernels.patching.patches.base import Patch, arguments_of, has_global_hooks, has_hooks, kind_of
+from mvar_kernels.patching.unrecognized import unrecognized_parts
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ def accelerate(model: nn.Module) -> Report:
     _check_module("accelerate", model)
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
-    classes: list[tuple[nn.Module, type]] = []
-    check = EquivalenceCheck()
-    for name, module in model.named_modules():  # parents before children
+    classes: dict[nn.Module, type] = {}
+    check = EquivalenceCheck(model)
+    for name, module in reversed(list(model.named_modules())):  # children before parents, which may need their patch
         patch = _patch_of(module)
         if patch is None:
             continue
@@ -65,20 +66,23 @@ def accelerate(model: nn.Module) -> Report:
             why = _bypass_unsupported(module, patch) or "its class, or that of a child, has changed"
             reason = None if module.is_valid() else f"accelerated, but the original forward runs: {why}"
         else:
-            reason = _unsupported(module, patch, check)
-            if reason is None:
-                classes.append((module, _patched_class(module, patch)))
-        if reason is not None:
+            reason = _unsupported(module, patch, check, classes)
+        if reason is None:
+            replaced[name] = patch.ops
+            left |= {f"{name}.{child}".lstrip("."): why for child, why in patch.unpatched.items()}
+        else:
             left[name] = reason
-            continue
-        replaced[name] = patch.ops
-        left |= {f"{name}.{child}".lstrip("."): why for child, why in patch.unpatched.items()}
-    for module, cls in classes:
+    for module, cls in classes.items():
         module.__class__ = cls
     if hasattr(type(model), "autoregressive_infer_cfg") and replaced:
         left["autoregressive_infer_cfg"] = "it samples with torch's generator; sample_tokens would sample other tokens"
+    left |= unrecognized_parts(model, {*replaced, *left})
     if not replaced and not left:
         left[type(model).__name__] = "it has no part that looks like VAR's attention, block or norm, or like Mamba2"
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    replaced, left = (
+        dict(sorted(d.items(), key=lambda item: order.get(item[0], len(order)))) for d in (replaced, left)
+    )
     return Report(replaced, left)
 
 
@@ -115,7 +119,14 @@ def _patched_class(module: nn.Module, patch: type[Patch]) -> type:
     checked = {name: kind_of(child) for name, child in children.items() if child is not None}
     key = (patch, original, original.forward, *checked.items())
     if key not in _classes:
-        attributes = {"original": original, "original_forward": staticmethod(original.forward), "checked": checked}
+        names, defaults = arguments_of(original.forward)
+        attributes = {
+            "original": original,
+            "original_forward": staticmethod(original.forward),
+            "checked": checked,
+            "names": names,
+            "defaults": defaults,
+        }
         _classes[key] = type(f"Accelerated{original.__name__}", (patch, original), attributes)
     return with_ancestor(type(module), original, _classes[key], {})
 
@@ -124,21 +135,31 @@ def _patch_of(module: nn.Module) -> type[Patch] | None:
     """The patch that the module has, or whose attributes it has."""
     for patch in PATCHES:
         try:
-            if isinstance(module, patch) or all(hasattr(module, name) for name in patch.attributes):
+            if isinstance(module, patch) or patch.matches(module):
                 return patch
         except Exception:  # of a property of the module's own code; VAR has none
             continue
     return None
 
 
-def _unsupported(module: nn.Module, patch: type[Patch], check: EquivalenceCheck) -> str | None:
-    """Why the module is not patched, or None; the cheapest checks first."""
+def _unsupported(
+    module: nn.Module, patch: type[Patch], check: EquivalenceCheck, classes: dict[nn.Module, type]
+) -> str | None:
+    """Why the module is not patched, the cheapest checks first; or None, and its new class is in `classes`."""
     try:
         reason = _call_unsupported(module, patch) or _bypass_unsupported(module, patch)
         reason = reason or patch.unsupported_reason(module) or _no_kernel(module)
-        return reason or check.difference(module, patch, _patched_class(module, patch))
+        if reason is not None:
+            return reason
+        own = {"": _patched_class(module, patch)}
+        children = {name: module._modules.get(name) for name in patch.continued}
+        own |= {name: classes[child] for name, child in children.items() if child in classes}
+        reason = check.difference(module, patch, own)
     except Exception as error:  # of the model's own code, which may raise anything
         return f"it lacks what such a module has: {error_message(error)}"
+    if reason is None:
+        classes[module] = own[""]
+    return reason
 
 
 def _call_unsupported(module: nn.Module, patch: type[Patch]) -> str | None:
@@ -147,10 +168,11 @@ def _call_unsupported(module: nn.Module, patch: type[Patch]) -> str | None:
         return "its forward has been replaced already, on the instance"
     if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
         return "it is sharded: accelerate before fully_shard"
-    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
-    expected, ellipsis, _ = patch.arguments.partition(", …")
-    found = ", ".join(arguments[: len(expected.split(", "))] if ellipsis else arguments)
-    return None if found == expected else f"its forward takes ({', '.join(arguments)}), not ({patch.arguments})"
+    names, defaults = arguments_of(type(module).forward)
+    known = set(patch.required) | set(patch.optional) | set(defaults)
+    if set(patch.required) <= set(names) and known >= set(names):
+        return None
+    return f"its forward takes ({', '.join(names)}), not ({', '.join(patch.required)}) and arguments with a default"
 
 
 def _bypass_unsupported(module: Any, patch: type[Patch]) -> str | None:

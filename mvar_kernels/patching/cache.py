@@ -4,8 +4,9 @@ An entry lives as long as its tensor and is computed again when the tensor's ver
 Inference tensors have no version counter, and writes through `.data` are not counted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +14,86 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mvar_kernels.dispatch import capturing
 
-_schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mask → its version, and its schedule
+_readings: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → its version, and what was read from it
+
+
+class Schedule(NamedTuple):
+    """What attention attends to: a pattern of :func:`mvar_kernels.scale_attention`, and tokens per scale."""
+
+    pattern: str
+    scales: tuple[int, ...]
+
+
+def version_of(t: Tensor) -> tuple[int, ...]:
+    """Changes when the tensor does, as far as PyTorch counts; comparable as long as the tensor is kept alive."""
+    return (t.data_ptr(),) if t.is_inference() else (t.data_ptr(), t._version)
 
 
 @torch.compiler.disable
-def schedule_of(mask: Tensor) -> tuple[int, ...] | None:
-    """Tokens per scale of a mask (1, …, 1, L, L) under which a token sees its own and all coarser scales, else None.
+def schedule_of(mask: Tensor) -> Schedule | None:
+    """The schedule of a mask (1, …, 1, L, L) under which a token sees its own scale, or that and all coarser ones.
 
     The mask is boolean (True: attend) or added to the scores (0 or −∞). Read once for each tensor and version: once in
-    a training step, as all layers of a model share one mask. None also for a mask that requires gradients, and during
-    capture of a CUDA graph for a mask that has not been read.
+    a training step, as all layers of a model share one mask. None for another mask, for one that requires gradients,
+    and during capture of a CUDA graph for one that has not been read.
     """
-    if mask.requires_grad:
+    return None if mask.requires_grad else _read_once(mask, _read_mask)
+
+
+@torch.compiler.disable
+def block_schedule(attention: Any) -> Schedule | None:
+    """The schedule of HMAR's BlockSparseAttention, whose `row_starts` and `row_ends` (L,) bound what a token sees."""
+    starts, ends = (getattr(attention, name, None) for name in ("row_starts", "row_ends"))
+    if not isinstance(starts, Tensor) or not isinstance(ends, Tensor) or starts.shape != ends.shape:
         return None
-    version = None if mask.is_inference() else (mask._version, mask.data_ptr())
-    entry = _schedules.get(mask)
-    if entry is None or version is None or entry[0] != version:
-        if capturing(mask.device):
+    return _read_once(ends, lambda ends: _schedule_of_rows(starts.tolist(), ends.tolist()))
+
+
+@torch.compiler.disable
+def scale_lengths(lengths: Tensor) -> tuple[int, ...]:
+    """A tensor of tokens per scale as numbers; () during capture of a CUDA graph if it has not been read."""
+    return _read_once(lengths, lambda lengths: tuple(map(int, lengths.flatten().tolist()))) or ()
+
+
+def _read_once(t: Tensor, read: Callable[[Tensor], Any]) -> Any:
+    """`read(t)`, which waits for the device: once for each version, and never while a CUDA graph is captured."""
+    entry = _readings.get(t)
+    if entry is None or t.is_inference() or entry[0] != version_of(t):
+        if capturing(t.device):
             return None
-        entry = _schedules[mask] = version, _read_schedule(mask)
-    schedule: tuple[int, ...] | None = entry[1]
-    return schedule
+        entry = _readings[t] = version_of(t), read(t)
+    return entry[1]
 
 
-def _read_schedule(mask: Tensor) -> tuple[int, ...] | None:
+def _read_mask(mask: Tensor) -> Schedule | None:
     L = mask.shape[-1] if mask.dim() else 0
     if mask.dim() < 2 or mask.numel() != L * L or mask.shape[-2] != L or L == 0:
         return None
     mask = mask.detach().reshape(L, L)
     attend, masked = (mask, ~mask) if mask.dtype == torch.bool else (mask == 0, mask == -torch.inf)
-    ends = attend.sum(-1)
-    expected = torch.arange(L, dtype=ends.dtype, device=mask.device) < ends[:, None]
-    valid = (attend == expected).all() & (attend | masked).all()
-    *lasts, is_valid = torch.cat([ends, valid[None]]).tolist()  # the only synchronization with the device
-    lengths: list[int] = []
-    while is_valid and sum(lengths) < L:
-        lengths.append(lasts[sum(lengths)] - sum(lengths))
-        if lengths[-1] < 1 or len(set(lasts[sum(lengths[:-1]) : sum(lengths)])) > 1:
-            return None
-    return tuple(lengths) or None
+    starts = attend.int().argmax(-1)
+    ends = starts + attend.sum(-1)
+    columns = torch.arange(L, dtype=ends.dtype, device=mask.device)
+    valid = (attend == ((columns >= starts[:, None]) & (columns < ends[:, None]))).all() & (attend | masked).all()
+    *rows, is_valid = torch.cat([starts, ends, valid[None]]).tolist()  # the only synchronization with the device
+    return _schedule_of_rows(rows[:L], rows[L:]) if is_valid else None
+
+
+def _schedule_of_rows(starts: list[int], ends: list[int]) -> Schedule | None:
+    """The schedule under which token i sees the tokens from starts[i] up to ends[i], or None."""
+    firsts, end = [], 0
+    while end < len(ends) and end < ends[end] <= len(ends):
+        firsts.append(end)
+        end = ends[end]
+    if end != len(ends) or not firsts:
+        return None
+    scales = tuple(b - a for a, b in zip(firsts, [*firsts[1:], end], strict=True))
+    own = [(first, first + n) for first, n in zip(firsts, scales, strict=True) for _ in range(n)]
+    if ends != [last for _, last in own]:
+        return None
+    if not any(starts):
+        return Schedule("causal", scales)
+    return Schedule("diagonal", scales) if starts == [first for first, _ in own] else None
 
 
 class _Output(NamedTuple):

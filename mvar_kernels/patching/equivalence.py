@@ -4,20 +4,24 @@ import copy
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mvar_kernels.dispatch import error_message
-from mvar_kernels.patching.modules import Patch
+from mvar_kernels.patching.patches.base import Patch
 from mvar_kernels.precision import true_float32
 
 # Relative to the largest value. TF32 matmuls on a GPU have few bits; another computation differs by more.
 TOLERANCE = 1e-2
 CPU_TOLERANCE = 1e-4  # where matmuls are true float32 during the check
+HALF_TOLERANCE = 3e-2  # under autocast to float16, for parts that do not compute in float32, as with flash-attn
+LENGTH, MOST = 1024, 9451
+"""Tokens of the long calls: at least those of the largest scale at 512×512, and at most those of 1024×1024."""
 
 
 class EquivalenceCheck:
@@ -27,14 +31,16 @@ class EquivalenceCheck:
     training mode, with the same random numbers, and with all gradients.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._weights: dict[tuple[str, torch.Size, torch.device], nn.Parameter] = {}
         self._checked_in_training: set[Any] = set()
+        self._length = min(max(LENGTH, _sequence_length(model)), MOST)
 
-    def difference(self, module: nn.Module, patch: type[Patch], patched_class: type) -> str | None:
-        """How the outputs would change if `patched_class` were the class of the module, or None."""
+    def difference(self, module: nn.Module, patch: type[Patch], classes: Mapping[str, type]) -> str | None:
+        """How the outputs would change with these classes of the module ("") and its submodules, or None."""
         device = next(module.parameters()).device
         kind = (tuple(map(type, module.modules())), tuple((name, p.shape) for name, p in module.named_parameters()))
+        modes = ("evaluation",) if kind in self._checked_in_training else ("evaluation", "training")
         with (
             true_float32(device),
             torch.autocast(device.type, enabled=False),
@@ -42,15 +48,9 @@ class EquivalenceCheck:
             _state_restored(module) as changed_buffers,
         ):
             try:
-                test_module = self._copy(module)
-                for training in (False,) if kind in self._checked_in_training else (False, True):
-                    test_module.train(training)
-                    expected = _results(test_module, patch, device, with_grads=training)
-                    with _of_class(test_module, patched_class):
-                        assert test_module.is_valid(), "the original forward would run"
-                        got = _results(test_module, patch, device, with_grads=training)
-                    if not _close(expected, got):
-                        mode = "training" if training else "evaluation"
+                comparison = _Comparison(self._copy(module), patch, classes, device)
+                for mode in (*modes, "evaluation on long sequences"):
+                    if not comparison.agrees(mode, self._length):
                         return f"it does not compute what {patch.ops} does, in {mode}"
             except Exception as error:  # of the model's own code, which may raise anything
                 return f"it could not be checked on {device}: {error_message(error)}"
@@ -101,23 +101,80 @@ def _normal(*shape: int, generator: torch.Generator | None = None) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-@contextmanager
-def _of_class(module: nn.Module, cls: type) -> Iterator[None]:
-    """The module is of class `cls` inside the context."""
-    original = type(module)
-    module.__class__ = cls
-    try:
-        yield
-    finally:
-        module.__class__ = original
+class _Comparison:
+    """Runs a test module with its own class, and with those of its patched version."""
+
+    def __init__(self, module: Any, patch: type[Patch], classes: Mapping[str, type], device: torch.device) -> None:
+        self.module, self.patch, self.device = module, patch, device
+        self.patched = {module.get_submodule(name): cls for name, cls in classes.items()}
+        self.originals = {submodule: type(submodule) for submodule in self.patched}
+        self.autocast = False  # to float16
+        self.accumulate = False  # gradients in `.grad`: torch.autograd.grad does not support re-entrant checkpoints
+
+    def agrees(self, mode: str, length: int) -> bool:
+        """Whether both have the same outputs, and in training the same gradients."""
+        training = mode == "training"
+        self.module.train(training)
+        calls = self.patch.example_calls
+        if "long" in mode:
+            calls = partial(self.patch.long_calls, length=length)
+        try:
+            expected = self._results(calls, training)
+        except Exception as error:
+            self.accumulate = training and "checkpoint" in str(error)
+            self.autocast = not self.accumulate
+            try:
+                expected = self._results(calls, training)
+            except Exception:
+                raise error from None
+        try:
+            for submodule, cls in self.patched.items():
+                submodule.__class__ = cls
+            assert self.module.is_valid(), "the original forward would run"
+            got = self._results(calls, training)
+        finally:
+            for submodule, cls in self.originals.items():
+                submodule.__class__ = cls
+        full_precision = CPU_TOLERANCE if self.device.type == "cpu" else TOLERANCE
+        return _close(expected, got, HALF_TOLERANCE if self.autocast else full_precision)
+
+    def _results(self, calls: Callable[..., Iterable[Tensor]], training: bool) -> list[Tensor]:
+        """Outputs of the calls, with the same inputs each time, and gradients of all inputs and parameters."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        inputs: list[Tensor] = []
+
+        def randn(*shape: int) -> Tensor:
+            values = _normal(*shape, generator=generator)
+            inputs.append(values.to(self.device).requires_grad_(training))
+            return inputs[-1]
+
+        autocast = torch.autocast(self.device.type, torch.float16, enabled=self.autocast, cache_enabled=False)
+        with torch.set_grad_enabled(training), autocast:
+            _seed(self.device)
+            outputs = list(calls(self.module, randn))
+        if not training:
+            return outputs
+        loss = torch.stack([(out * _normal(*out.shape, generator=generator).to(self.device)).sum() for out in outputs])
+        leaves = [*inputs, *self.module.parameters()]
+        if self.accumulate:
+            for leaf in leaves:
+                leaf.grad = None
+            loss.sum().backward()
+            grads = [leaf.grad for leaf in leaves]
+            for leaf in leaves:
+                leaf.grad = None
+        else:
+            grads = list(torch.autograd.grad(loss.sum(), leaves, allow_unused=True))
+        return [*(out.detach() for out in outputs), *(grad for grad in grads if grad is not None)]
 
 
 @contextmanager
 def _state_restored(module: nn.Module) -> Iterator[list[str]]:
-    """Restores the random states and the module's buffers; the list then has the names of buffers that had changed.
+    """Restores random states, gradients and the module's buffers; the list then has the names of changed buffers.
 
     The forward of a copy can reach the model itself through a closure.
     """
+    grads = [(p, p.grad) for p in module.parameters()]
     buffers = {name: (b, b.clone()) for name, b in module.named_buffers()}
     changed: list[str] = []
     numpy = sys.modules.get("numpy.random")
@@ -130,6 +187,8 @@ def _state_restored(module: nn.Module) -> Iterator[list[str]]:
         random.setstate(states[0])
         if numpy:
             numpy.set_state(states[1])
+        for parameter, grad in grads:
+            parameter.grad = grad
         for name, (buffer, before) in buffers.items():
             if not torch.equal(buffer, before):
                 changed.append(name)
@@ -149,30 +208,22 @@ def _seed(device: torch.device) -> None:
         ].manual_seed(0)
 
 
-def _results(module: Any, patch: type[Patch], device: torch.device, *, with_grads: bool) -> list[Tensor]:
-    """Outputs of the example calls, with the same inputs each time, and gradients of all inputs and parameters."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    inputs: list[Tensor] = []
-
-    def randn(*shape: int) -> Tensor:
-        inputs.append(_normal(*shape, generator=generator).to(device).requires_grad_(with_grads))
-        return inputs[-1]
-
-    with torch.set_grad_enabled(with_grads):
-        _seed(device)
-        outputs = list(patch.example_calls(module, randn))
-        if not with_grads:
-            return outputs
-        loss = torch.stack([(out * _normal(*out.shape, generator=generator).to(device)).sum() for out in outputs])
-        grads = torch.autograd.grad(loss.sum(), [*inputs, *module.parameters()], allow_unused=True)
-    return [*(out.detach() for out in outputs), *(grad for grad in grads if grad is not None)]
-
-
-def _close(expected: list[Tensor], got: list[Tensor]) -> bool:
+def _close(expected: list[Tensor], got: list[Tensor], tolerance: float) -> bool:
     if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in got]:
         return False
-    tolerance = CPU_TOLERANCE if expected[0].device.type == "cpu" else TOLERANCE
     largest = [float(e.abs().max()) for e in expected]
     least = 1e-3 * max(largest)  # a much smaller gradient may be rounding errors alone
     errors = [float((g - e).abs().max()) for g, e in zip(got, expected, strict=True)]
     return all(error <= tolerance * max(size, least) for error, size in zip(errors, largest, strict=True))
+
+
+def _sequence_length(model: nn.Module) -> int:
+    """Tokens of the model's sequence, by the buffers and parameters that VAR and its relatives have for each token."""
+    lengths = [0]
+    for name, t in (*model.named_buffers(), *model.named_parameters()):
+        match name.rpartition(".")[2]:
+            case "attn_bias_for_masking" | "lvl_1L":
+                lengths.append(t.shape[-1] if t.dim() else 0)
+            case "pos_1LC":
+                lengths.append(t.shape[1] if t.dim() > 1 else 0)
+    return max(lengths)

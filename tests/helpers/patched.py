@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvar_kernels.patching.modules import Patch
+from mvar_kernels.patching.patches.base import Patch
 from tests.helpers.plain_var import PlainVAR, randomised
 
 LABELS = torch.tensor([3, 7])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import mvar
 from mvar_kernels.dispatch import native
-from mvar_kernels.patching.modules import Patch
+from mvar_kernels.patching.patches.base import Patch
 from tests.helpers.paths import ROOT
 from tests.helpers.plain_mamba2 import PlainMamba2
 from tests.helpers.plain_var import PlainVAR, randomised

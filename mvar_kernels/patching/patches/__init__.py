@@ -1,0 +1,10 @@
+"""The patches of `accelerate`: one file for each part of a model that they replace."""
+
+from mvar_kernels.patching.patches.attention import Attention, ScaleAttention
+from mvar_kernels.patching.patches.base import Patch
+from mvar_kernels.patching.patches.block import Block, MambaBlock
+from mvar_kernels.patching.patches.head_norm import HeadNorm
+from mvar_kernels.patching.patches.mamba2 import Mamba2
+
+PATCHES: tuple[type[Patch], ...] = (Attention, ScaleAttention, MambaBlock, Block, HeadNorm, Mamba2)
+"""The first that a module matches is its patch."""

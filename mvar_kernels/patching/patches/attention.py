@@ -1,0 +1,186 @@
+"""Attention as in FoundationVision/VAR and its relatives, with the key/value cache, and as in OliverRensu/MVAR."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvar_kernels.ops.scale_attention.op import scale_attention
+from mvar_kernels.patching.cache import Schedule, block_schedule, scale_lengths, schedule_of
+from mvar_kernels.patching.patches.base import Patch, Randn, is_linear
+
+LONGEST = 2304
+"""Tokens of the longest call of a comparison: the scores of 9,451 tokens take 11 GB for 32 heads."""
+
+
+class _FusedAttention(Patch):
+    """Multi-head attention with one linear layer for queries, keys and values, as VAR has it."""
+
+    bypassed = ("mat_qkv",)
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        H, D, C = module.num_heads, module.head_dim, module.q_bias.numel()
+        if not is_linear(module.mat_qkv, C, 3 * C) or not is_linear(module.proj, C, C) or H * D != C:
+            return f"mat_qkv and proj: expected linear layers C→3C and C→C with C={C} of {H} heads of {D}"
+        normalized = _has_qk_norm(module)
+        temperature = getattr(module, "scale_mul_1H11", None)
+        if normalized is None:
+            return "attn_l2_norm or cos_attn: expected one of these options, which says whether q and k are normalized"
+        if normalized and (temperature is None or temperature.numel() != H):
+            return f"scale_mul_1H11: expected one number for each of {H} heads, as q and k are normalized"
+        return None
+
+    def _projected(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v: (B, L, H, D) each, views of one tensor."""
+        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.unbind(2)
+        return q, k, v
+
+    def _attended(self: Any, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule) -> Tensor:
+        temperature = self.scale_mul_1H11.flatten() if _has_qk_norm(self) else None
+        out = scale_attention(
+            q, k, v, schedule.scales, pattern=schedule.pattern, scale=float(self.scale), log_temperature=temperature
+        )
+        return self.proj_drop(self.proj(out.flatten(2)))
+
+
+class Attention(_FusedAttention):
+    """Attention over the tokens that a mask allows, or over all cached tokens: FoundationVision/VAR, its forks,
+    lxa9867/ControlVAR and NVlabs/HMAR.
+
+    The cache keeps the layout and the normalized keys of the original, so that calls with and without the kernel can
+    alternate (with the cache on, a call with a mask runs the original forward), and programs can copy, slice or expand
+    it.
+    """
+
+    ops = "scale_attention"
+    attributes = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "kv_caching", "caching")
+    required, optional = ("x", "attn_bias"), ("using_block_sparse_attn",)
+
+    @classmethod
+    def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
+        C = module.q_bias.numel()
+        module.kv_caching(False)
+        x = randn(2, 5, C)
+        yield module(x, attn_bias=_mask(x))
+        yield module(x, attn_bias=_mask(x, diagonal=True))
+        yield module(x, attn_bias=None)
+        # Large scores, for modules that limit them.
+        x = randn(1, 64, C)
+        yield module(8 * x, attn_bias=_mask(x))
+        scales = block_schedule(getattr(module, "block_sparse_attn", None))
+        if scales is not None:
+            yield module(randn(1, sum(scales.scales), C), using_block_sparse_attn=True)
+
+    @classmethod
+    def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
+        module.kv_caching(False)
+        x = randn(1, min(length, LONGEST), module.q_bias.numel())
+        yield module(x, attn_bias=_mask(x))
+        module.kv_caching(True)
+        yield module(x[:, :1], attn_bias=None)
+        yield module(x[:, 1:], attn_bias=None)
+        yield from (module.cached_k, module.cached_v)
+        module.kv_caching(False)
+
+    def forward(self: Any, *args: Any, **options: Any) -> Tensor:
+        values = self.supported_arguments(args, options)
+        schedule = None if values is None else self._schedule(values)
+        if values is None or schedule is None:
+            out: Tensor = super().forward(*args, **options)  # type: ignore[misc]
+            return out
+        x = values["x"]
+        q, k, v = self._projected(x)
+        if self.caching:
+            k, v = self._cached(k, v)
+            earlier = k.shape[1] - x.shape[1]
+            schedule = Schedule("causal", (earlier, *schedule.scales)) if earlier else schedule
+        return self._attended(q, k, v, schedule)
+
+    def _schedule(self: Any, values: dict[str, Any]) -> Schedule | None:
+        """Pattern and tokens per scale of a call that the kernel supports, else None."""
+        x, mask, block_sparse = values["x"], values["attn_bias"], values.get("using_block_sparse_attn", False)
+        dropped = self.training and self.attn_drop > 0
+        masked = self.caching and (mask is not None or block_sparse)
+        if dropped or masked or not x.numel():
+            return None
+        if block_sparse:
+            schedule = block_schedule(getattr(self, "block_sparse_attn", None))
+        else:
+            schedule = Schedule("causal", (x.shape[1],)) if mask is None else schedule_of(mask)
+        return schedule if schedule is not None and sum(schedule.scales) == x.shape[1] else None
+
+    def _cached(self: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values to the cache and return all of it, (B, L, H, D).
+
+        The kernel normalizes the cached, normalized keys again, which changes them by a rounding.
+        """
+        dtype = k.dtype
+        # FoundationVision/VAR caches (B, L, H, D) for flash-attn and xformers, and else (B, H, L, D).
+        of_flash = getattr(self, "using_flash", False) and dtype != torch.float32
+        heads_first = not (of_flash or getattr(self, "using_xform", False))
+        if _has_qk_norm(self):
+            k = F.normalize(k, dim=-1)
+        if heads_first:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if self.cached_k is not None:
+            tokens = 2 if heads_first else 1
+            k, v = torch.cat((self.cached_k, k), tokens), torch.cat((self.cached_v, v), tokens)
+        self.cached_k, self.cached_v = k, v
+        if heads_first:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return k.to(dtype), v.to(dtype)  # under autocast a norm is float32
+
+
+class ScaleAttention(_FusedAttention):
+    """Attention inside each scale, as in OliverRensu/MVAR: in training inside the scales of the buffer `patch_nums`,
+    and in evaluation mode among all tokens of the call, which are those of one scale. There is no cache, and the mask
+    is not read. The original needs flash-attn for it."""
+
+    ops = "scale_attention"
+    attributes = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "patch_nums")
+    required = ("x", "attn_bias")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return super().matches(module) and isinstance(module.patch_nums, Tensor)
+
+    @classmethod
+    def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
+        C, L = module.q_bias.numel(), sum(scale_lengths(module.patch_nums))
+        x = randn(2, L if module.training else 5, C)
+        yield module(x, attn_bias=None)
+        yield module(8 * x, attn_bias=_mask(x))
+
+    @classmethod
+    def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
+        yield module(randn(1, min(length, LONGEST), module.q_bias.numel()), attn_bias=None)
+
+    def forward(self: Any, *args: Any, **options: Any) -> Tensor:
+        values = self.supported_arguments(args, options)
+        x = None if values is None else values["x"]
+        if x is not None and x.numel():
+            scales = scale_lengths(self.patch_nums) if self.training else (x.shape[1],)
+            if sum(scales) == x.shape[1]:
+                return self._attended(*self._projected(x), Schedule("diagonal", scales))
+        out: Tensor = super().forward(*args, **options)  # type: ignore[misc]
+        return out
+
+
+def _has_qk_norm(module: Any) -> bool | None:
+    """Whether queries and keys are normalized; None if the module does not say."""
+    normalized = getattr(module, "attn_l2_norm", getattr(module, "cos_attn", None))
+    return None if normalized is None else bool(normalized)
+
+
+def _mask(x: Tensor, *, diagonal: bool = False) -> Tensor:
+    """The attention mask (1, 1, L, L) of the scales (1, L − 1): VAR's, or one that allows the own scale alone."""
+    mask = x.new_zeros(x.shape[1], x.shape[1])
+    mask[0, 1:] = -torch.inf
+    if diagonal:
+        mask[1:, 0] = -torch.inf
+    return mask[None, None]

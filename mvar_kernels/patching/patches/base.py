@@ -1,0 +1,149 @@
+"""What a patch is: the same computation as a module of the VAR family, on the kernels.
+
+A patch is a mixin: `accelerate` sets the class of a module to a subclass of the patch and of the module's own class
+(api.py), so that `super().forward` is the original forward, which runs wherever the kernels do not support a call. A
+patch defines the attributes by which a module is recognized, the sizes and options that it does not support, and the
+calls by which it is compared with the original.
+
+Some submodules are read but not called, or called with other inputs, so that hooks on them would have no effect. Every
+call checks that they have not changed since the comparison, and otherwise runs the original forward.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+Randn = Callable[..., Tensor]
+"""randn(*shape): normal inputs of the comparison, the same for original and patched module."""
+
+
+class Patch:
+    """A mixin in front of the original class."""
+
+    ops: ClassVar[str]
+    """the ops that run instead"""
+    attributes: ClassVar[tuple[str, ...]]
+    """by which a module is recognized"""
+    required: ClassVar[tuple[str, ...]]
+    """arguments that the original forward must have"""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """arguments that the patch takes where the original has them; a call with others runs the original forward"""
+    bypassed: ClassVar[tuple[str, ...]] = ()
+    """submodules that are not called, or with other inputs"""
+    continued: ClassVar[tuple[str, ...]] = ()
+    """submodules whose own patch is called: the comparison needs it, too"""
+    unpatched: ClassVar[dict[str, str]] = {}
+    """submodules that stay as they are, and why"""
+
+    # Of the subclass of a patch and an original class (api.py):
+    original: ClassVar[type]
+    original_forward: ClassVar[Any]
+    checked: ClassVar[dict[str, tuple[type, bool]]]
+    """name → :func:`kind_of` of the bypassed submodules at the time of the comparison"""
+    names: ClassVar[tuple[str, ...]]
+    """of the original forward's arguments"""
+    defaults: ClassVar[dict[str, Any]]
+    """of the original forward's arguments that have one"""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the module looks like one that this patch replaces."""
+        return all(hasattr(module, name) for name in cls.attributes)
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        """Why this module cannot be patched: a size or an option that the kernels do not support; or None."""
+        raise NotImplementedError
+
+    @classmethod
+    def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
+        """Outputs of calls by which original and patched module are compared, in evaluation and in training mode."""
+        raise NotImplementedError
+
+    @classmethod
+    def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
+        """Outputs of calls on up to `length` tokens, in evaluation mode: some programs prune the tokens of the largest
+        scales (FastVAR, SkipVAR)."""
+        raise NotImplementedError
+
+    def is_valid(self: Any) -> bool:
+        """Whether forward and bypassed submodules are as they were at the comparison. Takes 2 µs."""
+        if self.original.forward is not self.original_forward or has_global_hooks():
+            return False
+        children = self._modules
+        for name, kind in self.checked.items():
+            child = children.get(name)
+            if child is None or kind_of(child) != kind or has_hooks(child):
+                return False
+        return True
+
+    def supported_arguments(self: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of a call by name, or None where the call needs the original forward: the patch is not valid,
+        arguments are missing, or arguments that the patch does not take are not at their default."""
+        if not self.is_valid() or len(args) > len(self.names):
+            return None
+        values = {**self.defaults, **dict(zip(self.names, args, strict=False)), **options}
+        for name, value in values.items():
+            if name not in self.required and name not in self.optional and value is not self.defaults.get(name):
+                return None
+        return values if all(name in values for name in self.required) else None
+
+
+def arguments_of(forward: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of a forward's arguments without `self`, and the defaults of those that have one."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return tuple(p.name for p in parameters), defaults
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks for all modules, or transforms that patches do not support: torch.func, forward mode."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def kind_of(module: nn.Module) -> tuple[type, bool]:
+    """A module's class, and whether it has a weight: a LayerNorm may have none."""
+    return type(module), module._parameters.get("weight") is not None
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether the module has hooks, or a forward on the instance."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
+def is_linear(layer: Any, inputs: int, outputs: int) -> bool:
+    """Whether the layer is nn.Linear with these sizes."""
+    return isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (inputs, outputs)
+
+
+def plain_norm_width(norm: Any) -> int | None:
+    """Channels of a LayerNorm without weights over the last dimension, else None."""
+    supported = isinstance(norm, nn.LayerNorm) and not norm.elementwise_affine and len(norm.normalized_shape) == 1
+    return norm.normalized_shape[0] if supported else None
+
+
+def modulation_unsupported(module: Any, vectors: int, channels: int) -> str | None:
+    """Why `ada_lin` does not compute this number of modulation vectors, or None."""
+    last = module.ada_lin[-1] if isinstance(getattr(module, "ada_lin", None), nn.Sequential) else None
+    if isinstance(last, nn.Linear) and last.out_features == vectors * channels:
+        return None
+    return f"ada_lin: expected a Sequential that ends in a linear layer of {vectors}·{channels} features"

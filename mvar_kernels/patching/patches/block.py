@@ -1,0 +1,194 @@
+"""Blocks: branches, each behind an adaLN and a gate whose vectors come from one modulation layer."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mvar_kernels.ops.adaln.op import adaln, gated_adaln
+from mvar_kernels.ops.mamba2.mixer import Mamba2State
+from mvar_kernels.patching.cache import cached_call, version_of
+from mvar_kernels.patching.patches.base import (
+    Patch,
+    Randn,
+    has_hooks,
+    modulation_unsupported,
+    plain_norm_width,
+)
+from mvar_kernels.patching.patches.mamba2 import Mamba2
+
+
+class _ModulatedBlock(Patch):
+    """What the blocks share. Stochastic depth scales the branch of a sample; with the same random numbers it scales
+    the gate instead."""
+
+    ops = "adaln and gated_adaln"
+    required, optional = ("x", "cond_BD", "attn_bias"), ("using_block_sparse_attn",)
+    bypassed = ("ln_wo_grad", "drop_path")
+    unpatched = {"ffn": "its two linear layers are the library's own already"}
+    vectors: int
+    """modulation vectors: gates, then scales, then shifts"""
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        C = plain_norm_width(module.ln_wo_grad)
+        if C is None:
+            return "ln_wo_grad: expected a LayerNorm over the channels without weights"
+        if hasattr(module, "ada_gss"):
+            expected, shape = (1, 1, cls.vectors, C), tuple(module.ada_gss.shape)
+            return None if shape == expected else f"ada_gss: expected shape {expected}, got {shape}"
+        return modulation_unsupported(module, cls.vectors, C)
+
+    @classmethod
+    def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
+        x, cond = cls._inputs(module, randn, 2, 5)
+        if hasattr(module.attn, "kv_caching"):
+            module.attn.kv_caching(False)
+        yield module(x=x, cond_BD=cond, attn_bias=None)
+
+    @classmethod
+    def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
+        x, cond = cls._inputs(module, randn, 1, length)
+        for branch in (module.attn, module.ffn):  # they are called as by the original, and take most of the time
+            branch.forward = lambda x, *args, **options: x.roll(1, 1)
+        yield module(x=x, cond_BD=cond, attn_bias=None)
+
+    @classmethod
+    def _inputs(cls, module: Any, randn: Randn, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        C = module.ln_wo_grad.normalized_shape[0]
+        shared = hasattr(module, "ada_gss")
+        cond = randn(batch, 1, cls.vectors, C) if shared else randn(batch, module.ada_lin[-1].in_features)
+        return randn(batch, length, C), cond
+
+    def _modulation(self: Any, cond: Tensor, *, generating: bool, first_scale: bool) -> Tensor:
+        """(B or 1, 1, vectors, C)"""
+        if hasattr(self, "ada_gss"):
+            shared: Tensor = self.ada_gss + cond
+            return shared
+        output = cached_call(self.ada_lin, cond, refresh=first_scale) if generating else self.ada_lin(cond)
+        return output.view(-1, 1, self.vectors, output.shape[-1] // self.vectors)
+
+    def _attended(self: Any, h: Tensor, values: dict[str, Any]) -> Tensor:
+        options = {name: values[name] for name in ("attn_bias", *self.optional) if name in values}
+        out: Tensor = self.attn(h, **options)
+        return out
+
+
+class Block(_ModulatedBlock):
+    """Attention and feed-forward network: FoundationVision/VAR and its forks, ControlVAR, HMAR."""
+
+    attributes = ("attn", "ffn", "ln_wo_grad", "drop_path")
+    vectors = 6
+
+    def forward(self: Any, *args: Any, **options: Any) -> Tensor:
+        values = self.supported_arguments(args, options)
+        if values is None or not values["x"].numel():
+            out: Tensor = super().forward(*args, **options)  # type: ignore[misc]
+            return out
+        generating = getattr(self.attn, "caching", False) and not torch.is_grad_enabled()
+        first_scale = getattr(self.attn, "cached_k", None) is None
+        six = self._modulation(values["cond_BD"], generating=generating, first_scale=first_scale)
+        x, (g1, g2, s1, s2, t1, t2) = _in_common_dtype(values["x"], six)
+        eps = self.ln_wo_grad.eps
+        branch = self._attended(adaln(x, s1[:, 0], t1[:, 0], eps=eps), values)
+        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], eps=eps)
+        return torch.addcmul(x, self.ffn(h).to(x.dtype), self.drop_path(g2))
+
+
+class MambaBlock(_ModulatedBlock):
+    """Attention, Mamba-2 and feed-forward network: OliverRensu/MVAR.
+
+    The original keeps the inputs of its mixer in `cache` in evaluation mode, and runs the mixer over all of them at
+    every scale. Here the mixer continues from its state after the cached tokens, and `cache` stays what it was, so
+    that calls with and without the kernels can alternate.
+    """
+
+    ops = "adaln and gated_adaln, the state of its mixer carried from scale to scale"
+    attributes = ("attn", "mamba", "ffn", "ln_wo_grad", "drop_path")
+    continued = ("mamba",)
+    vectors = 9
+
+    @classmethod
+    def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
+        if module.training:
+            L = int(module.attn.patch_nums.sum()) if hasattr(module.attn, "patch_nums") else 5
+            x, cond = cls._inputs(module, randn, 2, L)
+            yield module(x=x, cond_BD=cond, attn_bias=None)
+            return
+        x, cond = cls._inputs(module, randn, 2, 14)
+        module.cache = None
+        with torch.no_grad():
+            for scale in x.split((1, 4, 9), 1):
+                yield module(x=scale, cond_BD=cond, attn_bias=None)
+        yield module.cache
+
+    @classmethod
+    def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
+        module.cache = None
+        module.mamba.forward = lambda u, **options: u.roll(1, 1)
+        yield from super().long_calls(module, randn, length)
+
+    def forward(self: Any, *args: Any, **options: Any) -> Tensor:
+        values = self.supported_arguments(args, options)
+        generating = not self.training
+        if values is None or not values["x"].numel() or (generating and torch.is_grad_enabled()):
+            out: Tensor = super().forward(*args, **options)  # type: ignore[misc]
+            return out
+        first_scale = generating and self.cache is None
+        nine = self._modulation(values["cond_BD"], generating=generating, first_scale=first_scale)
+        x, (g1, g2, g3, s1, s2, s3, t1, t2, t3) = _in_common_dtype(values["x"], nine)
+        eps = self.ln_wo_grad.eps
+        branch = self._attended(adaln(x, s1[:, 0], t1[:, 0], eps=eps), values)
+        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], eps=eps)
+        branch = self._resumed(x, h, nine, s2, t2) if generating else self.mamba(h)
+        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g2)[:, 0], s3[:, 0], t3[:, 0], eps=eps)
+        return torch.addcmul(x, self.ffn(h).to(x.dtype), self.drop_path(g3))
+
+    def _resumed(self: Any, x: Tensor, h: Tensor, nine: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """The mixer's output for the new tokens, whose adaLN is h, after those in `cache`, to which x is appended."""
+        earlier = self.cache
+        self.cache = x if earlier is None else torch.cat((earlier, x), 1)
+        mamba: Any = self.mamba
+        carried = isinstance(mamba, Mamba2) and mamba.is_valid() and not has_hooks(mamba)
+        depends_on = (nine, *mamba.parameters())
+        state = _state_after(earlier, depends_on) if carried and earlier is not None else None
+        if earlier is not None and state is None:
+            h = adaln(self.cache, scale[:, 0], shift[:, 0], eps=self.ln_wo_grad.eps)
+        if carried:
+            branch, state = mamba.resumed(h, state)
+            _keep_state(self.cache, depends_on, state)
+        else:
+            branch = mamba(h)
+        return branch[:, -x.shape[1] :]
+
+
+class _Carried(NamedTuple):
+    """The state of a mixer after the tokens of a MambaBlock's cache."""
+
+    versions: tuple[tuple[int, ...], ...]
+    depends_on: tuple[Tensor, ...]  # kept alive, so that no other tensor gets the memory of one
+    state: Mamba2State
+
+
+_carried: WeakIdKeyDictionary = WeakIdKeyDictionary()  # cache → _Carried
+
+
+@torch.compiler.disable
+def _state_after(cache: Tensor, depends_on: tuple[Tensor, ...]) -> Mamba2State | None:
+    """The state after the cached tokens, unless these, the modulation or the weights have changed since."""
+    known: _Carried | None = _carried.get(cache)
+    unchanged = known is not None and known.versions == tuple(map(version_of, (cache, *depends_on)))
+    return known.state if known is not None and unchanged else None
+
+
+@torch.compiler.disable
+def _keep_state(cache: Tensor, depends_on: tuple[Tensor, ...], state: Mamba2State) -> None:
+    _carried[cache] = _Carried(tuple(map(version_of, (cache, *depends_on))), depends_on, state)
+
+
+def _in_common_dtype(x: Tensor, modulation: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """x and the vectors of (B or 1, 1, vectors, C), each (B, 1, C), in the dtype that PyTorch promotes them to."""
+    x = x.to(torch.promote_types(modulation.dtype, x.dtype))
+    return x, modulation.to(x.dtype).expand(len(x), -1, -1, -1).unbind(2)
