@@ -22,6 +22,7 @@ from mvar_kernels.patching.class_swap import with_ancestor
 from mvar_kernels.patching.equivalence import EquivalenceCheck
 from mvar_kernels.patching.patches import PATCHES
 from mvar_kernels.patching.patches.base import Patch, arguments_of, has_global_hooks, has_hooks, kind_of
+from mvar_kernels.patching.patches.sampling import Sampling
 from mvar_kernels.patching.unrecognized import unrecognized_parts
 
 
@@ -37,7 +38,7 @@ class Report:
         return "\n".join(lines + [f"left {names}: {why}" for names, why in _grouped(self.left)])
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, sampling: bool = False) -> Report:
     """Patch the modules of a model that the kernels support, and report what was done.
 
     Supported are attention (`mat_qkv`, `q_bias`, `v_bias`, `proj`, `kv_caching`, …), blocks (`attn`, `ffn`,
@@ -46,6 +47,10 @@ def accelerate(model: nn.Module) -> Report:
     rounding, in training and in generation with their caches. Call it when the model is on its device, and before
     `fully_shard`. Modules are checked on copies with random weights; random states and global settings stay what they
     are, and if an exception is raised, no module has been patched.
+
+    With `sampling`, methods that call VAR's `sample_with_top_k_top_p_` sample with :func:`mvar_kernels.sample_tokens`
+    instead: the same distribution without a sort, but other random numbers, so other images for a seed. The seed is
+    taken from the generator that the method passes, once for each generation.
 
     To save an accelerated model, save its state dict, or call :func:`restore` before: a pickled module would refer to
     classes that are created at run time.
@@ -74,8 +79,9 @@ def accelerate(model: nn.Module) -> Report:
             left[name] = reason
     for module, cls in classes.items():
         module.__class__ = cls
-    if hasattr(type(model), "autoregressive_infer_cfg") and replaced:
-        left["autoregressive_infer_cfg"] = "it samples with torch's generator; sample_tokens would sample other tokens"
+    samplers = _patch_sampling(model, sampling)
+    replaced |= {name: Sampling.ops for name, reason in samplers.items() if reason is None}
+    left |= {name: reason for name, reason in samplers.items() if reason is not None}
     left |= unrecognized_parts(model, {*replaced, *left})
     if not replaced and not left:
         left[type(model).__name__] = "it has no part that looks like VAR's attention, block or norm, or like Mamba2"
@@ -84,6 +90,19 @@ def accelerate(model: nn.Module) -> Report:
         dict(sorted(d.items(), key=lambda item: order.get(item[0], len(order)))) for d in (replaced, left)
     )
     return Report(replaced, left)
+
+
+def _patch_sampling(model: nn.Module, requested: bool) -> dict[str, str | None]:
+    """Patch the sampling of all modules that sample, if it is requested; name of a method → why not, or None."""
+    found: dict[str, str | None] = {}
+    for name, module in model.named_modules():
+        reasons = Sampling.unsupported_reasons(module)
+        if not requested and not isinstance(module, Sampling):
+            reasons = dict.fromkeys(reasons, "torch's generator gives its random numbers: sampling=True replaces it")
+        elif None in reasons.values() and not isinstance(module, Sampling):
+            module.__class__ = _patched_class(module, Sampling)
+        found |= {f"{name}.{method}".lstrip("."): reason for method, reason in reasons.items()}
+    return found
 
 
 def restore(model: nn.Module) -> None:
@@ -126,6 +145,7 @@ def _patched_class(module: nn.Module, patch: type[Patch]) -> type:
             "checked": checked,
             "names": names,
             "defaults": defaults,
+            **patch.overrides(original),
         }
         _classes[key] = type(f"Accelerated{original.__name__}", (patch, original), attributes)
     return with_ancestor(type(module), original, _classes[key], {})

@@ -56,6 +56,11 @@ class Patch:
         return all(hasattr(module, name) for name in cls.attributes)
 
     @classmethod
+    def overrides(cls, original: type) -> dict[str, Any]:
+        """Methods of the patched class that are made from those of the original class."""
+        return {}
+
+    @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
         """Why this module cannot be patched: a size or an option that the kernels do not support; or None."""
         raise NotImplementedError

@@ -1,0 +1,158 @@
+"""Sampling with VAR's `sample_with_top_k_top_p_`: other random numbers, so only on request."""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvar_kernels.ops.sample_tokens.op import sample_tokens
+from mvar_kernels.patching.patches.base import Patch
+
+NAME = "sample_with_top_k_top_p_"
+"""the function of FoundationVision/VAR that filters logits (B, l, V) in place and samples tokens (B, l, n)"""
+
+
+class Sampling(Patch):
+    """Methods that call `sample_with_top_k_top_p_` sample with `sample_tokens` instead, without a sort.
+
+    A method runs with other globals than its module's, in which the function has been exchanged; the module itself
+    stays what it is. With `more_smooth`, where the filtered logits are read again, the original samples.
+    """
+
+    ops = "sample_tokens, with other random numbers"
+    attributes = ()
+    required = ()
+
+    @classmethod
+    def overrides(cls, original: type) -> dict[str, Any]:
+        supported = {name: m for name, m in _methods_of(original).items() if _unsupported_reason(m) is None}
+        return {name: _sampling_method(method) for name, method in supported.items()}
+
+    @classmethod
+    def unsupported_reasons(cls, module: nn.Module) -> Mapping[str, str | None]:
+        """Name of each method that samples → why its sampling cannot be replaced, or None."""
+        return {name: _unsupported_reason(method) for name, method in _methods_of(type(module)).items()}
+
+
+def _methods_of(cls: type) -> dict[str, Callable[..., Any]]:
+    """The methods of a class that call the function, as they were before `accelerate`."""
+    found: dict[str, Callable[..., Any]] = {}
+    for base in cls.__mro__:
+        if not issubclass(base, nn.Module) or "original_forward" in vars(base):
+            continue
+        for name, method in vars(base).items():
+            inner = inspect.unwrap(method) if isinstance(method, FunctionType) else None
+            if isinstance(inner, FunctionType) and NAME in inner.__code__.co_names and NAME in inner.__globals__:
+                found.setdefault(name, method)
+    return found
+
+
+def _unsupported_reason(method: Callable[..., Any]) -> str | None:
+    inner: Any = inspect.unwrap(method)
+    original = inner.__globals__[NAME]
+    names = ["logits_BlV", "top_k", "top_p", "rng", "num_samples"]
+    if not isinstance(original, FunctionType) or list(inspect.signature(original).parameters) != names:
+        return f"{NAME}: expected a function of {', '.join(names)}"
+    if _reads_filtered_logits(inner):
+        return f"it reads the logits again after {NAME} has filtered them"
+    return None if _filters_alike(original) else f"{NAME} does not keep the codes that sample_tokens keeps"
+
+
+def _reads_filtered_logits(function: Any) -> bool:
+    """Whether logits are read after the call that filters them in place, other than with `more_smooth`."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return True
+    smooth = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "more_smooth" in ast.unparse(branch.test)
+        for statement in (branch.orelse if isinstance(branch.test, ast.UnaryOp) else branch.body)
+        for node in ast.walk(statement)
+    }
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in smooth]
+    for call in ast.walk(tree):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == NAME):
+            continue
+        end = call.end_lineno or call.lineno
+        logits = {node.id for argument in call.args[:1] for node in ast.walk(argument) if isinstance(node, ast.Name)}
+        later = (node for node in names if node.id in logits and node.lineno > end)
+        if isinstance(next(later, ast.Name("", ast.Store())).ctx, ast.Load):
+            return True
+    return False
+
+
+def _filters_alike(original: Callable[..., Tensor]) -> bool:
+    """Whether the function keeps the same codes as sample_tokens, by 1,000 samples of each of six rows."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    logits = 2 * torch.randn(2, 3, 32, generator=generator, dtype=torch.float32, device="cpu")
+    for top_k, top_p in ((1, 0.0), (5, 0.0), (0, 0.7), (6, 0.8)):
+        options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "rng": generator, "num_samples": 1000}
+        expected, got = (sample(logits.clone(), **options) for sample in (original, _Sampler(original)))
+        kept = [torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, tokens, True) for tokens in (expected, got)]
+        if not torch.equal(*kept):
+            return False
+    return True
+
+
+class _Sampler:
+    """`sample_with_top_k_top_p_` for one generation, whose calls are the scales of the seed's images."""
+
+    def __init__(self, original: Callable[..., Tensor]) -> None:
+        self._original = original
+        self._seed: Tensor | None = None
+        self._calls = 0
+
+    def __call__(
+        self,
+        logits_BlV: Tensor,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        rng: torch.Generator | None = None,
+        num_samples: int = 1,
+    ) -> Tensor:
+        """(B, l, V) → (B, l, num_samples)"""
+        if num_samples < 1:  # without replacement
+            return self._original(logits_BlV, top_k=top_k, top_p=top_p, rng=rng, num_samples=num_samples)
+        device = logits_BlV.device
+        if self._seed is None:
+            drawn_on = device if rng is None else rng.device
+            self._seed = torch.randint(2**63 - 1, (), generator=rng, device=drawn_on, dtype=torch.int64).to(device)
+        options: dict[str, Any] = {"top_k": top_k, "top_p": min(top_p, 1.0) or 1.0, "seed": self._seed}
+        first, self._calls = self._calls, self._calls + num_samples
+        samples = [sample_tokens(logits_BlV, scale_index=first + i, **options) for i in range(num_samples)]
+        return torch.stack(samples, -1)
+
+
+def _sampling_method(method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+    original = inspect.unwrap(method).__globals__[NAME]
+
+    @functools.wraps(method)
+    def generate(*args: Any, **options: Any) -> Any:
+        if signature.bind(*args, **options).arguments.get("more_smooth"):
+            return method(*args, **options)
+        return _with_global(method, NAME, _Sampler(original))(*args, **options)
+
+    return generate
+
+
+def _with_global(function: Any, name: str, value: Any) -> Any:
+    """A copy of a function, inside its decorators, for which a global has another value."""
+    wrapped = getattr(function, "__wrapped__", None)
+    namespace, closure = function.__globals__, function.__closure__
+    if wrapped is None:
+        namespace = {**namespace, name: value}
+    else:
+        copy = _with_global(wrapped, name, value)
+        closure = tuple(CellType(copy) if cell.cell_contents is wrapped else cell for cell in closure or ())
+    result = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, closure)
+    result.__kwdefaults__ = function.__kwdefaults__
+    return result

@@ -1,0 +1,158 @@
+"""Tests of accelerate on the structures of VAR's relatives."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mvar_kernels as mk
+from mvar_kernels.dispatch import native
+from tests.helpers.patched import close, normal
+from tests.helpers.plain_family import ControlVARAttention, HMARAttention, HMARBlock, MVARBlock
+from tests.helpers.plain_var import SelfAttention, randomised
+
+pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
+SCALES = (1, 4, 9)
+L = sum(SCALES)
+level = torch.repeat_interleave(torch.arange(3), torch.tensor(SCALES))
+CAUSAL, DIAGONAL = (torch.where(seen, 0.0, -torch.inf) for seen in (level[:, None] >= level, level[:, None] == level))
+
+
+def made(module: nn.Module) -> Any:
+    torch.manual_seed(0)
+    module.pos_start = module.pos_1LC = None  # type: ignore[assignment]
+    return randomised(module)  # type: ignore[arg-type]
+
+
+def outputs_and_grads(module: nn.Module, calls: Callable[[nn.Module], list[Tensor]]) -> list[Tensor]:
+    torch.manual_seed(2)
+    module.zero_grad()
+    outs = calls(module)
+    sum((out * normal(*out.shape)).sum() for out in outs).backward()  # type: ignore[union-attr]
+    return [*(out.detach() for out in outs), *(p.grad for p in module.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["qk_norm", "no_qk_norm"])
+@pytest.mark.parametrize("kind", ["ControlVAR", "HMAR", "HMAR causal"])
+def test_attention(kind: str, norm: bool) -> None:
+    module = made(
+        {
+            "ControlVAR": lambda: ControlVARAttention(64, 2, norm),
+            "HMAR": lambda: HMARAttention(64, 2, norm, SCALES),
+            "HMAR causal": lambda: HMARAttention(64, 2, norm, SCALES, "block_causal"),
+        }[kind]()
+    )
+    x = normal(2, L, 64).requires_grad_()
+
+    def calls(attention: Any) -> list[Tensor]:
+        outs = [attention(x, attn_bias=mask) for mask in (CAUSAL, DIAGONAL, None)]
+        return outs + ([attention(x, using_block_sparse_attn=True)] if "HMAR" in kind else [])
+
+    def generated() -> list[Tensor]:
+        module.kv_caching(True)
+        with torch.no_grad():
+            outs = [module(part, attn_bias=None) for part in x.split(SCALES, 1)]
+        return [*outs, module.cached_k, module.cached_v]
+
+    expected, tokens = outputs_and_grads(module, calls), generated()
+    module.kv_caching(False)
+    original = type(module).forward
+    assert mk.accelerate(module).replaced == {"": "scale_attention"}
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patched:  # nothing may run the original
+        patched.setattr(SelfAttention, "forward", None)
+        assert all(map(close, outputs_and_grads(module, calls), expected))
+        assert all(map(close, generated(), tokens))
+    mk.restore(module)
+    assert type(module).forward is original
+
+
+def test_hmar_block() -> None:
+    block = made(HMARBlock(64, 1, SCALES, drop_path=0.3)).train()
+    x, cond = normal(2, L, 64).requires_grad_(), normal(2, 64)
+
+    def calls(block: Any) -> list[Tensor]:
+        return [block(x, cond, attn_bias=CAUSAL), block(x, cond, True, CAUSAL), block(x, cond)]
+
+    expected = outputs_and_grads(block, calls)
+    assert set(mk.accelerate(block).replaced) == {"", "attn"}
+    assert all(map(close, outputs_and_grads(block, calls), expected))
+
+
+def test_mvar_training() -> None:
+    block = made(MVARBlock(64, 2, SCALES, drop_path=0.3)).train()
+    x, cond = normal(2, L, 64).requires_grad_(), normal(2, 64)
+    expected = outputs_and_grads(block, lambda block: [block(x, cond, None)])
+    assert set(mk.accelerate(block).replaced) == {"", "attn", "mamba"}
+    assert all(map(close, outputs_and_grads(block, lambda block: [block(x, cond, None)]), expected))
+
+
+def test_attention_in_16_bits_only() -> None:
+    """It is compared under autocast; the error against float32 is then less than twice the original's."""
+    block, halves = (made(MVARBlock(64, 2, SCALES, halves=h)).train() for h in (False, True))
+    x, cond = normal(2, L, 64), normal(2, 64)
+    exact, errors = block(x, cond, None), []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append(float((halves(x, cond, None) - exact).norm()))
+        assert {"", "attn"} <= set(mk.accelerate(halves).replaced)
+    assert 0 < errors[1] < 2 * errors[0]
+
+
+def generation(block: Any, cond: Tensor, between: Callable[[int], Any] = lambda scale: None) -> list[Tensor]:
+    block.eval().cache = None
+    outs = []
+    for k, part in enumerate(normal(2, L, 64).split(SCALES, 1)):
+        between(k)
+        outs.append(block(x=part, cond_BD=cond, attn_bias=None))
+    return [*outs, block.cache]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_mvar_generation_carries_the_state(mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token passes the mixer once, and outputs and cache are the original's, whatever happens in between."""
+    block, cond = made(MVARBlock(64, 2, SCALES)), normal(2, 64)
+    lengths: list[int] = []
+
+    def run(between: Callable[[int], Any] = lambda scale: None) -> list[Tensor]:
+        lengths.clear()
+        with mode():
+            return generation(block, cond.clone(), between)
+
+    def hook(scale: int) -> None:
+        if scale == 2:
+            block.mamba.register_forward_hook(lambda *_: None)
+
+    def new_weights(scale: int) -> None:
+        if scale == 2:
+            block.mamba.D.data = block.mamba.D.data + 1
+
+    def new_cache(scale: int) -> None:
+        if scale == 2:
+            block.cache = 2 * block.cache
+
+    expected = run()
+    mk.accelerate(block)
+    block.mamba.in_proj.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    assert all(map(close, run(), expected)) and lengths == [1, 4, 9]
+    for between, passed in ((hook, [1, 4, 14]), (new_weights, [1, 4, 14]), (new_cache, [1, 4, 14])):
+        weights = copy.deepcopy(block.state_dict())
+        got = run(between)
+        assert lengths == passed, between
+        block.load_state_dict(weights)
+        mk.restore(block)
+        assert all(map(close, got, run(between))), between
+        block.load_state_dict(weights)
+        block.mamba._forward_hooks.clear()
+        mk.accelerate(block)
+    assert all(map(close, run(lambda k: (mk.restore, mk.accelerate, mk.restore)[k](block)), expected))
+
+
+def test_mvar_generation_with_gradients_runs_the_original() -> None:
+    block, cond = made(MVARBlock(64, 2, SCALES)), normal(2, 64)
+    expected = outputs_and_grads(block, lambda block: generation(block, cond)[:-1])
+    mk.accelerate(block)
+    assert all(map(close, outputs_and_grads(block, lambda block: generation(block, cond)[:-1]), expected))
