@@ -78,6 +78,14 @@ def integer(value: object) -> int | None:
     return known if isinstance(known, int) else None
 
 
+def groups(op: str, name: str, count: object, heads: int) -> int:
+    """Check a number of groups, which must divide the heads."""
+    known = integer(count)
+    if known is None or known < 1 or heads % known:
+        raise ValueError(f"{op}: {name}: expected groups that divide H={heads}, got {count!r}")
+    return known
+
+
 def positive(op: str, name: str, value: object) -> float:
     """Check that an argument is a finite number above 0."""
     known = number(value)

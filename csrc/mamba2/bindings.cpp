@@ -3,7 +3,7 @@
 #include <memory>
 #include <vector>
 
-#include "mamba2/mamba2.h"
+#include "mamba2/groups.h"
 #include "mamba2/plan.h"
 
 namespace mvar {
@@ -13,20 +13,28 @@ using namespace mamba2;
 
 const Kernels* const tables[] = MVAR_TABLES(mamba2_kernels);
 
-// sizes: B, L, H, P, N, directions, taps
+// sizes: B, L, H, P, N, directions, taps, groups
 Sizes sizes_of(const py::tuple& sizes, const DtypeAndStream& at, float eps = 0) {
-  return {entry(sizes, 0), entry(sizes, 1), entry(sizes, 2), entry(sizes, 3),
-          entry(sizes, 4), entry(sizes, 5), entry(sizes, 6), eps, at.stream};
+  Sizes n{};
+  int64_t* const all[] = {&n.B, &n.L, &n.H, &n.P, &n.N, &n.directions, &n.taps, &n.groups};
+  for (size_t i = 0; i < 8; ++i) *all[i] = entry(sizes, i);
+  if (n.groups < 1 || n.H % n.groups) throw py::value_error("groups: expected a divisor of the heads");
+  n.eps = eps;
+  n.stream = at.stream;
+  n.all_heads = n.H;
+  return n;
 }
 
 template <typename Arguments>
 using Kernel = void (*)(const Arguments&, const Sizes&, const Plan&, float* workspace);
 using WorkspaceFloats = int64_t (*)(const Sizes&, const Plan&);
 
-// With the workspace that is the last of `outputs`, if there is one, else with one of its own.
+// Group by group, with the workspace that is the last of `outputs`, if there is one, else with one of its own.
+// all: with the heads of all groups
 template <typename Arguments>
-void run(Kernel<Arguments> kernel, WorkspaceFloats workspace_floats, const Arguments& a, const Sizes& n,
-         const py::tuple& scales, const Tensors* outputs = nullptr) {
+void run(Kernel<Arguments> kernel, WorkspaceFloats workspace_floats, const Arguments& a, const Sizes& all,
+         const py::tuple& scales, int64_t itemsize, const Tensors* outputs = nullptr) {
+  const Sizes n = of_group(all);
   const Cut pieces(scale_lengths(scales, n.L), n.directions == 2);
   const Plan plan = pieces.plan();
   const int64_t floats = present(workspace_floats)(n, plan);
@@ -40,7 +48,7 @@ void run(Kernel<Arguments> kernel, WorkspaceFloats workspace_floats, const Argum
   }
   present(kernel);
   py::gil_scoped_release release;
-  kernel(a, n, plan, workspace);
+  for (int64_t g = 0; g < n.groups; ++g) kernel(of_group(a, n, g, itemsize), of_group(n, g), plan, workspace);
 }
 
 States states(const Tensors& t, size_t i, const char* name, const Sizes& n) {
@@ -58,7 +66,7 @@ struct MixerTensors {
 
   // itemsize: of [z, x, B, C] and the conv state; all else is float32, but for dt where it says so
   MixerTensors(const Tensors& t, const Sizes& n, int64_t itemsize, int64_t dt_itemsize = sizeof(float)) {
-    const int64_t E = n.H * n.P, channels = E + 2 * n.N;
+    const int64_t E = n.H * n.P, channels = E + 2 * n.groups * n.N;
     const Tokens all = t.tokens(0, "zxbcdt", {n.B, n.L, E + channels}, itemsize);
     z = all;
     xbc = {(char*)all.data + E * itemsize, all.batch_stride, all.row_stride};
@@ -101,7 +109,7 @@ MixerForward mixer_inputs(const Tensors& inputs, const Sizes& n, int64_t itemsiz
 void set_outputs(MixerForward& a, const Tensors& t, const Sizes& n, int64_t itemsize) {
   const int64_t E = n.H * n.P;
   a.y = t.tokens(0, "y", {n.B, n.L, E}, itemsize);
-  a.last_conv = t.tokens(1, "new conv state", {n.B, n.taps - 1, E + 2 * n.N}, itemsize);
+  a.last_conv = t.tokens(1, "new conv state", {n.B, n.taps - 1, E + 2 * n.groups * n.N}, itemsize);
   a.last = states(t, 2, "new ssm state", n);
 }
 
@@ -119,8 +127,8 @@ struct ScanTensors {
     x = t.heads(0, "x", {n.B, n.L, n.H, n.P}, itemsize);
     dt = step_tokens(t, n);
     A = MixerTensors::per_direction(t, 2, "A", n);
-    B = t.tokens(3, "B", {n.B, n.L, n.N}, itemsize);
-    C = t.tokens(4, "C", {n.B, n.L, n.N}, itemsize);
+    B = t.tokens(3, "B", {n.B, n.L, n.groups * n.N}, itemsize);
+    C = t.tokens(4, "C", {n.B, n.L, n.groups * n.N}, itemsize);
     D = t.dense<float>(5, "D", {n.H});
     initial = states(t, 6, "initial_state", n);
   }
@@ -159,7 +167,7 @@ void ssd_scan_forward(const py::tuple& at, const py::tuple& sizes, const py::tup
   a.y = out.heads(0, "y", {n.B, n.L, n.H, n.P}, call.itemsize());
   a.last = states(out, 1, "last state", n);
   const Kernels& kernels = *tables[current];
-  run(kernels.scan_forward[call.dtype], kernels.forward_workspace[call.dtype], a, n, scales);
+  run(kernels.scan_forward[call.dtype], kernels.forward_workspace[call.dtype], a, n, scales, call.itemsize());
 }
 
 // All tensors are float32. grads: of y and the last state; outputs: the gradients of the inputs
@@ -180,13 +188,13 @@ void ssd_scan_backward(const py::tuple& at, const py::tuple& sizes, const py::tu
   a.dD = out.D;
   a.dinitial = out.initial;
   const Kernels& kernels = *tables[current];
-  run(kernels.scan_backward, kernels.backward_workspace, a, n, scales);
+  run(kernels.scan_backward, kernels.backward_workspace, a, n, scales, sizeof(float));
 }
 
 // Floats of mamba2_mixer_forward's workspace.
 int64_t mamba2_mixer_workspace(const py::tuple& at, const py::tuple& sizes, const py::tuple& scales) {
   const DtypeAndStream call(at);
-  const Sizes n = sizes_of(sizes, call);
+  const Sizes n = of_group(sizes_of(sizes, call));
   const Cut pieces(scale_lengths(scales, n.L), n.directions == 2);
   return present(tables[current]->forward_workspace[call.dtype])(n, pieces.plan());
 }
@@ -200,7 +208,7 @@ void mamba2_mixer_forward(const py::tuple& at, const py::tuple& sizes, const py:
   MixerForward a = mixer_inputs(Tensors(inputs), n, call.itemsize(), kItemsizes[DtypeAndStream::checked(dt_dtype)]);
   set_outputs(a, out, n, call.itemsize());
   const Kernels& kernels = *tables[current];
-  run(kernels.mixer_forward[call.dtype], kernels.forward_workspace[call.dtype], a, n, scales,
+  run(kernels.mixer_forward[call.dtype], kernels.forward_workspace[call.dtype], a, n, scales, call.itemsize(),
       outputs.size() > 3 ? &out : nullptr);
 }
 
@@ -228,7 +236,7 @@ void mamba2_mixer_backward(const py::tuple& at, const py::tuple& sizes, const py
   a.dD = out.D;
   a.dnorm_weight = out.norm_weight;
   const Kernels& kernels = *tables[current];
-  run(kernels.mixer_backward, kernels.backward_workspace, a, n, scales);
+  run(kernels.mixer_backward, kernels.backward_workspace, a, n, scales, sizeof(float));
 }
 
 }  // namespace

@@ -10,12 +10,16 @@
 namespace mvar {
 namespace mamba2 {
 
+// A kernel computes one group: H heads that share B and C (groups.h).
 struct Sizes {
   int64_t B, L, H, P, N;
   int64_t directions;  // 2: bidirectional
   int64_t taps;        // of the convolution
+  int64_t groups;
   float eps;           // of the RMSNorm
   void* stream;        // on a GPU
+  int64_t all_heads;   // of all groups: from a direction's entries of A, A_log and dt_bias to the next's
+  int64_t B_channel, C_channel;  // of [x, B, C], counted from the group's first of x
 };
 
 // A run of tokens of one scale that is computed by matmuls: q ≤ kChunk of them.
@@ -48,7 +52,7 @@ struct States {
   int64_t batch_stride, head_stride, row_stride;
 };
 
-// Parameters are contiguous float32; A, A_log and dt_bias are (directions, H), A < 0.
+// Parameters are contiguous float32; A, A_log and dt_bias are (directions, all_heads), A < 0.
 struct ScanForward {
   Heads x;
   StepTokens dt;
@@ -61,9 +65,9 @@ struct ScanForward {
 };
 
 struct MixerForward {
-  Tokens z, xbc;      // adjacent; xbc is (B, L, E+2N)
+  Tokens z, xbc;      // adjacent where there is one group; xbc is (B, L, E+2GN)
   StepTokens dt;
-  Tokens conv_state;  // (B, taps−1, E+2N)
+  Tokens conv_state;  // (B, taps−1, E+2GN)
   States initial;
   const float *conv_weight, *conv_bias, *dt_bias, *A_log, *D, *norm_weight;
   Tokens y, last_conv;
@@ -86,7 +90,7 @@ struct MixerBackward {
   MixerForward forward;  // but for y, last_conv and last
   Tokens grad_y, grad_last_conv;
   States grad_last;
-  Tokens dz, dxbc;  // adjacent
+  Tokens dz, dxbc;
   StepTokens ddt;
   Tokens dconv_state;
   States dinitial;

@@ -99,7 +99,7 @@ int64_t floats_of_backward_team(const Sizes& n, const Plan& plan, const Geometry
 int64_t backward_workspace(const Sizes& n, const Plan& plan) {
   const Geometry g(n, plan, true);
   Carver counter(nullptr);
-  counter.take(n.directions * n.H);  // A of a mixer
+  counter.take(n.directions * n.all_heads);  // A of a mixer
   const SampleSums sums(counter, n);
   counter.take(g.teams * floats_of_backward_team(n, plan, g, sums));
   return counter.needed();

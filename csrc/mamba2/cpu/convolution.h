@@ -13,6 +13,25 @@ MVAR_INLINE T* row(const Tokens& t, int64_t b, int64_t l) {
   return (T*)t.data + b * t.batch_stride + l * t.row_stride;
 }
 
+// Channels next to each other, numbered from `first` on among those of the group alone, [x, B, C].
+struct ChannelRun {
+  int64_t first, channel, count;
+};
+
+// All channels of a group: its x, B and C, which lie apart where there are others.
+struct ChannelRuns {
+  ChannelRun runs[3];
+  int64_t count;
+  const ChannelRun* begin() const { return runs; }
+  const ChannelRun* end() const { return runs + count; }
+};
+
+MVAR_INLINE ChannelRuns channel_runs(const Sizes& n) {
+  const int64_t E = n.H * n.P;
+  if (n.groups == 1) return {{{0, 0, E + 2 * n.N}}, 1};
+  return {{{0, 0, E}, {E, n.B_channel, n.N}, {E + n.N, n.C_channel, n.N}}, 3};
+}
+
 // Which channels of [x, B, C]: `count` of them from `first`; lines in scratch are `width` floats.
 struct Channels {
   int64_t first, count, width;

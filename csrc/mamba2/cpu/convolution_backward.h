@@ -18,7 +18,7 @@ constexpr int64_t kConvTokens = 64;
 struct ChannelVector {
   const MixerBackward& a;
   const Sizes& n;
-  int64_t b, c;    // sample and first channel
+  int64_t b, c;    // sample and first channel of [x, B, C]
   float* weights;  // of these channels: lines of kConvBlock floats
   float* sums;     // as many; scratch
 
@@ -41,7 +41,7 @@ struct ChannelVector {
     store((before ? row<float>(a.dconv_state, b, r) : row<float>(a.dxbc, b, l)) + c, dx, lanes);
   }
 
-  // dconv: (taps+1, channels), added to
+  // dconv: (taps+1, channels) from the first of these channels on, added to
   template <int known, typename Lanes>
   MVAR_INLINE void run(float* dconv, int64_t channels, Lanes lanes) const {
     Taps<known> weight(weights, kConvBlock, n.taps);
@@ -59,7 +59,7 @@ struct ChannelVector {
           take_row<false>(r, weight, dweight, dbias, lanes);
         }
       }
-      float* to = dconv + c;
+      float* to = dconv;
       for (int64_t k = 0; k < dweight.count(); ++k, to += channels) {
         store(to, load(to, lanes) + dweight.get(k), lanes);
       }
@@ -69,16 +69,16 @@ struct ChannelVector {
 };
 
 // weights: twice taps+1 lines of kConvBlock floats of scratch
-void derive_convolution(const MixerBackward& a, const Sizes& n, int64_t b, int64_t first, int64_t count,
-                        float* weights, float* dconv) {
+void derive_convolution(const MixerBackward& a, const Sizes& n, int64_t b, const ChannelRun& run, float* weights,
+                        float* dconv) {
   const int64_t channels = n.H * n.P + 2 * n.N;
-  gather_weights(a.forward.conv_weight, a.forward.conv_bias, n.taps, {first, count, kConvBlock}, weights);
+  gather_weights(a.forward.conv_weight, a.forward.conv_bias, n.taps, {run.channel, run.count, kConvBlock}, weights);
   float* sums = weights + (n.taps + 1) * kConvBlock;
   with_taps(n.taps, [&](auto known) MVAR_INLINE_LAMBDA {
-    for (int64_t j = 0; j < count; j += kWidth) {
-      const ChannelVector vector{a, n, b, first + j, weights + j, sums + j};
-      with_lanes(count - j, [&](auto lanes) MVAR_INLINE_LAMBDA {
-        vector.run<decltype(known)::value>(dconv, channels, lanes);
+    for (int64_t j = 0; j < run.count; j += kWidth) {
+      const ChannelVector vector{a, n, b, run.channel + j, weights + j, sums + j};
+      with_lanes(run.count - j, [&](auto lanes) MVAR_INLINE_LAMBDA {
+        vector.run<decltype(known)::value>(dconv + run.first + j, channels, lanes);
       });
     }
   });

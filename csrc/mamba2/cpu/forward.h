@@ -59,7 +59,7 @@ int64_t floats_of_forward_team(const Sizes& n, const Plan& plan, const Geometry&
 int64_t forward_workspace(const Sizes& n, const Plan& plan) {
   const Geometry g(n, plan, false);
   Carver counter(nullptr);
-  counter.take(n.directions * n.H);  // A of a mixer
+  counter.take(n.directions * n.all_heads);  // A of a mixer
   counter.take(g.teams * floats_of_forward_team(n, plan, g));
   return counter.needed();
 }

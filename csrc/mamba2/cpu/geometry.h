@@ -94,7 +94,7 @@ MVAR_INLINE View view_of(const Shared& shared, const Chunk& chunk, int64_t direc
           sign * g.N_padded,
           shared.scores + direction * kChunk * kChunk,
           shared.delta + head * kChunk,
-          finite_rate(A[head]),
+          finite_rate(A[direction * n.all_heads + h]),
           direction == 0};
 }
 

@@ -41,7 +41,7 @@ struct MixerForm {
   void fill_shared(int64_t b, const Chunk& chunk, const Shared& shared, const Scratch& s, const Geometry& g) const {
     float* lines[] = {shared.B, shared.C};
     for (int64_t i = 0; i < 2; ++i) {
-      const Channels channels{E() + i * n.N, n.N, g.N_padded};
+      const Channels channels{i ? n.C_channel : n.B_channel, n.N, g.N_padded};
       gather_rows<T>(a.xbc, a.conv_state, b, chunk.first, chunk.q, n.taps, channels, s.rows);
       gather_weights(a.conv_weight, a.conv_bias, n.taps, channels, s.weights);
       fill_lines(b, chunk.first, chunk.q, channels, s, s.rows, lines[i]);
@@ -55,7 +55,7 @@ struct MixerForm {
     const float* dt = (const float*)a.dt.data + b * a.dt.batch_stride + (chunk.first + i) * a.dt.row_stride +
                       d * a.dt.direction_stride;
     for_each_vector(n.H, [&](int64_t h, auto lanes, int) MVAR_INLINE_LAMBDA {
-      const Vec delta = softplus(load(dt + h, lanes) + load(a.dt_bias + d * n.H + h, lanes));
+      const Vec delta = softplus(load(dt + h, lanes) + load(a.dt_bias + d * n.all_heads + h, lanes));
       store_delta(shared, chunk, d, h, i, delta, n);
     });
   }
@@ -124,20 +124,25 @@ struct MixerForm {
 // The last taps−1 rows of [state, xbc].
 template <typename T>
 void keep_last_rows(const MixerForward& a, const Sizes& n) {
-  const int64_t channels = n.H * n.P + 2 * n.N;
   for (int64_t b = 0; b < n.B; ++b) {
     for (int64_t i = 0; i < n.taps - 1; ++i) {
       const int64_t l = n.L - (n.taps - 1) + i;
       const T* from = l < 0 ? row<T>(a.conv_state, b, l + n.taps - 1) : row<T>(a.xbc, b, l);
-      __builtin_memcpy(row<T>(a.last_conv, b, i), from, channels * sizeof(T));
+      T* to = row<T>(a.last_conv, b, i);
+      for (const ChannelRun& run : channel_runs(n)) {
+        __builtin_memcpy(to + run.channel, from + run.channel, run.count * sizeof(T));
+      }
     }
   }
 }
 
-// A = −exp(A_log) of every direction and head.
+// A = −exp(A_log) of every direction and head, at the same places.
 const float* find_rates(const MixerForward& a, const Sizes& n, Carver& pieces) {
-  float* A = pieces.take(n.directions * n.H);
-  for (int64_t head = 0; head < n.directions * n.H; ++head) A[head] = -__builtin_expf(a.A_log[head]);
+  float* A = pieces.take(n.directions * n.all_heads);
+  for (int64_t i = 0; i < n.directions * n.H; ++i) {
+    const int64_t head = i / n.H * n.all_heads + i % n.H;
+    A[head] = -__builtin_expf(a.A_log[head]);
+  }
   return A;
 }
 

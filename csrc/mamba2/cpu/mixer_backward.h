@@ -120,7 +120,7 @@ struct MixerBackwardForm {
   // Through softplus: its slope is the sigmoid.
   void take_delta(int64_t b, int64_t h, int64_t direction, const Chunk& chunk, const float* ddelta) const {
     const StepTokens& dt = a.forward.dt;
-    const int64_t head = direction * n.H + h;
+    const int64_t head = direction * n.all_heads + h;
     const auto token = [&](int64_t i) { return chunk.first + (direction ? chunk.q - 1 - i : i); };
     float steps[kChunk] = {};
     for (int64_t i = 0; i < chunk.q; ++i) {
@@ -136,7 +136,7 @@ struct MixerBackwardForm {
       ((float*)a.ddt.data)[b * a.ddt.batch_stride + token(i) * a.ddt.row_stride + head] = steps[i];
       total += steps[i];
     }
-    space.sums.ddt_bias[b * n.directions * n.H + head] += total;
+    space.sums.ddt_bias[(b * n.directions + direction) * n.H + h] += total;
   }
 
   void finish_head(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g) const {
@@ -152,7 +152,7 @@ struct MixerBackwardForm {
     const float* lines[] = {s.dB, s.dC};
     for (int64_t t = 0; t < chunk.q; ++t) {
       for (int64_t i = 0; i < 2; ++i) {
-        float* to = row<float>(a.dxbc, b, chunk.first + t) + E() + i * n.N;
+        float* to = row<float>(a.dxbc, b, chunk.first + t) + (i ? n.C_channel : n.B_channel);
         for_each_vector(n.N, [&](int64_t j, auto lanes, int) MVAR_INLINE_LAMBDA {
           const Vec value = load(to + j, lanes);
           store(to + j, load(lines[i] + t * g.N_padded + j, lanes) * silu_slope(value, sigmoid(value)), lanes);
@@ -162,26 +162,32 @@ struct MixerBackwardForm {
   }
 
   void finish_samples(int64_t b0, int64_t samples, const Team& team, const BackwardScratch& s) const {
-    const int64_t channels = E() + 2 * n.N, blocks = (channels + kConvBlock - 1) / kConvBlock;
-    team.share(samples * blocks, [&](int64_t i) {
-      const int64_t b = b0 + i / blocks, first = i % blocks * kConvBlock;
-      const int64_t count = channels - first < kConvBlock ? channels - first : kConvBlock;
-      float* dconv = space.sums.dconv + b * channels * (n.taps + 1);
-      derive_convolution(a, n, b, first, count, s.forward.weights, dconv);
-    });
+    for (const ChannelRun& run : channel_runs(n)) {
+      const int64_t blocks = (run.count + kConvBlock - 1) / kConvBlock;
+      team.share(samples * blocks, [&](int64_t i) {
+        const int64_t b = b0 + i / blocks, first = i % blocks * kConvBlock;
+        const int64_t count = run.count - first < kConvBlock ? run.count - first : kConvBlock;
+        float* dconv = space.sums.dconv + b * (E() + 2 * n.N) * (n.taps + 1);
+        derive_convolution(a, n, b, {run.first + first, run.channel + first, count}, s.forward.weights, dconv);
+      });
+    }
   }
 
   void finish() const {
-    const int64_t channels = E() + 2 * n.N;
+    const ChannelRuns runs = channel_runs(n);
+    for (const ChannelRun& run : runs) {
 #pragma omp for schedule(static) nowait
-    for (int64_t c = 0; c < channels; ++c) sum_channel(c, channels);
+      for (int64_t i = 0; i < run.count; ++i) sum_channel(run.first + i, run.channel + i);
+    }
   }
 
-  void sum_channel(int64_t c, int64_t channels) const {
+  // c: numbered among the channels of the group; channel: of [x, B, C]
+  void sum_channel(int64_t c, int64_t channel) const {
+    const int64_t channels = E() + 2 * n.N;
     for (int64_t k = 0; k <= n.taps; ++k) {
       float total = 0;
       for (int64_t b = 0; b < n.B; ++b) total += space.sums.dconv[(b * (n.taps + 1) + k) * channels + c];
-      (k < n.taps ? a.dconv_weight[c * n.taps + k] : a.dconv_bias[c]) = total;
+      (k < n.taps ? a.dconv_weight[channel * n.taps + k] : a.dconv_bias[channel]) = total;
     }
     if (c < E()) {
       float total = 0;
@@ -190,10 +196,11 @@ struct MixerBackwardForm {
     }
     if (c < n.H) a.dD[c] = sum_samples(space.sums.dD, c, n.H, n.B);
     if (c >= n.H) return;
-    for (int64_t head = c; head < n.directions * n.H; head += n.H) {
-      a.ddt_bias[head] = sum_samples(space.sums.ddt_bias, head, n.directions * n.H, n.B);
+    for (int64_t d = 0; d < n.directions; ++d) {
+      const int64_t at = d * n.H + c, head = d * n.all_heads + c, count = n.directions * n.H;
+      a.ddt_bias[head] = sum_samples(space.sums.ddt_bias, at, count, n.B);
       // A = −exp(A_log)
-      a.dA_log[head] = sum_samples(space.sums.dA, head, n.directions * n.H, n.B) * finite_rate(A()[head]);
+      a.dA_log[head] = sum_samples(space.sums.dA, at, count, n.B) * finite_rate(A()[head]);
     }
   }
 

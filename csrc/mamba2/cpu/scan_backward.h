@@ -87,7 +87,7 @@ struct ScanBackwardForm {
   void finish() const {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < n.directions * n.H; ++i) {
-      a.dA[i] = sum_samples(space.sums.dA, i, n.directions * n.H, n.B);
+      a.dA[i / n.H * n.all_heads + i % n.H] = sum_samples(space.sums.dA, i, n.directions * n.H, n.B);
       if (i < n.H) a.dD[i] = sum_samples(space.sums.dD, i, n.H, n.B);
     }
   }

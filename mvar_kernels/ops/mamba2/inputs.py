@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Scan(NamedTuple):
-    """x (B, L, H, P); dt (B, L, H), A and D (H); B and C (B, L, N); state (B, H, P, N). In both directions dt is
+    """x (B, L, H, P); dt (B, L, H), A and D (H); B and C (B, L, G·N); state (B, H, P, N). In both directions dt is
     (B, L, 2, H) and A (2, H). All else as in :func:`mvar_kernels.ssd_scan`.
     """
 
@@ -19,9 +19,15 @@ class Scan(NamedTuple):
     state: Tensor
     scales: tuple[int, ...]
 
+    @property
+    def groups(self) -> int:
+        """G: groups of H/G heads each, which share B and C."""
+        N = self.state.shape[-1]
+        return self.B.shape[-1] // N if N else 1
+
 
 class Mixer(NamedTuple):
-    """zxbcdt (B, L, 2E+2N+directions·H), or without these columns and dt (B, L, directions·H); the state conv and ssm.
+    """zxbcdt (B, L, 2E+2GN+directions·H), or without these columns and dt (B, L, directions·H); the state conv and ssm.
 
     All else as in :func:`mvar_kernels.mamba2_mixer`.
     """
@@ -38,6 +44,12 @@ class Mixer(NamedTuple):
     ssm: Tensor
     scales: tuple[int, ...]
     eps: float
+
+    @property
+    def groups(self) -> int:
+        """G: groups of H/G heads each, which share B, C and an RMSNorm."""
+        _, H, P, N = self.ssm.shape
+        return (self.conv_weight.shape[0] - H * P) // (2 * N)
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:

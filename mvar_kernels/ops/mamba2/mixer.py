@@ -25,7 +25,7 @@ _OP = Op("mamba2_mixer", __package__, {"cpu": "native", "cuda": "native", "trito
 class Mamba2State(NamedTuple):
     """The state of a mixer after all tokens so far.
 
-    conv: (B, width−1, E+2N), the last rows of [x, B, C] before the convolution, dtype of the input.
+    conv: (B, width−1, E+2GN), the last rows of [x, B, C] before the convolution, dtype of the input.
     ssm: (B, H, P, N), the scan's state, float32 (float64 for float64).
     """
 
@@ -43,6 +43,7 @@ def mamba2_mixer(
     norm_weight: Tensor,
     *,
     dt: Tensor | None = None,
+    ngroups: int = 1,
     eps: float = 1e-5,
     state: Mamba2State | None = None,
     scales: tuple[int, ...] | None = None,
@@ -50,16 +51,18 @@ def mamba2_mixer(
 ) -> tuple[Tensor, Mamba2State]:
     """Convolution, SiLU, scan, skip, gate and RMSNorm over new tokens, from the state of all earlier ones.
 
-    E is the inner width, H the heads, P = E/H, N the state size (one group).
+    E is the inner width, H the heads, P = E/H, N the state size, G the groups of H/G heads that share B and C. RMSNorm
+    is over the E/G channels of a group.
 
     Args:
-        zxbcdt: (B, L, 2E+2N+H): [z, x, B, C, dt]; bidirectional 2E+2N+2H, the backward dt last. With `dt` given
-            (B, L, 2E+2N): [z, x, B, C].
-        conv_weight, conv_bias: (E+2N, width) and (E+2N,).
+        zxbcdt: (B, L, 2E+2GN+H): [z, x, B, C, dt], B and C group by group; bidirectional 2E+2GN+2H, the backward dt
+            last. With `dt` given (B, L, 2E+2GN): [z, x, B, C].
+        conv_weight, conv_bias: (E+2GN, width) and (E+2GN,).
         dt_bias, A_log: (H,), or (2, H) for both directions (forward first).
         D, norm_weight: (H,) and (E,). All parameters in any floating dtype, used in float32.
         dt: (B, L, H), or (B, L, 2, H) for both directions (forward first), before dt_bias; dtype of zxbcdt, or
             float32 with 16-bit zxbcdt, as rounding dt moves every decay. Its gradient is of its dtype.
+        ngroups: G.
         eps: of the RMSNorm.
         state: from the call on the tokens before; None at the start of a sequence.
         scales: tokens per scale; needed when bidirectional, not used else.
@@ -79,18 +82,19 @@ def mamba2_mixer(
     for name, value, dims in (
         ("D", D, "H"),
         ("norm_weight", norm_weight, "E"),
-        ("conv_weight", conv_weight, "E+2N taps"),
+        ("conv_weight", conv_weight, "E+2GN taps"),
     ):
         validation.tensor(op, name, value, dims, sizes, like=zxbcdt)
-    validation.tensor(op, "conv_bias", conv_bias, "E+2N", sizes, like=zxbcdt)
+    validation.tensor(op, "conv_bias", conv_bias, "E+2GN", sizes, like=zxbcdt)
     both = isinstance(A_log, Tensor) and A_log.dim() == 2
     heads = "2 H" if both else "H"
     validation.tensor(op, "A_log", A_log, heads, sizes, like=zxbcdt)
     validation.tensor(op, "dt_bias", dt_bias, heads, sizes, like=zxbcdt)
-    E, H, xbc = sizes["E"], sizes["H"], sizes["E+2N"]
-    if H < 1 or sizes["taps"] < 1 or E % H or xbc <= E or (xbc - E) % 2:
-        raise ValueError(f"{op}: conv_weight: expected E+2N channels with E={E} a multiple of H={H}, got {xbc}")
-    width, columns = (E + xbc, "2E+2N") if dt is not None else (E + xbc + dt_bias.numel(), f"2E+2N+{'2' * both}H")
+    E, H, xbc = sizes["E"], sizes["H"], sizes["E+2GN"]
+    G = 1 if ngroups == 1 else validation.groups(op, "ngroups", ngroups, H)
+    if H < 1 or sizes["taps"] < 1 or E % H or xbc <= E or (xbc - E) % (2 * G):
+        raise ValueError(f"{op}: conv_weight: expected E+2GN channels with E={E} a multiple of H={H}, G={G}, got {xbc}")
+    width, columns = (E + xbc, "2E+2GN") if dt is not None else (E + xbc + dt_bias.numel(), f"2E+2GN+{'2' * both}H")
     if sizes["width"] != width or sizes["L"] < 1:
         raise ValueError(f"{op}: zxbcdt: expected (B, L≥1, {columns}={width}), got {tuple(zxbcdt.shape)}")
     if state is not None and not isinstance(state, Mamba2State):
@@ -100,13 +104,13 @@ def mamba2_mixer(
         steps = (zxbcdt.dtype,) if zxbcdt.dtype == acc else (zxbcdt.dtype, acc)
         validation.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=zxbcdt, dtypes=steps)
         dt = dt.flatten(2)
-    sizes |= {"taps-1": sizes["taps"] - 1, "P": E // H, "N": (xbc - E) // 2}
+    sizes |= {"taps-1": sizes["taps"] - 1, "P": E // H, "N": (xbc - E) // (2 * G)}
     if state is None:
         state = Mamba2State(
             zxbcdt.new_zeros(sizes["B"], sizes["taps-1"], xbc),
             zxbcdt.new_zeros([sizes[d] for d in "BHPN"], dtype=acc),
         )
-    validation.tensor(op, "state.conv", state.conv, "B taps-1 E+2N", sizes, like=zxbcdt, dtypes=(zxbcdt.dtype,))
+    validation.tensor(op, "state.conv", state.conv, "B taps-1 E+2GN", sizes, like=zxbcdt, dtypes=(zxbcdt.dtype,))
     validation.tensor(op, "state.ssm", state.ssm, "B H P N", sizes, like=zxbcdt, dtypes=(acc,))
     eps = validation.positive(op, "eps", eps)
     scales = validation.directions(op, both, scales, sizes["L"])

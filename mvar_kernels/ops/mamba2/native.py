@@ -40,6 +40,8 @@ def _unsupported_cpu(first: Tensor) -> str | None:
 
 def _unsupported_mixer_cuda(call: Mixer) -> str | None:
     _, H, P, N = call.ssm.shape
+    if call.groups > 1:
+        return f"zxbcdt: {call.groups} groups, the CUDA kernel has one"
     if call.A_log.dim() == 2:
         return "A_log: has two directions, the CUDA kernel scans forward only"
     if (P, N) != CUDA_HEAD_SIZES or H % 2:
@@ -53,9 +55,9 @@ def _parameter(t: Tensor) -> Tensor:
     return t.float().contiguous()
 
 
-def _scan_inputs(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The tensors as the kernel takes them, and their sizes."""
-    x, dt, A, B, C, D, state = tensors
+def _scan_inputs(call: Scan) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The tensors as the kernel takes them, and their sizes: B, L, H, P, N, directions, taps, groups."""
+    x, dt, A, B, C, D, state, _ = call
     ready = [
         last_dim_contiguous(x),
         last_dim_contiguous(dt.float()),
@@ -65,11 +67,11 @@ def _scan_inputs(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ..
         _parameter(D),
         last_dim_contiguous(state),
     ]
-    return ready, (*x.shape, B.shape[-1], A.dim(), 1)
+    return ready, (*x.shape, state.shape[-1], A.dim(), 1, call.groups)
 
 
 def _ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
-    x, inputs, sizes = call.x, *_scan_inputs(call[:-1])
+    x, inputs, sizes = call.x, *_scan_inputs(call)
     y, last = empty_contiguous(x), empty_contiguous(call.state)
     extension(x).ssd_scan_forward(dtype_and_stream(x), sizes, call.scales, pointers(*inputs), pointers(y, last))
     return y, last
@@ -78,7 +80,7 @@ def _ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
 def _ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     """In float32 whatever the dtype of the inputs; each gradient is then rounded to that of its input."""
     tensors = call[:-1]
-    inputs, sizes = _scan_inputs([t.float() for t in tensors])
+    inputs, sizes = _scan_inputs(Scan(*(t.float() for t in tensors), call.scales))
     given = [last_dim_contiguous(g.float()) for g in grads]
     outputs = [empty_contiguous(t) for t in inputs]
     extension(call.x).ssd_scan_backward(
@@ -88,8 +90,9 @@ def _ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
 
 
 def _sizes(call: Mixer) -> tuple[int, ...]:
-    """B, L, H, P, N, directions, taps"""
-    return *call.zxbcdt.shape[:2], *call.ssm.shape[1:], call.dt_bias.dim(), call.conv_weight.shape[1]
+    """B, L, H, P, N, directions, taps, groups"""
+    taps = call.conv_weight.shape[1]
+    return *call.zxbcdt.shape[:2], *call.ssm.shape[1:], call.dt_bias.dim(), taps, call.groups
 
 
 def _run_mixer(call: Mixer, *workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -83,6 +83,9 @@ def backward_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, scales
 
 def ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
     """y (B, L, H, P) in x's dtype and the last state (B, H, P, N). dt (B, L, 2, H) and A (2, H): bidirectional."""
+    if call.groups > 1:
+        ys, states = zip(*map(ssd_scan, _by_group(call)), strict=True)
+        return torch.cat(ys, 2), torch.cat(states, 1)
     x, dt, A, B, C, D, state, scales = call
     acc = accumulator(x.dtype)
     x_acc, dt, A, B, C, D = (t.to(acc) for t in (x, dt, A, B, C, D))
@@ -94,28 +97,35 @@ def ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
     return (y + D[:, None] * x_acc).to(x.dtype), last
 
 
+def _by_group(call: Scan) -> list[Scan]:
+    """A scan of one group each."""
+    G, heads = call.groups, {"x": 2, "dt": -1, "A": -1, "B": -1, "C": -1, "D": 0, "state": 1}
+    pieces = zip(*(getattr(call, name).chunk(G, dim) for name, dim in heads.items()), strict=True)
+    return [Scan(*tensors, call.scales) for tensors in pieces]
+
+
 def mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, L, E) and the new (conv, ssm) state; shapes as in :func:`mvar_kernels.mamba2_mixer`."""
     first, dt = call.zxbcdt, call.steps
     acc = accumulator(first.dtype)
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.to(acc) for p in call.parameters)
     conv_state, ssm_state = call.conv, call.ssm
-    E, (H,), width = norm_weight.shape[0], D.shape, conv_weight.shape[1]
-    N = (conv_weight.shape[0] - E) // 2
-    z, xbc = first[..., : 2 * E + 2 * N].split([E, E + 2 * N], -1)
+    (_, H, P, N), G, width = ssm_state.shape, call.groups, conv_weight.shape[1]
+    E = H * P
+    z, xbc = first[..., : 2 * E + 2 * G * N].split([E, E + 2 * G * N], -1)
 
-    rows = torch.cat([conv_state, xbc], 1)  # (B, width−1+L, E+2N)
+    rows = torch.cat([conv_state, xbc], 1)  # (B, width−1+L, E+2GN)
     channels_first = rows.to(acc).transpose(1, 2).contiguous()  # four times as fast on a CPU as the view
-    convolved = F.conv1d(channels_first, conv_weight[:, None], conv_bias, groups=E + 2 * N)
-    x, B, C = F.silu(convolved.transpose(1, 2)).split([E, N, N], -1)
+    convolved = F.conv1d(channels_first, conv_weight[:, None], conv_bias, groups=E + 2 * G * N)
+    x, B, C = F.silu(convolved.transpose(1, 2)).split([E, G * N, G * N], -1)
 
     delta = F.softplus(dt.to(acc).unflatten(-1, dt_bias.shape) + dt_bias)
-    heads = x.unflatten(-1, (H, E // H))  # (B, L, H, P)
+    heads = x.unflatten(-1, (H, P))  # (B, L, H, P)
     A = -A_log.clamp(max=math.log(torch.finfo(acc).max) - 1e-3).exp()  # finite, and so is its gradient
     y, last = ssd_scan(Scan(heads, delta, A, B, C, D, ssm_state, call.scales))
 
-    gated = y.flatten(2) * F.silu(z.to(acc))
-    normed = gated * (gated.square().mean(-1, keepdim=True) + call.eps).rsqrt() * norm_weight
+    gated = (y.flatten(2) * F.silu(z.to(acc))).unflatten(-1, (G, E // G))
+    normed = (gated * (gated.square().mean(-1, keepdim=True) + call.eps).rsqrt()).flatten(2) * norm_weight
     return normed.to(first.dtype), rows[:, rows.shape[1] - width + 1 :].clone(), last
 
 

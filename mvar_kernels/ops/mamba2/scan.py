@@ -46,7 +46,8 @@ def ssd_scan(
         dt: Δ, (B, L, H), positive, or (B, L, 2, H) for both directions (forward first); dtype of x, or float32
             with 16-bit x, as rounding Δ moves every decay.
         A: (H,), negative, or (2, H) for both directions.
-        B, C: (B, L, N), dtype of x, shared by all heads.
+        B, C: (B, L, N), dtype of x, shared by all heads, or (B, L, G, N): of G groups of H/G heads, those of group g
+            from head g·H/G on.
         D: (H,), weight of the skip; None for none.
         initial_state: (B, H, P, N) before the first token, float32 (float64 for float64); None for zero.
         scales: tokens per scale; needed when bidirectional, not used else.
@@ -70,9 +71,13 @@ def ssd_scan(
     acc = validation.accumulator(x.dtype)
     steps = (x.dtype,) if x.dtype == acc else (x.dtype, acc)
     validation.tensor(op, "dt", dt, "B L 2 H" if both else "B L H", sizes, like=x, dtypes=steps)
-    validation.tensor(op, "B", B, "B L N", sizes, like=x)
-    validation.tensor(op, "C", C, "B L N", sizes, like=x)
+    grouped = isinstance(B, Tensor) and B.dim() == 4
+    validation.tensor(op, "B", B, "B L G N" if grouped else "B L N", sizes, like=x)
+    validation.tensor(op, "C", C, "B L G N" if grouped else "B L N", sizes, like=x)
     validation.same_dtype(op, "x", x=x, B=B, C=C)
+    if grouped:
+        validation.groups(op, "B", sizes["G"], sizes["H"])
+        B, C = B.flatten(2), C.flatten(2)
     if x.shape[1] < 1:
         raise ValueError(f"{op}: x: expected at least one token, got L=0")
     if D is None:

@@ -25,8 +25,10 @@ OPERANDS = "matmuls of a training step round x, B, C, h, its adjoint and dy to b
 PARAMETERS = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
 
 
-def _case(name: str, B: int, L: int, H: int, P: int, N: int, scales: tuple[int, ...] | None = None) -> Case:
-    return Case(name, {"B": B, "L": L, "H": H, "P": P, "N": N}, {"scales": scales})
+def _case(
+    name: str, B: int, L: int, H: int, P: int, N: int, scales: tuple[int, ...] | None = None, **options: Any
+) -> Case:
+    return Case(name, {"B": B, "L": L, "H": H, "P": P, "N": N}, {"scales": scales, **options})
 
 
 FLOAT32_STEPS = (
@@ -85,6 +87,10 @@ CASES = (
     _case("bidirectional", 2, 30, 2, 64, 64, scales=(1, 4, 9, 16)),
     _case("bidirectional_odd", 1, 75, 2, 5, 7, scales=(2, 1, 72)),
 )
+GROUPS = (
+    _case("groups", 2, 37, 4, 16, 16, groups=2),
+    _case("groups_odd", 1, 20, 6, 5, 7, scales=(3, 17), groups=3),
+)
 VAR_256 = tuple(n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 BENCH = (
     _case("d16_256", 2, 680, 32, 64, 64),
@@ -127,8 +133,13 @@ def _heads(case: Case) -> tuple[int, ...]:
     return (2, case.sizes["H"]) if case.options["scales"] else (case.sizes["H"],)
 
 
+def _groups(case: Case) -> int:
+    return case.options.get("groups", 1)
+
+
 def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
+    shared = (B, L, _groups(case), N) if "groups" in case.options else (B, L, N)
     if case.options.get("one_sign"):
         ones = {"x": (B, L, H, P), "dt": (B, L, H), "A": (H,), "B": (B, L, N), "C": (B, L, N), "D": (H,)}
         values = {"dt": 0.01, "A": -1e-3}
@@ -139,8 +150,8 @@ def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
         "x": _normal(generator, B, L, H, P),
         "dt": torch.nn.functional.softplus(_normal(generator, B, L, *_heads(case)) - 3),
         "A": -_with_instant(_log_decay_rates(generator, *_heads(case)), case).exp(),
-        "B": _normal(generator, B, L, N),
-        "C": _normal(generator, B, L, N),
+        "B": _normal(generator, *shared),
+        "C": _normal(generator, *shared),
         "D": 1 + 0.1 * _normal(generator, H),
         "initial_state": _normal(generator, B, H, P, N),
     }
@@ -149,23 +160,23 @@ def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
 
 def _mixer_inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
-    E, heads = H * P, _heads(case)
+    E, heads, shared = H * P, _heads(case), 2 * _groups(case) * N
     count = len(heads) * H  # of dt columns
-    times = torch.ones(E + 2 * N, 1, dtype=torch.float64, device=generator.device)
+    times = torch.ones(E + shared, 1, dtype=torch.float64, device=generator.device)
     times[E:] = case.options.get("times", {}).get("BC", 1.0)
     inputs = {
-        "zxbcdt": _normal(generator, B, L, 2 * E + 2 * N + count),
-        "conv_weight": 0.5 * times * _normal(generator, E + 2 * N, 4),
-        "conv_bias": 0.1 * _normal(generator, E + 2 * N),
+        "zxbcdt": _normal(generator, B, L, 2 * E + shared + count),
+        "conv_weight": 0.5 * times * _normal(generator, E + shared, 4),
+        "conv_bias": 0.1 * _normal(generator, E + shared),
         "dt_bias": _normal(generator, *heads) - 3,
         "A_log": _with_instant(_log_decay_rates(generator, *heads), case),
         "D": 1 + 0.1 * _normal(generator, H),
         "norm_weight": 1 + 0.1 * _normal(generator, E),
-        "conv": _normal(generator, B, 3, E + 2 * N),
+        "conv": _normal(generator, B, 3, E + shared),
         "ssm": _normal(generator, B, H, P, N),
     }
     if "dt" in case.keeps_dtype:
-        inputs["zxbcdt"], dt = inputs["zxbcdt"].split([2 * E + 2 * N, count], -1)
+        inputs["zxbcdt"], dt = inputs["zxbcdt"].split([2 * E + shared, count], -1)
         inputs["dt"] = dt.unflatten(-1, heads)
     return inputs
 
@@ -175,6 +186,7 @@ def _call_mixer(t: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
         t["zxbcdt"],
         *(t[name] for name in PARAMETERS),
         dt=t.get("dt"),
+        ngroups=_groups(case),
         eps=EPS,
         state=Mamba2State(t["conv"], t["ssm"]),
         scales=case.options["scales"],
@@ -195,6 +207,11 @@ def _call_scan(t: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
     return ssd_scan(*args, initial_state=t["initial_state"], scales=case.options["scales"], backend=backend)
 
 
+def _scan_reference(t: Inputs, case: Case) -> tuple[Tensor, ...]:
+    B, C = t["B"].flatten(2), t["C"].flatten(2)
+    return reference.ssd_scan(Scan(t["x"], t["dt"], t["A"], B, C, t["D"], t["initial_state"], _scales(case)))
+
+
 def _scales(case: Case) -> tuple[int, ...]:
     return case.options["scales"] or (case.sizes["L"],)
 
@@ -206,40 +223,41 @@ def _scan_flops(case: Case) -> int:
 
 def _scan_work(case: Case, itemsize: int) -> tuple[int, int]:
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
-    moved = B * L * (2 * H * P + 2 * N + len(_heads(case)) * H) * itemsize + 2 * 4 * B * H * P * N
+    shared = 2 * _groups(case) * N
+    moved = B * L * (2 * H * P + shared + len(_heads(case)) * H) * itemsize + 2 * 4 * B * H * P * N
     return moved, _scan_flops(case)
 
 
 def _mixer_work(case: Case, itemsize: int) -> tuple[int, int]:
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
-    moved = B * L * (3 * H * P + 2 * N + len(_heads(case)) * H) * itemsize + 2 * 4 * B * H * P * N
-    return moved, _scan_flops(case) + B * L * (8 * (H * P + 2 * N) + 8 * H * P)
+    shared = 2 * _groups(case) * N
+    moved = B * L * (3 * H * P + shared + len(_heads(case)) * H) * itemsize + 2 * 4 * B * H * P * N
+    return moved, _scan_flops(case) + B * L * (8 * (H * P + shared) + 8 * H * P)
 
 
 def _scan_work_backward(case: Case, itemsize: int) -> tuple[int, int]:
     """x, dt, B, C, dy and the states are read, their gradients written; h and its adjoint, then a product for each."""
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
-    read = B * L * (2 * H * P + 2 * N + len(_heads(case)) * H)
-    written = B * L * (H * P + 2 * N + len(_heads(case)) * H)
+    shared = 2 * _groups(case) * N
+    read = B * L * (2 * H * P + shared + len(_heads(case)) * H)
+    written = B * L * (H * P + shared + len(_heads(case)) * H)
     return (read + written) * itemsize + 4 * 4 * B * H * P * N, 5 * _scan_flops(case) // 2
 
 
 def _mixer_work_backward(case: Case, itemsize: int) -> tuple[int, int]:
     """zxbcdt and dy are read, dzxbcdt written, besides the states and their gradients."""
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
-    row = 2 * H * P + 2 * N + len(_heads(case)) * H
+    row = 2 * H * P + 2 * _groups(case) * N + len(_heads(case)) * H
     moved = B * L * (2 * row + H * P) * itemsize + 4 * 4 * B * H * P * N
     return moved, 5 * _mixer_work(case, itemsize)[1] // 2
 
 
 SSD_SCAN = Spec(
     op="ssd_scan",
-    cases=(*CASES, *FLOAT32_STEPS, *LARGE_SCAN, ONE_SIGN, *INSTANT),
+    cases=(*CASES, *FLOAT32_STEPS, *LARGE_SCAN, ONE_SIGN, *INSTANT, *GROUPS),
     inputs=_scan_inputs,
     call=_call_scan,
-    reference=lambda t, case: reference.ssd_scan(
-        Scan(t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["initial_state"], _scales(case))
-    ),
+    reference=_scan_reference,
     outputs=("y", "state"),
     grads=("x", "dt", "A", "B", "C", "D", "initial_state"),
     keeps_dtype=("A", "D", "initial_state"),
@@ -254,7 +272,7 @@ SSD_SCAN = Spec(
 
 MAMBA2_MIXER = Spec(
     op="mamba2_mixer",
-    cases=(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64), *FLOAT32_STEPS_MIXER, *LARGE_MIXER, *INSTANT),
+    cases=(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64), *FLOAT32_STEPS_MIXER, *LARGE_MIXER, *INSTANT, *GROUPS),
     inputs=_mixer_inputs,
     call=_call_mixer,
     reference=_mixer_reference,

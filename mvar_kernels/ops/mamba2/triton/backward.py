@@ -100,24 +100,29 @@ class ScanGradients:
         scales: tuple[int, ...],
         dtype: torch.dtype,
         mixer: tuple[Tensor, Tensor, Tensor] | None = None,
+        groups: int = 1,
     ) -> None:
         device = x.device
         self.scheme = how = scheme(dtype, device)
-        self.batch, self.H, self.P, self.N = initial.shape
-        self.L = x.shape[0] // max(self.batch, 1)
+        batch, H, self.P, self.N = initial.shape
+        self.L = x.shape[0] // max(batch, 1)
+        self.groups, columns = groups, A.numel() // groups
+        # As the kernels count them: see backward_kernels.py.
+        self.batch, self.H = batch * groups, H // groups
         conv, weights, bias = mixer or (None, None, None)
         self.mixer = mixer is not None
         self.chunks = triton.cdiv(self.L, how.chunk)
         self.programs = self.batch * self.chunks
         self.heads = next((n for n in HEAD_GROUPS if self.programs * triton.cdiv(self.H, n) >= PROGRAMS), 1)
-        self.groups = triton.cdiv(self.H, self.heads)
-        self.directions = A.numel() // self.H
+        self.parts = triton.cdiv(self.H, self.heads)
+        self.directions = columns // self.H
         self.x, self.A, self.D = x, A.contiguous(), D.contiguous()
         self.scale = scale_of_tokens(scales, device) if self.directions == 2 else None
         self.dtype = dtype
         self.shape_class = f"P{self.P} N{self.N} {str(dtype).removeprefix('torch.')}" + " mixer" * self.mixer
         self.sizes: dict[str, Any] = {
             "N": self.N,
+            "GROUPS": groups,
             "EXACT": dtype == torch.float32,
             "OPERAND": how.operand,
             "CHUNK": how.chunk,
@@ -129,7 +134,6 @@ class ScanGradients:
             "BOTH": self.directions == 2,
             "PRECISE": how.precise,
         }
-        columns = self.directions * self.H
         self.steps = torch.empty(
             self.programs, columns + 1, PLANES.value, how.chunk, dtype=torch.float32, device=device
         )
@@ -156,8 +160,9 @@ class ScanGradients:
             C.stride(0),
             dt.stride(0),
             self.L,
-            self.H * self.P,
+            H * self.P,
             columns,
+            GROUP_HEADS=self.H if groups > 1 else None,
             TAPS=1 if weights is None else weights.shape[0] - 1,
             MIXER=self.mixer,
             TWO_PARTS=how.two_parts,
@@ -189,10 +194,10 @@ class ScanGradients:
         )
 
     def grads(self, dy: Tensor, dx: Tensor, ddt: Tensor) -> tuple[Tensor, Tensor]:
-        """Fills dx and ddt; returns dB and dC (B·L, 2N), and sums over all tokens (dt, A and D; columns)."""
-        dbc = self.steps.new_empty(self.groups, self.batch * self.L, 2 * self.N)
+        """Fills dx and ddt; returns dB and dC (B·L, 2GN), and sums over all tokens (dt, A and D; columns)."""
+        dbc = self.steps.new_empty(self.parts, self.x.shape[0], 2 * self.groups * self.N)
         tile = tiling.chosen("ssd_scan_bwd_grads", self.shape_class, GRADS_TILES[self.dtype], dy.device)
-        _ssd_scan_bwd_grads_kernel[self.programs, self.groups](
+        _ssd_scan_bwd_grads_kernel[self.programs, self.parts](
             self.x,
             self.steps,
             self.A,
@@ -212,10 +217,11 @@ class ScanGradients:
             **self.options,
             **tile.arguments(),
         )
-        found = self.steps[:, : self.directions * self.H, 4:]
-        by_tokens = found[:, :, 0].unflatten(0, (self.batch, self.chunks)).transpose(2, 3).flatten(1, 2)
-        ddt.unflatten(0, (self.batch, self.L)).copy_(by_tokens[:, : self.L])
-        return dbc.sum(0), found.sum((0, 3)).t()
+        batch, found = self.batch // self.groups, self.steps[:, : self.directions * self.H, 4:]
+        found = found.unflatten(0, (batch, self.groups, self.chunks)).unflatten(3, (self.directions, self.H))
+        by_tokens = found[..., 0, :].permute(0, 2, 5, 3, 1, 4).flatten(3).flatten(1, 2)  # (B, chunks·CHUNK, columns)
+        ddt.unflatten(0, (batch, self.L)).copy_(by_tokens[:, : self.L])
+        return dbc.sum(0), found.sum((0, 2, 6)).permute(3, 1, 0, 2).flatten(1)
 
 
 def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
@@ -223,7 +229,8 @@ def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     x, dt, A, B, C, D, initial, scales = call
     dy = grads[0].contiguous().view(-1, D.numel() * x.shape[3])
     scan = ScanGradients(
-        x.contiguous().view(dy.shape), rows_of(dt), A, rows_of(B), rows_of(C), D, initial, scales, x.dtype
+        *(x.contiguous().view(dy.shape), rows_of(dt), A, rows_of(B), rows_of(C), D, initial, scales, x.dtype),
+        groups=call.groups,
     )
     dx, ddt, dinitial = map(empty_contiguous, (x, dt, initial))
     scan.sweep(scan.x, scan.bc, initial, None)

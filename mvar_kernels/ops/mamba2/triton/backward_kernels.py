@@ -42,12 +42,24 @@ without a rounding of bfloat16, so by 2.4 (simulated on all cases, three seeds e
 Every tensor is passed as rows of all batch rows, b·L + t, with one row stride; those that `prepare` writes, as chunks
 of CHUNK rows, b·chunks + chunk, with zeros after the last token. A column of Δ, and an entry of A and dt_bias, is a
 head of one direction: direction·H + head.
+
+A group of heads that share B and C is computed as a batch row of its own: between the kernels b counts the groups of
+all batch rows and H the heads of one. Where a kernel reads or writes what it shares with the others (x, y, dt, B, C,
+A, D and their gradients), it starts at the first of the group's channels or columns (`group_of`).
 """
 
 import triton
 import triton.language as tl
 
-from mvar_kernels.ops.mamba2.triton.common import clamped, conv_rows, finite_rate, sigmoids, softplus, split_log_decays
+from mvar_kernels.ops.mamba2.triton.common import (
+    clamped,
+    conv_rows,
+    finite_rate,
+    group_of,
+    sigmoids,
+    softplus,
+    split_log_decays,
+)
 from mvar_kernels.triton_math import LOG2_E, exp
 
 PLANES = tl.constexpr(7)  # of steps: three vectors or four for `grads`, then three of its results
@@ -172,6 +184,8 @@ def _ssd_scan_bwd_prepare_kernel(
     E,
     columns,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_HEADS: tl.constexpr,
     TAPS: tl.constexpr,
     MIXER: tl.constexpr,
     EXACT: tl.constexpr,
@@ -185,25 +199,32 @@ def _ssd_scan_bwd_prepare_kernel(
     in one part or, EXACT, two; and last C·B. bc: [B, C] (chunks of b, CHUNK, 2N).
 
     MIXER: from xBC at B_ptr through the convolution and SiLU, dt through softplus, and A_ptr holds A_log; C_out is C in
-    float32 (chunks of b, CHUNK, N). Sums for exp2, which is faster, unless EXACT. Program id: chunk of a batch row.
+    float32 (chunks of b, CHUNK, N). Sums for exp2, which is faster, unless EXACT. E: of all groups; columns: of one;
+    GROUP_HEADS: its heads, read where there are others. Program id: chunk of a batch row.
     """
     chunks = tl.cdiv(L, CHUNK)
     program = tl.program_id(0).to(tl.int64)
     b, start = program // chunks, (tl.program_id(0) % chunks) * CHUNK
+    b, group = group_of(b, GROUPS)
     offs_i, offs_n, offs_h = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_H)
     mask_t, mask_n, mask_h = start + offs_i < L, offs_n < N, offs_h < columns
     mask_bc = mask_t[:, None] & mask_n[None, :]
     if MIXER:
-        channels = E + 2 * N
+        channels = E + 2 * GROUPS * N
         B_ptr += b * L * B_stride
         conv_ptr += b * (TAPS - 1) * channels
-        weights = packed_weights(weight_ptr + E, channels, offs_n, mask_n, TAPS)
-        B = conv_rows(B_ptr, B_stride, conv_ptr, channels, weights, E, offs_n, mask_n, start, L, TAPS, CHUNK)
-        weights = packed_weights(weight_ptr + E + N, channels, offs_n, mask_n, TAPS)
-        C = conv_rows(B_ptr, B_stride, conv_ptr, channels, weights, E + N, offs_n, mask_n, start, L, TAPS, CHUNK)
+        first = E + group * N
+        weights = packed_weights(weight_ptr + first, channels, offs_n, mask_n, TAPS)
+        B = conv_rows(B_ptr, B_stride, conv_ptr, channels, weights, first, offs_n, mask_n, start, L, TAPS, CHUNK)
+        first += GROUPS * N
+        weights = packed_weights(weight_ptr + first, channels, offs_n, mask_n, TAPS)
+        C = conv_rows(B_ptr, B_stride, conv_ptr, channels, weights, first, offs_n, mask_n, start, L, TAPS, CHUNK)
         B, C = tl.where(mask_bc, gate(B, EXACT)[0], 0.0), tl.where(mask_bc, gate(C, EXACT)[0], 0.0)
     else:
         row = b * L + start
+        if GROUPS > 1:
+            B_ptr += group * N
+            C_ptr += group * N
         B = tl.load(B_ptr + (row + offs_i[:, None]) * B_stride + offs_n[None, :], mask=mask_bc, other=0.0)
         C = tl.load(C_ptr + (row + offs_i[:, None]) * C_stride + offs_n[None, :], mask=mask_bc, other=0.0)
         B, C = B.to(tl.float32), C.to(tl.float32)
@@ -214,14 +235,17 @@ def _ssd_scan_bwd_prepare_kernel(
         tl.store(C_out_ptr + (program * CHUNK + offs_i[:, None]) * N + offs_n[None, :], C, mask=mask_n[None, :])
 
     mask_dt = mask_t[:, None] & mask_h[None, :]
-    dt_at = dt_ptr + (b * L + start + offs_i[:, None]) * dt_stride + offs_h[None, :]
+    offs_c = offs_h
+    if GROUPS > 1:
+        offs_c += (group + (offs_h // GROUP_HEADS) * (GROUPS - 1)) * GROUP_HEADS
+    dt_at = dt_ptr + (b * L + start + offs_i[:, None]) * dt_stride + offs_c[None, :]
     delta = tl.load(dt_at, mask=mask_dt, other=0.0).to(tl.float32)  # [CHUNK, BLOCK_H]
-    A = tl.load(A_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+    A = tl.load(A_ptr + offs_c, mask=mask_h, other=0.0).to(tl.float32)
     steps_ptr += program * (columns + 1) * PLANES * CHUNK
     at = steps_ptr + offs_h[None, :] * (PLANES * CHUNK) + offs_i[:, None]
     if MIXER:
         A = -exp(A)
-        v = delta + tl.load(bias_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
+        v = delta + tl.load(bias_ptr + offs_c, mask=mask_h, other=0.0).to(tl.float32)[None, :]
         tl.store(at + CHUNK, tl.where(mask_dt, sigmoids(clamped(v), EXACT)[0], 0.0), mask=mask_h[None, :])
         delta = tl.where(mask_dt, softplus(v), 0.0)
     tl.store(at, delta, mask=mask_h[None, :])
@@ -261,6 +285,7 @@ def _ssd_scan_bwd_sweep_kernel(
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     BOTH: tl.constexpr,
     ADJOINT: tl.constexpr,
     EXACT: tl.constexpr,
@@ -290,7 +315,8 @@ def _ssd_scan_bwd_sweep_kernel(
     offs_to = offs_i[:, None] * to_stride + offs_n[None, :]
     COLUMNS: tl.constexpr = 2 * H if BOTH else H
     steps_ptr += (direction * H + h) * (PLANES * CHUNK)
-    from_ptr += b * L * from_stride + h * P
+    row, group = group_of(b, GROUPS)
+    from_ptr += row * L * from_stride + (group * H + h) * P
     states_ptr += ((h * (2 if BOTH else 1) + direction) * 2 + ADJOINT) * P * N
     state = tl.load(first_ptr + sequence * P * N + offs_state, mask=mask_state & (direction == 0), other=0.0)
     rightwards = direction == ADJOINT

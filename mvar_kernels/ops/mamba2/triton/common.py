@@ -89,6 +89,16 @@ def softplus(v):
 
 
 @triton.jit
+def group_of(b, GROUPS: tl.constexpr):
+    """The batch row of b, which counts the groups of all of them, and the group."""
+    group = 0
+    if GROUPS > 1:
+        group = b % GROUPS
+        b = b // GROUPS
+    return b, group
+
+
+@triton.jit
 def load_vector(ptrs, mask):
     """Numbers, 0 where masked; a mask that is None is not needed."""
     if mask is None:

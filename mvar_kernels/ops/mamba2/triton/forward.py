@@ -117,6 +117,7 @@ def _ssd_scan_fwd_kernel(
     H,
     P: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     BOTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -139,6 +140,10 @@ def _ssd_scan_fwd_kernel(
     dt_ptr += row * stride_db + head
     B_ptr += row * stride_Bb
     C_ptr += row * stride_Cb
+    if GROUPS > 1:
+        group = head // (H // GROUPS)
+        B_ptr += group * N
+        C_ptr += group * N
     state_ptr += ((row * H + head) * P + first_p) * N
     A = finite_rate(tl.load(A_ptr + head).to(tl.float32))
     D = tl.load(D_ptr + head).to(tl.float32)
@@ -193,7 +198,7 @@ def ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
     x, dt, A, B, C, D, state, scales = call
     rows, L, H, P = x.shape
     both = A.dim() == 2
-    launch = plan("ssd_scan", SCAN, L, P, B.shape[-1], both, x)
+    launch = plan("ssd_scan", SCAN, L, P, state.shape[-1], both, x)
     x, dt, B, C = (last_dim_contiguous(t) for t in (x, dt, B, C))
     A, D, state = (t.contiguous() for t in (A, D, state))
     y, last = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
@@ -202,5 +207,7 @@ def ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
     scale = scale_of_tokens(scales, x.device) if both else None
     strides = (*x.stride()[:3], *dt.stride()[:3], *B.stride()[:2], *C.stride()[:2])
     grid = (rows * H * triton.cdiv(P, launch["BLOCK_P"]),)
-    _ssd_scan_fwd_kernel[grid](x, dt, A, B, C, D, state, scale, edges, y, last, *strides, L, H, **launch)
+    _ssd_scan_fwd_kernel[grid](
+        *(x, dt, A, B, C, D, state, scale, edges, y, last, *strides, L, H), GROUPS=call.groups, **launch
+    )
     return y, last

@@ -13,7 +13,7 @@ from mvar_kernels.ops.mamba2.triton.backward_kernels import (
     prefix_sums,
     tile_matmul,
 )
-from mvar_kernels.ops.mamba2.triton.common import finite_rate
+from mvar_kernels.ops.mamba2.triton.common import finite_rate, group_of
 from mvar_kernels.triton_math import exp
 
 
@@ -196,6 +196,7 @@ def _ssd_scan_bwd_grads_kernel(
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     BOTH: tl.constexpr,
     MIXER: tl.constexpr,
     WGMMA: tl.constexpr,
@@ -208,27 +209,31 @@ def _ssd_scan_bwd_grads_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """dx of a chunk's tokens and `heads` heads, the gradient of dt and each token's part of those of A and D in the
-    last three planes of steps, and partials of dB and dC: dbc (group of heads, b·L + t, [B, C]).
+    last three planes of steps, and partials of dB and dC: dbc (`heads` heads, b·L + t, [B, C] of all groups).
 
-    Program ids: chunk of a batch row, group of heads. MIXER: through softplus and A = −exp(A_log), too. x, dy and dx
-    are (B·L, H·P), contiguous.
+    Program ids: chunk of a batch row, `heads` heads. MIXER: through softplus and A = −exp(A_log), too. x, dy and dx
+    are (B·L, GROUPS·H·P), contiguous.
     """
     DIRECTIONS: tl.constexpr = 2 if BOTH else 1
     chunks = tl.cdiv(L, CHUNK)
     program = tl.program_id(0).to(tl.int64)
     b, chunk = program // chunks, tl.program_id(0) % chunks
-    row = b * L + chunk * CHUNK
+    row, group = group_of(b, GROUPS)
+    row = row * L + chunk * CHUNK
+    E: tl.constexpr = GROUPS * H * P
     offs_i, offs_p, offs_n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     mask_t, mask_p, mask_n = chunk * CHUNK + offs_i < L, offs_p < P, offs_n < N
     mask_x, mask_bc = mask_t[:, None] & mask_p[None, :], mask_t[:, None] & mask_n[None, :]
     mask_state = mask_p[:, None] & mask_n[None, :]
-    x_ptr += row * (H * P)
-    dy_ptr += row * (H * P)
-    dx_ptr += row * (H * P)
+    x_ptr += row * E + group * (H * P)
+    dy_ptr += row * E + group * (H * P)
+    dx_ptr += row * E + group * (H * P)
+    A_ptr += group * H
+    D_ptr += group * H
     bc_ptr += program * CHUNK * (2 * N)
     steps_ptr += program * (DIRECTIONS * H + 1) * PLANES * CHUNK
     states_ptr += program * H * DIRECTIONS * 2 * P * N
-    offs_x = offs_i[:, None] * (H * P) + offs_p[None, :]
+    offs_x = offs_i[:, None] * E + offs_p[None, :]
     offs_state = offs_p[:, None] * N + offs_n[None, :]
     bc_at = bc_ptr + offs_i[:, None] * (2 * N) + offs_n[None, :]
 
@@ -254,7 +259,7 @@ def _ssd_scan_bwd_grads_kernel(
         for direction in tl.range(DIRECTIONS, disable_licm=True):
             column = direction * H + head
             at = steps_ptr + column * (PLANES * CHUNK)
-            A = tl.load(A_ptr + column).to(tl.float32)
+            A = tl.load(A_ptr + direction * (GROUPS * H) + head).to(tl.float32)
             if MIXER:
                 A = -exp(A, EXACT)
             A = finite_rate(A)
@@ -293,7 +298,8 @@ def _ssd_scan_bwd_grads_kernel(
     if WGMMA:
         dB += own_dG[:, None] * tl.load(bc_at + N, mask=mask_bc, other=0.0).to(tl.float32)
         dC += own_dG[:, None] * tl.load(bc_at, mask=mask_bc, other=0.0).to(tl.float32)
-    batch_rows = (tl.num_programs(0) // chunks).to(tl.int64) * L
-    dbc_at = dbc_ptr + (tl.program_id(1) * batch_rows + row + offs_i[:, None]) * (2 * N) + offs_n[None, :]
+    batch_rows = (tl.num_programs(0) // (chunks * GROUPS)).to(tl.int64) * L
+    dbc_at = dbc_ptr + (tl.program_id(1) * batch_rows + row + offs_i[:, None]) * (2 * GROUPS * N) + offs_n[None, :]
+    dbc_at += group * N
     tl.store(dbc_at, dB, mask=mask_bc)
-    tl.store(dbc_at + N, dC, mask=mask_bc)
+    tl.store(dbc_at + GROUPS * N, dC, mask=mask_bc)

@@ -69,7 +69,7 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     """Gradients of the inputs, the parameters and the two states from those of y and of both states."""
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.contiguous() for p in call.parameters)
     conv, initial = call.conv.contiguous(), call.ssm.contiguous()
-    E, (channels, taps) = norm_weight.shape[0], conv_weight.shape
+    E, (channels, taps), G = norm_weight.shape[0], conv_weight.shape, call.groups
     batch, L, width = call.zxbcdt.shape
     dtype, device = call.zxbcdt.dtype, call.zxbcdt.device
     z, xbc = rows_of(call.zxbcdt)[:, : E + channels].split([E, channels], 1)
@@ -87,22 +87,22 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     weights = torch.cat([conv_weight.t(), conv_bias[None]]).float()
     exact, how = dtype == torch.float32, scheme(dtype, device)
     x = torch.empty(batch * L, E, dtype=how.stored, device=device)
-    scan = ScanGradients(x, dt, A_log, xbc, xbc, D, initial, call.scales, dtype, (conv, weights, dt_bias))
+    scan = ScanGradients(x, dt, A_log, xbc, xbc, D, initial, call.scales, dtype, (conv, weights, dt_bias), G)
     y = torch.empty_like(x)
     tile = chosen("outputs", OUTPUTS_TILES.get((how, scan.directions), OTHER_OUTPUTS_TILES))
     tile["BLOCK_P"] = min(tile["BLOCK_P"], tiling.dot_block(scan.P))
-    _mamba2_mixer_bwd_outputs_kernel[batch * scan.H, triton.cdiv(scan.P, tile["BLOCK_P"])](
+    _mamba2_mixer_bwd_outputs_kernel[scan.batch * scan.H, triton.cdiv(scan.P, tile["BLOCK_P"])](
         *(xbc, conv, weights, x, scan.steps, scan.bc, scan.D, scan.scale, initial, scan.states, y, xbc.stride(0), L),
         TAPS=taps,
         **scan.options,
         **tile,
     )
-    block = triton.next_power_of_2(E)
+    block = triton.next_power_of_2(E // G)
     tile = chosen("norm", norm_tiles(block))
     programs = triton.cdiv(batch * L, tile["ROWS"])
     norm_sums = torch.empty(programs, E, dtype=torch.float32, device=device)
     grad = rows_of(grads[0])
-    _mamba2_mixer_bwd_norm_kernel[(programs,)](
+    _mamba2_mixer_bwd_norm_kernel[programs, G](
         y,
         z,
         grad,
@@ -113,8 +113,9 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
         grad.stride(0),
         width,
         batch * L,
-        E,
+        E // G,
         call.eps,
+        GROUPS=G,
         EXACT=exact,
         OPERAND=how.operand,
         BLOCK_E=block,
@@ -147,7 +148,7 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
             EXACT=exact,
             **tile,
         )
-    ddt_bias, dA_log, dD = sums[0], sums[1], sums[2, : scan.H]
+    ddt_bias, dA_log, dD = sums[0], sums[1], sums[2, : D.numel()]
     dweight, dbias = conv_sums.sum(0).split([taps, 1])
     given = (dweight.t(), dbias, ddt_bias, dA_log, dD, norm_sums.sum(0))
     dparams = [d.reshape(p.shape).to(p.dtype).contiguous() for d, p in zip(given, call.parameters, strict=True)]

@@ -15,7 +15,7 @@ from mvar_kernels.ops.mamba2.triton.backward_kernels import (
     prefix_sums,
     tile_matmul,
 )
-from mvar_kernels.ops.mamba2.triton.common import conv_rows, load_rows, store_rows
+from mvar_kernels.ops.mamba2.triton.common import conv_rows, group_of, load_rows, store_rows
 from mvar_kernels.triton_math import divide
 
 
@@ -67,6 +67,7 @@ def _mamba2_mixer_bwd_outputs_kernel(
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     TAPS: tl.constexpr,
     BOTH: tl.constexpr,
     EXACT: tl.constexpr,
@@ -77,7 +78,7 @@ def _mamba2_mixer_bwd_outputs_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """x after the convolution and SiLU, y, both (B·L, H·P), and the states that enter the chunks (b, chunk, head,
-    direction, 0, P, N), of a row's head.
+    direction, 0, P, N), of a row's head. b and H: as in backward_kernels.py.
 
     The direction inside the scales first, whose states the same program reads back. Tokens' own terms and the skip are
     the diagonal of the matrix that x is multiplied with. Program ids: batch row and head, rows of P.
@@ -95,13 +96,15 @@ def _mamba2_mixer_bwd_outputs_kernel(
     mask_bc = (offs_i >= 0)[:, None] & mask_n[None, :]
     offs_state = offs_p[:, None] * N + offs_n[None, :]
     offs_bc = offs_i[:, None] * (2 * N) + offs_n[None, :]
-    E: tl.constexpr = H * P
-    CHANNELS: tl.constexpr = E + 2 * N
-    xbc_ptr += b * L * xbc_stride + head * P + first_p
-    conv_ptr += b * (TAPS - 1) * CHANNELS + head * P + first_p
-    weight_ptr += head * P + first_p
-    x_ptr += b * L * (H * P) + head * P + first_p
-    y_ptr += b * L * (H * P) + head * P + first_p
+    E: tl.constexpr = GROUPS * H * P
+    CHANNELS: tl.constexpr = E + 2 * GROUPS * N
+    row, group = group_of(b, GROUPS)
+    channel = (group * H + head) * P + first_p
+    xbc_ptr += row * L * xbc_stride + channel
+    conv_ptr += row * (TAPS - 1) * CHANNELS + channel
+    weight_ptr += channel
+    x_ptr += row * L * E + channel
+    y_ptr += row * L * E + channel
     bc_ptr += b * chunks * CHUNK * (2 * N)
     states_ptr += b * chunks * STATES + head * DIRECTIONS * 2 * P * N + first_p * N
     back_states_ptr = states_ptr + 2 * P * N
@@ -109,7 +112,7 @@ def _mamba2_mixer_bwd_outputs_kernel(
     own_ptr = steps_ptr + DIRECTIONS * H * PLANES * CHUNK
     steps_ptr += head * PLANES * CHUNK
     back_steps_ptr = steps_ptr + H * PLANES * CHUNK
-    D = tl.load(D_ptr + head).to(tl.float32)
+    D = tl.load(D_ptr + group * H + head).to(tl.float32)
 
     if BOTH:
         state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -188,23 +191,33 @@ def _mamba2_mixer_bwd_norm_kernel(
     rows,
     E,
     eps,
+    GROUPS: tl.constexpr,
     EXACT: tl.constexpr,
     OPERAND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """dz, dy in y's place, and a partial of norm_weight's gradient (program, E). Program id: ROWS tokens.
+    """dz, dy in y's place, and a partial of norm_weight's gradient (program, GROUPS·E). Program ids: ROWS tokens, and
+    E channels, a group of GROUPS.
 
     A token's row stays in registers between the sums over it and what needs them.
     """
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
+    if GROUPS > 1:
+        channel = tl.program_id(1) * E
+        y_ptr += channel
+        z_ptr += channel
+        grad_ptr += channel
+        weight_ptr += channel
+        dz_ptr += channel
+        sums_ptr += channel
     weight = tl.load(weight_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
     width = tl.cast(E, tl.float32)
     sums = tl.zeros([BLOCK_E], tl.float32)
     first = tl.program_id(0).to(tl.int64) * ROWS
     for row in range(first, tl.minimum(first + ROWS, rows)):
-        y = tl.load(y_ptr + row * E + offs_e, mask=mask_e, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * (GROUPS * E) + offs_e, mask=mask_e, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + row * z_stride + offs_e, mask=mask_e, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + row * grad_stride + offs_e, mask=mask_e, other=0.0).to(tl.float32)
         silu, slope = gate(z, EXACT)
@@ -217,8 +230,8 @@ def _mamba2_mixer_bwd_norm_kernel(
         dgated = r * weighted - m * gated
         sums = tl.fma(product, r, sums)
         tl.store(dz_ptr + row * dz_stride + offs_e, (dgated * y * slope).to(dz_ptr.dtype.element_ty), mask=mask_e)
-        tl.store(y_ptr + row * E + offs_e, operand(dgated * silu, OPERAND), mask=mask_e)
-    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * E + offs_e, sums, mask=mask_e)
+        tl.store(y_ptr + row * (GROUPS * E) + offs_e, operand(dgated * silu, OPERAND), mask=mask_e)
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * (GROUPS * E) + offs_e, sums, mask=mask_e)
 
 
 @triton.jit(do_not_specialize=["L"])

@@ -37,6 +37,7 @@ from mvar_kernels.ops.mamba2.triton.chunk import (
 from mvar_kernels.ops.mamba2.triton.common import (
     conv_rows,
     conv_weights,
+    group_of,
     load_rows,
     load_tile,
     load_vector,
@@ -140,12 +141,15 @@ def _load_B(ptr, start, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _norm(gated_ptr, weight_ptr, y_ptr, first, L, eps, E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """RMSNorm of ROWS tokens from `first` on. Pointers are the batch row's; gated may be y, of which a program reads
-    and writes the same rows."""
+def _norm(
+    gated_ptr, weight_ptr, y_ptr, first, L, eps, E: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm of E channels of ROWS tokens from `first` on. Pointers are the batch row's; gated may be y, of which a
+    program reads and writes the same rows."""
     EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
     offs_l, offs_e = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_E)
-    offs = offs_l.to(tl.int64)[:, None] * E + offs_e[None, :]
+    offs = offs_l.to(tl.int64)[:, None] * STRIDE + offs_e[None, :]
     mask_l = (offs_l < L)[:, None]
     squares = tl.zeros([ROWS], tl.float32)
     for start in range(0, E, BLOCK_E):
@@ -185,6 +189,7 @@ def _scan(
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     TAPS: tl.constexpr,
     BOTH: tl.constexpr,
     BLOCK_TAPS: tl.constexpr,
@@ -195,13 +200,14 @@ def _scan(
     DTYPE: tl.constexpr = zxbcdt_ptr.dtype.element_ty
     EXACT: tl.constexpr = DTYPE == tl.float32
     SLICES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    E: tl.constexpr = H * P
-    CHANNELS: tl.constexpr = E + 2 * N
+    E: tl.constexpr = GROUPS * H * P
+    CHANNELS: tl.constexpr = E + 2 * GROUPS * N
     COLUMNS: tl.constexpr = 2 * H if BOTH else H
     PARTS: tl.constexpr = 2 if DTYPE == tl.bfloat16 else 1
     head = part // SLICES
     first_p = (part % SLICES) * BLOCK_P
-    channel = head * P + first_p
+    batch_row, group = group_of(row, GROUPS)
+    channel = (group * H + head) * P + first_p
     offs_t, offs_p, offs_n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     mask_p = None if P % BLOCK_P == 0 else offs_p < P - first_p
     mask_n = None if N == BLOCK_N else offs_n < N
@@ -209,16 +215,16 @@ def _scan(
     offs_h = offs_p[:, None] * N + offs_n[None, :]
     chunks = tl.cdiv(L, CHUNK)
     padded = chunks * CHUNK
-    z_ptr = zxbcdt_ptr + row * stride_zb + channel
-    xbc_ptr = zxbcdt_ptr + row * stride_zb + E
-    conv_ptr += row * (TAPS - 1) * CHANNELS
-    gated_ptr += row * L * E + channel
+    z_ptr = zxbcdt_ptr + batch_row * stride_zb + channel
+    xbc_ptr = zxbcdt_ptr + batch_row * stride_zb + E
+    conv_ptr += batch_row * (TAPS - 1) * CHANNELS
+    gated_ptr += batch_row * L * E + channel
     B_ptr += row * padded * PARTS * BLOCK_N
     C_ptr += row * padded * BLOCK_N
     own_ptr += row * padded
     decays_ptr += (row * COLUMNS + head) * VECTORS * padded
     offs_state = ((row * H + head) * P + first_p) * N
-    D = tl.load(D_ptr + head).to(tl.float32)
+    D = tl.load(D_ptr + group * H + head).to(tl.float32)
     weights = conv_weights(weight_ptr, bias_ptr, channel, offs_p, mask_p, TAPS)
 
     if BOTH:
@@ -275,13 +281,15 @@ def _scan(
 
     # The state of the convolution: each program copies the rows of its channels of x, head 0 also those of B and C.
     if TAPS > 1:
-        conv_out_ptr += row * (TAPS - 1) * CHANNELS
+        conv_out_ptr += batch_row * (TAPS - 1) * CHANNELS
         every_p, every_n = offs_p < P - first_p, offs_n < N
         _last_rows(xbc_ptr, stride_zl, conv_ptr, conv_out_ptr, CHANNELS, channel + offs_p, every_p, L, TAPS, BLOCK_TAPS)
         if part == 0:
-            offs_B = E + offs_n
+            offs_B = E + group * N + offs_n
             _last_rows(xbc_ptr, stride_zl, conv_ptr, conv_out_ptr, CHANNELS, offs_B, every_n, L, TAPS, BLOCK_TAPS)
-            _last_rows(xbc_ptr, stride_zl, conv_ptr, conv_out_ptr, CHANNELS, offs_B + N, every_n, L, TAPS, BLOCK_TAPS)
+            _last_rows(
+                xbc_ptr, stride_zl, conv_ptr, conv_out_ptr, CHANNELS, offs_B + GROUPS * N, every_n, L, TAPS, BLOCK_TAPS
+            )
 
 
 @triton.jit(do_not_specialize=["L", "rows", "group"])
@@ -313,6 +321,7 @@ def _mamba2_mixer_fwd_kernel(
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     TAPS: tl.constexpr,
     BOTH: tl.constexpr,
     BLOCK_TAPS: tl.constexpr,
@@ -322,7 +331,10 @@ def _mamba2_mixer_fwd_kernel(
     NORM_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Program id: `group` rows' scan programs, then the norm programs of the `group` rows before them, and so on."""
+    """Program id: `group` rows' scan programs, then the norm programs of the `group` rows before them, and so on.
+
+    rows, H and what prepare.py writes: a batch row, and its heads, for each group of GROUPS.
+    """
     PARTS: tl.constexpr = H * ((P + BLOCK_P - 1) // BLOCK_P)
     norms = tl.cdiv(L, NORM_ROWS)
     first_row = tl.program_id(0) // (group * (PARTS + norms)) * group
@@ -333,7 +345,7 @@ def _mamba2_mixer_fwd_kernel(
             _scan(
                 zxbcdt_ptr, conv_ptr, state_ptr, weight_ptr, bias_ptr, D_ptr, B_ptr, C_ptr, own_ptr, decays_ptr,
                 scale_ptr, edges_ptr, gated_ptr, conv_out_ptr, state_out_ptr, row, program % PARTS,
-                stride_zb, stride_zl, L, H, P, N, TAPS, BOTH, BLOCK_TAPS, BLOCK_N, BLOCK_P, CHUNK,
+                stride_zb, stride_zl, L, H, P, N, GROUPS, TAPS, BOTH, BLOCK_TAPS, BLOCK_N, BLOCK_P, CHUNK,
             )  # fmt: skip
             tl.debug_barrier()  # what all threads have written comes before the count
             tl.atomic_add(done_ptr + row, 1, sem="release")
@@ -344,9 +356,12 @@ def _mamba2_mixer_fwd_kernel(
             done = tl.atomic_add(done_ptr + row, 0, sem="acquire")
             while done < PARTS:
                 done = tl.atomic_add(done_ptr + row, 0, sem="acquire")
-            at = row * L * H * P
+            batch_row, of_group = group_of(row, GROUPS)
+            E: tl.constexpr = GROUPS * H * P
+            at = batch_row * L * E + of_group * (H * P)
             first = program % norms * NORM_ROWS
-            _norm(gated_ptr + at, norm_weight_ptr, y_ptr + at, first, L, eps, H * P, NORM_ROWS, BLOCK_E)
+            norm_weight_ptr += of_group * (H * P)
+            _norm(gated_ptr + at, norm_weight_ptr, y_ptr + at, first, L, eps, H * P, E, NORM_ROWS, BLOCK_E)
 
 
 def _norm_block(E: int) -> int:
@@ -358,11 +373,12 @@ def mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
     conv_weight, conv_bias, _, A_log, D, norm_weight = (t.contiguous() for t in call.parameters)
     conv, ssm = call.conv.contiguous(), call.ssm.contiguous()
     zxbcdt = last_dim_contiguous(call.zxbcdt)
-    (rows, L, _), (_, H, P, N) = zxbcdt.shape, ssm.shape
+    (batch, L, _), (_, heads, P, N), groups = zxbcdt.shape, ssm.shape, call.groups
+    rows, H = batch * groups, heads // groups
     taps, both, dtype = conv_weight.shape[1], A_log.dim() == 2, zxbcdt.dtype
     launch = plan("mamba2_mixer", MIXER, L, P, N, both, zxbcdt)
     B, C, own, decays, done = prepare(call._replace(zxbcdt=zxbcdt, conv=conv), launch["CHUNK"], launch["BLOCK_N"])
-    y = zxbcdt.new_empty(rows, L, H * P)
+    y = zxbcdt.new_empty(batch, L, heads * P)
     gated = y if wide(dtype) == dtype else y.new_empty(y.shape, dtype=wide(dtype))
     last_conv, last_ssm = torch.empty_like(conv), torch.empty_like(ssm)
     edges = y.new_empty(rows, H, triton.cdiv(L, launch["CHUNK"]), P, N, dtype=wide(dtype)) if both else None
@@ -375,6 +391,7 @@ def mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
         *(gated, y, last_conv, last_ssm, zxbcdt.stride(0), L, rows, group, call.eps),
         stride_zl=zxbcdt.stride(1),
         H=H,
+        GROUPS=groups,
         TAPS=taps,
         BLOCK_TAPS=triton.next_power_of_2(max(taps - 1, 1)),
         NORM_ROWS=NORM_ROWS,

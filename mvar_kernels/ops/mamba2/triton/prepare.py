@@ -12,6 +12,7 @@ from mvar_kernels.ops.mamba2.triton.common import (
     conv_rows,
     conv_weights,
     finite_rate,
+    group_of,
     load_rows,
     refined_silu,
     softplus,
@@ -36,13 +37,14 @@ def _conv(
     channel,
     E: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """SiLU of the convolution of N channels of [x, B, C] from `channel` on, 0 in rows ≥ L [CHUNK, BLOCK_N]."""
-    CHANNELS: tl.constexpr = E + 2 * N
+    CHANNELS: tl.constexpr = E + 2 * GROUPS * N
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     xbc_ptr = zxbcdt_ptr + row * stride_zb + E
@@ -74,6 +76,7 @@ def _mamba2_mixer_prepare_kernel(
     H: tl.constexpr,
     E: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     TAPS: tl.constexpr,
     BOTH: tl.constexpr,
     HEADS: tl.constexpr,
@@ -83,7 +86,8 @@ def _mamba2_mixer_prepare_kernel(
     """B and C (B, chunks·CHUNK, BLOCK_N), B in its two parts side by side where C is bfloat16; own
     (B, chunks·CHUNK), C·B of each token; decays (B, directions·H, chunks, VECTORS, CHUNK); done (B) = 0.
 
-    Program ids: chunk of a batch row; B, C and own, or HEADS heads of one direction.
+    What is written has a batch row, and H heads, for each group (`group_of`); E is of all groups. Program ids: chunk
+    of such a row; B, C and own, or HEADS heads of one direction.
     """
     EXACT: tl.constexpr = zxbcdt_ptr.dtype.element_ty == tl.float32
     PARTS: tl.constexpr = 2 if C_ptr.dtype.element_ty == tl.bfloat16 else 1
@@ -95,16 +99,17 @@ def _mamba2_mixer_prepare_kernel(
     start = chunk * CHUNK
     offs_t, part = tl.arange(0, CHUNK), tl.program_id(1)
     at = row * chunks * CHUNK + start
+    batch_row, group = group_of(row, GROUPS)
     if part < 2:
         B = _conv(
-            *(zxbcdt_ptr, conv_ptr, weight_ptr, bias_ptr, stride_zb, stride_zl, row, start, L),
-            *(E, E, N, TAPS, BLOCK_N, CHUNK, EXACT),
+            *(zxbcdt_ptr, conv_ptr, weight_ptr, bias_ptr, stride_zb, stride_zl, batch_row, start, L),
+            *(E + group * N, E, N, GROUPS, TAPS, BLOCK_N, CHUNK, EXACT),
         )
         offs_n = tl.arange(0, BLOCK_N)
         if part == 1:
             C = _conv(
-                *(zxbcdt_ptr, conv_ptr, weight_ptr, bias_ptr, stride_zb, stride_zl, row, start, L),
-                *(E + N, E, N, TAPS, BLOCK_N, CHUNK, EXACT),
+                *(zxbcdt_ptr, conv_ptr, weight_ptr, bias_ptr, stride_zb, stride_zl, batch_row, start, L),
+                *(E + (GROUPS + group) * N, E, N, GROUPS, TAPS, BLOCK_N, CHUNK, EXACT),
             )
             tl.store(own_ptr + at + offs_t, tl.sum(B * C, 1))
             C_at = C_ptr + at * BLOCK_N + offs_t[:, None] * BLOCK_N + offs_n[None, :]
@@ -123,13 +128,13 @@ def _mamba2_mixer_prepare_kernel(
         direction = (part - 2) // BLOCKS
         offs_h = (part - 2) % BLOCKS * HEADS + tl.arange(0, HEADS)
         mask_h = offs_h < H
-        column = direction * H + offs_h
-        dt = load_rows(dt_ptr + row * stride_db, stride_dl, start, column, mask_h, L, CHUNK).to(tl.float32)
+        column = (direction * GROUPS + group) * H + offs_h
+        dt = load_rows(dt_ptr + batch_row * stride_db, stride_dl, start, column, mask_h, L, CHUNK).to(tl.float32)
         bias = tl.load(dt_bias_ptr + column, mask=mask_h, other=0.0).to(tl.float32)
         A = finite_rate(-exp(tl.load(A_log_ptr + column, mask=mask_h, other=0.0).to(tl.float32)))[None, :]
         delta = tl.where(offs_t[:, None] < L - start, softplus(dt + bias[None, :]), 0.0)
         decays_at = decays_ptr + (row * COLUMNS * chunks + chunk) * (VECTORS * CHUNK)
-        decays_at += column[None, :] * (chunks * VECTORS * CHUNK) + offs_t[:, None]
+        decays_at += (direction * H + offs_h)[None, :] * (chunks * VECTORS * CHUNK) + offs_t[:, None]
         if direction == 0:
             vectors, _ = decay_vectors(delta, A, False, EXACT)
         else:
@@ -140,28 +145,31 @@ def _mamba2_mixer_prepare_kernel(
 
 def prepare(call: Mixer, chunk: int, block_n: int) -> tuple[Tensor, ...]:
     """B, C, own, decays and done as the kernel leaves them, for chunks of `chunk` tokens and block_n ≥ N.
+    Their first dimension is B·G.
 
     The last dimension of call.zxbcdt and all of call.conv are contiguous.
     """
     conv_weight, conv_bias, dt_bias, A_log = (t.contiguous() for t in call.parameters[:4])
     zxbcdt, dt, conv, ssm = call.zxbcdt, last_dim_contiguous(call.steps), call.conv, call.ssm
-    (rows, L, _), (_, H, P, N) = zxbcdt.shape, ssm.shape
-    columns, dtype, chunks = dt_bias.numel(), zxbcdt.dtype, triton.cdiv(L, chunk)
+    (batch, L, _), (_, heads, P, N), groups = zxbcdt.shape, ssm.shape, call.groups
+    rows, H, columns = batch * groups, heads // groups, dt_bias.numel() // groups
+    dtype, chunks = zxbcdt.dtype, triton.cdiv(L, chunk)
     B = zxbcdt.new_empty(rows, chunks * chunk, (2 if dtype == torch.bfloat16 else 1) * block_n, dtype=wide(dtype))
     C = zxbcdt.new_empty(rows, chunks * chunk, block_n, dtype=wide(dtype))
     own = ssm.new_empty(rows, chunks * chunk)
     decays = ssm.new_empty(rows, columns, chunks, VECTORS.value, chunk)
     done = torch.empty(rows, dtype=torch.int32, device=zxbcdt.device)
-    heads = min(HEADS, triton.next_power_of_2(H))
-    _mamba2_mixer_prepare_kernel[(rows * chunks, 2 + columns // H * triton.cdiv(H, heads))](
+    block_h = min(HEADS, triton.next_power_of_2(H))
+    _mamba2_mixer_prepare_kernel[(rows * chunks, 2 + columns // H * triton.cdiv(H, block_h))](
         *(zxbcdt, dt, conv, conv_weight, conv_bias, dt_bias, A_log, B, C, own, decays, done),
         *(*zxbcdt.stride()[:2], *dt.stride()[:2], L),
         H=H,
-        E=H * P,
+        E=heads * P,
         N=N,
+        GROUPS=groups,
         TAPS=conv_weight.shape[1],
         BOTH=A_log.dim() == 2,
-        HEADS=heads,
+        HEADS=block_h,
         BLOCK_N=block_n,
         CHUNK=chunk,
     )
