@@ -24,6 +24,12 @@ inline PyObject* item(const py::tuple& tuple, size_t i) {
 
 inline int64_t entry(const py::tuple& tuple, size_t i) { return number(item(tuple, i)); }
 
+inline float real(const py::tuple& tuple, size_t i) {
+  const double value = PyFloat_AsDouble(item(tuple, i));
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return (float)value;
+}
+
 // Pointers from pointers() in mvar_kernels/ffi.py: of each tensor its address, its strides in elements and how many
 // bytes its storage holds from that address on, or None. Every access says what a kernel will touch (`sizes`, elements of
 // `itemsize` bytes) and raises ValueError, with the tensor's `name`, unless it is all there.

@@ -13,16 +13,32 @@ using namespace mamba2;
 
 const Kernels* const tables[] = MVAR_TABLES(mamba2_kernels);
 
-// sizes: B, L, H, P, N, directions, taps, groups
-Sizes sizes_of(const py::tuple& sizes, const DtypeAndStream& at, float eps = 0) {
+// sizes: B, L, H, P, N, directions, taps, groups, dimensions of D
+Sizes sizes_of(const py::tuple& sizes, const DtypeAndStream& at) {
   Sizes n{};
   int64_t* const all[] = {&n.B, &n.L, &n.H, &n.P, &n.N, &n.directions, &n.taps, &n.groups};
   for (size_t i = 0; i < 8; ++i) *all[i] = entry(sizes, i);
   if (n.groups < 1 || n.H % n.groups) throw py::value_error("groups: expected a divisor of the heads");
-  n.eps = eps;
+  n.channel_D = entry(sizes, 8) == 2;
   n.stream = at.stream;
   n.all_heads = n.H;
   return n;
+}
+
+// options: eps, the limits of Δ, Norm
+Sizes sizes_of(const py::tuple& sizes, const DtypeAndStream& at, const py::tuple& options) {
+  Sizes n = sizes_of(sizes, at);
+  n.eps = real(options, 0);
+  n.dt_min = real(options, 1);
+  n.dt_max = real(options, 2);
+  n.limits_dt = n.dt_min > 0 || n.dt_max <= __FLT_MAX__;
+  n.norm = Norm(entry(options, 3));
+  return n;
+}
+
+// (H), or (H, P)
+float* skip(const Tensors& t, size_t i, const Sizes& n) {
+  return n.channel_D ? t.dense<float>(i, "D", {n.H, n.P}) : t.dense<float>(i, "D", {n.H});
 }
 
 template <typename Arguments>
@@ -76,7 +92,7 @@ struct MixerTensors {
     conv_bias = t.dense<float>(3, "conv_bias", {channels});
     dt_bias = per_direction(t, 4, "dt_bias", n);
     A_log = per_direction(t, 5, "A_log", n);
-    D = t.dense<float>(6, "D", {n.H});
+    D = skip(t, 6, n);
     norm_weight = t.dense<float>(7, "norm_weight", {E});
     conv_state = t.tokens(8, "conv state", {n.B, n.taps - 1, channels}, itemsize);
     initial = states(t, 9, "ssm state", n);
@@ -129,7 +145,7 @@ struct ScanTensors {
     A = MixerTensors::per_direction(t, 2, "A", n);
     B = t.tokens(3, "B", {n.B, n.L, n.groups * n.N}, itemsize);
     C = t.tokens(4, "C", {n.B, n.L, n.groups * n.N}, itemsize);
-    D = t.dense<float>(5, "D", {n.H});
+    D = skip(t, 5, n);
     initial = states(t, 6, "initial_state", n);
   }
 
@@ -200,10 +216,11 @@ int64_t mamba2_mixer_workspace(const py::tuple& at, const py::tuple& sizes, cons
 }
 
 // dt_dtype: the index of dt's dtype, on a CPU float32; outputs: y, the two new states and, on a GPU, a workspace
-void mamba2_mixer_forward(const py::tuple& at, const py::tuple& sizes, const py::tuple& scales, float eps,
-                          int64_t dt_dtype, const py::tuple& inputs, const py::tuple& outputs) {
+void mamba2_mixer_forward(const py::tuple& at, const py::tuple& sizes, const py::tuple& scales,
+                          const py::tuple& options, int64_t dt_dtype, const py::tuple& inputs,
+                          const py::tuple& outputs) {
   const DtypeAndStream call(at);
-  const Sizes n = sizes_of(sizes, call, eps);
+  const Sizes n = sizes_of(sizes, call, options);
   const Tensors out(outputs);
   MixerForward a = mixer_inputs(Tensors(inputs), n, call.itemsize(), kItemsizes[DtypeAndStream::checked(dt_dtype)]);
   set_outputs(a, out, n, call.itemsize());
@@ -213,9 +230,10 @@ void mamba2_mixer_forward(const py::tuple& at, const py::tuple& sizes, const py:
 }
 
 // All tensors are float32. grads: of y and the two new states; outputs: the gradients of the inputs
-void mamba2_mixer_backward(const py::tuple& at, const py::tuple& sizes, const py::tuple& scales, float eps,
-                           const py::tuple& grads, const py::tuple& inputs, const py::tuple& outputs) {
-  const Sizes n = sizes_of(sizes, DtypeAndStream(at), eps);
+void mamba2_mixer_backward(const py::tuple& at, const py::tuple& sizes, const py::tuple& scales,
+                           const py::tuple& options, const py::tuple& grads, const py::tuple& inputs,
+                           const py::tuple& outputs) {
+  const Sizes n = sizes_of(sizes, DtypeAndStream(at), options);
   MixerForward given{};
   set_outputs(given, Tensors(grads, "gradient of "), n, sizeof(float));
   const MixerTensors out(Tensors(outputs, "gradient of "), n, sizeof(float));

@@ -34,7 +34,7 @@ inline ScanForward of_group(ScanForward a, const Sizes& n, int64_t g, int64_t it
   for (States* t : {&a.initial, &a.last}) move(*t, head * t->head_stride, sizeof(float));
   move(a.dt, head, sizeof(float));
   a.A += head;
-  a.D += head;
+  a.D += head * n.D_width();
   return a;
 }
 
@@ -46,7 +46,7 @@ inline ScanBackward of_group(ScanBackward a, const Sizes& n, int64_t g, int64_t 
   for (States* t : {&a.grad_last, &a.dinitial}) move(*t, head * t->head_stride, sizeof(float));
   move(a.ddt, head, sizeof(float));
   a.dA += head;
-  a.dD += head;
+  a.dD += head * n.D_width();
   return a;
 }
 
@@ -59,7 +59,7 @@ inline MixerForward of_group(MixerForward a, const Sizes& n, int64_t g, int64_t 
   a.conv_bias += channel;
   a.dt_bias += head;
   a.A_log += head;
-  a.D += head;
+  a.D += head * n.D_width();
   a.norm_weight += channel;
   return a;
 }
@@ -74,7 +74,7 @@ inline MixerBackward of_group(MixerBackward a, const Sizes& n, int64_t g, int64_
   a.dconv_bias += channel;
   a.ddt_bias += head;
   a.dA_log += head;
-  a.dD += head;
+  a.dD += head * n.D_width();
   a.dnorm_weight += channel;
   return a;
 }

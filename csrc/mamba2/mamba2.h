@@ -10,16 +10,29 @@
 namespace mvar {
 namespace mamba2 {
 
+// What is done with y of the scan and g = SiLU(z).
+enum class Norm : int64_t {
+  kNone,        // y g
+  kAfterGate,   // RMSNorm(y g)
+  kBeforeGate,  // RMSNorm(y) g
+};
+
 // A kernel computes one group: H heads that share B and C (groups.h).
 struct Sizes {
   int64_t B, L, H, P, N;
   int64_t directions;  // 2: bidirectional
   int64_t taps;        // of the convolution
   int64_t groups;
+  bool channel_D;      // D is (H, P), else (H)
+  Norm norm;
+  bool limits_dt;      // Δ is at least dt_min and at most dt_max
+  float dt_min, dt_max;
   float eps;           // of the RMSNorm
   void* stream;        // on a GPU
   int64_t all_heads;   // of all groups: from a direction's entries of A, A_log and dt_bias to the next's
   int64_t B_channel, C_channel;  // of [x, B, C], counted from the group's first of x
+
+  int64_t D_width() const { return channel_D ? P : 1; }
 };
 
 // A run of tokens of one scale that is computed by matmuls: q ≤ kChunk of them.

@@ -52,14 +52,14 @@ struct BackwardScratch {
 
 // Sums over all tokens, one for each sample.
 struct SampleSums {
-  double *dA, *dD, *ddt_bias;      // (B, directions·H), (B, H), (B, directions·H)
+  double *dA, *dD, *ddt_bias;      // (B, directions·H), (B, H) or (B, H, P), (B, directions·H)
   float *dnorm_weight;             // (B, E)
   float *dconv;                    // (B, E+2N, taps+1): the taps' and the bias's
 
   SampleSums(Carver& pieces, const Sizes& n) {
     const int64_t E = n.H * n.P;
     dA = (double*)pieces.take(2 * n.B * n.directions * n.H);
-    dD = (double*)pieces.take(2 * n.B * n.H);
+    dD = (double*)pieces.take(2 * n.B * n.H * n.D_width());
     ddt_bias = (double*)pieces.take(2 * n.B * n.directions * n.H);
     dnorm_weight = pieces.take(n.B * E);
     dconv = pieces.take(n.B * (E + 2 * n.N) * (n.taps + 1));

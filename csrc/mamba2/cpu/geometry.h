@@ -140,6 +140,58 @@ MVAR_INLINE void store_delta(const Shared& shared, const Chunk& chunk, int64_t d
   }
 }
 
+// D of a head's channels. kOfChannels: each has its own.
+struct HeadSkip {
+  static constexpr bool kOfChannels = false;
+  Vec D;
+  template <typename Lanes>
+  MVAR_INLINE Vec at(int64_t, Lanes) const { return D; }
+};
+
+struct ChannelSkip {
+  static constexpr bool kOfChannels = true;
+  const float* D;
+  template <typename Lanes>
+  MVAR_INLINE Vec at(int64_t p, Lanes lanes) const { return load(D + p, lanes); }
+};
+
+// body(skip) for head h
+template <typename Body>
+MVAR_INLINE void with_skip(const float* D, int64_t h, const Sizes& n, Body body) {
+  if (n.channel_D) {
+    body(ChannelSkip{D + h * n.P});
+  } else {
+    body(HeadSkip{splat(D[h])});
+  }
+}
+
+// The gradient of a head's D from a few tokens. line: scratch for a line of channels.
+template <typename Skip>
+struct SkipSum {
+  float* line;
+  Sum total;
+
+  SkipSum(float* line, int64_t width) : line(line) {
+    if (Skip::kOfChannels) __builtin_memset(line, 0, width * sizeof(float));
+  }
+
+  MVAR_INLINE void add(int64_t p, int slot, Vec dy, Vec x) {
+    if constexpr (Skip::kOfChannels) {
+      store(line + p, fma(dy, x, load(line + p, All{})), All{});
+    } else {
+      total.slot[slot] = fma(dy, x, total.slot[slot]);
+    }
+  }
+
+  MVAR_INLINE void add_to(double* sums, int64_t P) const {
+    if constexpr (Skip::kOfChannels) {
+      for (int64_t p = 0; p < P; ++p) sums[p] += line[p];
+    } else {
+      *sums += total.total();
+    }
+  }
+};
+
 MVAR_INLINE const float* state_of(const States& s, int64_t b, int64_t h) {
   return s.data + b * s.batch_stride + h * s.head_stride;
 }

@@ -3,6 +3,8 @@
 // its rows are normalised.
 #pragma once
 
+#include <type_traits>
+
 #include "mamba2/cpu/convolution.h"
 #include "mamba2/cpu/forward.h"
 
@@ -11,6 +13,23 @@ namespace MVAR_INSTRUCTION_SET {
 namespace {
 
 using mamba2::MixerForward;
+using mamba2::Norm;
+
+// body(std::true_type{}) where SiLU(z) is multiplied with what RMSNorm gives, else false_type.
+template <typename Body>
+MVAR_INLINE void with_order(const Sizes& n, Body body) {
+  if (n.norm == Norm::kBeforeGate) {
+    body(std::true_type{});
+  } else {
+    body(std::false_type{});
+  }
+}
+
+// Δ between its limits; NaN stays.
+MVAR_INLINE Vec limited(Vec delta, const Sizes& n) {
+  const Vec low = splat(n.dt_min), high = splat(n.dt_max);
+  return delta < low ? low : delta > high ? high : delta;
+}
 
 // kKeeps: the convolution is stored before its SiLU, for the backward.
 template <typename T, bool kKeeps = false>
@@ -55,7 +74,8 @@ struct MixerForm {
     const float* dt = (const float*)a.dt.data + b * a.dt.batch_stride + (chunk.first + i) * a.dt.row_stride +
                       d * a.dt.direction_stride;
     for_each_vector(n.H, [&](int64_t h, auto lanes, int) MVAR_INLINE_LAMBDA {
-      const Vec delta = softplus(load(dt + h, lanes) + load(a.dt_bias + d * n.all_heads + h, lanes));
+      Vec delta = softplus(load(dt + h, lanes) + load(a.dt_bias + d * n.all_heads + h, lanes));
+      if (n.limits_dt) delta = limited(delta, n);
       store_delta(shared, chunk, d, h, i, delta, n);
     });
   }
@@ -89,34 +109,43 @@ struct MixerForm {
 
   void finish_head(int64_t b, int64_t h, const Segment& segment, const Scratch& s, const Geometry& g, float* gated,
                    float* squares) const {
-    const Vec D = splat(a.D[h]);
-    for (int64_t c = 0; c < segment.count; ++c) {
-      for (int64_t i = 0; i < segment.chunks[c].q; ++i) {
-        const int64_t l = segment.chunks[c].first + i;
-        const float* x = s.x + (c * kChunk + i) * g.width;
-        const float* y = s.y + (c * kChunk + i) * g.width;
-        const T* z = row<T>(a.z, b, l) + h * n.P;
-        float* to = gated_row(b, l, gated + (l - segment.first) * E()) + h * n.P;
-        Sum total;
-        for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
-          const Vec with_skip = fma(D, load(x + p, lanes), load(y + p, lanes));
-          const Vec value = with_skip * silu(load(z + p, lanes));
-          store(to + p, value, lanes);
-          total.slot[slot] = fma(value, value, total.slot[slot]);
-        });
-        squares[(l - segment.first) * n.H + h] = total.total();
-      }
-    }
+    with_skip(a.D, h, n, [&](auto D) MVAR_INLINE_LAMBDA {
+      with_order(n, [&](auto gate_last) MVAR_INLINE_LAMBDA {
+        for (int64_t c = 0; c < segment.count; ++c) {
+          for (int64_t i = 0; i < segment.chunks[c].q; ++i) {
+            const int64_t l = segment.chunks[c].first + i;
+            const float* x = s.x + (c * kChunk + i) * g.width;
+            const float* y = s.y + (c * kChunk + i) * g.width;
+            const T* z = row<T>(a.z, b, l) + h * n.P;
+            float* to = gated_row(b, l, gated + (l - segment.first) * E()) + h * n.P;
+            Sum total;
+            for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
+              Vec value = fma(D.at(p, lanes), load(x + p, lanes), load(y + p, lanes));
+              if constexpr (!gate_last) value *= silu(load(z + p, lanes));
+              store(to + p, value, lanes);
+              total.slot[slot] = fma(value, value, total.slot[slot]);
+            });
+            squares[(l - segment.first) * n.H + h] = total.total();
+          }
+        }
+      });
+    });
   }
 
   void finish_token(int64_t b, int64_t l, float* gated, const float* squares) const {
     double total = 0;
     for (int64_t h = 0; h < n.H; ++h) total += squares[h];
-    const Vec factor = splat((float)(1 / __builtin_sqrt(total / (double)E() + n.eps)));
+    const double r = n.norm == Norm::kNone ? 1 : 1 / __builtin_sqrt(total / (double)E() + n.eps);
+    const Vec factor = splat((float)r);
     const float* from = gated_row(b, l, gated);
+    const T* z = row<T>(a.z, b, l);
     T* to = row<T>(a.y, b, l);
-    for_each_vector(E(), [&](int64_t e, auto lanes, int) MVAR_INLINE_LAMBDA {
-      store(to + e, load(from + e, lanes) * factor * load(a.norm_weight + e, lanes), lanes);
+    with_order(n, [&](auto gate_last) MVAR_INLINE_LAMBDA {
+      for_each_vector(E(), [&](int64_t e, auto lanes, int) MVAR_INLINE_LAMBDA {
+        Vec value = load(from + e, lanes) * factor * load(a.norm_weight + e, lanes);
+        if constexpr (gate_last) value *= silu(load(z + e, lanes));
+        store(to + e, value, lanes);
+      });
     });
   }
 };

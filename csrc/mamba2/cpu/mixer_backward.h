@@ -52,28 +52,40 @@ struct MixerBackwardForm {
   // y into dz's place, and its part of the two sums that the RMSNorm's backward needs of each token.
   void keep_outputs(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g,
                     int64_t sample) const {
-    const Vec D = splat(a.forward.D[h]);
-    for_each_line(segment, g, [&](int64_t l, int64_t at) MVAR_INLINE_LAMBDA {
-      const float* z = row<float>(a.forward.z, b, l) + h * n.P;
-      const float* grad = row<float>(a.grad_y, b, l) + h * n.P;
-      const float* weight = a.forward.norm_weight + h * n.P;
-      float* y = row<float>(a.dz, b, l) + h * n.P;
-      Sum squares, products;
-      for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
-        const Vec value = fma(D, load(s.forward.x + at + p, lanes), load(s.forward.y + at + p, lanes));
-        const Vec gated = value * silu(load(z + p, lanes));
-        store(y + p, value, lanes);
-        squares.slot[slot] = fma(gated, gated, squares.slot[slot]);
-        const Vec weighted = load(grad + p, lanes) * load(weight + p, lanes);
-        products.slot[slot] = fma(gated, weighted, products.slot[slot]);
+    with_skip(a.forward.D, h, n, [&](auto D) MVAR_INLINE_LAMBDA {
+      with_order(n, [&](auto gate_last) MVAR_INLINE_LAMBDA {
+        for_each_line(segment, g, [&](int64_t l, int64_t at) MVAR_INLINE_LAMBDA {
+          const float* z = row<float>(a.forward.z, b, l) + h * n.P;
+          const float* grad = row<float>(a.grad_y, b, l) + h * n.P;
+          const float* weight = a.forward.norm_weight + h * n.P;
+          float* y = row<float>(a.dz, b, l) + h * n.P;
+          Sum squares, products;
+          for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
+            const Vec value =
+                fma(D.at(p, lanes), load(s.forward.x + at + p, lanes), load(s.forward.y + at + p, lanes));
+            const Vec gate = silu(load(z + p, lanes));
+            const Vec gated = gate_last ? value : value * gate;
+            store(y + p, value, lanes);
+            squares.slot[slot] = fma(gated, gated, squares.slot[slot]);
+            Vec weighted = load(grad + p, lanes) * load(weight + p, lanes);
+            if constexpr (gate_last) weighted *= gate;
+            products.slot[slot] = fma(gated, weighted, products.slot[slot]);
+          });
+          space.squares[(sample * n.L + l) * n.H + h] = squares.total();
+          space.products[(sample * n.L + l) * n.H + h] = products.total();
+        });
       });
-      space.squares[(sample * n.L + l) * n.H + h] = squares.total();
-      space.products[(sample * n.L + l) * n.H + h] = products.total();
     });
   }
 
-  // With r = 1/√(mean(gated²)+eps): r, and r³ · mean(gated · w · grad).
+  // With r = 1/√(mean(gated²)+eps): r, and r³ · mean(gated · w · grad). Where RMSNorm is before the gate, y is in the
+  // place of gated and grad · SiLU(z) in that of grad; where there is none, r is 1 and constant.
   void find_factors(int64_t token) const {
+    if (n.norm == Norm::kNone) {
+      space.factors[2 * token] = 1;
+      space.factors[2 * token + 1] = 0;
+      return;
+    }
     double squares = 0, products = 0;
     for (int64_t h = 0; h < n.H; ++h) {
       squares += space.squares[token * n.H + h];
@@ -87,37 +99,51 @@ struct MixerBackwardForm {
   // Through norm and gate: dz, dy, the skip's part of dx, and the gradients of norm_weight and D.
   void fill_dy(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g,
                int64_t sample) const {
-    const Vec D = splat(a.forward.D[h]);
     const float* weight = a.forward.norm_weight + h * n.P;
     // Of this segment alone first: a sum of sums loses less than one long sum.
     float* dweight = s.forward.rows;
     __builtin_memset(dweight, 0, g.width * sizeof(float));
-    Sum dD;
-    for_each_line(segment, g, [&](int64_t l, int64_t at) MVAR_INLINE_LAMBDA {
-      const Vec r = splat(space.factors[2 * (sample * n.L + l)]);
-      const Vec m = splat(space.factors[2 * (sample * n.L + l) + 1]);
-      const float* z = row<float>(a.forward.z, b, l) + h * n.P;
-      const float* grad = row<float>(a.grad_y, b, l) + h * n.P;
-      float* dz = row<float>(a.dz, b, l) + h * n.P;
-      for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
-        const Vec y = load(dz + p, lanes), gate = load(z + p, lanes), given = load(grad + p, lanes);
-        const Vec open = sigmoid(gate), factor = gate * open;
-        const Vec gated = y * factor;
-        const Vec dgated = fma(-gated, m, r * (given * load(weight + p, lanes)));
-        const Vec dy = dgated * factor;
-        store(dz + p, dgated * y * silu_slope(gate, open), lanes);
-        store(s.forward.y + at + p, dy, All{});
-        store(s.dx + at + p, D * dy, All{});
-        store(dweight + p, fma(given, gated * r, load(dweight + p, All{})), All{});
-        dD.slot[slot] = fma(dy, load(s.forward.x + at + p, lanes), dD.slot[slot]);
+    with_skip(a.forward.D, h, n, [&](auto D) MVAR_INLINE_LAMBDA {
+      SkipSum<decltype(D)> dD(dweight + g.width, g.width);
+      with_order(n, [&](auto gate_last) MVAR_INLINE_LAMBDA {
+        for_each_line(segment, g, [&](int64_t l, int64_t at) MVAR_INLINE_LAMBDA {
+          const Vec r = splat(space.factors[2 * (sample * n.L + l)]);
+          const Vec m = splat(space.factors[2 * (sample * n.L + l) + 1]);
+          const float* z = row<float>(a.forward.z, b, l) + h * n.P;
+          const float* grad = row<float>(a.grad_y, b, l) + h * n.P;
+          float* dz = row<float>(a.dz, b, l) + h * n.P;
+          for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
+            const Vec y = load(dz + p, lanes), gate = load(z + p, lanes), given = load(grad + p, lanes);
+            const Vec open = sigmoid(gate), factor = gate * open, w = load(weight + p, lanes);
+            Vec dfactor, dy, normed, dweighted;  // dweighted: of normed · w
+            if constexpr (gate_last) {
+              normed = y * r;
+              dweighted = given * factor;
+              dfactor = given * w * normed;
+              dy = fma(-y, m, r * (dweighted * w));
+            } else {
+              const Vec gated = y * factor;
+              const Vec dgated = fma(-gated, m, r * (given * w));
+              dfactor = dgated * y;
+              dy = dgated * factor;
+              normed = gated * r;
+              dweighted = given;
+            }
+            store(dz + p, dfactor * silu_slope(gate, open), lanes);
+            store(s.forward.y + at + p, dy, All{});
+            store(s.dx + at + p, D.at(p, lanes) * dy, All{});
+            store(dweight + p, fma(dweighted, normed, load(dweight + p, All{})), All{});
+            dD.add(p, slot, dy, load(s.forward.x + at + p, lanes));
+          });
+        });
       });
+      dD.add_to(space.sums.dD + (b * n.H + h) * n.D_width(), n.P);
     });
-    space.sums.dD[b * n.H + h] += dD.total();
     float* total = space.sums.dnorm_weight + b * E() + h * n.P;
     for (int64_t p = 0; p < n.P; ++p) total[p] += dweight[p];
   }
 
-  // Through softplus: its slope is the sigmoid.
+  // Through softplus, whose slope is the sigmoid, and the limits of Δ, past which it is 0.
   void take_delta(int64_t b, int64_t h, int64_t direction, const Chunk& chunk, const float* ddelta) const {
     const StepTokens& dt = a.forward.dt;
     const int64_t head = direction * n.all_heads + h;
@@ -129,7 +155,13 @@ struct MixerBackwardForm {
     }
     for (int v = 0; v < kChunkVecs; ++v) {
       float* at = steps + v * kWidth;
-      store(at, sigmoid(load(at, All{})) * load(ddelta + v * kWidth, All{}), All{});
+      const Vec step = load(at, All{});
+      Vec dstep = sigmoid(step) * load(ddelta + v * kWidth, All{});
+      if (n.limits_dt) {
+        const Vec delta = softplus(step);
+        dstep = delta < splat(n.dt_min) || delta > splat(n.dt_max) ? Vec{} : dstep;
+      }
+      store(at, dstep, All{});
     }
     double total = 0;
     for (int64_t i = 0; i < chunk.q; ++i) {
@@ -194,7 +226,8 @@ struct MixerBackwardForm {
       for (int64_t b = 0; b < n.B; ++b) total += space.sums.dnorm_weight[b * E() + c];
       a.dnorm_weight[c] = total;
     }
-    if (c < n.H) a.dD[c] = sum_samples(space.sums.dD, c, n.H, n.B);
+    const int64_t skips = n.H * n.D_width();
+    if (c < skips) a.dD[c] = sum_samples(space.sums.dD, c, skips, n.B);
     if (c >= n.H) return;
     for (int64_t d = 0; d < n.directions; ++d) {
       const int64_t at = d * n.H + c, head = d * n.all_heads + c, count = n.directions * n.H;

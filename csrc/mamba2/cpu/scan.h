@@ -64,16 +64,17 @@ struct ScanForm {
 
   void finish_head(int64_t b, int64_t h, const Segment& segment, const Scratch& s, const Geometry& g, float*,
                    float*) const {
-    const Vec D = splat(a.D[h]);
-    for (int64_t c = 0; c < segment.count; ++c) {
-      for (int64_t i = 0; i < segment.chunks[c].q; ++i) {
-        const int64_t at = (c * kChunk + i) * g.width;
-        T* to = row<T>(a.y, b, segment.chunks[c].first + i, h);
-        for_each_vector(n.P, [&](int64_t p, auto lanes, int) MVAR_INLINE_LAMBDA {
-          store(to + p, fma(D, load(s.x + at + p, All{}), load(s.y + at + p, All{})), lanes);
-        });
+    with_skip(a.D, h, n, [&](auto D) MVAR_INLINE_LAMBDA {
+      for (int64_t c = 0; c < segment.count; ++c) {
+        for (int64_t i = 0; i < segment.chunks[c].q; ++i) {
+          const int64_t at = (c * kChunk + i) * g.width;
+          T* to = row<T>(a.y, b, segment.chunks[c].first + i, h);
+          for_each_vector(n.P, [&](int64_t p, auto lanes, int) MVAR_INLINE_LAMBDA {
+            store(to + p, fma(D.at(p, lanes), load(s.x + at + p, All{}), load(s.y + at + p, All{})), lanes);
+          });
+        }
       }
-    }
+    });
   }
 };
 

@@ -37,21 +37,22 @@ struct ScanBackwardForm {
   // dy, and the skip's part of dx and dD.
   void fill_dy(int64_t b, int64_t h, const Segment& segment, const BackwardScratch& s, const Geometry& g,
                int64_t) const {
-    const Vec D = splat(a.forward.D[h]);
-    Sum dD;
-    for (int64_t c = 0; c < segment.count; ++c) {
-      for (int64_t i = 0; i < segment.chunks[c].q; ++i) {
-        const float* from = row<float>(a.grad_y, b, segment.chunks[c].first + i, h);
-        const int64_t at = (c * kChunk + i) * g.width;
-        for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
-          const Vec dy = load(from + p, lanes);
-          store(s.forward.y + at + p, dy, All{});
-          store(s.dx + at + p, D * dy, All{});
-          dD.slot[slot] = fma(dy, load(s.forward.x + at + p, All{}), dD.slot[slot]);
-        });
+    with_skip(a.forward.D, h, n, [&](auto D) MVAR_INLINE_LAMBDA {
+      SkipSum<decltype(D)> dD(s.forward.rows, g.width);
+      for (int64_t c = 0; c < segment.count; ++c) {
+        for (int64_t i = 0; i < segment.chunks[c].q; ++i) {
+          const float* from = row<float>(a.grad_y, b, segment.chunks[c].first + i, h);
+          const int64_t at = (c * kChunk + i) * g.width;
+          for_each_vector(n.P, [&](int64_t p, auto lanes, int slot) MVAR_INLINE_LAMBDA {
+            const Vec dy = load(from + p, lanes);
+            store(s.forward.y + at + p, dy, All{});
+            store(s.dx + at + p, D.at(p, lanes) * dy, All{});
+            dD.add(p, slot, dy, load(s.forward.x + at + p, All{}));
+          });
+        }
       }
-    }
-    space.sums.dD[b * n.H + h] += dD.total();
+      dD.add_to(space.sums.dD + (b * n.H + h) * n.D_width(), n.P);
+    });
   }
 
   void take_delta(int64_t b, int64_t h, int64_t direction, const Chunk& chunk, const float* ddelta) const {
@@ -88,8 +89,10 @@ struct ScanBackwardForm {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < n.directions * n.H; ++i) {
       a.dA[i / n.H * n.all_heads + i % n.H] = sum_samples(space.sums.dA, i, n.directions * n.H, n.B);
-      if (i < n.H) a.dD[i] = sum_samples(space.sums.dD, i, n.H, n.B);
     }
+    const int64_t skips = n.H * n.D_width();
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < skips; ++i) a.dD[i] = sum_samples(space.sums.dD, i, skips, n.B);
   }
 };
 

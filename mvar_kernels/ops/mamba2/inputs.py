@@ -1,13 +1,14 @@
 """What every kernel of ssd_scan and mamba2_mixer takes, checked by the public functions."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
 
 class Scan(NamedTuple):
-    """x (B, L, H, P); dt (B, L, H), A and D (H); B and C (B, L, G·N); state (B, H, P, N). In both directions dt is
-    (B, L, 2, H) and A (2, H). All else as in :func:`mvar_kernels.ssd_scan`.
+    """x (B, L, H, P); dt (B, L, H); A (H); D (H) or (H, P); B and C (B, L, G·N); state (B, H, P, N). In both
+    directions dt is (B, L, 2, H) and A (2, H). All else as in :func:`mvar_kernels.ssd_scan`.
     """
 
     x: Tensor
@@ -39,11 +40,14 @@ class Mixer(NamedTuple):
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
-    norm_weight: Tensor
+    norm_weight: Tensor | None
     conv: Tensor
     ssm: Tensor
     scales: tuple[int, ...]
     eps: float
+    dt_min: float = 0.0
+    dt_max: float = math.inf
+    norm_before_gate: bool = False
 
     @property
     def groups(self) -> int:
@@ -52,9 +56,23 @@ class Mixer(NamedTuple):
         return (self.conv_weight.shape[0] - H * P) // (2 * N)
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:10]
+
+    @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """From conv_weight to norm_weight."""
-        return self[2:8]
+        """From conv_weight to D."""
+        return self[2:7]
+
+    @property
+    def limits_dt(self) -> bool:
+        return self.dt_min > 0 or self.dt_max < math.inf
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of y: (B, L, E)."""
+        _, H, P, _ = self.ssm.shape
+        return *self.zxbcdt.shape[:2], H * P
 
     @property
     def steps(self) -> Tensor:

@@ -94,21 +94,22 @@ def ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
     y, last = scan(x_acc, dt[:, :, 0] if both else dt, A[0] if both else A, B, C, state.to(acc))
     if both:
         y = y + backward_scan(x_acc, dt[:, :, 1], A[1], B, C, scales)
-    return (y + D[:, None] * x_acc).to(x.dtype), last
+    skip = D if D.dim() == 2 else D[:, None]
+    return (y + skip * x_acc).to(x.dtype), last
 
 
 def _by_group(call: Scan) -> list[Scan]:
     """A scan of one group each."""
     G, heads = call.groups, {"x": 2, "dt": -1, "A": -1, "B": -1, "C": -1, "D": 0, "state": 1}
     pieces = zip(*(getattr(call, name).chunk(G, dim) for name, dim in heads.items()), strict=True)
-    return [Scan(*tensors, call.scales) for tensors in pieces]
+    return [Scan._make((*tensors, call.scales)) for tensors in pieces]
 
 
 def mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, L, E) and the new (conv, ssm) state; shapes as in :func:`mvar_kernels.mamba2_mixer`."""
     first, dt = call.zxbcdt, call.steps
     acc = accumulator(first.dtype)
-    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.to(acc) for p in call.parameters)
+    conv_weight, conv_bias, dt_bias, A_log, D = (p.to(acc) for p in call.parameters)
     conv_state, ssm_state = call.conv, call.ssm
     (_, H, P, N), G, width = ssm_state.shape, call.groups, conv_weight.shape[1]
     E = H * P
@@ -120,13 +121,26 @@ def mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
     x, B, C = F.silu(convolved.transpose(1, 2)).split([E, G * N, G * N], -1)
 
     delta = F.softplus(dt.to(acc).unflatten(-1, dt_bias.shape) + dt_bias)
+    if call.limits_dt:
+        delta = delta.clamp(call.dt_min, call.dt_max)
     heads = x.unflatten(-1, (H, P))  # (B, L, H, P)
     A = -A_log.clamp(max=math.log(torch.finfo(acc).max) - 1e-3).exp()  # finite, and so is its gradient
     y, last = ssd_scan(Scan(heads, delta, A, B, C, D, ssm_state, call.scales))
 
-    gated = (y.flatten(2) * F.silu(z.to(acc))).unflatten(-1, (G, E // G))
-    normed = (gated * (gated.square().mean(-1, keepdim=True) + call.eps).rsqrt()).flatten(2) * norm_weight
-    return normed.to(first.dtype), rows[:, rows.shape[1] - width + 1 :].clone(), last
+    y, gate = y.flatten(2), F.silu(z.to(acc))
+    if call.norm_weight is None:
+        out = y * gate
+    elif call.norm_before_gate:
+        out = _rms_norm(y, call.norm_weight.to(acc), G, call.eps) * gate
+    else:
+        out = _rms_norm(y * gate, call.norm_weight.to(acc), G, call.eps)
+    return out.to(first.dtype), rows[:, rows.shape[1] - width + 1 :].clone(), last
+
+
+def _rms_norm(x: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """Of each token and group of channels by itself."""
+    x = x.unflatten(-1, (groups, -1))
+    return (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(2) * weight
 
 
 def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:

@@ -48,7 +48,7 @@ def ssd_scan(
         A: (H,), negative, or (2, H) for both directions.
         B, C: (B, L, N), dtype of x, shared by all heads, or (B, L, G, N): of G groups of H/G heads, those of group g
             from head g·H/G on.
-        D: (H,), weight of the skip; None for none.
+        D: (H,) or, of each channel, (H, P), weight of the skip; None for none.
         initial_state: (B, H, P, N) before the first token, float32 (float64 for float64); None for zero.
         scales: tokens per scale; needed when bidirectional, not used else.
         backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
@@ -82,7 +82,7 @@ def ssd_scan(
         raise ValueError(f"{op}: x: expected at least one token, got L=0")
     if D is None:
         D = A.new_zeros(sizes["H"])
-    validation.tensor(op, "D", D, "H", sizes, like=x)
+    validation.tensor(op, "D", D, "H P" if isinstance(D, Tensor) and D.dim() == 2 else "H", sizes, like=x)
     if initial_state is None:
         initial_state = x.new_zeros([sizes[d] for d in "BHPN"], dtype=acc)
     validation.tensor(op, "initial_state", initial_state, "B H P N", sizes, like=x, dtypes=(acc,))

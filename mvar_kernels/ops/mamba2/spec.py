@@ -1,5 +1,6 @@
 """Cases, bytes and FLOPs of ssd_scan and mamba2_mixer."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ LAST_STATE = (64.0, "computed by matmuls of two bfloat16 parts of each factor")
 # times 2⁻⁹ of the largest value, the reference's 0 to 6, and 0 where the gradient comes from that of the last state.
 OPERANDS = "matmuls of a training step round x, B, C, h, its adjoint and dy to bfloat16"
 PARAMETERS = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
+VARIANTS = ("dt_limit", "norm_before_gate")  # options of the mixer, which are options of a case
 
 
 def _case(
@@ -91,6 +93,18 @@ GROUPS = (
     _case("groups", 2, 37, 4, 16, 16, groups=2),
     _case("groups_odd", 1, 20, 6, 5, 7, scales=(3, 17), groups=3),
 )
+CHANNEL_D = (
+    _case("channel_D", 2, 21, 3, 16, 16, channel_D=True),
+    _case("channel_D_groups_both", 1, 20, 4, 5, 7, scales=(3, 17), groups=2, channel_D=True),
+)
+VARIANTS_MIXER = (
+    _case("no_conv_bias", 1, 9, 2, 16, 16, without=("conv_bias",)),
+    _case("dt_limit", 2, 21, 3, 16, 16, dt_limit=(0.03, 0.1)),
+    _case("no_norm", 2, 21, 4, 5, 7, without=("norm_weight",), groups=2),
+    _case("no_norm_both", 1, 20, 3, 16, 16, scales=(3, 17), without=("norm_weight", "conv_bias"), dt_limit=(0.01, 0.1)),
+    _case("norm_before_gate", 2, 21, 3, 16, 16, norm_before_gate=True),
+    _case("norm_before_gate_groups", 1, 20, 4, 5, 7, scales=(3, 17), groups=2, norm_before_gate=True),
+)
 VAR_256 = tuple(n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 BENCH = (
     _case("d16_256", 2, 680, 32, 64, 64),
@@ -137,6 +151,11 @@ def _groups(case: Case) -> int:
     return case.options.get("groups", 1)
 
 
+def _skips(case: Case) -> tuple[int, ...]:
+    H, P = case.sizes["H"], case.sizes["P"]
+    return (H, P) if case.options.get("channel_D") else (H,)
+
+
 def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
     shared = (B, L, _groups(case), N) if "groups" in case.options else (B, L, N)
@@ -152,7 +171,7 @@ def _scan_inputs(case: Case, generator: torch.Generator) -> Inputs:
         "A": -_with_instant(_log_decay_rates(generator, *_heads(case)), case).exp(),
         "B": _normal(generator, *shared),
         "C": _normal(generator, *shared),
-        "D": 1 + 0.1 * _normal(generator, H),
+        "D": 1 + 0.1 * _normal(generator, *_skips(case)),
         "initial_state": _normal(generator, B, H, P, N),
     }
     return inputs | {name: factor * inputs[name] for name, factor in case.options.get("times", {}).items()}
@@ -170,7 +189,7 @@ def _mixer_inputs(case: Case, generator: torch.Generator) -> Inputs:
         "conv_bias": 0.1 * _normal(generator, E + shared),
         "dt_bias": _normal(generator, *heads) - 3,
         "A_log": _with_instant(_log_decay_rates(generator, *heads), case),
-        "D": 1 + 0.1 * _normal(generator, H),
+        "D": 1 + 0.1 * _normal(generator, *_skips(case)),
         "norm_weight": 1 + 0.1 * _normal(generator, E),
         "conv": _normal(generator, B, 3, E + shared),
         "ssm": _normal(generator, B, H, P, N),
@@ -178,28 +197,33 @@ def _mixer_inputs(case: Case, generator: torch.Generator) -> Inputs:
     if "dt" in case.keeps_dtype:
         inputs["zxbcdt"], dt = inputs["zxbcdt"].split([2 * E + shared, count], -1)
         inputs["dt"] = dt.unflatten(-1, heads)
-    return inputs
+    return {name: t for name, t in inputs.items() if name not in case.options.get("without", ())}
 
 
 def _call_mixer(t: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
+    parameters: list[Any] = [t.get(name) for name in PARAMETERS]
     y, state = mamba2_mixer(
         t["zxbcdt"],
-        *(t[name] for name in PARAMETERS),
+        *parameters,
         dt=t.get("dt"),
         ngroups=_groups(case),
         eps=EPS,
         state=Mamba2State(t["conv"], t["ssm"]),
         scales=case.options["scales"],
         backend=backend,
+        **{name: case.options[name] for name in VARIANTS if name in case.options},
     )
     return y, *state
 
 
 def _mixer_reference(t: Inputs, case: Case) -> tuple[Tensor, ...]:
     dt = t["dt"].flatten(2) if "dt" in t else None
-    parameters = {name: t[name] for name in PARAMETERS}
-    call = Mixer(t["zxbcdt"], dt, **parameters, conv=t["conv"], ssm=t["ssm"], scales=_scales(case), eps=EPS)
-    return reference.mamba2_mixer(call)
+    parameters = [t.get(name) for name in PARAMETERS]
+    if parameters[1] is None:
+        parameters[1] = torch.zeros_like(t["conv_weight"][:, 0])
+    limits, before = case.options.get("dt_limit", (0.0, math.inf)), case.options.get("norm_before_gate", False)
+    states = t["conv"], t["ssm"], _scales(case)
+    return reference.mamba2_mixer(Mixer._make([t["zxbcdt"], dt, *parameters, *states, EPS, *limits, before]))
 
 
 def _call_scan(t: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
@@ -254,7 +278,7 @@ def _mixer_work_backward(case: Case, itemsize: int) -> tuple[int, int]:
 
 SSD_SCAN = Spec(
     op="ssd_scan",
-    cases=(*CASES, *FLOAT32_STEPS, *LARGE_SCAN, ONE_SIGN, *INSTANT, *GROUPS),
+    cases=(*CASES, *FLOAT32_STEPS, *LARGE_SCAN, ONE_SIGN, *INSTANT, *GROUPS, *CHANNEL_D),
     inputs=_scan_inputs,
     call=_call_scan,
     reference=_scan_reference,
@@ -272,7 +296,10 @@ SSD_SCAN = Spec(
 
 MAMBA2_MIXER = Spec(
     op="mamba2_mixer",
-    cases=(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64), *FLOAT32_STEPS_MIXER, *LARGE_MIXER, *INSTANT, *GROUPS),
+    cases=(
+        *(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64), *FLOAT32_STEPS_MIXER, *LARGE_MIXER, *INSTANT),
+        *(*GROUPS, *CHANNEL_D, *VARIANTS_MIXER),
+    ),
     inputs=_mixer_inputs,
     call=_call_mixer,
     reference=_mixer_reference,

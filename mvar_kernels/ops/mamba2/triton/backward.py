@@ -17,7 +17,7 @@ from mvar_kernels.ops.mamba2.triton.backward_kernels import (
     _ssd_scan_bwd_prepare_kernel,
     _ssd_scan_bwd_sweep_kernel,
 )
-from mvar_kernels.ops.mamba2.triton.common import scale_of_tokens
+from mvar_kernels.ops.mamba2.triton.common import NO_LIMITS, scale_of_tokens
 from mvar_kernels.ops.mamba2.triton.grads_kernel import _ssd_scan_bwd_grads_kernel
 from mvar_kernels.tiling import Tile
 
@@ -101,6 +101,7 @@ class ScanGradients:
         dtype: torch.dtype,
         mixer: tuple[Tensor, Tensor, Tensor] | None = None,
         groups: int = 1,
+        limits: dict[str, float | None] = NO_LIMITS,
     ) -> None:
         device = x.device
         self.scheme = how = scheme(dtype, device)
@@ -162,6 +163,7 @@ class ScanGradients:
             self.L,
             H * self.P,
             columns,
+            **limits,
             GROUP_HEADS=self.H if groups > 1 else None,
             TAPS=1 if weights is None else weights.shape[0] - 1,
             MIXER=self.mixer,
@@ -193,8 +195,9 @@ class ScanGradients:
             **tile,
         )
 
-    def grads(self, dy: Tensor, dx: Tensor, ddt: Tensor) -> tuple[Tensor, Tensor]:
-        """Fills dx and ddt; returns dB and dC (B·L, 2GN), and sums over all tokens (dt, A and D; columns)."""
+    def grads(self, dy: Tensor, dx: Tensor, ddt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fills dx and ddt; returns dB and dC (B·L, 2GN), the sums over all tokens of dt's and A's (2, columns), and
+        dD in the shape of D."""
         dbc = self.steps.new_empty(self.parts, self.x.shape[0], 2 * self.groups * self.N)
         tile = tiling.chosen("ssd_scan_bwd_grads", self.shape_class, GRADS_TILES[self.dtype], dy.device)
         _ssd_scan_bwd_grads_kernel[self.programs, self.parts](
@@ -213,6 +216,7 @@ class ScanGradients:
             MIXER=self.mixer,
             WGMMA=self.scheme.wgmma,
             COARSE=self.scheme.coarse,
+            CHANNEL_D=self.D.dim() == 2,
             BLOCK_P=tiling.dot_block(self.P),
             **self.options,
             **tile.arguments(),
@@ -221,13 +225,18 @@ class ScanGradients:
         found = found.unflatten(0, (batch, self.groups, self.chunks)).unflatten(3, (self.directions, self.H))
         by_tokens = found[..., 0, :].permute(0, 2, 5, 3, 1, 4).flatten(3).flatten(1, 2)  # (B, chunks·CHUNK, columns)
         ddt.unflatten(0, (batch, self.L)).copy_(by_tokens[:, : self.L])
-        return dbc.sum(0), found.sum((0, 2, 6)).permute(3, 1, 0, 2).flatten(1)
+        sums = found.sum((0, 2, 6)).permute(3, 1, 0, 2).flatten(1)
+        if self.D.dim() == 2:  # no kernel adds it up channel by channel
+            dD = (self.x.float() * dy.float()).sum(0).view(self.D.shape)
+        else:
+            dD = sums[2, : self.D.numel()]
+        return dbc.sum(0), sums[:2], dD
 
 
 def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     """Gradients of x, dt, A, B, C, D and the initial state from those of y and of the last state."""
     x, dt, A, B, C, D, initial, scales = call
-    dy = grads[0].contiguous().view(-1, D.numel() * x.shape[3])
+    dy = grads[0].contiguous().view(-1, x.shape[2] * x.shape[3])
     scan = ScanGradients(
         *(x.contiguous().view(dy.shape), rows_of(dt), A, rows_of(B), rows_of(C), D, initial, scales, x.dtype),
         groups=call.groups,
@@ -235,7 +244,6 @@ def ssd_scan_backward(grads: Sequence[Tensor], call: Scan) -> list[Tensor]:
     dx, ddt, dinitial = map(empty_contiguous, (x, dt, initial))
     scan.sweep(scan.x, scan.bc, initial, None)
     scan.sweep(dy, scan.C, grads[1], dinitial)
-    dbc, sums = scan.grads(dy, dx, rows_of(ddt))
+    dbc, sums, dD = scan.grads(dy, dx, rows_of(ddt))
     dB, dC = (part.reshape(B.shape).to(B.dtype) for part in dbc.chunk(2, -1))
-    dA, dD = sums[1].view(A.shape).to(A.dtype), sums[2, : D.numel()].to(D.dtype)
-    return [dx, ddt, dA, dB, dC, dD, dinitial]
+    return [dx, ddt, sums[1].view(A.shape).to(A.dtype), dB, dC, dD.to(D.dtype), dinitial]

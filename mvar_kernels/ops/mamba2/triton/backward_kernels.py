@@ -56,6 +56,7 @@ from mvar_kernels.ops.mamba2.triton.common import (
     conv_rows,
     finite_rate,
     group_of,
+    limited,
     sigmoids,
     softplus,
     split_log_decays,
@@ -188,6 +189,8 @@ def _ssd_scan_bwd_prepare_kernel(
     GROUP_HEADS: tl.constexpr,
     TAPS: tl.constexpr,
     MIXER: tl.constexpr,
+    DT_MIN: tl.constexpr,
+    DT_MAX: tl.constexpr,
     EXACT: tl.constexpr,
     OPERAND: tl.constexpr,
     TWO_PARTS: tl.constexpr,
@@ -246,8 +249,11 @@ def _ssd_scan_bwd_prepare_kernel(
     if MIXER:
         A = -exp(A)
         v = delta + tl.load(bias_ptr + offs_c, mask=mask_h, other=0.0).to(tl.float32)[None, :]
-        tl.store(at + CHUNK, tl.where(mask_dt, sigmoids(clamped(v), EXACT)[0], 0.0), mask=mask_h[None, :])
-        delta = tl.where(mask_dt, softplus(v), 0.0)
+        slope, delta = sigmoids(clamped(v), EXACT)[0], softplus(v)
+        if DT_MIN is not None:
+            slope = tl.where((delta < DT_MIN) | (delta > DT_MAX), 0.0, slope)
+        tl.store(at + CHUNK, tl.where(mask_dt, slope, 0.0), mask=mask_h[None, :])
+        delta = tl.where(mask_dt, limited(delta, DT_MIN, DT_MAX), 0.0)
     tl.store(at, delta, mask=mask_h[None, :])
     coarse, fine = split_log_decays(delta * finite_rate(A)[None, :])
     coarse, fine = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)

@@ -20,7 +20,26 @@ import triton.language as tl
 from torch import Tensor
 
 from mvar_kernels.dispatch import check_not_capturing
+from mvar_kernels.ops.mamba2.inputs import Mixer
 from mvar_kernels.triton_math import divide, exp, widen
+
+NO_LIMITS: dict[str, float | None] = {"DT_MIN": None, "DT_MAX": None}
+# What is done with y of the mixer's scan: y · SiLU(z), RMSNorm(y · SiLU(z)), RMSNorm(y) · SiLU(z).
+ONLY_GATE = tl.constexpr(0)
+AFTER_GATE = tl.constexpr(1)
+BEFORE_GATE = tl.constexpr(2)
+
+
+def norm_kind(call: Mixer) -> int:
+    """Which of them."""
+    if call.norm_weight is None:
+        return ONLY_GATE.value
+    return BEFORE_GATE.value if call.norm_before_gate else AFTER_GATE.value
+
+
+def limits(call: Mixer) -> dict[str, float | None]:
+    """The limits of Δ, None where it has none."""
+    return {"DT_MIN": call.dt_min, "DT_MAX": call.dt_max} if call.limits_dt else NO_LIMITS
 
 
 @cache  # for good: a captured CUDA graph reads it where it lay at capture
@@ -99,6 +118,14 @@ def group_of(b, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def limited(delta, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr):
+    """Δ between its limits, which are None where it has none; NaN stays."""
+    if DT_MIN is not None:
+        delta = tl.where(delta < DT_MIN, DT_MIN, tl.where(delta > DT_MAX, DT_MAX, delta))
+    return delta
+
+
+@triton.jit
 def load_vector(ptrs, mask):
     """Numbers, 0 where masked; a mask that is None is not needed."""
     if mask is None:
@@ -106,6 +133,16 @@ def load_vector(ptrs, mask):
     else:
         vector = tl.load(ptrs, mask=mask, other=0.0)
     return vector
+
+
+@triton.jit
+def load_skip(D_ptr, head, first_p, offs_p, mask_p, P: tl.constexpr, CHANNEL_D: tl.constexpr):
+    """D of a head and of its channels from first_p on: one is 0, or where no matmul's diagonal can hold it, None."""
+    if CHANNEL_D:
+        skip = (0.0, load_vector(D_ptr + head * P + first_p + offs_p, mask_p).to(tl.float32))
+    else:
+        skip = (tl.load(D_ptr + head).to(tl.float32), None)
+    return skip
 
 
 @triton.jit

@@ -32,7 +32,13 @@ from mvar_kernels.ops.mamba2.triton.chunk import (
     scale_numbers,
     scores_of,
 )
-from mvar_kernels.ops.mamba2.triton.common import finite_rate, load_rows, scale_of_tokens, store_rows
+from mvar_kernels.ops.mamba2.triton.common import (
+    finite_rate,
+    load_rows,
+    load_skip,
+    scale_of_tokens,
+    store_rows,
+)
 from mvar_kernels.tiling import Tile
 from mvar_kernels.triton_math import widen
 
@@ -118,6 +124,7 @@ def _ssd_scan_fwd_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHANNEL_D: tl.constexpr,
     BOTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -146,7 +153,7 @@ def _ssd_scan_fwd_kernel(
         C_ptr += group * N
     state_ptr += ((row * H + head) * P + first_p) * N
     A = finite_rate(tl.load(A_ptr + head).to(tl.float32))
-    D = tl.load(D_ptr + head).to(tl.float32)
+    D, skip = load_skip(D_ptr, head, first_p, offs_p, mask_p, P, CHANNEL_D)
 
     if BOTH:
         A_back = finite_rate(tl.load(A_ptr + H + head).to(tl.float32))
@@ -189,6 +196,8 @@ def _ssd_scan_fwd_kernel(
             right = tl.load(edges_ptr + chunk * P * N + offs_h, mask=mask_h, other=0.0)
             y += from_state(C, operand(right, DTYPE), tl.where(scale == last, decay_of_state(back, EXACT), 0.0), DTYPE)
         y = add_from_tokens(y, scores, tokens, DTYPE)
+        if CHANNEL_D:
+            y += skip[None, :] * x.to(tl.float32)
         store_rows(y_ptr, H * P, y, start, offs_p, mask_p, L, CHUNK)
     state_out_ptr += ((row * H + head) * P + first_p) * N
     tl.store(state_out_ptr + offs_h, h, mask=mask_h)
@@ -208,6 +217,9 @@ def ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
     strides = (*x.stride()[:3], *dt.stride()[:3], *B.stride()[:2], *C.stride()[:2])
     grid = (rows * H * triton.cdiv(P, launch["BLOCK_P"]),)
     _ssd_scan_fwd_kernel[grid](
-        *(x, dt, A, B, C, D, state, scale, edges, y, last, *strides, L, H), GROUPS=call.groups, **launch
+        *(x, dt, A, B, C, D, state, scale, edges, y, last, *strides, L, H),
+        GROUPS=call.groups,
+        CHANNEL_D=D.dim() == 2,
+        **launch,
     )
     return y, last

@@ -197,6 +197,7 @@ def _ssd_scan_bwd_grads_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHANNEL_D: tl.constexpr,
     BOTH: tl.constexpr,
     MIXER: tl.constexpr,
     WGMMA: tl.constexpr,
@@ -229,7 +230,7 @@ def _ssd_scan_bwd_grads_kernel(
     dy_ptr += row * E + group * (H * P)
     dx_ptr += row * E + group * (H * P)
     A_ptr += group * H
-    D_ptr += group * H
+    D_ptr += group * (H * P if CHANNEL_D else H)
     bc_ptr += program * CHUNK * (2 * N)
     steps_ptr += program * (DIRECTIONS * H + 1) * PLANES * CHUNK
     states_ptr += program * H * DIRECTIONS * 2 * P * N
@@ -267,7 +268,10 @@ def _ssd_scan_bwd_grads_kernel(
             own_at = steps_ptr + DIRECTIONS * H * PLANES * CHUNK + offs_i
             if WGMMA:
                 own = tl.load(own_at)
-                own_G = tl.where(forward, own * tl.load(at + offs_i) + tl.load(D_ptr + head).to(tl.float32), 0.0)
+                own_G = own * tl.load(at + offs_i)
+                if not CHANNEL_D:
+                    own_G += tl.load(D_ptr + head).to(tl.float32)
+                own_G = tl.where(forward, own_G, 0.0)
                 dB, dC, dx, arrived, ddt, A_grad, x_dy = _wgmma_direction_grads(
                     x, dy, bc_at, mask_bc, h_at + direction * (2 * P * N), mask_state, dB, dC, dx, arrived, at, own_G,
                     A, direction, scale, before, after, once, P, N, BOTH, OPERAND, CHUNK,
@@ -285,7 +289,10 @@ def _ssd_scan_bwd_grads_kernel(
                 delta, own = tl.load(at + offs_i), tl.load(own_at)
                 dB += (x_dy * delta)[:, None] * tl.load(bc_at + N, mask=mask_bc, other=0.0).to(tl.float32)
                 dC += (x_dy * delta)[:, None] * tl.load(bc_at, mask=mask_bc, other=0.0).to(tl.float32)
-                dx += tl.where(forward, own * delta + tl.load(D_ptr + head).to(tl.float32), 0.0)[:, None] * dy
+                own_G = own * delta
+                if not CHANNEL_D:
+                    own_G += tl.load(D_ptr + head).to(tl.float32)
+                dx += tl.where(forward, own_G, 0.0)[:, None] * dy
             ddt += own * x_dy
             if MIXER:
                 ddt *= tl.load(at + CHUNK + offs_i)
@@ -293,6 +300,9 @@ def _ssd_scan_bwd_grads_kernel(
             tl.store(at + 4 * CHUNK + offs_i, tl.where(mask_t, ddt, 0.0))
             tl.store(at + 5 * CHUNK + offs_i, tl.where(mask_t, A_grad, 0.0))  # Δ is 0 there, but divided by
             tl.store(at + 6 * CHUNK + offs_i, x_dy)
+        if CHANNEL_D:
+            skip = tl.load(D_ptr + head * P + offs_p, mask=mask_p, other=0.0).to(tl.float32)
+            dx += skip[None, :] * tl.load(dy_at, mask=mask_x, other=0.0).to(tl.float32)
         tl.store(dx_ptr + head * P + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
 
     if WGMMA:

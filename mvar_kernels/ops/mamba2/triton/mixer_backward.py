@@ -39,6 +39,7 @@ from mvar_kernels import tiling
 from mvar_kernels.ffi import empty_contiguous
 from mvar_kernels.ops.mamba2.inputs import Mixer
 from mvar_kernels.ops.mamba2.triton.backward import HOPPER_BFLOAT16, SCHEMES, ScanGradients, rows_of, scheme
+from mvar_kernels.ops.mamba2.triton.common import limits, norm_kind
 from mvar_kernels.ops.mamba2.triton.mixer_backward_kernels import (
     _mamba2_mixer_bwd_conv_grads_kernel,
     _mamba2_mixer_bwd_norm_kernel,
@@ -67,9 +68,10 @@ def norm_tiles(block: int) -> tuple[Tile, ...]:
 
 def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     """Gradients of the inputs, the parameters and the two states from those of y and of both states."""
-    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (p.contiguous() for p in call.parameters)
+    conv_weight, conv_bias, dt_bias, A_log, D = (p.contiguous() for p in call.parameters)
+    norm_weight = None if call.norm_weight is None else call.norm_weight.contiguous()
     conv, initial = call.conv.contiguous(), call.ssm.contiguous()
-    E, (channels, taps), G = norm_weight.shape[0], conv_weight.shape, call.groups
+    E, (channels, taps), G = call.shape[2], conv_weight.shape, call.groups
     batch, L, width = call.zxbcdt.shape
     dtype, device = call.zxbcdt.dtype, call.zxbcdt.device
     z, xbc = rows_of(call.zxbcdt)[:, : E + channels].split([E, channels], 1)
@@ -87,20 +89,23 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     weights = torch.cat([conv_weight.t(), conv_bias[None]]).float()
     exact, how = dtype == torch.float32, scheme(dtype, device)
     x = torch.empty(batch * L, E, dtype=how.stored, device=device)
-    scan = ScanGradients(x, dt, A_log, xbc, xbc, D, initial, call.scales, dtype, (conv, weights, dt_bias), G)
+    scan = ScanGradients(
+        *(x, dt, A_log, xbc, xbc, D, initial, call.scales, dtype, (conv, weights, dt_bias), G), limits(call)
+    )
     y = torch.empty_like(x)
     tile = chosen("outputs", OUTPUTS_TILES.get((how, scan.directions), OTHER_OUTPUTS_TILES))
     tile["BLOCK_P"] = min(tile["BLOCK_P"], tiling.dot_block(scan.P))
     _mamba2_mixer_bwd_outputs_kernel[scan.batch * scan.H, triton.cdiv(scan.P, tile["BLOCK_P"])](
         *(xbc, conv, weights, x, scan.steps, scan.bc, scan.D, scan.scale, initial, scan.states, y, xbc.stride(0), L),
         TAPS=taps,
+        CHANNEL_D=D.dim() == 2,
         **scan.options,
         **tile,
     )
     block = triton.next_power_of_2(E // G)
     tile = chosen("norm", norm_tiles(block))
     programs = triton.cdiv(batch * L, tile["ROWS"])
-    norm_sums = torch.empty(programs, E, dtype=torch.float32, device=device)
+    norm_sums = None if norm_weight is None else torch.empty(programs, E, dtype=torch.float32, device=device)
     grad = rows_of(grads[0])
     _mamba2_mixer_bwd_norm_kernel[programs, G](
         y,
@@ -116,6 +121,7 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
         E // G,
         call.eps,
         GROUPS=G,
+        NORM=norm_kind(call),
         EXACT=exact,
         OPERAND=how.operand,
         BLOCK_E=block,
@@ -123,10 +129,10 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     )
     scan.sweep(y, scan.C, grads[2], dinitial)
     dx = torch.empty_like(x)
-    dbc, sums = scan.grads(y, dx, ddt)
+    dbc, sums, dD = scan.grads(y, dx, ddt)
     tile = chosen("conv_grads", CONV_GRADS_TILES)
     programs = batch * triton.cdiv(L + taps - 1, tile["ROWS"])
-    conv_sums = norm_sums.new_empty(programs, taps + 1, channels)
+    conv_sums = torch.empty(programs, taps + 1, channels, dtype=torch.float32, device=device)
     for grads_of, first in ((dx, 0), (dbc, E)):
         count, columns = grads_of.shape[1], slice(first, first + grads_of.shape[1])
         _mamba2_mixer_bwd_conv_grads_kernel[programs, triton.cdiv(count, tile["BLOCK_C"])](
@@ -148,8 +154,9 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
             EXACT=exact,
             **tile,
         )
-    ddt_bias, dA_log, dD = sums[0], sums[1], sums[2, : D.numel()]
     dweight, dbias = conv_sums.sum(0).split([taps, 1])
-    given = (dweight.t(), dbias, ddt_bias, dA_log, dD, norm_sums.sum(0))
-    dparams = [d.reshape(p.shape).to(p.dtype).contiguous() for d, p in zip(given, call.parameters, strict=True)]
+    given = [(dweight.t(), conv_weight), (dbias, conv_bias), (sums[0], dt_bias), (sums[1], A_log), (dD, D)]
+    if norm_weight is not None and norm_sums is not None:
+        given.append((norm_sums.sum(0), norm_weight))
+    dparams = [d.reshape(p.shape).to(p.dtype).contiguous() for d, p in given]
     return [*dinputs, *dparams, dconv, dinitial]

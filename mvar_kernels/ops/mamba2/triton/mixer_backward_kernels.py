@@ -15,7 +15,15 @@ from mvar_kernels.ops.mamba2.triton.backward_kernels import (
     prefix_sums,
     tile_matmul,
 )
-from mvar_kernels.ops.mamba2.triton.common import conv_rows, group_of, load_rows, store_rows
+from mvar_kernels.ops.mamba2.triton.common import (
+    BEFORE_GATE,
+    ONLY_GATE,
+    conv_rows,
+    group_of,
+    load_rows,
+    load_skip,
+    store_rows,
+)
 from mvar_kernels.triton_math import divide
 
 
@@ -68,6 +76,7 @@ def _mamba2_mixer_bwd_outputs_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHANNEL_D: tl.constexpr,
     TAPS: tl.constexpr,
     BOTH: tl.constexpr,
     EXACT: tl.constexpr,
@@ -112,7 +121,7 @@ def _mamba2_mixer_bwd_outputs_kernel(
     own_ptr = steps_ptr + DIRECTIONS * H * PLANES * CHUNK
     steps_ptr += head * PLANES * CHUNK
     back_steps_ptr = steps_ptr + H * PLANES * CHUNK
-    D = tl.load(D_ptr + group * H + head).to(tl.float32)
+    D, skip = load_skip(D_ptr, group * H + head, first_p, offs_p, mask_p, P, CHANNEL_D)
 
     if BOTH:
         state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -170,6 +179,8 @@ def _mamba2_mixer_bwd_outputs_kernel(
         mix *= tile_matmul(C, tl.trans(B), tl.num_programs(2), PRECISE)
         mix = tl.where(offs_i[:, None] == offs_i[None, :], own[:, None], mix)
         y += tl.dot(operand(mix, OPERAND), x, input_precision=PRECISE)
+        if CHANNEL_D:
+            y += skip[None, :] * x.to(tl.float32)
         store_rows(y_ptr, E, operand(y, OPERAND), start, offs_p, mask_p, L, CHUNK)
         weight = power(exponent(all_coarse - coarse, all_fine - fine, EXACT), EXACT) * delta
         chunk_decay = power(exponent(all_coarse, all_fine, EXACT), EXACT)
@@ -192,13 +203,14 @@ def _mamba2_mixer_bwd_norm_kernel(
     E,
     eps,
     GROUPS: tl.constexpr,
+    NORM: tl.constexpr,
     EXACT: tl.constexpr,
     OPERAND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """dz, dy in y's place, and a partial of norm_weight's gradient (program, GROUPS·E). Program ids: ROWS tokens, and
-    E channels, a group of GROUPS.
+    E channels, a group of GROUPS. NORM: as in the forward.
 
     A token's row stays in registers between the sums over it and what needs them.
     """
@@ -209,10 +221,12 @@ def _mamba2_mixer_bwd_norm_kernel(
         y_ptr += channel
         z_ptr += channel
         grad_ptr += channel
-        weight_ptr += channel
         dz_ptr += channel
-        sums_ptr += channel
-    weight = tl.load(weight_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
+        if NORM != ONLY_GATE:
+            weight_ptr += channel
+            sums_ptr += channel
+    if NORM != ONLY_GATE:
+        weight = tl.load(weight_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
     width = tl.cast(E, tl.float32)
     sums = tl.zeros([BLOCK_E], tl.float32)
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -221,17 +235,28 @@ def _mamba2_mixer_bwd_norm_kernel(
         z = tl.load(z_ptr + row * z_stride + offs_e, mask=mask_e, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + row * grad_stride + offs_e, mask=mask_e, other=0.0).to(tl.float32)
         silu, slope = gate(z, EXACT)
-        gated = y * silu
-        weighted, product = grad * weight, grad * gated
-        squares = tl.sum(gated * gated, 0)
-        products = tl.sum(product * weight, 0)
-        r = divide(1.0, tl.sqrt_rn(divide(squares, width, EXACT) + eps), EXACT)
-        m = r * r * r * divide(products, width, EXACT)
-        dgated = r * weighted - m * gated
-        sums = tl.fma(product, r, sums)
-        tl.store(dz_ptr + row * dz_stride + offs_e, (dgated * y * slope).to(dz_ptr.dtype.element_ty), mask=mask_e)
-        tl.store(y_ptr + row * (GROUPS * E) + offs_e, operand(dgated * silu, OPERAND), mask=mask_e)
-    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * (GROUPS * E) + offs_e, sums, mask=mask_e)
+        if NORM == ONLY_GATE:
+            dsilu, dy = grad * y, grad * silu
+        else:
+            if NORM == BEFORE_GATE:
+                gated, dnormed = y, grad * silu
+            else:
+                gated, dnormed = y * silu, grad
+            weighted, product = dnormed * weight, dnormed * gated
+            squares = tl.sum(gated * gated, 0)
+            products = tl.sum(product * weight, 0)
+            r = divide(1.0, tl.sqrt_rn(divide(squares, width, EXACT) + eps), EXACT)
+            m = r * r * r * divide(products, width, EXACT)
+            dgated = r * weighted - m * gated
+            sums = tl.fma(product, r, sums)
+            if NORM == BEFORE_GATE:
+                dsilu, dy = grad * weight * (y * r), dgated
+            else:
+                dsilu, dy = dgated * y, dgated * silu
+        tl.store(dz_ptr + row * dz_stride + offs_e, (dsilu * slope).to(dz_ptr.dtype.element_ty), mask=mask_e)
+        tl.store(y_ptr + row * (GROUPS * E) + offs_e, operand(dy, OPERAND), mask=mask_e)
+    if NORM != ONLY_GATE:
+        tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * (GROUPS * E) + offs_e, sums, mask=mask_e)
 
 
 @triton.jit(do_not_specialize=["L"])

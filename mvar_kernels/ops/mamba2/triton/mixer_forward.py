@@ -35,12 +35,16 @@ from mvar_kernels.ops.mamba2.triton.chunk import (
     scores_of,
 )
 from mvar_kernels.ops.mamba2.triton.common import (
+    BEFORE_GATE,
+    ONLY_GATE,
     conv_rows,
     conv_weights,
     group_of,
     load_rows,
+    load_skip,
     load_tile,
     load_vector,
+    norm_kind,
     refined_silu,
     scale_of_tokens,
     silu,
@@ -142,11 +146,11 @@ def _load_B(ptr, start, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _norm(
-    gated_ptr, weight_ptr, y_ptr, first, L, eps, E: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    gated_ptr, weight_ptr, z_ptr, y_ptr, first, L, eps, stride_zl, E: tl.constexpr, STRIDE: tl.constexpr,
+    NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """RMSNorm of E channels of ROWS tokens from `first` on. Pointers are the batch row's; gated may be y, of which a
-    program reads and writes the same rows."""
+    """RMSNorm of E channels of ROWS tokens from `first` on, BEFORE_GATE times SiLU(z). Pointers are the batch row's;
+    gated may be y, of which a program reads and writes the same rows."""
     EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
     offs_l, offs_e = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_E)
     offs = offs_l.to(tl.int64)[:, None] * STRIDE + offs_e[None, :]
@@ -161,7 +165,11 @@ def _norm(
         mask_e = None if E % BLOCK_E == 0 else start + offs_e < E
         gated = widen(load_tile(gated_ptr + offs + start, mask_l, mask_e))
         weight = load_vector(weight_ptr + start + offs_e, mask_e).to(tl.float32)
-        store_tile(y_ptr + offs + start, gated * factor[:, None] * weight[None, :], mask_l, mask_e)
+        normed = gated * factor[:, None] * weight[None, :]
+        if NORM == BEFORE_GATE:
+            z_at = z_ptr + offs_l.to(tl.int64)[:, None] * stride_zl + start + offs_e[None, :]
+            normed *= _gate(load_tile(z_at, mask_l, mask_e).to(tl.float32), y_ptr.dtype.element_ty)
+        store_tile(y_ptr + offs + start, normed, mask_l, mask_e)
 
 
 @triton.jit
@@ -190,6 +198,8 @@ def _scan(
     P: tl.constexpr,
     N: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHANNEL_D: tl.constexpr,
+    NORM: tl.constexpr,
     TAPS: tl.constexpr,
     BOTH: tl.constexpr,
     BLOCK_TAPS: tl.constexpr,
@@ -224,7 +234,7 @@ def _scan(
     own_ptr += row * padded
     decays_ptr += (row * COLUMNS + head) * VECTORS * padded
     offs_state = ((row * H + head) * P + first_p) * N
-    D = tl.load(D_ptr + group * H + head).to(tl.float32)
+    D, skip = load_skip(D_ptr, group * H + head, first_p, offs_p, mask_p, P, CHANNEL_D)
     weights = conv_weights(weight_ptr, bias_ptr, channel, offs_p, mask_p, TAPS)
 
     if BOTH:
@@ -274,8 +284,13 @@ def _scan(
             right = load_tile(edges_ptr + start // CHUNK * P * N + offs_h, mask_rows, mask_n)
             y += from_state(C, operand(right, DTYPE), tl.where(scale == last, decay_of_state(back, EXACT), 0.0), DTYPE)
         y = add_from_tokens(y, scores, tokens, DTYPE)
-        z = load_rows(z_ptr, stride_zl, start, offs_p, mask_p, L, CHUNK)
-        gated = y * _gate(z.to(tl.float32), DTYPE)
+        if CHANNEL_D:
+            y += skip[None, :] * x
+        if NORM == BEFORE_GATE:
+            gated = y
+        else:
+            z = load_rows(z_ptr, stride_zl, start, offs_p, mask_p, L, CHUNK)
+            gated = y * _gate(z.to(tl.float32), DTYPE)
         store_rows(gated_ptr, E, gated, start, offs_p, mask_p, L, CHUNK)
     store_tile(state_out_ptr + offs_state + offs_h, h, mask_rows, mask_n)
 
@@ -322,6 +337,8 @@ def _mamba2_mixer_fwd_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHANNEL_D: tl.constexpr,
+    NORM: tl.constexpr,
     TAPS: tl.constexpr,
     BOTH: tl.constexpr,
     BLOCK_TAPS: tl.constexpr,
@@ -332,11 +349,12 @@ def _mamba2_mixer_fwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """Program id: `group` rows' scan programs, then the norm programs of the `group` rows before them, and so on.
+    ONLY_GATE there are none of these, and gated is y.
 
     rows, H and what prepare.py writes: a batch row, and its heads, for each group of GROUPS.
     """
     PARTS: tl.constexpr = H * ((P + BLOCK_P - 1) // BLOCK_P)
-    norms = tl.cdiv(L, NORM_ROWS)
+    norms = 0 if NORM == ONLY_GATE else tl.cdiv(L, NORM_ROWS)
     first_row = tl.program_id(0) // (group * (PARTS + norms)) * group
     program = tl.program_id(0) % (group * (PARTS + norms))
     if program < group * PARTS:
@@ -345,11 +363,12 @@ def _mamba2_mixer_fwd_kernel(
             _scan(
                 zxbcdt_ptr, conv_ptr, state_ptr, weight_ptr, bias_ptr, D_ptr, B_ptr, C_ptr, own_ptr, decays_ptr,
                 scale_ptr, edges_ptr, gated_ptr, conv_out_ptr, state_out_ptr, row, program % PARTS,
-                stride_zb, stride_zl, L, H, P, N, GROUPS, TAPS, BOTH, BLOCK_TAPS, BLOCK_N, BLOCK_P, CHUNK,
+                stride_zb, stride_zl, L, H, P, N, GROUPS, CHANNEL_D, NORM, TAPS, BOTH, BLOCK_TAPS, BLOCK_N, BLOCK_P,
+                CHUNK,
             )  # fmt: skip
             tl.debug_barrier()  # what all threads have written comes before the count
             tl.atomic_add(done_ptr + row, 1, sem="release")
-    else:
+    elif NORM != ONLY_GATE:
         program -= group * PARTS
         row = (first_row - group + program // norms).to(tl.int64)
         if (row >= 0) & (row < rows):
@@ -361,7 +380,11 @@ def _mamba2_mixer_fwd_kernel(
             at = batch_row * L * E + of_group * (H * P)
             first = program % norms * NORM_ROWS
             norm_weight_ptr += of_group * (H * P)
-            _norm(gated_ptr + at, norm_weight_ptr, y_ptr + at, first, L, eps, H * P, E, NORM_ROWS, BLOCK_E)
+            z_ptr = zxbcdt_ptr + batch_row * stride_zb + of_group * (H * P)
+            _norm(
+                gated_ptr + at, norm_weight_ptr, z_ptr, y_ptr + at, first, L, eps, stride_zl, H * P, E, NORM,
+                NORM_ROWS, BLOCK_E,
+            )  # fmt: skip
 
 
 def _norm_block(E: int) -> int:
@@ -370,7 +393,8 @@ def _norm_block(E: int) -> int:
 
 
 def mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
-    conv_weight, conv_bias, _, A_log, D, norm_weight = (t.contiguous() for t in call.parameters)
+    conv_weight, conv_bias, _, A_log, D = (t.contiguous() for t in call.parameters)
+    norm_weight = None if call.norm_weight is None else call.norm_weight.contiguous()
     conv, ssm = call.conv.contiguous(), call.ssm.contiguous()
     zxbcdt = last_dim_contiguous(call.zxbcdt)
     (batch, L, _), (_, heads, P, N), groups = zxbcdt.shape, ssm.shape, call.groups
@@ -379,19 +403,24 @@ def mamba2_mixer(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
     launch = plan("mamba2_mixer", MIXER, L, P, N, both, zxbcdt)
     B, C, own, decays, done = prepare(call._replace(zxbcdt=zxbcdt, conv=conv), launch["CHUNK"], launch["BLOCK_N"])
     y = zxbcdt.new_empty(batch, L, heads * P)
-    gated = y if wide(dtype) == dtype else y.new_empty(y.shape, dtype=wide(dtype))
+    gated = y if norm_weight is None or wide(dtype) == dtype else y.new_empty(y.shape, dtype=wide(dtype))
     last_conv, last_ssm = torch.empty_like(conv), torch.empty_like(ssm)
     edges = y.new_empty(rows, H, triton.cdiv(L, launch["CHUNK"]), P, N, dtype=wide(dtype)) if both else None
     scale = scale_of_tokens(call.scales, y.device) if both else None
     parts = H * triton.cdiv(P, launch["BLOCK_P"])
     group = max(1, min(rows, RESIDENT * multiprocessors(y.device) // parts))
-    grid = ((triton.cdiv(rows, group) + 1) * group * (parts + triton.cdiv(L, NORM_ROWS)),)
+    if norm_weight is None:
+        grid = (triton.cdiv(rows, group) * group * parts,)
+    else:
+        grid = ((triton.cdiv(rows, group) + 1) * group * (parts + triton.cdiv(L, NORM_ROWS)),)
     _mamba2_mixer_fwd_kernel[grid](
         *(zxbcdt, conv, ssm, conv_weight, conv_bias, D, norm_weight, B, C, own, decays, done, scale, edges),
         *(gated, y, last_conv, last_ssm, zxbcdt.stride(0), L, rows, group, call.eps),
         stride_zl=zxbcdt.stride(1),
         H=H,
         GROUPS=groups,
+        CHANNEL_D=D.dim() == 2,
+        NORM=norm_kind(call),
         TAPS=taps,
         BLOCK_TAPS=triton.next_power_of_2(max(taps - 1, 1)),
         NORM_ROWS=NORM_ROWS,

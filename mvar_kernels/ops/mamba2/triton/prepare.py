@@ -13,6 +13,8 @@ from mvar_kernels.ops.mamba2.triton.common import (
     conv_weights,
     finite_rate,
     group_of,
+    limited,
+    limits,
     load_rows,
     refined_silu,
     softplus,
@@ -79,6 +81,8 @@ def _mamba2_mixer_prepare_kernel(
     GROUPS: tl.constexpr,
     TAPS: tl.constexpr,
     BOTH: tl.constexpr,
+    DT_MIN: tl.constexpr,
+    DT_MAX: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -132,7 +136,8 @@ def _mamba2_mixer_prepare_kernel(
         dt = load_rows(dt_ptr + batch_row * stride_db, stride_dl, start, column, mask_h, L, CHUNK).to(tl.float32)
         bias = tl.load(dt_bias_ptr + column, mask=mask_h, other=0.0).to(tl.float32)
         A = finite_rate(-exp(tl.load(A_log_ptr + column, mask=mask_h, other=0.0).to(tl.float32)))[None, :]
-        delta = tl.where(offs_t[:, None] < L - start, softplus(dt + bias[None, :]), 0.0)
+        delta = limited(softplus(dt + bias[None, :]), DT_MIN, DT_MAX)
+        delta = tl.where(offs_t[:, None] < L - start, delta, 0.0)
         decays_at = decays_ptr + (row * COLUMNS * chunks + chunk) * (VECTORS * CHUNK)
         decays_at += (direction * H + offs_h)[None, :] * (chunks * VECTORS * CHUNK) + offs_t[:, None]
         if direction == 0:
@@ -169,6 +174,7 @@ def prepare(call: Mixer, chunk: int, block_n: int) -> tuple[Tensor, ...]:
         GROUPS=groups,
         TAPS=conv_weight.shape[1],
         BOTH=A_log.dim() == 2,
+        **limits(call),
         HEADS=block_h,
         BLOCK_N=block_n,
         CHUNK=chunk,
