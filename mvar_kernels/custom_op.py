@@ -161,7 +161,7 @@ class RegisteredOp(Generic[Inputs]):
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         kept = list(inputs)
         for i, other in self._inputs_as.items():
-            kept[i] = inputs[other]
+            kept[i] = None if kept[i] is None else inputs[other]
         for i, number in self._outputs_as.items():
             kept[i] = output if self._one else output[number]
         ctx.save_for_backward(*self._present(kept))

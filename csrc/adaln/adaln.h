@@ -15,11 +15,21 @@ struct AdalnSizes {
   void* stream;  // on a GPU
 };
 
+// What a call may have besides (mvar_kernels/ops/adaln/options.py). There `scale` is the factor without `plus`, `shift`
+// the offset; both, and all else of the modulation, may be missing: then the data is null.
+struct AdalnOptions {
+  bool rms;
+  float plus;
+  bool wide_vectors, wide_tokens;  // float, and not the output's dtype: what is per sample, and what is per token
+};
+
 // `branch` and `gate` are read, and `x_new` written, by the gated form alone.
 struct AdalnForward {
   Tokens x, branch;
   PerSample gate, scale, shift;
   Tokens x_new, out;
+  AdalnOptions options;
+  Tokens token_gate, token_scale, token_shift;
 };
 
 // `x` is what was normalised: the gated form's x_new. `grad_x_new`, `branch` and `gate` are read,
@@ -28,7 +38,11 @@ struct AdalnBackward {
   Tokens grad_x_new, grad_out, x, branch;
   PerSample gate, scale;
   Tokens dx, dbranch;
-  PerSample dgate, dscale, dshift;
+  PerSample dgate, dscale, dshift;  // with options, of float
+  AdalnOptions options;
+  PerSample shift;  // read beside token_scale alone
+  Tokens token_gate, token_scale;
+  Tokens token_dgate, token_dscale, token_dshift;
 };
 
 struct AdalnPair {
@@ -39,6 +53,8 @@ struct AdalnPair {
 
 struct AdalnKernels {
   AdalnPair plain[kDtypes], gated[kDtypes];
+  // by the dtype of x, and gated by that of the branch and the output, too
+  AdalnPair plain_with_options[kDtypes], gated_with_options[kDtypes][kDtypes];
   int64_t (*backward_workspace)(AdalnSizes);
 };
 

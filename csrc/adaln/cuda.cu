@@ -318,6 +318,8 @@ const AdalnKernels adaln = {
     {{forward<float, true>, backward<float, true>},
      {forward<bf16, true>, backward<bf16, true>},
      {forward<f16, true>, backward<f16, true>}},
+    {},
+    {},
     backward_workspace,
 };
 

@@ -1,14 +1,19 @@
 """adaln and gated_adaln: the formulas, the public functions, their checks and autograd.
 
-    adaln:        out = LN(x)·(1+s) + t
-    gated_adaln:  x'  = x + g·b ;  out = LN(x')·(1+s) + t
+    adaln:        out = (N(x)·w + b)·(1+s) + t
+    gated_adaln:  x'  = x + g·branch ;  out = (N(x')·w + b)·(1+s) + t
 
-g, s, t are shared by all tokens of a sample. LN is without affine, over C, with the biased
-variance. A block of M-VAR (arXiv 2411.10433; adaLN from DiT, arXiv 2212.09748) is a chain of
-gated_adaln: each adds the last branch to the residual stream and prepares the next one's input, so
-that x is read and written once per branch instead of eight to ten times.
+N is over C: a layer norm with the biased variance, or x / √(mean(x²) + eps). Its weight w and bias b, and s and t, are
+optional. g, s, t are shared by all tokens of a sample, or of all samples, or are a token's own. A block of M-VAR
+(arXiv 2411.10433; adaLN from DiT, arXiv 2212.09748) is a chain of gated_adaln: each adds the last branch to the
+residual stream and prepares the next one's input, so that x is read and written once per branch instead of eight to ten
+times.
 """
 
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
 from torch import Tensor
 
 from mvar_kernels import validation
@@ -19,67 +24,140 @@ from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
 _MODULES = {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"}
 _ADALN = Op("adaln", __package__, _MODULES)
 _GATED = Op("gated_adaln", __package__, _MODULES)
+Norm = Literal["layer", "rms"]
 
 
-def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
-    """LN(x)·(1+scale) + shift.
+def adaln(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    norm: Norm = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """(norm(x)·weight + bias)·(1+scale) + shift.
 
     Args:
         x: (B, L, C), float16, bfloat16, float32 or float64.
-        scale, shift: (B, C), the dtype of x; rows may be expanded (stride 0).
-        eps: added to the variance.
+        scale, shift: (B, C), (1, C) for all samples, or (B, L, C); one dtype: that of x, or float32 (float64 for
+            float64). Rows may be expanded (stride 0). None: 0. Read in place and with the smallest gradients where they
+            have one shape.
+        norm: "layer", or "rms", which subtracts no mean: x / √(mean(x²) + eps).
+        weight, bias: (C,), one dtype: that of x, or float32 (float64 for float64). None: 1 and 0.
+        eps: added to the variance, or to the mean square.
         backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
 
     Returns:
         (B, L, C), the dtype of x; statistics and arithmetic in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
         BackendError: the named backend cannot run on these inputs.
     """
-    eps = _check("adaln", eps, backend, x=x, scale=scale, shift=shift)
-    return _adaln(AdaLN(x, scale, shift, eps), backend)[0]
+    sizes: dict[str, int] = {}
+    validation.tensor("adaln", "x", x, "B L C", sizes)
+    given = _modulation("adaln", x, sizes, scale=scale, shift=shift)
+    eps = _check_norm("adaln", x, sizes, norm, weight, bias, eps, backend)
+    modulation = given.get("scale"), given.get("shift")
+    return _adaln(AdaLN(x, *modulation, eps, weight, bias, norm == "rms"), backend)[0]
 
 
 def gated_adaln(
     x: Tensor,
     branch: Tensor,
     gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None = None,
     *,
+    norm: Norm = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """x' = x + gate·branch, and adaLN of x', in one pass.
 
     Args:
-        x, branch: (B, L, C), float16, bfloat16, float32 or float64.
-        gate, scale, shift: (B, C), the dtype of x; rows may be expanded (stride 0). Stochastic depth
-            is folded into the gate by the caller.
-        eps, backend: as in :func:`adaln`.
+        x: (B, L, C), float16, bfloat16, float32 or float64.
+        branch: (B, L, C), the dtype of x; or float16 or bfloat16 beside a residual stream x in float32.
+        gate, scale, shift: as scale and shift in :func:`adaln`, in the dtype of the branch, or float32 (float64 for
+            float64). Stochastic depth is folded into the gate by the caller.
+        norm, weight, bias, eps, backend: as in :func:`adaln`.
 
     Returns:
-        (x', out), both (B, L, C) in the dtype of x. x' is rounded before it is normalized, so out
-        is adaln of the very x' that is returned. The backward keeps x', not x.
+        (x', out), both (B, L, C): x' in the dtype of x, out in that of the branch, which the next layer has, too. x' is
+        rounded before it is normalized, so out is adaln of the very x' that is returned. The backward keeps x', not x.
 
     Raises:
         as :func:`adaln`.
     """
-    eps = _check("gated_adaln", eps, backend, x=x, branch=branch, gate=gate, scale=scale, shift=shift)
-    x_new, out = _gated_adaln(GatedAdaLN(x, branch, gate, scale, shift, eps), backend)
+    sizes: dict[str, int] = {}
+    validation.tensor("gated_adaln", "x", x, "B L C", sizes)
+    dtypes = _BRANCHES.get(x.dtype, (x.dtype,))
+    validation.tensor("gated_adaln", "branch", branch, "B L C", sizes, like=x, dtypes=dtypes)
+    given = _modulation("gated_adaln", branch, sizes, gate=gate, scale=scale, shift=shift)
+    eps = _check_norm("gated_adaln", x, sizes, norm, weight, bias, eps, backend)
+    modulation = given["gate"], given.get("scale"), given.get("shift")
+    x_new, out = _gated_adaln(GatedAdaLN(x, branch, *modulation, eps, weight, bias, norm == "rms"), backend)
     return x_new, out
 
 
-def _check(op: str, eps: float, backend: str, **tensors: Tensor) -> float:
-    """Everything checked; eps as a Python number."""
-    sizes: dict[str, int] = {}
-    for name, value in tensors.items():
-        dims = "B L C" if name in ("x", "branch") else "B C"
-        validation.tensor(op, name, value, dims, sizes, like=tensors["x"])
-    validation.same_dtype(op, "x", **tensors)
+_BRANCHES = {torch.float32: (torch.float32, torch.bfloat16, torch.float16)}  # beside x of that dtype
+
+
+def _modulation(op: str, like: Tensor, sizes: dict[str, int], **tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that there are, checked, in one shape; shift never without scale, in whose place the backward keeps it."""
+    given: dict[str, Any] = {name: t for name, t in tensors.items() if t is not None or name == "gate"}
+    dtypes = _beside(like.dtype)
+    for name, t in given.items():
+        shape: Sequence[int] = getattr(t, "shape", ())
+        dims = "B L C" if len(shape) == 3 else "1 C" if len(shape) == 2 and shape[0] == 1 else "B C"
+        validation.tensor(op, name, t, dims, sizes, like=like, dtypes=dtypes)
+    if not given:
+        return {}
+    first = next(iter(given))
+    validation.same_dtype(op, first, **given)
+    if any([t.shape != given[first].shape for t in given.values()]):
+        B, L, C = (sizes[dim] for dim in "BLC")
+        if any([t.dim() == 3 for t in given.values()]):
+            given = {name: (t if t.dim() == 3 else t[:, None]).expand(B, L, C) for name, t in given.items()}
+        else:
+            given = {name: t.expand(B, C) for name, t in given.items()}
+    if "shift" in given and "scale" not in given:
+        given["scale"] = torch.zeros_like(given["shift"])
+    return given
+
+
+def _check_norm(
+    op: str,
+    x: Tensor,
+    sizes: dict[str, int],
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    backend: str,
+) -> float:
+    """Everything about the norm checked; eps as a Python number."""
+    if norm not in ("layer", "rms"):
+        raise ValueError(f"{op}: norm: expected 'layer' or 'rms', got {norm!r}")
+    if weight is not None:
+        validation.tensor(op, "weight", weight, "C", sizes, like=x, dtypes=_beside(x.dtype))
+    if bias is not None:
+        validation.tensor(op, "bias", bias, "C", sizes, like=x, dtypes=_beside(x.dtype))
+        if weight is not None:
+            validation.same_dtype(op, "weight", weight=weight, bias=bias)
     check_name(backend)
     return validation.positive(op, "eps", eps)
+
+
+def _beside(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes of modulation, weight and bias beside tensors (B, L, C) of this one."""
+    wide = validation.accumulator(dtype)
+    return (dtype,) if dtype == wide else (dtype, wide)
 
 
 def _fake(call: AdaLN) -> tuple[Tensor]:
@@ -87,7 +165,7 @@ def _fake(call: AdaLN) -> tuple[Tensor]:
 
 
 def _gated_fake(call: GatedAdaLN) -> tuple[Tensor, Tensor]:
-    return call.x.new_empty(call.x.shape), call.x.new_empty(call.x.shape)
+    return call.x.new_empty(call.x.shape), call.branch.new_empty(call.x.shape)
 
 
 _adaln = RegisteredOp(_ADALN, AdaLN, _fake, outputs=1, saved_as={"shift": "scale"})

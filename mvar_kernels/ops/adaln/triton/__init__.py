@@ -31,6 +31,8 @@ from mvar_kernels.ops.adaln.triton.forward import adaln, gated_adaln
 
 def _unsupported(call: AdaLN | GatedAdaLN) -> str | None:
     reason, C = tiling.unsupported_dtype(call.x), call.x.shape[-1]
+    if reason is None and isinstance(call, GatedAdaLN):
+        reason = tiling.unsupported_dtype(call.branch)
     return f"C={C} is not from 1 to {WIDEST}" if reason is None and not 1 <= C <= WIDEST else reason
 
 

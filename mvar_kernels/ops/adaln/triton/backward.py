@@ -11,10 +11,14 @@ from torch import Tensor
 from mvar_kernels import tiling
 from mvar_kernels.ffi import empty_contiguous, last_dim_contiguous
 from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
+from mvar_kernels.ops.adaln.options import gradients
 from mvar_kernels.ops.adaln.triton.common import (
     WIDEST,
+    Modulation,
     chosen_tile,
+    load_tokens,
     load_vector,
+    modulation,
     normalized_vjp,
     rows_together,
     tile_of,
@@ -47,6 +51,14 @@ def _adaln_bwd_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
+    bias_ptr=None,
+    token_scale_ptr=None,
+    stride_token_scale_b=None,
+    stride_token_scale_l=None,
+    token_dscale_ptr=None,
+    token_dshift_ptr=None,
+    PLUS: tl.constexpr = 1.0,
+    RMS: tl.constexpr = False,
 ):
     pid = tl.program_id(0).to(tl.int64)
     slabs = tl.cdiv(L, slab)
@@ -55,7 +67,8 @@ def _adaln_bwd_kernel(
     last = tl.minimum(first + slab, L)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    one_plus_scale = 1.0 + load_vector(scale_ptr, b, stride_scale, offs_c, mask_c)
+    factor = PLUS + load_vector(scale_ptr, b, stride_scale, offs_c, mask_c)
+    bias = load_vector(bias_ptr, b, 0, offs_c, mask_c)
 
     dscale = tl.zeros([BLOCK_C], dtype=tl.float32)
     dshift = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -66,7 +79,18 @@ def _adaln_bwd_kernel(
         grad = tl.load(grad_ptr + b * stride_grad_b + rows * stride_grad_l + offs_c[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + b * stride_xb + rows * stride_xl + offs_c[None, :], mask=mask, other=0.0)
         grad = grad.to(tl.float32)
-        normed, dx = normalized_vjp(x.to(tl.float32), grad, one_plus_scale, mask_c, C, eps)
+        if token_scale_ptr is not None:
+            token_scale = load_tokens(
+                token_scale_ptr, b, stride_token_scale_b, rows, stride_token_scale_l, offs_c, mask
+            )
+            out_grad, grad = grad, grad * (1.0 + token_scale)
+        normed, dx = normalized_vjp(x.to(tl.float32), grad, factor, mask_c, C, eps, RMS)
+        if token_scale_ptr is not None:
+            offs_token = (b * L + rows) * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
+            token_dscale = out_grad * (normed * factor + bias)
+            tl.store(token_dscale_ptr + offs_token, token_dscale.to(token_dscale_ptr.dtype.element_ty), mask=mask)
+            if token_dshift_ptr is not None:
+                tl.store(token_dshift_ptr + offs_token, out_grad.to(token_dshift_ptr.dtype.element_ty), mask=mask)
         dscale += tl.sum(grad * normed, axis=0)
         dshift += tl.sum(grad, axis=0)
         tl.store(dx_ptr + (b * L + rows) * C + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -104,6 +128,18 @@ def _gated_adaln_bwd_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
+    bias_ptr=None,
+    token_scale_ptr=None,
+    stride_token_scale_b=None,
+    stride_token_scale_l=None,
+    token_dscale_ptr=None,
+    token_dshift_ptr=None,
+    token_gate_ptr=None,
+    stride_token_gate_b=None,
+    stride_token_gate_l=None,
+    token_dgate_ptr=None,
+    PLUS: tl.constexpr = 1.0,
+    RMS: tl.constexpr = False,
 ):
     pid = tl.program_id(0).to(tl.int64)
     slabs = tl.cdiv(L, slab)
@@ -112,7 +148,8 @@ def _gated_adaln_bwd_kernel(
     last = tl.minimum(first + slab, L)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    one_plus_scale = 1.0 + load_vector(scale_ptr, b, stride_scale, offs_c, mask_c)
+    factor = PLUS + load_vector(scale_ptr, b, stride_scale, offs_c, mask_c)
+    bias = load_vector(bias_ptr, b, 0, offs_c, mask_c)
     gate = load_vector(gate_ptr, b, stride_gate, offs_c, mask_c)
 
     dscale = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -129,14 +166,32 @@ def _gated_adaln_bwd_kernel(
         grad_x_new = tl.load(grad_x_new_ptr + offs_grad_x_new, mask=mask, other=0.0)
         branch = tl.load(branch_ptr + offs_branch, mask=mask, other=0.0)
         grad = grad.to(tl.float32)
-        normed, dx = normalized_vjp(x_new.to(tl.float32), grad, one_plus_scale, mask_c, C, eps)
+        if token_scale_ptr is not None:
+            token_scale = load_tokens(
+                token_scale_ptr, b, stride_token_scale_b, rows, stride_token_scale_l, offs_c, mask
+            )
+            out_grad, grad = grad, grad * (1.0 + token_scale)
+        normed, dx = normalized_vjp(x_new.to(tl.float32), grad, factor, mask_c, C, eps, RMS)
+        if token_scale_ptr is not None:
+            offs_token = (b * L + rows) * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
+            token_dscale = out_grad * (normed * factor + bias)
+            tl.store(token_dscale_ptr + offs_token, token_dscale.to(token_dscale_ptr.dtype.element_ty), mask=mask)
+            if token_dshift_ptr is not None:
+                tl.store(token_dshift_ptr + offs_token, out_grad.to(token_dshift_ptr.dtype.element_ty), mask=mask)
         dscale += tl.sum(grad * normed, axis=0)
         dshift += tl.sum(grad, axis=0)
         dx += grad_x_new.to(tl.float32)
-        dgate += tl.sum(branch.to(tl.float32) * dx, axis=0)
+        of_gate = branch.to(tl.float32) * dx
+        if token_gate_ptr is None:
+            dgate += tl.sum(of_gate, axis=0)
         offs_out = (b * L + rows) * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
+        if token_gate_ptr is None:
+            dbranch = gate * dx
+        else:
+            tl.store(token_dgate_ptr + offs_out, of_gate.to(token_dgate_ptr.dtype.element_ty), mask=mask)
+            dbranch = dx * load_tokens(token_gate_ptr, b, stride_token_gate_b, rows, stride_token_gate_l, offs_c, mask)
         tl.store(dx_ptr + offs_out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        tl.store(dbranch_ptr + offs_out, (gate * dx).to(dbranch_ptr.dtype.element_ty), mask=mask)
+        tl.store(dbranch_ptr + offs_out, dbranch.to(dbranch_ptr.dtype.element_ty), mask=mask)
 
     partials = partials_ptr + pid * 3 * C + offs_c  # [BLOCK_C]
     tl.store(partials, dscale, mask=mask_c)
@@ -178,15 +233,21 @@ def _adaln_sums_kernel(
 
 
 @cache
-def backward_candidates(block_c: int, itemsize: int, gated: bool) -> tuple[Tile, ...]:
+def backward_candidates(block_c: int, itemsize: int, gated: bool, per_token: bool = False) -> tuple[Tile, ...]:
     """Fewer rows in registers than forward, as more is alive; the next ones are on their way to shared memory.
 
     The gated kernel reads four tensors, not two: with two rows of them, fewer warps than `slab_length` counts on, and
     in the widest of them Triton 3.6 spills. The other spills 8 bytes with one row in three stages (C=1920, sm_90) or in
-    four (C=1024, sm_100).
+    four (C=1024, sm_100). Modulation per token is read and written, too.
     """
-    row_bytes = (4 if gated else 2) * rows_together(block_c) * block_c * itemsize
-    rows_stages = ((1, 4), (1, 3), (2, 2), (1, 2), (1, 1)) if gated else ((2, 3), (2, 2), (1, 2), (1, 1))
+    tensors = (4 if gated else 2) + (0 if not per_token else 2 if gated else 1)
+    row_bytes = tensors * rows_together(block_c) * block_c * itemsize
+    if per_token:
+        rows_stages: tuple[tuple[int, int], ...] = ((1, 2), (1, 1))
+    elif gated:
+        rows_stages = ((1, 4), (1, 3), (2, 2), (1, 2), (1, 1))
+    else:
+        rows_stages = ((2, 3), (2, 2), (1, 2), (1, 1))
     fitting = [
         (rows, stages)
         for rows, stages in rows_stages
@@ -215,50 +276,50 @@ def slab_length(B: int, L: int, C: int) -> int:
 
 
 def adaln_backward(grads: Sequence[Tensor], call: AdaLN) -> tuple[Tensor, ...]:
-    x, scale, _, eps = call.readable()
-    grad_out = last_dim_contiguous(grads[0])
-    dx, dscale, dshift = empty_contiguous(x), empty_contiguous(scale), empty_contiguous(scale)
+    x, grad_out = last_dim_contiguous(call.x), last_dim_contiguous(grads[0])
+    given = modulation(call, backward=True)
+    dx = empty_contiguous(x)
     B, L, C = x.shape
     slab = slab_length(B, L, C)
     partials = x.new_empty((B, triton.cdiv(L, slab), 2, C), dtype=torch.float32)
-    tile = chosen_tile("adaln_bwd", x, backward_candidates(triton.next_power_of_2(C), x.itemsize, gated=False))
+    candidates = backward_candidates(triton.next_power_of_2(C), x.itemsize, False, given.per_token)
+    tile = chosen_tile("adaln_bwd", x, candidates, given.per_token)
     _adaln_bwd_kernel[(B * partials.shape[1],)](
         grad_out,
         x,
-        scale,
+        given.scale,
         dx,
         partials,
         *grad_out.stride()[:2],
         *x.stride()[:2],
-        scale.stride(0),
+        given.strides()[1],
         L,
         slab,
-        eps,
+        call.eps,
         C,
         **tile.arguments(),
+        **given.named,
     )
-    _add_slabs(partials, dscale, dshift, dshift)
-    return dx, dscale, dshift
+    return dx, *_of_modulation(partials, call, given)
 
 
 def gated_adaln_backward(grads: Sequence[Tensor], call: GatedAdaLN) -> tuple[Tensor, ...]:
     grad_x_new, grad_out = map(last_dim_contiguous, grads)
-    x_new, branch, gate, scale, _, eps = call.readable()
-    dx, dbranch = empty_contiguous(x_new), empty_contiguous(x_new)
-    dgate, dscale, dshift = empty_contiguous(scale), empty_contiguous(scale), empty_contiguous(scale)
+    x_new, branch = last_dim_contiguous(call.x), last_dim_contiguous(call.branch)
+    given = modulation(call, backward=True)
+    dx, dbranch = empty_contiguous(x_new), empty_contiguous(branch)
     B, L, C = x_new.shape
     slab = slab_length(B, L, C)
     partials = x_new.new_empty((B, triton.cdiv(L, slab), 3, C), dtype=torch.float32)
-    tile = chosen_tile(
-        "gated_adaln_bwd", x_new, backward_candidates(triton.next_power_of_2(C), x_new.itemsize, gated=True)
-    )
+    candidates = backward_candidates(triton.next_power_of_2(C), x_new.itemsize, True, given.per_token)
+    tile = chosen_tile("gated_adaln_bwd", x_new, candidates, given.per_token)
     _gated_adaln_bwd_kernel[(B * partials.shape[1],)](
         grad_x_new,
         grad_out,
         x_new,
         branch,
-        gate,
-        scale,
+        given.gate,
+        given.scale,
         dx,
         dbranch,
         partials,
@@ -266,16 +327,26 @@ def gated_adaln_backward(grads: Sequence[Tensor], call: GatedAdaLN) -> tuple[Ten
         *grad_out.stride()[:2],
         *x_new.stride()[:2],
         *branch.stride()[:2],
-        gate.stride(0),
-        scale.stride(0),
+        *given.strides()[:2],
         L,
         slab,
-        eps,
+        call.eps,
         C,
         **tile.arguments(),
+        **given.named,
     )
+    return dx, dbranch, *_of_modulation(partials, call, given)
+
+
+def _of_modulation(partials: Tensor, call: AdaLN | GatedAdaLN, given: Modulation) -> list[Tensor]:
+    """Stage 2, and gradients of gate, scale, shift, weight and bias."""
+    B, _, sums, C = partials.shape
+    vectors = [partials.new_empty((B, C), dtype=torch.float32 if given.named else call.x.dtype) for _ in range(3)]
+    dgate, dscale, dshift = vectors
     _add_slabs(partials, dscale, dshift, dgate)
-    return dx, dbranch, dgate, dscale, dshift
+    if not given.named:
+        return vectors[3 - sums :]
+    return gradients(call, vectors, [given.named.get(f"token_d{name}_ptr") for name in ("gate", "scale", "shift")])
 
 
 def _add_slabs(partials: Tensor, dscale: Tensor, dshift: Tensor, dgate: Tensor) -> None:

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvar_kernels.ffi import empty_contiguous
+from mvar_kernels.ffi import empty_contiguous, last_dim_contiguous
 from mvar_kernels.ops.adaln.inputs import AdaLN, GatedAdaLN
-from mvar_kernels.ops.adaln.triton.common import centre, chosen_tile, load_vector, tile_of
+from mvar_kernels.ops.adaln.triton.common import centre, chosen_tile, load_tokens, load_vector, modulation, tile_of
 from mvar_kernels.tiling import Tile
 
 
@@ -27,6 +27,14 @@ def _adaln_fwd_kernel(
     C: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    token_scale_ptr=None,
+    token_shift_ptr=None,
+    stride_token_scale_b=None,
+    stride_token_scale_l=None,
+    stride_token_shift_b=None,
+    stride_token_shift_l=None,
+    PLUS: tl.constexpr = 1.0,
+    RMS: tl.constexpr = False,
 ):
     tiles = tl.cdiv(L, BLOCK_L)
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -39,8 +47,13 @@ def _adaln_fwd_kernel(
     scale = load_vector(scale_ptr, b, stride_scale, offs_c, mask_c)
     shift = load_vector(shift_ptr, b, stride_shift, offs_c, mask_c)
 
-    centred, rstd = centre(x.to(tl.float32), mask_c, C, eps)
-    out = centred * rstd * (1.0 + scale) + shift
+    centred, rstd = centre(x.to(tl.float32), mask_c, C, eps, RMS)
+    out = centred * rstd * (PLUS + scale) + shift
+    if token_scale_ptr is not None:
+        rows = offs_l[:, None]
+        token_scale = load_tokens(token_scale_ptr, b, stride_token_scale_b, rows, stride_token_scale_l, offs_c, mask)
+        token_shift = load_tokens(token_shift_ptr, b, stride_token_shift_b, rows, stride_token_shift_l, offs_c, mask)
+        out = out * (1.0 + token_scale) + token_shift
     offs_out = (b * L + offs_l)[:, None] * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
     tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -66,6 +79,17 @@ def _gated_adaln_fwd_kernel(
     C: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    token_scale_ptr=None,
+    token_shift_ptr=None,
+    stride_token_scale_b=None,
+    stride_token_scale_l=None,
+    stride_token_shift_b=None,
+    stride_token_shift_l=None,
+    token_gate_ptr=None,
+    stride_token_gate_b=None,
+    stride_token_gate_l=None,
+    PLUS: tl.constexpr = 1.0,
+    RMS: tl.constexpr = False,
 ):
     tiles = tl.cdiv(L, BLOCK_L)
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -77,7 +101,10 @@ def _gated_adaln_fwd_kernel(
     offs_branch = b * stride_branch_b + offs_l[:, None] * stride_branch_l + offs_c[None, :]
     x = tl.load(x_ptr + b * stride_xb + offs_l[:, None] * stride_xl + offs_c[None, :], mask=mask, other=0.0)
     branch = tl.load(branch_ptr + offs_branch, mask=mask, other=0.0)
-    gate = load_vector(gate_ptr, b, stride_gate, offs_c, mask_c)
+    if token_gate_ptr is None:
+        gate = load_vector(gate_ptr, b, stride_gate, offs_c, mask_c)
+    else:
+        gate = load_tokens(token_gate_ptr, b, stride_token_gate_b, offs_l[:, None], stride_token_gate_l, offs_c, mask)
     scale = load_vector(scale_ptr, b, stride_scale, offs_c, mask_c)
     shift = load_vector(shift_ptr, b, stride_shift, offs_c, mask_c)
 
@@ -86,8 +113,13 @@ def _gated_adaln_fwd_kernel(
     offs_out = (b * L + offs_l)[:, None] * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
     tl.store(x_new_ptr + offs_out, x_new, mask=mask)
 
-    centred, rstd = centre(x_new.to(tl.float32), mask_c, C, eps)
-    out = centred * rstd * (1.0 + scale) + shift
+    centred, rstd = centre(x_new.to(tl.float32), mask_c, C, eps, RMS)
+    out = centred * rstd * (PLUS + scale) + shift
+    if token_scale_ptr is not None:
+        rows = offs_l[:, None]
+        token_scale = load_tokens(token_scale_ptr, b, stride_token_scale_b, rows, stride_token_scale_l, offs_c, mask)
+        token_shift = load_tokens(token_shift_ptr, b, stride_token_shift_b, rows, stride_token_shift_l, offs_c, mask)
+        out = out * (1.0 + token_scale) + token_shift
     tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -97,31 +129,33 @@ def forward_candidates(block_c: int) -> tuple[Tile, ...]:
 
 
 def adaln(call: AdaLN) -> tuple[Tensor]:
-    x, scale, shift, eps = call.readable()
+    x = last_dim_contiguous(call.x)
+    _, scale, shift, named = given = modulation(call)
     out = empty_contiguous(x)
     B, L, C = x.shape
-    tile = chosen_tile("adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)))
+    tile = chosen_tile("adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)), given.per_token)
     _adaln_fwd_kernel[(B * triton.cdiv(L, tile.sizes["BLOCK_L"]),)](
         x,
         scale,
         shift,
         out,
         *x.stride()[:2],
-        scale.stride(0),
-        shift.stride(0),
+        *given.strides()[1:],
         L,
-        eps,
+        call.eps,
         C,
         **tile.arguments(),
+        **named,
     )
     return (out,)
 
 
 def gated_adaln(call: GatedAdaLN) -> tuple[Tensor, Tensor]:
-    x, branch, gate, scale, shift, eps = call.readable()
-    x_new, out = empty_contiguous(x), empty_contiguous(x)
+    x, branch = last_dim_contiguous(call.x), last_dim_contiguous(call.branch)
+    gate, scale, shift, named = given = modulation(call)
+    x_new, out = empty_contiguous(x), empty_contiguous(branch)
     B, L, C = x.shape
-    tile = chosen_tile("gated_adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)))
+    tile = chosen_tile("gated_adaln_fwd", x, forward_candidates(triton.next_power_of_2(C)), given.per_token)
     _gated_adaln_fwd_kernel[(B * triton.cdiv(L, tile.sizes["BLOCK_L"]),)](
         x,
         branch,
@@ -132,12 +166,11 @@ def gated_adaln(call: GatedAdaLN) -> tuple[Tensor, Tensor]:
         out,
         *x.stride()[:2],
         *branch.stride()[:2],
-        gate.stride(0),
-        scale.stride(0),
-        shift.stride(0),
+        *given.strides(),
         L,
-        eps,
+        call.eps,
         C,
         **tile.arguments(),
+        **named,
     )
     return x_new, out
