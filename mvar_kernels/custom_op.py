@@ -60,6 +60,7 @@ class RegisteredOp(Generic[Inputs]):
         inputs: the NamedTuple that every kernel of the op takes.
         fake: outputs of the right shapes, dtypes and device, without values.
         differentiable: the op has a backward: kernels give a gradient of every tensor of the inputs that there is.
+        constants: names of tensors of which they give none.
         saved_as: inputs that are replaced for the backward: by an output, given by its number, or by an input, given
             by its name, of which no backward reads more than the shape.
         reference_gradients: no kernel has a backward, and gradients are the reference's.
@@ -79,6 +80,7 @@ class RegisteredOp(Generic[Inputs]):
         *,
         outputs: int,
         differentiable: bool = True,
+        constants: tuple[str, ...] = (),
         saved_as: Mapping[str, int | str] | None = None,
         reference_gradients: bool = False,
     ) -> None:
@@ -87,6 +89,7 @@ class RegisteredOp(Generic[Inputs]):
         self._tensors = [i for i, hint in enumerate(hints.values()) if hint in (Tensor, Tensor | None)]
         self._lists = [i for i, hint in enumerate(hints.values()) if hint == tuple[int, ...]]
         place = {name: i for i, name in enumerate(hints)}
+        self._constants = [place[name] for name in constants]
         self._outputs_as = {place[name]: by for name, by in (saved_as or {}).items() if isinstance(by, int)}
         self._inputs_as = {place[name]: place[by] for name, by in (saved_as or {}).items() if isinstance(by, str)}
         fields = ", ".join(f"{_SCHEMA[hint]} {name}" for name, hint in hints.items())
@@ -111,7 +114,8 @@ class RegisteredOp(Generic[Inputs]):
             return self._backward(grads, *self._unpacked(arguments))
 
         def faked_backward(grads: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-            return [t.new_empty(t.shape) for t in self._present(arguments)]
+            given = [arguments[i] for i in self._tensors if i not in self._constants]
+            return [t.new_empty(t.shape) for t in given if t is not None]
 
         schema = f"(Tensor[] grads, {fields}, str backend) -> Tensor[]"
         custom_backward = _custom_op(f"{op.name}_backward", backward, schema, True)
@@ -180,7 +184,8 @@ class RegisteredOp(Generic[Inputs]):
             found = iter(self._backward_overload(list(grads), *arguments))
         else:
             found = iter(self._backward(grads, *self._unpacked(arguments)))
-        return tuple([next(found) if value is _SAVED else None for value in ctx.kept])
+        wanted = [value is _SAVED and i not in self._constants for i, value in enumerate(ctx.kept)]
+        return tuple([next(found) if this else None for this in wanted])
 
 
 # Looked up once, as every call of an op calls all of them.

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "common/exp.h"
-#include "schedule.h"
+#include "rotary.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
@@ -34,8 +34,9 @@ struct BackwardBuffers {
   float* peaks;                       // (kQueryBlock, kWidth): lane by lane the largest scores
   float* dq;                          // (kQueryBlock, columns)
   float *dk, *dv;                     // (keys, columns)
+  RotaryBuffers rotary;
 
-  BackwardBuffers(Carver& carver, const Sizes& n) {
+  BackwardBuffers(Carver& carver, const Sizes& n) : rotary(carver, n) {
     const int64_t most = most_keys(n);
     columns = round_up(n.D, kWidth);
     stride = score_stride(most);
@@ -63,8 +64,8 @@ void pack_keys(BackwardBuffers& w, const ScaleAttentionBackward& a, const Sizes&
                int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += kWidth) {
     const int64_t rows = smaller(kWidth, last - i);
-    const auto key = [&](int64_t j) { return row<T>(a.k, at.b, span_start + i + j, at.h); };
-    const auto value = [&](int64_t j) { return row<T>(a.v, at.b, span_start + i + j, at.h); };
+    const Rows<T> key = multiplied_rows<T>(w.rotary, a.k, n, at, span_start + i, rows);
+    const Rows<T> value{row<T>(a.v, at.b, span_start + i, at.h), a.v.row_stride};
     pack_columns<Single>(w.key_columns, i, rows, key, n.D);
     pack_columns<Single>(w.value_columns, i, rows, value, n.D);
     for (int64_t j = 0; j < rows; ++j) pack_word<Single, T>(w.key_rows, i + j, key(j), nullptr, n.D);
@@ -78,7 +79,7 @@ template <typename T>
 void begin_queries(BackwardBuffers& w, const ScaleAttentionBackward& a, const Sizes& n, Head at, QueryBlock block) {
   const float heat = temperature(n, at.h);
   for (int64_t r = 0; r < block.rows; ++r) {
-    const T* q = row<T>(a.q, at.b, block.first + r, at.h);
+    const T* q = multiplied_rows<T>(w.rotary, a.q, n, at, block.first + r, 1, n.L - n.Lq)(0);
     const T* grad = row<T>(a.grad_out, at.b, block.first + r, at.h);
     pack_row<Single>(w.queries + r * n.D, q, n.D);
     pack_row<Single>(w.grads + r * n.D, grad, n.D);
@@ -204,8 +205,10 @@ void finish_queries(const BackwardBuffers& w, const ScaleAttentionBackward& a, c
                     QueryBlock block) {
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t l = block.first + r;
-    finish_row(row<T>(a.dq, at.b, l, at.h), w.dq + r * w.columns, row<T>(a.q, at.b, l, at.h), n.log_temperature,
-               n.D);
+    const T* q = row<T>(a.q, at.b, l, at.h);
+    const float* dq = w.dq + r * w.columns;
+    if (n.cos) dq = rotate_back(dq, q, w.rotary, n, n.L - n.Lq + l);
+    finish_row(row<T>(a.dq, at.b, l, at.h), dq, q, n.log_temperature, n.D);
   }
 }
 
@@ -214,7 +217,10 @@ void finish_keys(const BackwardBuffers& w, const ScaleAttentionBackward& a, cons
                  const Span& span) {
   for (int64_t l = span.first_key; l < span.last_key; ++l) {
     const int64_t i = (l - span.first_key) * w.columns;
-    finish_row(row<T>(a.dk, at.b, l, at.h), w.dk + i, row<T>(a.k, at.b, l, at.h), n.log_temperature, n.D);
+    const T* k = row<T>(a.k, at.b, l, at.h);
+    const float* dk = w.dk + i;
+    if (n.cos) dk = rotate_back(dk, k, w.rotary, n, l);
+    finish_row(row<T>(a.dk, at.b, l, at.h), dk, k, n.log_temperature, n.D);
     T* dv = row<T>(a.dv, at.b, l, at.h);
     for_each_vector(n.D, [&](int64_t d, auto lanes, int) MVAR_INLINE_LAMBDA {
       store(dv + d, load(w.dv + i + d, lanes), lanes);

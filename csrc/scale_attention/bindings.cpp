@@ -10,8 +10,9 @@ namespace {
 
 const ScaleAttentionKernels* const tables[] = MVAR_TABLES(scale_attention);
 
-// shape: (B, Lq, L, H, D) and, on a GPU, how many tiles the plan has; scales: tokens per scale;
-// inputs: q, k, v, log_temperature or None, and the plan's tiles and spans on a GPU, else None.
+// shape: (B, Lq, L, H, D), how many tiles the plan has (0 on a CPU), and the angles in a row of rotary (or 0); scales: tokens per scale;
+// inputs: q, k, v, log_temperature or None, the plan's tiles and spans on a GPU, else None, and of rotary the cosines and
+// sines, or None.
 struct Call {
   const Dtype dtype;
   const std::vector<int64_t> scales;
@@ -19,7 +20,7 @@ struct Call {
   const ScaleAttentionPair& kernels;
 
   Call(const DtypeAndStream& at, const py::tuple& shape, const py::tuple& scales, bool causal, float scale,
-       const Tensors& in)
+       bool interleaved, const Tensors& in)
       : dtype(at.dtype),
         scales(scale_lengths(scales, entry(shape, 2))),
         n{},
@@ -35,6 +36,13 @@ struct Call {
     n.scale = scale;
     n.stream = at.stream;
     if (in.has(3)) n.log_temperature = in.dense<const float>(3, "log_temperature", {n.H});
+    if (in.has(6)) {
+      n.angles = entry(shape, 6);
+      if (n.D % 2 || (n.angles != n.D && n.angles != n.D / 2)) throw py::value_error("rotary: expected D/2 or D angles");
+      n.cos = in.dense<const float>(6, "cos", {n.L, n.angles});
+      n.sin = in.dense<const float>(7, "sin", {n.L, n.angles});
+      n.interleaved = interleaved;
+    }
     if (!in.has(4)) return;
     n.tile_count = entry(shape, 5);
     n.tiles = in.dense<const int32_t>(4, "tiles", {n.tile_count, 6});
@@ -52,9 +60,9 @@ struct Call {
 
 // outputs: out, lse
 void forward(const py::tuple& at, const py::tuple& shape, const py::tuple& scales, bool causal, float scale,
-             const py::tuple& inputs, const py::tuple& outputs) {
+             bool interleaved, const py::tuple& inputs, const py::tuple& outputs) {
   const Tensors in(inputs), out(outputs);
-  const Call call(DtypeAndStream(at), shape, scales, causal, scale, in);
+  const Call call(DtypeAndStream(at), shape, scales, causal, scale, interleaved, in);
   const ScaleAttentionSizes& n = call.n;
   ScaleAttentionForward a{};
   a.q = call.queries(in, 0, "q");
@@ -70,9 +78,9 @@ void forward(const py::tuple& at, const py::tuple& shape, const py::tuple& scale
 
 // grads: of out; outputs: the gradients of q, k, v and, where given, log_temperature
 void backward(const py::tuple& at, const py::tuple& shape, const py::tuple& scales, bool causal, float scale,
-              const py::tuple& grads, const py::tuple& inputs, const py::tuple& outputs) {
+              bool interleaved, const py::tuple& grads, const py::tuple& inputs, const py::tuple& outputs) {
   const Tensors given(grads, "gradient of "), in(inputs), out(outputs, "gradient of ");
-  const Call call(DtypeAndStream(at), shape, scales, causal, scale, in);
+  const Call call(DtypeAndStream(at), shape, scales, causal, scale, interleaved, in);
   const ScaleAttentionSizes& n = call.n;
   ScaleAttentionBackward a{};
   a.grad_out = call.queries(given, 0, "out");

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/exp.h"
-#include "schedule.h"
+#include "rotary.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
@@ -27,8 +27,9 @@ struct ForwardBuffers {
   float* sums;          // (kQueryBlock, columns): weighted sums of values
   float* correction;    // (kQueryBlock): what earlier sums are multiplied by
   int64_t columns;      // D in whole vectors
+  RotaryBuffers rotary;
 
-  ForwardBuffers(Carver& carver, const Sizes& n) {
+  ForwardBuffers(Carver& carver, const Sizes& n) : rotary(carver, n) {
     const int64_t most = most_keys(n);
     columns = round_up(n.D, kWidth);
     keys = {carver.take(panel_floats(words<Word>(n.D), most)), words<Word>(n.D)};
@@ -52,8 +53,8 @@ void pack_keys(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const Si
                int64_t span_start, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += kWidth) {
     const int64_t rows = smaller(kWidth, last - i);
-    const auto key = [&](int64_t j) { return row<T>(a.k, at.b, span_start + i + j, at.h); };
-    const auto value = [&](int64_t j) { return row<T>(a.v, at.b, span_start + i + j, at.h); };
+    const Rows<T> key = multiplied_rows<T>(w.rotary, a.k, n, at, span_start + i, rows);
+    const Rows<T> value{row<T>(a.v, at.b, span_start + i, at.h), a.v.row_stride};
     pack_columns<Word>(w.keys, i, rows, key, n.D);
     for (int64_t j = 0; j < rows; j += Word::kDepth) {
       const T* second = j + 1 < rows ? value(j + 1) : nullptr;
@@ -71,7 +72,7 @@ void begin_queries(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, cons
   const int64_t depth = words<Word>(n.D);
   const float heat = temperature(n, at.h);
   for (int64_t r = 0; r < block.rows; ++r) {
-    const T* q = row<T>(a.q, at.b, block.first + r, at.h);
+    const T* q = multiplied_rows<T>(w.rotary, a.q, n, at, block.first + r, 1, n.L - n.Lq)(0);
     pack_row<Word>(w.queries + r * depth, q, n.D);
     const float factor = query_factor<Word>(n, heat, q);
     if (factor == 0.0f) __builtin_memset(w.queries + r * depth, 0, depth * sizeof(float));

@@ -30,6 +30,10 @@ struct ScaleAttentionSizes {
   bool causal;
   float scale;
   const float* log_temperature;  // (H), or null where q and k are not normalised
+  // (L, angles), or null where q and k are not rotated; angles: D/2 or D
+  const float *cos, *sin;
+  int64_t angles;
+  bool interleaved;
   // On a GPU: tiles (tile_count, 6) and spans (2, Lq) of mvar_kernels/ops/scale_attention/plan.py
   const int32_t *tiles, *spans;
   int64_t tile_count;

@@ -37,6 +37,14 @@ MVAR_INLINE T* row(const Heads& t, int64_t b, int64_t l, int64_t h) {
   return (T*)t.data + b * t.batch_stride + l * t.row_stride + h * t.head_stride;
 }
 
+// Rows of one head.
+template <typename T>
+struct Rows {
+  const T* first;
+  int64_t stride;
+  MVAR_INLINE const T* operator()(int64_t i) const { return first + i * stride; }
+};
+
 struct Head {
   int64_t b, h;
 };
@@ -155,17 +163,20 @@ MVAR_INLINE Vec inverse_norm(const Panels& columns, int64_t first) {
   return inverse_norm((squares.slot[0] + squares.slot[1]) + (squares.slot[2] + squares.slot[3]));
 }
 
+// Rows that are rotated are divided by their lengths before.
+MVAR_INLINE bool norms_are_factors(const Sizes& n) { return n.log_temperature && !n.cos; }
+
 // A score is query_factor · (key_factor · q·k): the key's factor apart, as errors that all scores of a
 // query share do not change its weights.
 template <typename Word>
 MVAR_INLINE Vec key_factors(const Sizes& n, const Panels& columns, int64_t first) {
-  return n.log_temperature ? inverse_norm<Word>(columns, first) : splat(1.0f);
+  return norms_are_factors(n) ? inverse_norm<Word>(columns, first) : splat(1.0f);
 }
 
 template <typename Word, typename T>
 MVAR_INLINE float query_factor(const Sizes& n, float temperature, const T* row) {
   const float factor = n.scale * temperature;
-  return n.log_temperature ? factor * inverse_norm<Word>(row, n.D) : factor;
+  return norms_are_factors(n) ? factor * inverse_norm<Word>(row, n.D) : factor;
 }
 
 // Rows whose factor is 0 are zeros: other products with them may be infinite, and 0 times that is not a number.

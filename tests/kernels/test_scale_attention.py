@@ -53,6 +53,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
         ({"log_temperature": torch.zeros(2)}, ValueError, "log_temperature"),
         ({"log_temperature": torch.zeros(3, dtype=torch.int64)}, TypeError, "log_temperature"),
         ({"log_temperature": 1.0}, TypeError, "log_temperature"),
+        ({"rotary": torch.zeros(2, 30, 8)}, TypeError, "rotary"),
+        ({"rotary": (torch.zeros(30, 8),)}, TypeError, "rotary"),
+        ({"rotary": (torch.zeros(30, 8), None)}, TypeError, "sin of rotary"),
+        ({"rotary": (torch.zeros(25, 8), torch.zeros(25, 8))}, ValueError, "cos of rotary"),
+        ({"rotary": (torch.zeros(30, 4), torch.zeros(30, 4))}, ValueError, "cos of rotary"),
+        ({"rotary": (torch.zeros(30, 8), torch.zeros(30, 16))}, ValueError, "sin of rotary"),
+        ({"rotary": (torch.zeros(30, 8).half(), torch.zeros(30, 8).half())}, TypeError, "cos of rotary"),
+        ({"rotary": (torch.zeros(30, 8), torch.zeros(30, 8, requires_grad=True))}, ValueError, "sin of rotary"),
         ({"backend": "fastest"}, ValueError, "backend"),
     ],
 )
@@ -111,6 +119,46 @@ def test_log_temperature_matches_cosine_attention(backend: str) -> None:
         # Scores of up to 100 are exponentiated, so their rounding error is multiplied by up to 100.
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert results[1][-1][1] == 0
+
+
+def test_rotary_needs_pairs_of_channels() -> None:
+    q, k, v = qkv(D=7)
+    with pytest.raises(ValueError, match="rotary: expected an even head dimension, got D=7"):
+        mk.scale_attention(q, k, v, SCALES, rotary=(torch.zeros(30, 3), torch.zeros(30, 3)))
+
+
+@each_backend
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("queries", [30, 25])
+def test_rotary_matches_complex_rotation(backend: str, interleaved: bool, normed: bool, queries: int) -> None:
+    """RoPE as a product of complex numbers, and (L, D) tables equal to their (L, D/2) ones."""
+    q, k, v = qkv()
+    q = q[:, 30 - queries :]
+    angles = torch.randn(30, 8, generator=torch.Generator().manual_seed(2))
+
+    def turned(x: Tensor) -> Tensor:
+        x = F.normalize(x, dim=-1) if normed else x
+        pairs = x.unflatten(-1, (8, 2) if interleaved else (2, 8))
+        pairs = pairs if interleaved else pairs.transpose(-1, -2)
+        z = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones(()), angles)[-x.shape[1] :, None]
+        pairs = torch.view_as_real(z)
+        return (pairs if interleaved else pairs.transpose(-1, -2)).flatten(-2)
+
+    options = {"pattern": "causal", "scale": 0.3, "backend": backend}
+    want = mk.scale_attention(turned(q), turned(k), v, SCALES, **options)  # type: ignore[arg-type]
+    rotary = angles.cos(), angles.sin()
+    temperature = torch.zeros(3) if normed else None
+    wide = tuple(t.repeat_interleave(2, -1) if interleaved else torch.cat([t, t], -1) for t in rotary)
+    for tables in (rotary, wide):
+        got = mk.scale_attention(
+            *(q, k, v, SCALES),
+            rotary=tables,  # type: ignore[arg-type]
+            rotary_interleaved=interleaved,
+            log_temperature=temperature,
+            **options,  # type: ignore[arg-type]
+        )
+        torch.testing.assert_close(got, want, **CLOSE)
 
 
 @each_backend

@@ -1,6 +1,6 @@
 """The flash-attn package, for comparison: the diagonal pattern, each scale of each sample a sequence.
 
-Forward: one call of its varlen kernel, after the norms of q and k in plain PyTorch.
+Forward: one call of its varlen kernel, after the norms and the rotation of q and k in plain PyTorch.
 Backward: autograd through that same function, computed again. So a backward here costs the forward as well: to time the
 package's own backward, call it on leaves.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ffi import unsupported_dtype
 from mvar_kernels.ops.scale_attention.inputs import Attention
-from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, NORM_EPS
+from mvar_kernels.ops.scale_attention.reference import MAX_LOG_TEMPERATURE, NORM_EPS, rotated
 
 
 def _unsupported(call: Attention) -> str | None:
@@ -38,14 +38,17 @@ def boundaries(scales: tuple[int, ...], batch: int, device: torch.device) -> Ten
 def _forward(call: Attention) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_varlen_func
 
-    q, k, v, log_temperature, scales, _, scale = call
+    q, k, v, log_temperature, scales, _, scale, cos, sin, interleaved = call
     B, Lq, H, _ = q.shape
     own = next(scales[i:] for i in range(len(scales)) if sum(scales[i:]) == Lq)
     k, v = k[:, -Lq:], v[:, -Lq:]
     if log_temperature is not None:
         temperature = log_temperature.float().clamp_max(MAX_LOG_TEMPERATURE).exp()
-        q = (torch.nn.functional.normalize(q.float(), dim=-1, eps=NORM_EPS) * temperature[:, None]).to(v.dtype)
-        k = torch.nn.functional.normalize(k.float(), dim=-1, eps=NORM_EPS).to(v.dtype)
+        q = torch.nn.functional.normalize(q.float(), dim=-1, eps=NORM_EPS) * temperature[:, None]
+        k = torch.nn.functional.normalize(k.float(), dim=-1, eps=NORM_EPS)
+    if cos is not None and sin is not None:
+        q, k = (rotated(t.float(), cos[-Lq:].float(), sin[-Lq:].float(), interleaved) for t in (q, k))
+    q, k = q.to(v.dtype), k.to(v.dtype)
     edges = boundaries(own, B, q.device)
     out, lse, _ = flash_attn_varlen_func(
         *(t.flatten(0, 1) for t in (q, k, v)),

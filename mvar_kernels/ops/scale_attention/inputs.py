@@ -8,8 +8,8 @@ from mvar_kernels.ffi import last_dim_contiguous
 
 
 class Attention(NamedTuple):
-    """One call: q (B, Lq, H, D), the last of the sequence's queries; k and v (B, L, H, D); all else as in
-    :func:`mvar_kernels.scale_attention`.
+    """One call: q (B, Lq, H, D), the last of the sequence's queries; k and v (B, L, H, D); cos and sin of `rotary`, or
+    None; all else as in :func:`mvar_kernels.scale_attention`.
     """
 
     q: Tensor
@@ -19,13 +19,21 @@ class Attention(NamedTuple):
     scales: tuple[int, ...]
     causal: bool
     scale: float
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    rotary_interleaved: bool = False
 
     def readable(self) -> "Attention":
-        """The same with the last dimension of every tensor contiguous: in place, or a copy where it must be."""
+        """The same with the last dimension of every tensor contiguous, cos and sin wholly: in place, or a copy where it
+        must be.
+        """
         temperature = None if self.log_temperature is None else last_dim_contiguous(self.log_temperature)
-        return self._replace(
+        readable = self._replace(
             q=last_dim_contiguous(self.q),
             k=last_dim_contiguous(self.k),
             v=last_dim_contiguous(self.v),
             log_temperature=temperature,
         )
+        if self.cos is None or self.sin is None:
+            return readable
+        return readable._replace(cos=self.cos.contiguous(), sin=self.sin.contiguous())

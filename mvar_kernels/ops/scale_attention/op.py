@@ -11,9 +11,19 @@ With `log_temperature` τ, one per head, queries and keys are unit vectors (VAR'
 
     q ← q/‖q‖ · exp(min(τ, log 100)),   k ← k/‖k‖
 
+With `rotary` the rows of q and k, after the norm, are rotated: each pair of channels (x1, x2) becomes
+
+    x1·c1 − x2·s1,   x2·c2 + x1·s2
+
+where c and s are the cosines and sines of its row. Where a pair shares one angle, this is the rotation of RoPE (arXiv
+2104.09864); models whose halves are the axes of a token map (HART, Markov-VAR) give each member its own.
+
 At 256×256 the diagonal holds 110k score pairs a head, against 462k of the full 680×680 square.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from mvar_kernels import validation
@@ -38,6 +48,8 @@ def scale_attention(
     pattern: str = "diagonal",
     scale: float | None = None,
     log_temperature: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    rotary_interleaved: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention inside each scale, or over the scale and all coarser ones.
@@ -49,6 +61,11 @@ def scale_attention(
         pattern: "diagonal" (own scale) or "causal" (own and coarser scales).
         scale: factor on the scores; None for VAR's: 1 with log_temperature, else 0.25/√D.
         log_temperature: (H,), floating point, or None for no q/k norm. ‖q‖² and ‖k‖² must be in float32's range.
+        rotary: cosines and sines of a rotary position embedding of q and k, which follows their norm; or None. Both
+            (L, D/2), an angle for each pair of channels, or (L, D), one for each channel; float32 or the dtype of q.
+            They get no gradient. Keys take all rows, queries the last Lq. Rotated rows in 16 bits are rounded to the
+            dtype of q, as models in PyTorch round them.
+        rotary_interleaved: channels 2i and 2i + 1 are a pair, and neighbours in a (L, D) table; else i and i + D/2.
         backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
 
     Returns:
@@ -79,8 +96,28 @@ def scale_attention(
     if scale is None:
         scale = 1.0 if log_temperature is not None else 0.25 * int(q.shape[-1]) ** -0.5
     scale = validation.positive(op, "scale", scale)
-    call = Attention(q, k, v, log_temperature, scales, pattern == "causal", scale)
+    cos, sin = (None, None) if rotary is None else _cos_and_sin(rotary, q, k.shape[1])
+    call = Attention(q, k, v, log_temperature, scales, pattern == "causal", scale, cos, sin, rotary_interleaved)
     return _scale_attention(call, backend)[0]
+
+
+def _cos_and_sin(rotary: tuple[Tensor, Tensor], q: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The two tables of `rotary`, checked."""
+    op, D = "scale_attention", q.shape[-1]
+    if D % 2:
+        raise ValueError(f"{op}: rotary: expected an even head dimension, got D={D}")
+    if not isinstance(rotary, Sequence) or len(rotary) != 2:
+        raise TypeError(f"{op}: rotary: expected (cos, sin), got {type(rotary).__name__}")
+    for name, t in zip(("cos", "sin"), rotary, strict=True):
+        sizes = {"L": rows, "angles": D if isinstance(t, Tensor) and t.shape[-1:] == (D,) else D // 2}
+        validation.tensor(op, f"{name} of rotary", t, "L angles", sizes, q, (torch.float32, q.dtype))
+        if t.requires_grad:
+            raise ValueError(f"{op}: {name} of rotary: expected a tensor without gradient")
+    cos, sin = rotary
+    validation.same_dtype(op, "cos of rotary", **{"cos of rotary": cos, "sin of rotary": sin})
+    if cos.shape != sin.shape:
+        raise ValueError(f"{op}: sin of rotary: expected shape {tuple(cos.shape)} as cos, got {tuple(sin.shape)}")
+    return cos, sin
 
 
 def _fake(call: Attention) -> tuple[Tensor, Tensor]:
@@ -89,4 +126,4 @@ def _fake(call: Attention) -> tuple[Tensor, Tensor]:
     return call.q.new_empty(call.q.shape), lse
 
 
-_scale_attention = RegisteredOp(_OP, Attention, _fake, outputs=2)
+_scale_attention = RegisteredOp(_OP, Attention, _fake, outputs=2, constants=("cos", "sin"))

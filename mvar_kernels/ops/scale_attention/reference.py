@@ -27,15 +27,32 @@ def spans(scales: tuple[int, ...], queries: int, causal: bool) -> Iterator[tuple
         start += length
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary position embedding of x (B, L, H, D), as in op.py; cos and sin: (L, D/2) or (L, D)."""
+
+    def members(t: Tensor) -> tuple[Tensor, ...]:
+        return (t[..., ::2], t[..., 1::2]) if interleaved else t.chunk(2, -1)
+
+    x1, x2 = members(x)
+    (c1, c2), (s1, s2) = (members(t) if t.shape[-1] == x.shape[-1] else (t, t) for t in (cos[:, None], sin[:, None]))
+    pairs = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+    return torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+
+
 def scale_attention(call: Attention) -> tuple[Tensor, Tensor]:
     """The output (B, Lq, H, D) and the log of each row's sum of exponentials (B, H, Lq)."""
-    q, k, v, log_temperature, scales, causal, scale = call
+    q, k, v, log_temperature, scales, causal, scale, cos, sin, interleaved = call
     acc = accumulator(q.dtype)
     q, k, v_acc = q.to(acc), k.to(acc), v.to(acc)
     if log_temperature is not None:
-        temperature = log_temperature.to(acc).clamp_max(MAX_LOG_TEMPERATURE).exp()  # (H)
-        q = torch.nn.functional.normalize(q, dim=-1, eps=NORM_EPS) * temperature[:, None]
-        k = torch.nn.functional.normalize(k, dim=-1, eps=NORM_EPS)
+        q, k = (torch.nn.functional.normalize(t, dim=-1, eps=NORM_EPS) for t in (q, k))
+    if cos is not None and sin is not None:
+        # Rounded to the dtype of the inputs, as models round them; the temperature goes before a rotation or after it.
+        cos, sin, Lq = cos.to(acc), sin.to(acc), q.shape[1]
+        q = rotated(q, cos[-Lq:], sin[-Lq:], interleaved).to(v.dtype).to(acc)
+        k = rotated(k, cos, sin, interleaved).to(v.dtype).to(acc)
+    if log_temperature is not None:
+        q = q * log_temperature.to(acc).clamp_max(MAX_LOG_TEMPERATURE).exp()[:, None]
     outs, lses = [], []
     for rows, keys in spans(scales, q.shape[1], causal):
         scores = scale * torch.einsum("bqhd,bkhd->bhqk", q[:, rows], k[:, keys])

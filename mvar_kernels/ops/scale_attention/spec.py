@@ -1,5 +1,7 @@
 """Cases, bytes and FLOPs of scale_attention."""
 
+from dataclasses import replace
+
 import torch
 
 from mvar_kernels.ops.scale_attention import reference
@@ -36,6 +38,15 @@ CASES = (
     _case("256_tokens", (9, 256), 1, 1, 64),
     # Beside scales that are longer than one program takes.
     _case("mixture", (4, 16, 289, 64), 2, 1, 32, norm=True),
+    # Rotary position embedding: one angle for a pair of channels, or one for each of its channels.
+    _case("rotary", SMALL, 2, 3, 64, rotary="pairs"),
+    _case("rotary_causal_norm", SMALL, 2, 3, 64, pattern="causal", norm=True, rotary="channels", packed=True),
+    _case("rotary_odd", (3, 1, 17, 5), 3, 2, 24, scale=0.3, rotary="channels", interleaved=True),
+    _case(
+        "rotary_cache", SMALL, 2, 2, 128, pattern="causal", query_scales=2, norm=True, rotary="pairs", interleaved=True
+    ),
+    replace(_case("rotary_256_tokens", (9, 256), 1, 2, 64, norm=True, rotary="pairs"), keeps_dtype=("cos", "sin")),
+    _case("rotary_narrow", SMALL, 1, 2, 6, norm=True, heat=(1.0, 3.0), rotary="channels"),
     # The ends of the softmax and of the numbers, see _values.
     _case("saturated", SMALL, 1, 2, 64, values="one_key_ahead", scale=1.0),
     _case(
@@ -98,6 +109,11 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
         evenly = torch.linspace(1.0, 5.0, H, dtype=torch.float64, device=device)
         heat = case.options.get("heat")
         inputs["log_temperature"] = evenly if heat is None else evenly.new_tensor(heat)
+    if angles := case.options.get("rotary"):
+        shape = 2, L, D if angles == "channels" else D // 2
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+        # Of any size where each channel has its own: what is tested is a linear map.
+        inputs["cos"], inputs["sin"] = drawn if angles == "channels" else (drawn[0].cos(), drawn[0].sin())
     return inputs
 
 
@@ -110,7 +126,8 @@ def score_scale(case: Case) -> float:
 
 def _reference(t: Inputs, case: Case) -> tuple[torch.Tensor, ...]:
     options = case.options["scales"], case.options["pattern"] == "causal", score_scale(case)
-    out, _ = reference.scale_attention(Attention(t["q"], t["k"], t["v"], t.get("log_temperature"), *options))
+    rotary = t.get("cos"), t.get("sin"), case.options.get("interleaved", False)
+    out, _ = reference.scale_attention(Attention(t["q"], t["k"], t["v"], t.get("log_temperature"), *options, *rotary))
     return (out,)
 
 
@@ -143,6 +160,8 @@ SPECS = (
                 pattern=case.options["pattern"],
                 scale=case.options.get("scale"),
                 log_temperature=t.get("log_temperature"),
+                rotary=(t["cos"], t["sin"]) if "cos" in t else None,
+                rotary_interleaved=case.options.get("interleaved", False),
                 backend=backend,
             ),
         ),

@@ -15,6 +15,11 @@ Query and key norms. A tile holds whole rows, so their lengths are summed from t
 normalized copy is written. In 16 bits q and k go to the tensor cores as they came and 1/‖q‖, the temperature, the scale
 and 1/‖k‖ stay in float32 outside the matmul.
 
+Rotary position embedding. A tile of q or k is read as the two channels of each pair, in halves of D/2 where they lie
+so, rotated in float32, after its norm, and rounded to its dtype as models round it. In registers the two lie side by
+side wherever they are in memory: of both factors of a score alike, it stays what it is. A tensor core's result has
+columns 2i and 2i + 1 of a row in one thread, so that gradients are rotated back, by the transpose, without an exchange.
+
 Backward. With P the weights over their sum, c the scale times the temperature, and unit rows where there is a norm:
 
     δ = Σ P·(dO·vᵀ),   dS = c P (dO·vᵀ − δ),   dv = Pᵀ dO,   dq = dS k,   dk = dSᵀ q,   dτ = Σ dS·S/c

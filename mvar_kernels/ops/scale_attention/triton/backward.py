@@ -36,13 +36,15 @@ KEY_HALVES = HALVES | {64: (tile(32, 64, 4, 1), tile(32, 128, 8, 1))}
 SINGLE = {64: (tile(32, 32, 8, 1),), 128: (tile(16, 16, 4, 1),), 256: (tile(16, 16, 4, 1),)}
 
 
-@triton.jit(do_not_specialize=["Lq"])
+@triton.jit(do_not_specialize=["Lq", "skipped"])
 def _scale_attention_dq_kernel(
     grad_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
     log_temperature_ptr,
+    cos_ptr,
+    sin_ptr,
     dq_ptr,
     rows_ptr,
     partials_ptr,
@@ -59,9 +61,12 @@ def _scale_attention_dq_kernel(
     stride_vh,
     scale,
     Lq,
+    skipped,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,16 +77,17 @@ def _scale_attention_dq_kernel(
     first = (b * Lq * H + h) * HEAD_DIM  # of the contiguous tensors
     part = query_tile(
         *(grad_ptr + first, q_ptr + b * stride_qb + h * stride_qh, k_ptr + b * stride_kb + h * stride_kh),
-        *(v_ptr + b * stride_vb + h * stride_vh, dq_ptr + first, rows_ptr + (b * H + h) * Lq, spans_ptr),
+        *(v_ptr + b * stride_vb + h * stride_vh, dq_ptr + first, rows_ptr + (b * H + h) * Lq),
+        *((cos_ptr, sin_ptr, skipped), spans_ptr),
         *(stride_ql, stride_kl, stride_vl, H * HEAD_DIM, H.to(tl.int64) * B * Lq),
         *(score_factor(scale, log_temperature_ptr, h, NORM), row, row + rows, lo, full_hi, hi, Lq),
-        *(HEAD_DIM, BLOCK_D, NORM, LANES, BLOCK_M, BLOCK_N, BLOCK_N),
+        *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, LANES, BLOCK_M, BLOCK_N, BLOCK_N),
     )
     if NORM:
         tl.store(partials_ptr + (h * B + b) * tl.num_programs(0) + tl.program_id(0), part)
 
 
-@triton.jit(do_not_specialize=["Lq", "L"])
+@triton.jit(do_not_specialize=["Lq", "L", "skipped"])
 def _scale_attention_dkdv_kernel(
     grad_ptr,
     rows_ptr,
@@ -89,6 +95,8 @@ def _scale_attention_dkdv_kernel(
     k_ptr,
     v_ptr,
     log_temperature_ptr,
+    cos_ptr,
+    sin_ptr,
     dk_ptr,
     dv_ptr,
     tiles_ptr,
@@ -105,9 +113,12 @@ def _scale_attention_dkdv_kernel(
     scale,
     Lq,
     L,
+    skipped,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -118,19 +129,29 @@ def _scale_attention_dkdv_kernel(
     key_tile(
         *(grad_ptr + (b * Lq * H + h) * HEAD_DIM, rows_ptr + (b * H + h) * Lq, q_ptr + b * stride_qb + h * stride_qh),
         *(k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh, dk_ptr + first, dv_ptr + first),
-        *(spans_ptr, stride_ql, stride_kl, stride_vl, H * HEAD_DIM, H.to(tl.int64) * B * Lq),
+        *(
+            (cos_ptr, sin_ptr, skipped),
+            spans_ptr,
+            stride_ql,
+            stride_kl,
+            stride_vl,
+            H * HEAD_DIM,
+            H.to(tl.int64) * B * Lq,
+        ),
         *(score_factor(scale, log_temperature_ptr, h, NORM), row, row + rows, lo, full_lo, full_hi, hi, Lq),
-        *(HEAD_DIM, BLOCK_D, NORM, BLOCK_M, BLOCK_N),
+        *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, BLOCK_M, BLOCK_N),
     )
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "skipped"])
 def _scale_attention_bwd_kernel(
     grad_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
     log_temperature_ptr,
+    cos_ptr,
+    sin_ptr,
     dq_ptr,
     dk_ptr,
     dv_ptr,
@@ -149,9 +170,12 @@ def _scale_attention_bwd_kernel(
     stride_vh,
     scale,
     L,
+    skipped,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -168,22 +192,23 @@ def _scale_attention_bwd_kernel(
     rows_ptr += (b * H + h) * L
     kind = H.to(tl.int64) * B * L
     factor = score_factor(scale, log_temperature_ptr, h, NORM)
+    rotary = cos_ptr, sin_ptr, skipped
 
     part = 0.0
     for start in range(row, row + rows, BLOCK_M):
         part += query_tile(
-            *(grad_ptr, q_ptr, k_ptr, v_ptr, dq_ptr + first, rows_ptr, spans_ptr, stride_ql, stride_kl, stride_vl),
-            *(H * HEAD_DIM, kind, factor, start, row + rows, lo, full_hi, hi, L),
-            *(HEAD_DIM, BLOCK_D, NORM, LANES, BLOCK_M, BLOCK_M, BLOCK_N),
+            *(grad_ptr, q_ptr, k_ptr, v_ptr, dq_ptr + first, rows_ptr, rotary, spans_ptr, stride_ql, stride_kl),
+            *(stride_vl, H * HEAD_DIM, kind, factor, start, row + rows, lo, full_hi, hi, L),
+            *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, LANES, BLOCK_M, BLOCK_M, BLOCK_N),
         )
     if NORM:
         tl.store(partials_ptr + (h * B + b) * tl.num_programs(0) + tl.program_id(0), part)
     tl.debug_barrier()  # all threads' m, 1/l and δ are in memory
     for start in range(row, row + rows, BLOCK_M):
         key_tile(
-            *(grad_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, dk_ptr + first, dv_ptr + first, spans_ptr, stride_ql, stride_kl),
-            *(stride_vl, H * HEAD_DIM, kind, factor, start, row + rows, lo, full_lo, full_hi, hi, L),
-            *(HEAD_DIM, BLOCK_D, NORM, BLOCK_N, BLOCK_M),
+            *(grad_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, dk_ptr + first, dv_ptr + first, rotary, spans_ptr, stride_ql),
+            *(stride_kl, stride_vl, H * HEAD_DIM, kind, factor, start, row + rows, lo, full_lo, full_hi, hi, L),
+            *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, BLOCK_N, BLOCK_M),
         )
 
 
@@ -214,13 +239,15 @@ def _longest_whole(call: Attention) -> int:
 
 def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     """Gradients of q, k, v and, where given, log_temperature."""
-    q, k, v, temperature, scales, causal, scale = call.readable()
+    q, k, v, temperature, scales, causal, scale, cos, sin, interleaved = call.readable()
     grad_out = grads[0].contiguous()
     B, Lq, H, D = q.shape
     L, device, shapes = k.shape[1], q.device, shape_class(q)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))
     rows = torch.empty((3, B, H, Lq), dtype=torch.float32, device=device)  # of each query: m, 1/l, δ
     sizes = {"HEAD_DIM": D, "BLOCK_D": tiling.dot_block(D), "NORM": temperature is not None}
+    sizes |= {"ANGLES": 0 if cos is None else cos.shape[1], "INTERLEAVED": interleaved}
+    skipped = None if cos is None else k.shape[1] - Lq
     lanes = {"LANES": 1 if q.itemsize == 4 else 4}
 
     longest = _longest_whole(call)
@@ -233,8 +260,8 @@ def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
         )
         sums.append(torch.empty((H, B, len(made.tiles)), dtype=torch.float32, device=device))
         _scale_attention_bwd_kernel[(len(made.tiles), H, B)](
-            *(grad_out, q, k, v, temperature, dq, dk, dv, rows, sums[-1], made.tiles, made.spans),
-            *(*strides(q, k, v), scale, L),
+            *(grad_out, q, k, v, temperature, cos, sin, dq, dk, dv, rows, sums[-1], made.tiles, made.spans),
+            *(*strides(q, k, v), scale, L, skipped),
             **sizes,
             **lanes,
             **chosen.arguments(),
@@ -244,8 +271,8 @@ def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
         made = plan(scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], device, shared)
         sums.append(torch.empty((H, B, len(made.tiles)), dtype=torch.float32, device=device))
         _scale_attention_dq_kernel[(len(made.tiles), H, B)](
-            *(grad_out, q, k, v, temperature, dq, rows, sums[-1], made.tiles, made.spans),
-            *(*strides(q, k, v), scale, Lq),
+            *(grad_out, q, k, v, temperature, cos, sin, dq, rows, sums[-1], made.tiles, made.spans),
+            *(*strides(q, k, v), scale, Lq, skipped),
             **sizes,
             **lanes,
             **chosen.arguments(),
@@ -253,8 +280,8 @@ def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
         chosen = tiling.chosen("scale_attention_dkdv", shapes, candidates(q, KEY_HALVES, SINGLE), device)
         made = plan(scales, Lq, causal, True, chosen.sizes["BLOCK_N"], chosen.sizes["BLOCK_M"], device, shared)
         _scale_attention_dkdv_kernel[(len(made.tiles), H, B)](
-            *(grad_out, rows, q, k, v, temperature, dk, dv, made.tiles, made.spans),
-            *(*strides(q, k, v), scale, Lq, L),
+            *(grad_out, rows, q, k, v, temperature, cos, sin, dk, dv, made.tiles, made.spans),
+            *(*strides(q, k, v), scale, Lq, L, skipped),
             **sizes,
             **chosen.arguments(),
         )

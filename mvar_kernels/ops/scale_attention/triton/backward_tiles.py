@@ -9,7 +9,6 @@ from mvar_kernels.ops.scale_attention.triton.common import (
     LOWEST,
     exponents_of,
     inverse_norm,
-    load_keys,
     load_rows,
     load_spans,
     operand,
@@ -19,6 +18,13 @@ from mvar_kernels.ops.scale_attention.triton.common import (
     through_norm,
     unit_rows,
     where_seen,
+)
+from mvar_kernels.ops.scale_attention.triton.rotary import (
+    load_keys,
+    load_multiplied,
+    load_pairs,
+    rotate_back,
+    store_pairs,
 )
 from mvar_kernels.triton_math import LN_2, LOG2_E, exp2
 
@@ -55,6 +61,7 @@ def _sum_weights(
     largest,
     k_ptr,
     v_ptr,
+    rotary,
     spans_ptr,
     stride_kl,
     stride_vl,
@@ -67,12 +74,17 @@ def _sum_weights(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     LANES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One block of keys: the lanes' largest score, sums of weights and of weights times dO·v, and largest |dO·v|."""
-    k, v, offs_n = load_keys(k_ptr, v_ptr, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-    scores = scores_of(q, k, NORM)  # [BLOCK_M, BLOCK_N]
+    k, v, offs_n = load_keys(
+        *(k_ptr, v_ptr, rotary, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, ANGLES, INTERLEAVED),
+        MASKED,
+    )
+    scores = scores_of(q, k, NORM and not ANGLES)  # [BLOCK_M, BLOCK_N]
     scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
     dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     new_peak = tl.maximum(peak, _max_by_lane(scores, LANES))
@@ -124,6 +136,7 @@ def _through_keys(
     slope,
     k_ptr,
     v_ptr,
+    rotary,
     spans_ptr,
     stride_kl,
     stride_vl,
@@ -136,15 +149,22 @@ def _through_keys(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     LANES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One block of keys: dq and the lanes' sums of dS times the exponent, with it."""
-    k, v, offs_n = load_keys(k_ptr, v_ptr, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
+    k, v, offs_n = load_keys(
+        *(k_ptr, v_ptr, rotary, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, ANGLES, INTERLEAVED),
+        MASKED,
+    )
     k_rows = k
-    if NORM:
+    if NORM and not ANGLES:
         k_rows = unit_rows(k)  # at once: later it would keep k in registers until then
-    exponents = exponents_of(scores_of(q, k, NORM), peak[:, None], q_factor[:, None])  # [BLOCK_M, BLOCK_N]
+    exponents = exponents_of(
+        scores_of(q, k, NORM and not ANGLES), peak[:, None], q_factor[:, None]
+    )  # [BLOCK_M, BLOCK_N]
     exponents = where_seen(exponents, ABSENT, spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
     dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     dscores = exp2(exponents, q.dtype == tl.float32) * (dweights - delta[:, None]) * ds_factor[:, None]
@@ -162,6 +182,7 @@ def query_tile(
     v_ptr,
     dq_ptr,
     rows_ptr,
+    rotary,
     spans_ptr,
     stride_ql,
     stride_kl,
@@ -178,6 +199,8 @@ def query_tile(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -190,8 +213,10 @@ def query_tile(
     mask_out = row_mask(mask_m, HEAD_DIM, BLOCK_D)
 
     grad = tl.load(grad_ptr + offs_out, mask=mask_out, other=0.0)
-    q = load_rows(q_ptr, offs_m, stride_ql, end, HEAD_DIM, BLOCK_D, True)
-    q, q_factor = operand(q, factor, NORM)
+    q = load_multiplied(
+        *(q_ptr, rotary, rotary[2], offs_m, stride_ql, end, HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, True),
+    )
+    q, q_factor = operand(q, factor, NORM and not ANGLES)
 
     sum_factor = tl.maximum(q_factor, LEAST_FACTOR)
     peak = tl.full([BLOCK_M, LANES], LOWEST, tl.float32)
@@ -201,13 +226,43 @@ def query_tile(
     sums_hi = lo + (full_hi - lo) // BLOCK_N * BLOCK_N
     for start in range(lo, sums_hi, BLOCK_N):
         peak, total, product, largest = _sum_weights(
-            *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl),
-            *(start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, LANES, False),
+            *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, rotary, spans_ptr, stride_kl),
+            *(
+                stride_vl,
+                start,
+                hi,
+                offs_m,
+                mask_m,
+                Lq,
+                HEAD_DIM,
+                BLOCK_N,
+                BLOCK_D,
+                NORM,
+                ANGLES,
+                INTERLEAVED,
+                LANES,
+                False,
+            ),
         )
     for start in range(sums_hi, hi, BLOCK_N):
         peak, total, product, largest = _sum_weights(
-            *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl),
-            *(start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, LANES, True),
+            *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, rotary, spans_ptr, stride_kl),
+            *(
+                stride_vl,
+                start,
+                hi,
+                offs_m,
+                mask_m,
+                Lq,
+                HEAD_DIM,
+                BLOCK_N,
+                BLOCK_D,
+                NORM,
+                ANGLES,
+                INTERLEAVED,
+                LANES,
+                True,
+            ),
         )
     row_peak = tl.max(peak, 1)
     shrink = exp2(exponents_of(peak, row_peak[:, None], sum_factor[:, None]), q.dtype == tl.float32)
@@ -226,22 +281,60 @@ def query_tile(
         ds_factor, undo = tl.div_rn(1.0, bound), bound * inverse
     for start in range(lo, full_hi, STEP_N):
         dq, slope = _through_keys(
-            *(q, q_factor, grad, row_peak, delta, ds_factor, dq, slope, k_ptr, v_ptr, spans_ptr),
-            *(stride_kl, stride_vl, start, hi, offs_m, mask_m, Lq, HEAD_DIM, STEP_N, BLOCK_D, NORM, LANES, False),
+            *(q, q_factor, grad, row_peak, delta, ds_factor, dq, slope, k_ptr, v_ptr, rotary, spans_ptr),
+            *(
+                stride_kl,
+                stride_vl,
+                start,
+                hi,
+                offs_m,
+                mask_m,
+                Lq,
+                HEAD_DIM,
+                STEP_N,
+                BLOCK_D,
+                NORM,
+                ANGLES,
+                INTERLEAVED,
+            ),
+            *(LANES, False),
         )
     for start in range(full_hi, hi, STEP_N):
         dq, slope = _through_keys(
-            *(q, q_factor, grad, row_peak, delta, ds_factor, dq, slope, k_ptr, v_ptr, spans_ptr),
-            *(stride_kl, stride_vl, start, hi, offs_m, mask_m, Lq, HEAD_DIM, STEP_N, BLOCK_D, NORM, LANES, True),
+            *(q, q_factor, grad, row_peak, delta, ds_factor, dq, slope, k_ptr, v_ptr, rotary, spans_ptr),
+            *(
+                stride_kl,
+                stride_vl,
+                start,
+                hi,
+                offs_m,
+                mask_m,
+                Lq,
+                HEAD_DIM,
+                STEP_N,
+                BLOCK_D,
+                NORM,
+                ANGLES,
+                INTERLEAVED,
+            ),
+            *(LANES, True),
         )
 
     dq *= (undo * factor)[:, None]
     part = 0.0
+    if ANGLES:
+        dq = rotate_back(dq, rotary, rotary[2], offs_m, end, HEAD_DIM, BLOCK_D, ANGLES, INTERLEAVED)
     if NORM:
         part = tl.sum(tl.where(mask_m, tl.sum(slope, 1) * undo, 0.0), 0) * LN_2
         # Loaded again, after a store, rather than kept in registers through the loops.
-        dq = through_norm(dq, load_rows(q_ptr, offs_m, stride_ql, end, HEAD_DIM, BLOCK_D, True))
-    tl.store(dq_ptr + offs_out, dq.to(dq_ptr.dtype.element_ty), mask=mask_out)
+        if ANGLES:
+            dq = through_norm(dq, load_pairs(q_ptr, offs_m, stride_ql, end, HEAD_DIM, BLOCK_D, INTERLEAVED, True))
+        else:
+            dq = through_norm(dq, load_rows(q_ptr, offs_m, stride_ql, end, HEAD_DIM, BLOCK_D, True))
+    if ANGLES and not INTERLEAVED:
+        store_pairs(dq_ptr, dq, offs_m, stride_out, mask_m, HEAD_DIM, BLOCK_D)
+    else:
+        tl.store(dq_ptr + offs_out, dq.to(dq_ptr.dtype.element_ty), mask=mask_out)
     return part
 
 
@@ -256,6 +349,7 @@ def _through_queries(
     grad_ptr,
     rows_ptr,
     q_ptr,
+    rotary,
     spans_ptr,
     stride_gl,
     stride_ql,
@@ -268,11 +362,15 @@ def _through_queries(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One block of queries: dk and dv with it. All squares of scores are transposed, keys by queries."""
     offs_m = start + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, offs_m, stride_ql, hi, HEAD_DIM, BLOCK_D, MASKED)
+    q = load_multiplied(
+        *(q_ptr, rotary, rotary[2], offs_m, stride_ql, hi, HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, MASKED),
+    )
     grad = load_rows(grad_ptr, offs_m, stride_gl, hi, HEAD_DIM, BLOCK_D, MASKED)
     if MASKED:
         peak = tl.load(rows_ptr + offs_m, mask=offs_m < hi, other=0.0)
@@ -283,20 +381,20 @@ def _through_queries(
         inverse = tl.load(rows_ptr + kind + offs_m)
         delta = tl.load(rows_ptr + 2 * kind + offs_m)
     q_rows = q
-    if NORM:
+    if NORM and not ANGLES:
         q_rows = unit_rows(q)
     if q.dtype == tl.bfloat16:
         # Tensor cores add in the order of the columns, whichever operand is the left one.
         q_factor = tl.full([q.shape[0]], factor * LOG2_E, tl.float32)
         scores = tl.dot(k, tl.trans(q))
-        if NORM:
+        if NORM and not ANGLES:
             q_factor *= inverse_norm(q)
             scores *= k_inverse[:, None]
         dweights = tl.dot(v, tl.trans(grad))
     else:
         # Transposed afterwards: to the last bit those that `peak` and δ are from. At 1e10 rounding is hundreds.
-        rows, q_factor = operand(q, factor, NORM)
-        scores = tl.trans(scores_of(rows, k, NORM))
+        rows, q_factor = operand(q, factor, NORM and not ANGLES)
+        scores = tl.trans(scores_of(rows, k, NORM and not ANGLES))
         dweights = tl.trans(tl.dot(grad, tl.trans(v), input_precision="ieee"))
     exponents = exponents_of(scores, peak[None, :], q_factor[None, :])  # [BLOCK_N, BLOCK_M]
     if MASKED:
@@ -321,6 +419,7 @@ def key_tile(
     v_ptr,
     dk_ptr,
     dv_ptr,
+    rotary,
     spans_ptr,
     stride_ql,
     stride_kl,
@@ -338,12 +437,14 @@ def key_tile(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Keys [row, end), at most BLOCK_N of a head: stores dk and dv."""
     offs_n = row + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, stride_kl, end, HEAD_DIM, BLOCK_D, True)
+    k = load_multiplied(k_ptr, rotary, 0, offs_n, stride_kl, end, HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, True)
     v = load_rows(v_ptr, offs_n, stride_vl, end, HEAD_DIM, BLOCK_D, True)
     k_inverse = inverse_norm(k)
 
@@ -351,16 +452,16 @@ def key_tile(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(full_lo, full_hi, BLOCK_M):
         dk, dv = _through_queries(
-            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, spans_ptr, stride_out, stride_ql, kind),
-            *(start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, False),
+            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, rotary, spans_ptr, stride_out),
+            *(stride_ql, kind, start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, ANGLES, INTERLEAVED, False),
         )
     # What needs a mask lies before and after: packed scales begin to be seen at different queries.
     before, after = full_lo - lo, hi - full_hi
     for i in range(0, before + after, BLOCK_M):
         start = tl.where(i < before, lo + i, full_hi + i - before)
         dk, dv = _through_queries(
-            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, spans_ptr, stride_out, stride_ql, kind),
-            *(start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, True),
+            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, rotary, spans_ptr, stride_out),
+            *(stride_ql, kind, start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, ANGLES, INTERLEAVED, True),
         )
 
     offs_out = row_offsets(offs_n, stride_out, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -368,7 +469,15 @@ def key_tile(
     tl.store(dv_ptr + offs_out, dv.to(dv_ptr.dtype.element_ty), mask=mask_out)
     if k.dtype != tl.float16:
         dk *= factor
+    if ANGLES:
+        dk = rotate_back(dk, rotary, 0, offs_n, end, HEAD_DIM, BLOCK_D, ANGLES, INTERLEAVED)
     if NORM:
         # Loaded again, after a store, rather than kept in registers through the loops.
-        dk = through_norm(dk, load_rows(k_ptr, offs_n, stride_kl, end, HEAD_DIM, BLOCK_D, True))
-    tl.store(dk_ptr + offs_out, dk.to(dk_ptr.dtype.element_ty), mask=mask_out)
+        if ANGLES:
+            dk = through_norm(dk, load_pairs(k_ptr, offs_n, stride_kl, end, HEAD_DIM, BLOCK_D, INTERLEAVED, True))
+        else:
+            dk = through_norm(dk, load_rows(k_ptr, offs_n, stride_kl, end, HEAD_DIM, BLOCK_D, True))
+    if ANGLES and not INTERLEAVED:
+        store_pairs(dk_ptr, dk, offs_n, stride_out, offs_n < end, HEAD_DIM, BLOCK_D)
+    else:
+        tl.store(dk_ptr + offs_out, dk.to(dk_ptr.dtype.element_ty), mask=mask_out)

@@ -175,26 +175,6 @@ def load_spans(spans_ptr, Lq, offs_m, mask_m):
 
 
 @triton.jit
-def load_keys(
-    k_ptr,
-    v_ptr,
-    stride_kl,
-    stride_vl,
-    start,
-    hi,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One block of keys and values from row `start` on, and the numbers of its rows."""
-    offs_n = start + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, stride_kl, hi, HEAD_DIM, BLOCK_D, MASKED)
-    v = load_rows(v_ptr, offs_n, stride_vl, hi, HEAD_DIM, BLOCK_D, MASKED)
-    return k, v, offs_n
-
-
-@triton.jit
 def where_seen(scores, absent, spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED: tl.constexpr):
     """Scores [BLOCK_M, BLOCK_N], `absent` where the query does not see the key."""
     if MASKED:

@@ -12,8 +12,6 @@ from mvar_kernels.ops.scale_attention.triton.common import (
     LEAST_FACTOR,
     LOWEST,
     candidates,
-    load_keys,
-    load_rows,
     load_tile,
     next_weights,
     operand,
@@ -26,6 +24,7 @@ from mvar_kernels.ops.scale_attention.triton.common import (
     tile,
     where_seen,
 )
+from mvar_kernels.ops.scale_attention.triton.rotary import load_keys, load_multiplied
 from mvar_kernels.triton_math import LN_2, divide
 
 # By the padded head dimension. 64 rows waste least on 100 and 169 tokens, and of blocks of 4 warps a multiprocessor of
@@ -50,6 +49,7 @@ def _attend(
     peak,
     k_ptr,
     v_ptr,
+    rotary,
     spans_ptr,
     stride_kl,
     stride_vl,
@@ -62,11 +62,16 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One block of keys: (acc, total, peak) with it, sums of weights times v, of weights, and the largest score."""
-    k, v, offs_n = load_keys(k_ptr, v_ptr, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-    scores = scores_of(q, k, NORM)  # [BLOCK_M, BLOCK_N]
+    k, v, offs_n = load_keys(
+        *(k_ptr, v_ptr, rotary, stride_kl, stride_vl, start, hi, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, ANGLES, INTERLEAVED),
+        MASKED,
+    )
+    scores = scores_of(q, k, NORM and not ANGLES)  # [BLOCK_M, BLOCK_N]
     scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
     weights, shrink, new_peak = next_weights(scores, peak, q_factor, q.dtype == tl.float32)
     if v.dtype != tl.float16:
@@ -76,12 +81,14 @@ def _attend(
     return acc, total, new_peak
 
 
-@triton.jit(do_not_specialize=["Lq"])
+@triton.jit(do_not_specialize=["Lq", "skipped"])
 def _scale_attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     log_temperature_ptr,
+    cos_ptr,
+    sin_ptr,
     out_ptr,
     lse_ptr,
     tiles_ptr,
@@ -97,9 +104,12 @@ def _scale_attention_fwd_kernel(
     stride_vh,
     scale,
     Lq,
+    skipped,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -111,9 +121,12 @@ def _scale_attention_fwd_kernel(
     v_ptr += b * stride_vb + h * stride_vh
     offs_m = row + tl.arange(0, BLOCK_M)
     mask_m = offs_m < row + rows
+    rotary = cos_ptr, sin_ptr
 
-    q = load_rows(q_ptr, offs_m, stride_ql, row + rows, HEAD_DIM, BLOCK_D, True)
-    q, q_factor = operand(q, score_factor(scale, log_temperature_ptr, h, NORM), NORM)
+    q = load_multiplied(
+        *(q_ptr, rotary, skipped, offs_m, stride_ql, row + rows, HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, True),
+    )
+    q, q_factor = operand(q, score_factor(scale, log_temperature_ptr, h, NORM), NORM and not ANGLES)
     q_factor = tl.maximum(q_factor, LEAST_FACTOR)
 
     # With it weights of all keys add up to at most 1, and sums stay in the range of the values: up to 3e38, but in
@@ -127,13 +140,13 @@ def _scale_attention_fwd_kernel(
     # Queries' whole blocks come first: where a tile has any, its rows see the same keys from lo on.
     for start in range(lo, full_hi, BLOCK_N):
         acc, total, peak = _attend(
-            *(q, q_factor, share, acc, total, peak, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl, start, hi),
-            *(offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, False),
+            *(q, q_factor, share, acc, total, peak, k_ptr, v_ptr, rotary, spans_ptr, stride_kl, stride_vl),
+            *(start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, ANGLES, INTERLEAVED, False),
         )
     for start in range(full_hi, hi, BLOCK_N):
         acc, total, peak = _attend(
-            *(q, q_factor, share, acc, total, peak, k_ptr, v_ptr, spans_ptr, stride_kl, stride_vl, start, hi),
-            *(offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, True),
+            *(q, q_factor, share, acc, total, peak, k_ptr, v_ptr, rotary, spans_ptr, stride_kl, stride_vl),
+            *(start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, ANGLES, INTERLEAVED, True),
         )
 
     out_ptrs = out_ptr + (b * Lq * H + h) * HEAD_DIM + row_offsets(offs_m, H * HEAD_DIM, BLOCK_D)
@@ -144,19 +157,21 @@ def _scale_attention_fwd_kernel(
 
 def forward(call: Attention) -> tuple[Tensor, Tensor]:
     """The output and the log of each row's sum of exponentials, as the reference's."""
-    q, k, v, temperature, scales, causal, scale = call.readable()
+    q, k, v, temperature, scales, causal, scale, cos, sin, interleaved = call.readable()
     B, Lq, H, D = q.shape
     out = torch.empty((B, Lq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
     chosen = tiling.chosen("scale_attention_fwd", shape_class(q), candidates(q, HALVES, SINGLE), q.device)
     made = plan(scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], q.device)
     _scale_attention_fwd_kernel[(len(made.tiles), H, B)](
-        *(q, k, v, temperature, out, lse, made.tiles, made.spans),
+        *(q, k, v, temperature, cos, sin, out, lse, made.tiles, made.spans),
         *strides(q, k, v),
-        *(scale, Lq),
+        *(scale, Lq, None if cos is None else k.shape[1] - Lq),
         HEAD_DIM=D,
         BLOCK_D=tiling.dot_block(D),
         NORM=temperature is not None,
+        ANGLES=0 if cos is None else cos.shape[1],
+        INTERLEAVED=interleaved,
         **chosen.arguments(),
     )
     return out, lse
