@@ -8,32 +8,55 @@ from torch import Tensor, nn
 
 
 class GatedRMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, group_size: int | None = None, norm_before_gate: bool = False) -> None:
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
+        self.eps, self.weight = 1e-5, nn.Parameter(torch.ones(width))
+        self.group_size, self.norm_before_gate = group_size, norm_before_gate
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return F.rms_norm(x * F.silu(z), self.weight.shape, self.weight, self.eps)
+        if self.norm_before_gate:
+            return self._normalized(x) * F.silu(z)
+        return self._normalized(x * F.silu(z))
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(-1, (-1, self.group_size or x.shape[-1]))
+        return F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2) * self.weight
 
 
 class PlainMamba2(nn.Module):
     def __init__(
-        self, d_model: int, d_state: int = 32, headdim: int = 32, layer_idx: int = 0, ngroups: int = 1
+        self,
+        d_model: int,
+        d_state: int = 32,
+        headdim: int = 32,
+        layer_idx: int = 0,
+        *,
+        ngroups: int = 1,
+        D_has_hdim: bool = False,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        conv_bias: bool = True,
+        group_size: int | None = -1,
     ) -> None:
         super().__init__()
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, 4, headdim, ngroups
         self.d_inner = self.d_ssm = 2 * d_model
         self.nheads = self.d_ssm // headdim
         self.layer_idx, self.process_group = layer_idx, None
-        self.D_has_hdim, self.rmsnorm, self.norm_before_gate = False, True, False
-        self.dt_limit = (0.0, float("inf"))
+        self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
+        self.dt_limit, self.activation = dt_limit, "silu"
         channels = self.d_ssm + 2 * ngroups * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.nheads, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, self.d_conv, groups=channels, padding=self.d_conv - 1)
+        self.conv1d = nn.Conv1d(
+            channels, channels, self.d_conv, groups=channels, padding=self.d_conv - 1, bias=conv_bias
+        )
         self.dt_bias = nn.Parameter(torch.randn(self.nheads) - 2)
         self.A_log = nn.Parameter(torch.linspace(1, 16, self.nheads).log())
-        self.D = nn.Parameter(torch.randn(self.nheads))
-        self.norm = GatedRMSNorm(self.d_ssm)
+        self.D = nn.Parameter(torch.randn(self.d_ssm if D_has_hdim else self.nheads))
+        if rmsnorm:
+            size = self.d_ssm // ngroups if group_size == -1 else group_size
+            self.norm = GatedRMSNorm(self.d_ssm, size, norm_before_gate)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
     def forward(
@@ -68,17 +91,22 @@ class PlainMamba2(nn.Module):
         convolved = F.silu(
             F.conv1d(rows[:, 1:].transpose(1, 2), self.conv1d.weight, self.conv1d.bias, groups=xbc.shape[-1])
         )
-        x, B, C = convolved.transpose(1, 2).split([self.d_ssm, self.d_state, self.d_state], -1)
-        x, dt = x.unflatten(-1, (self.nheads, -1)), F.softplus(dt + self.dt_bias)
+        widths = [self.d_ssm, self.ngroups * self.d_state, self.ngroups * self.d_state]
+        x, B, C = convolved.transpose(1, 2).split(widths, -1)
+        heads = self.nheads // self.ngroups
+        B, C = (t.unflatten(-1, (self.ngroups, -1)).repeat_interleave(heads, 2) for t in (B, C))  # (B, L, H, N)
+        x, dt = x.unflatten(-1, (self.nheads, -1)), F.softplus(dt + self.dt_bias).clamp(*self.dt_limit)
+        D = self.D.view(self.nheads, -1)
         h, ys = ssm_state.clone(), []
         for t in range(u.shape[1]):
             decay = torch.exp(-dt[:, t] * self.A_log.exp())[..., None, None]
-            h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, None, None]
-            ys.append((h * C[:, t, None, None]).sum(-1) + self.D[:, None] * x[:, t])
+            h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+            ys.append((h * C[:, t, :, None]).sum(-1) + D * x[:, t])
         with torch.no_grad():
             conv_state.copy_(rows[:, -self.d_conv :].transpose(1, 2))
             ssm_state.copy_(h)
-        return self.out_proj(self.norm(torch.stack(ys, 1).flatten(2), z))
+        y = torch.stack(ys, 1).flatten(2)
+        return self.out_proj(self.norm(y, z) if self.rmsnorm else y * F.silu(z))
 
     def allocate_inference_cache(self, batch_size: int) -> tuple[Tensor, Tensor]:
         weight = self.conv1d.weight

@@ -370,6 +370,43 @@ def test_mamba2() -> None:
     assert type(layer) is PlainMamba2
 
 
-def test_mamba2_unsupported_options() -> None:
-    report = mk.accelerate(nn.ModuleList([PlainMamba2(64, ngroups=2)]))
-    assert report.left == {"0": "ngroups: expected 1, got 2"}
+MIXERS: dict[str, dict[str, Any]] = {
+    "groups": {"ngroups": 2},
+    "groups without norm": {"ngroups": 4, "rmsnorm": False, "conv_bias": False},
+    "groups, norm over all": {"ngroups": 2, "group_size": None},  # Mamba2Simple
+    "no norm": {"rmsnorm": False},
+    "norm before gate": {"norm_before_gate": True, "ngroups": 2},
+    "limits": {"dt_limit": (0.05, 0.3)},
+    "D of a channel": {"D_has_hdim": True, "conv_bias": False},
+}
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_mamba2_variants(kind: str) -> None:
+    """The layer's own step has neither limits nor a D of each channel, so that its cache then stays its own affair."""
+    torch.manual_seed(0)
+    layer, u = PlainMamba2(64, **MIXERS[kind]), torch.randn(2, 30, 64)
+
+    def cached() -> Tensor:
+        cache = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+        outs = []
+        with torch.no_grad():
+            for start, end in ((0, 29), (29, 30)):
+                outs.append(layer(u[:, start:end], inference_params=cache))
+                cache.seqlen_offset = end
+        return torch.cat(outs, 1)
+
+    expected, tokens = logits_and_grads(layer, u), cached()
+    assert mk.accelerate(layer).replaced == {"": "mamba2_mixer"}
+    assert_same(logits_and_grads(layer, u), expected)
+    assert (cached() - tokens).abs().max() <= TOLERANCE * tokens.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("process_group", 0), ("d_ssm", 64), ("activation", "relu"), ("learnable_init_states", True)]
+)
+def test_mamba2_unsupported_options(option: str, value: Any) -> None:
+    layer = PlainMamba2(64)
+    setattr(layer, option, value)
+    report = mk.accelerate(layer)
+    assert option in report.left[""] and str(value) in report.left[""]
