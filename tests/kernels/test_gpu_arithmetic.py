@@ -35,8 +35,11 @@ FLOAT32 = {
     "adaln": ("one_token", "odd"),
     "gated_adaln": ("odd",),
     "scale_attention": ("causal_norm", "d16_256", "equal_keys_norm", "saturated_causal_norm", "large_scores"),
-    "ssd_scan": ("odd", "one_sign", "float32_steps_both", "instant_decay_both"),
-    "mamba2_mixer": ("odd", "nine_tokens", "float32_steps_both", "large_short", "instant_decay_both"),
+    "ssd_scan": ("odd", "one_sign", "float32_steps_both", "instant_decay_both", "channel_D_groups_both"),
+    "mamba2_mixer": (
+        *("odd", "nine_tokens", "float32_steps_both", "large_short", "instant_decay_both"),
+        *("channel_D_groups_both", "no_norm_both", "norm_before_gate_groups"),
+    ),
     "sample_tokens": ("top_k", "ties"),
     "soft_embedding": ("one_code", "arg_max", "ties"),
     "group_norm_silu": ("odd", "odd_last", "one_channel", "slices_last"),
@@ -48,8 +51,12 @@ FLOAT16 = {
     "mamba2_mixer": ("odd", "float32_steps_both", "large_short", "instant_decay_both"),
 }
 BFLOAT16 = {
-    "ssd_scan": ("odd", "chunks", "float32_steps_both", "large_states"),
+    "ssd_scan": ("odd", "chunks", "float32_steps_both", "large_states", "channel_D_groups_both"),
     "mamba2_mixer": (
+        "channel_D_groups_both",
+        "dt_limit",
+        "no_norm",
+        "norm_before_gate_groups",
         "nine_tokens",
         "chunks",
         "float32_steps_chunks",

@@ -1,5 +1,7 @@
 """Tests of the Mamba-2 references against the recurrence, the carried state, and the dtype of dt."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,31 +12,38 @@ import mvar_kernels as mk
 from mvar.models import layers
 from mvar.models.blocks import MVARBlock
 from mvar.models.config import ModelConfig
-from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, PARAMETERS, SSD_SCAN
+from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, PARAMETERS, SSD_SCAN, VARIANTS
+from mvar_kernels.testing.spec import Case
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}  # float64 arithmetic in a different order
 
 
+def of_heads(shared: Tensor, H: int) -> Tensor:
+    """(B, L, N) or (B, L, G, N) → (B, L, H, N): what each head has of B or C."""
+    shared = shared[:, :, None] if shared.dim() == 3 else shared
+    return shared.repeat_interleave(H // shared.shape[2], 2)
+
+
 def recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t ⊗ B_t, y_t = h_t C_t: one token at a time."""
-    outs = []
+    B, C, outs = of_heads(B, x.shape[2]), of_heads(C, x.shape[2]), []
     for t in range(x.shape[1]):
-        added = torch.einsum("bhp,bn->bhpn", dt[:, t, :, None] * x[:, t], B[:, t])
+        added = torch.einsum("bhp,bhn->bhpn", dt[:, t, :, None] * x[:, t], B[:, t])
         state = (dt[:, t] * A).exp()[..., None, None] * state + added
-        outs.append(torch.einsum("bhpn,bn->bhp", state, C[:, t]))
+        outs.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]))
     return torch.stack(outs, 1), state
 
 
 def backward_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, scales: tuple[int, ...]) -> Tensor:
     """r_t = a_t (r_{t+1} + Δ_{t+1} x_{t+1} ⊗ B_{t+1}) with r = 0 at each scale's last token; y_t = r_t C_t."""
-    y = torch.zeros_like(x)
+    y, B, C = torch.zeros_like(x), of_heads(B, x.shape[2]), of_heads(C, x.shape[2])
     end = x.shape[1]
     for length in reversed(scales):
         r = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1])
         for t in range(end - 2, end - length - 1, -1):
-            added = torch.einsum("bhp,bn->bhpn", dt[:, t + 1, :, None] * x[:, t + 1], B[:, t + 1])
+            added = torch.einsum("bhp,bhn->bhpn", dt[:, t + 1, :, None] * x[:, t + 1], B[:, t + 1])
             r = (dt[:, t] * A).exp()[..., None, None] * (r + added)
-            y[:, t] = torch.einsum("bhpn,bn->bhp", r, C[:, t])
+            y[:, t] = torch.einsum("bhpn,bhn->bhp", r, C[:, t])
         end -= length
     return y
 
@@ -46,7 +55,7 @@ def test_ssd_scan_matches_recurrence(case) -> None:  # type: ignore[no-untyped-d
     scales = case.options["scales"]
     dt, A = (t["dt"][:, :, 0], t["A"][0]) if scales else (t["dt"], t["A"])
     expected, last = recurrence(t["x"], dt, A, t["B"], t["C"], t["initial_state"])
-    expected = expected + t["D"][:, None] * t["x"]
+    expected = expected + (t["D"] if t["D"].dim() == 2 else t["D"][:, None]) * t["x"]
     if scales:
         expected += backward_recurrence(t["x"], t["dt"][:, :, 1], t["A"][1], t["B"], t["C"], scales)
     torch.testing.assert_close(y, expected, **TIGHT)
@@ -90,22 +99,66 @@ def test_state_carries_across_scales(name: str) -> None:
     torch.testing.assert_close(state, last, **TIGHT)
 
 
-def test_mixer_matches_unfused() -> None:
+ONE_DIRECTION = [case for case in (*MAMBA2_MIXER.cases[:2], *VARIANTS) if not case.options["scales"]]
+
+
+@pytest.mark.parametrize("case", ONE_DIRECTION, ids=lambda case: case.name)
+def test_mixer_matches_unfused(case: Case) -> None:
     """Compares with the convolution, softplus, recurrence, gate and RMSNorm computed separately."""
-    case = next(c for c in MAMBA2_MIXER.cases if c.name == "odd")
     t = MAMBA2_MIXER.inputs(case, torch.Generator().manual_seed(0))
     B, L, H, P, N = (case.sizes[d] for d in "BLHPN")
-    E = H * P
-    z, xbc, dt = t["zxbcdt"].split([E, E + 2 * N, H], -1)
+    E, G = H * P, case.options.get("groups", 1)
+    z, xbc, dt = t["zxbcdt"].split([E, E + 2 * G * N, H], -1)
     rows = torch.cat([t["conv"], xbc], 1)
-    conv = sum(rows[:, i : i + L] * t["conv_weight"][:, i] for i in range(4)) + t["conv_bias"]
-    x, Bt, Ct = (conv * torch.sigmoid(conv)).split([E, N, N], -1)
+    conv = sum(rows[:, i : i + L] * t["conv_weight"][:, i] for i in range(4)) + t.get("conv_bias", 0)
+    x, Bt, Ct = (conv * torch.sigmoid(conv)).split([E, G * N, G * N], -1)
     delta = (1 + (dt + t["dt_bias"]).exp()).log()
+    low, high = case.options.get("dt_limit", (0.0, math.inf))
+    delta = torch.where(delta < low, low, torch.where(delta > high, high, delta))
     heads = x.reshape(B, L, H, P)
-    y, _ = recurrence(heads, delta, -t["A_log"].exp(), Bt, Ct, t["ssm"])
-    gated = (y + t["D"][:, None] * heads).reshape(B, L, E) * z * torch.sigmoid(z)
-    expected = gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt() * t["norm_weight"]
+    y, _ = recurrence(heads, delta, -t["A_log"].exp(), Bt.reshape(B, L, G, N), Ct.reshape(B, L, G, N), t["ssm"])
+    y = (y + t["D"].reshape(H, -1) * heads).reshape(B, L, E)
+    gate, before = z * torch.sigmoid(z), case.options.get("norm_before_gate", False)
+
+    def norm(v: Tensor) -> Tensor:
+        if "norm_weight" not in t:
+            return v
+        groups = v.reshape(B, L, G, E // G)
+        return (groups / (groups.square().mean(-1, keepdim=True) + 1e-5).sqrt()).reshape(B, L, E) * t["norm_weight"]
+
+    expected = norm(y) * gate if before else norm(y * gate)
     torch.testing.assert_close(MAMBA2_MIXER.call(t, case, "reference")[0], expected, **TIGHT)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_groups_are_mixers_of_their_own(backend: str) -> None:
+    """A call with two groups equals a call on the channels of each, states and gradients included."""
+    if backend == "cpu" and mk.backends()["cpu"] is not None:
+        pytest.skip(str(mk.backends()["cpu"]))
+    case = next(c for c in MAMBA2_MIXER.cases if c.name == "groups")
+    inputs = MAMBA2_MIXER.inputs(case, torch.Generator().manual_seed(0))
+    t = {name: v.float().requires_grad_() for name, v in inputs.items()}
+    H, P, N = (case.sizes[d] for d in "HPN")
+    E, one = H * P, replace(case, sizes=case.sizes | {"H": H // 2}, options={"scales": None})
+    outs, parts = MAMBA2_MIXER.call(t, case, backend), []
+    for g in range(2):
+        x, heads = range(g * E // 2, (g + 1) * E // 2), slice(g * H // 2, (g + 1) * H // 2)
+        xbc = [*x, *range(E + g * N, E + (g + 1) * N), *range(E + (2 + g) * N, E + (3 + g) * N)]
+        columns = [*x, *(E + c for c in xbc), *range(2 * E + 4 * N, t["zxbcdt"].shape[-1])[heads]]
+        of_group = {name: t[name][heads] for name in ("dt_bias", "A_log", "D")}
+        of_group |= {"zxbcdt": t["zxbcdt"][..., columns], "conv": t["conv"][..., xbc], "ssm": t["ssm"][:, heads]}
+        of_group |= {"conv_weight": t["conv_weight"][xbc], "conv_bias": t["conv_bias"][xbc]}
+        of_group["norm_weight"] = t["norm_weight"][list(x)]
+        y, conv, ssm = MAMBA2_MIXER.call(of_group, one, backend)
+        parts.append((y, ssm))
+        torch.testing.assert_close(outs[1][..., xbc], conv)
+    y, ssm = torch.cat([y for y, _ in parts], -1), torch.cat([ssm for _, ssm in parts], 1)
+    torch.testing.assert_close((outs[0], outs[2]), (y, ssm))
+    leaves = list(t.values())
+    grads = [torch.autograd.grad(a.square().sum() + b.square().sum(), leaves, allow_unused=True)
+             for a, b in ((outs[0], outs[2]), (y, ssm))]  # fmt: skip
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_errors_name_the_argument() -> None:
@@ -124,6 +177,11 @@ def test_errors_name_the_argument() -> None:
         mk.ssd_scan(args[0].bfloat16(), *args[1:], scales=case.options["scales"])
     with pytest.raises(ValueError, match=r"C: expected shape \(B=2, L=30, N=64\)"):
         mk.ssd_scan(*args[:4], args[4][:, :, :3], scales=case.options["scales"])
+    with pytest.raises(ValueError, match="B: expected groups that divide H=2, got 3"):
+        grouped = args[3][:, :, None].expand(-1, -1, 3, -1)
+        mk.ssd_scan(*args[:3], grouped, grouped, scales=case.options["scales"])
+    with pytest.raises(ValueError, match=r"C: expected shape \(B=2, L=30, G=1, N=64\)"):
+        mk.ssd_scan(*args[:3], args[3][:, :, None], args[4], scales=case.options["scales"])
     with pytest.raises(TypeError, match="initial_state: expected dtype float64"):
         mk.ssd_scan(*args, initial_state=t["initial_state"].float(), scales=case.options["scales"])
 
@@ -132,6 +190,14 @@ def test_errors_name_the_argument() -> None:
     params = [t[p] for p in PARAMETERS]
     with pytest.raises(ValueError, match="zxbcdt: expected"):
         mk.mamba2_mixer(t["zxbcdt"][..., 1:], *params)
+    for ngroups in (3, 0, 1.5):
+        with pytest.raises(ValueError, match=f"ngroups: expected groups that divide H=2, got {ngroups}"):
+            mk.mamba2_mixer(t["zxbcdt"], *params, ngroups=ngroups)
+    for limit in ((0.2, 0.1), (-1.0, 1.0), (math.nan, 1.0), (0.1,), 0.1):
+        with pytest.raises(ValueError, match="dt_limit: expected two numbers"):
+            mk.mamba2_mixer(t["zxbcdt"], *params, dt_limit=limit)
+    with pytest.raises(ValueError, match=r"D: expected shape \(H=2, P=64\), got \(2, 3\)"):
+        mk.mamba2_mixer(t["zxbcdt"], *params[:4], torch.ones(2, 3), params[5])
     with pytest.raises(ValueError, match="state.ssm: expected shape"):
         mk.mamba2_mixer(t["zxbcdt"], *params, state=mk.Mamba2State(t["conv"], t["ssm"][:1]))
 

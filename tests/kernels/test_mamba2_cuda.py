@@ -5,6 +5,7 @@ steps Δ, more heads than a warp has lanes, and unsupported inputs.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ if BACKEND == "cuda" and unavailable("cuda") is not None:
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 
 
-def case_of(L: int, B: int = 2, H: int = 2, P: int = 64, N: int = 64, scales: tuple[int, ...] | None = None) -> Case:
-    return Case(f"{L}", {"B": B, "L": L, "H": H, "P": P, "N": N}, {"scales": scales})
+def case_of(L: int, B: int = 2, H: int = 2, P: int = 64, N: int = 64, **options: Any) -> Case:
+    return Case(f"{L}", {"B": B, "L": L, "H": H, "P": P, "N": N}, {"scales": None, **options})
 
 
 def assert_right(got: dict[str, Tensor], case: Case, inputs: Inputs) -> None:
@@ -80,6 +81,11 @@ def test_state_carries_across_scales(dtype: torch.dtype) -> None:
         (case_of(4, P=32), torch.bfloat16, "H=2 of P=32, N=64"),
         (case_of(4, H=3), torch.bfloat16, "H=3 of P=64, N=64"),
         (case_of(4), torch.float32, "dtype float32 is not float16 or bfloat16"),
+        (case_of(4, groups=2), torch.bfloat16, "2 groups, the CUDA kernel has one"),
+        (case_of(4, channel_D=True), torch.bfloat16, "D: of each channel"),
+        (case_of(4, dt_limit=(0.0, 0.1)), torch.bfloat16, "dt_limit: the CUDA kernel has none"),
+        (case_of(4, norm_before_gate=True), torch.bfloat16, "norm_weight: the CUDA kernel has RMSNorm, after"),
+        (case_of(4, without=("norm_weight",)), torch.bfloat16, "norm_weight: the CUDA kernel has RMSNorm, after"),
     ],
 )
 def test_unsupported_inputs(case: Case, dtype: torch.dtype, reason: str) -> None:

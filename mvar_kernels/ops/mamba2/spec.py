@@ -24,7 +24,7 @@ LAST_STATE = (64.0, "computed by matmuls of two bfloat16 parts of each factor")
 # times 2⁻⁹ of the largest value, the reference's 0 to 6, and 0 where the gradient comes from that of the last state.
 OPERANDS = "matmuls of a training step round x, B, C, h, its adjoint and dy to bfloat16"
 PARAMETERS = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
-VARIANTS = ("dt_limit", "norm_before_gate")  # options of the mixer, which are options of a case
+OPTIONS = ("dt_limit", "norm_before_gate")  # of the mixer, which are options of a case, too
 
 
 def _case(
@@ -97,7 +97,8 @@ CHANNEL_D = (
     _case("channel_D", 2, 21, 3, 16, 16, channel_D=True),
     _case("channel_D_groups_both", 1, 20, 4, 5, 7, scales=(3, 17), groups=2, channel_D=True),
 )
-VARIANTS_MIXER = (
+VARIANTS = (  # of the mixer
+    *(*GROUPS, *CHANNEL_D),
     _case("no_conv_bias", 1, 9, 2, 16, 16, without=("conv_bias",)),
     _case("dt_limit", 2, 21, 3, 16, 16, dt_limit=(0.03, 0.1)),
     _case("no_norm", 2, 21, 4, 5, 7, without=("norm_weight",), groups=2),
@@ -211,7 +212,7 @@ def _call_mixer(t: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
         state=Mamba2State(t["conv"], t["ssm"]),
         scales=case.options["scales"],
         backend=backend,
-        **{name: case.options[name] for name in VARIANTS if name in case.options},
+        **{name: case.options[name] for name in OPTIONS if name in case.options},
     )
     return y, *state
 
@@ -298,7 +299,7 @@ MAMBA2_MIXER = Spec(
     op="mamba2_mixer",
     cases=(
         *(*CASES, _case("nine_tokens", 1, 9, 2, 64, 64), *FLOAT32_STEPS_MIXER, *LARGE_MIXER, *INSTANT),
-        *(*GROUPS, *CHANNEL_D, *VARIANTS_MIXER),
+        *VARIANTS,
     ),
     inputs=_mixer_inputs,
     call=_call_mixer,

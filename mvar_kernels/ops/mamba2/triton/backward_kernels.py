@@ -216,12 +216,11 @@ def _ssd_scan_bwd_prepare_kernel(
         channels = E + 2 * GROUPS * N
         B_ptr += b * L * B_stride
         conv_ptr += b * (TAPS - 1) * channels
-        first = E + group * N
-        weights = packed_weights(weight_ptr + first, channels, offs_n, mask_n, TAPS)
-        B = conv_rows(B_ptr, B_stride, conv_ptr, channels, weights, first, offs_n, mask_n, start, L, TAPS, CHUNK)
-        first += GROUPS * N
-        weights = packed_weights(weight_ptr + first, channels, offs_n, mask_n, TAPS)
-        C = conv_rows(B_ptr, B_stride, conv_ptr, channels, weights, first, offs_n, mask_n, start, L, TAPS, CHUNK)
+        to_B, to_C = group * N, (GROUPS + group) * N
+        weights = packed_weights(weight_ptr + E + to_B, channels, offs_n, mask_n, TAPS)
+        B = conv_rows(B_ptr, B_stride, conv_ptr, channels, weights, E + to_B, offs_n, mask_n, start, L, TAPS, CHUNK)
+        weights = packed_weights(weight_ptr + E + to_C, channels, offs_n, mask_n, TAPS)
+        C = conv_rows(B_ptr, B_stride, conv_ptr, channels, weights, E + to_C, offs_n, mask_n, start, L, TAPS, CHUNK)
         B, C = tl.where(mask_bc, gate(B, EXACT)[0], 0.0), tl.where(mask_bc, gate(C, EXACT)[0], 0.0)
     else:
         row = b * L + start
@@ -249,11 +248,12 @@ def _ssd_scan_bwd_prepare_kernel(
     if MIXER:
         A = -exp(A)
         v = delta + tl.load(bias_ptr + offs_c, mask=mask_h, other=0.0).to(tl.float32)[None, :]
-        slope, delta = sigmoids(clamped(v), EXACT)[0], softplus(v)
+        slope = sigmoids(clamped(v), EXACT)[0]
         if DT_MIN is not None:
+            delta = softplus(v)
             slope = tl.where((delta < DT_MIN) | (delta > DT_MAX), 0.0, slope)
         tl.store(at + CHUNK, tl.where(mask_dt, slope, 0.0), mask=mask_h[None, :])
-        delta = tl.where(mask_dt, limited(delta, DT_MIN, DT_MAX), 0.0)
+        delta = tl.where(mask_dt, limited(softplus(v), DT_MIN, DT_MAX), 0.0)
     tl.store(at, delta, mask=mask_h[None, :])
     coarse, fine = split_log_decays(delta * finite_rate(A)[None, :])
     coarse, fine = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)

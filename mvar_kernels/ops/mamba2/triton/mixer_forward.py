@@ -165,11 +165,12 @@ def _norm(
         mask_e = None if E % BLOCK_E == 0 else start + offs_e < E
         gated = widen(load_tile(gated_ptr + offs + start, mask_l, mask_e))
         weight = load_vector(weight_ptr + start + offs_e, mask_e).to(tl.float32)
+        y_at = y_ptr + offs + start
         normed = gated * factor[:, None] * weight[None, :]
         if NORM == BEFORE_GATE:
             z_at = z_ptr + offs_l.to(tl.int64)[:, None] * stride_zl + start + offs_e[None, :]
             normed *= _gate(load_tile(z_at, mask_l, mask_e).to(tl.float32), y_ptr.dtype.element_ty)
-        store_tile(y_ptr + offs + start, normed, mask_l, mask_e)
+        store_tile(y_at, normed, mask_l, mask_e)
 
 
 @triton.jit
