@@ -38,7 +38,7 @@ FLOAT32 = {
     "ssd_scan": ("odd", "one_sign", "float32_steps_both", "instant_decay_both", "channel_D_groups_both"),
     "mamba2_mixer": (
         *("odd", "nine_tokens", "float32_steps_both", "large_short", "instant_decay_both"),
-        *("channel_D_groups_both", "no_norm_both", "norm_before_gate_groups"),
+        "norm_before_gate_groups",
     ),
     "sample_tokens": ("top_k", "ties"),
     "soft_embedding": ("one_code", "arg_max", "ties"),
@@ -54,9 +54,7 @@ BFLOAT16 = {
     "ssd_scan": ("odd", "chunks", "float32_steps_both", "large_states", "channel_D_groups_both"),
     "mamba2_mixer": (
         "channel_D_groups_both",
-        "dt_limit",
         "no_norm",
-        "norm_before_gate_groups",
         "nine_tokens",
         "chunks",
         "float32_steps_chunks",
