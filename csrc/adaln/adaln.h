@@ -53,8 +53,8 @@ struct AdalnPair {
 
 struct AdalnKernels {
   AdalnPair plain[kDtypes], gated[kDtypes];
-  // by the dtype of x, and gated by that of the branch and the output, too
-  AdalnPair plain_with_options[kDtypes], gated_with_options[kDtypes][kDtypes];
+  // by the dtype of x and that of the output, and of the branch, if there is one
+  AdalnPair with_options[kDtypes][kDtypes];
   int64_t (*backward_workspace)(AdalnSizes);
 };
 

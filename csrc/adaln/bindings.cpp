@@ -114,32 +114,27 @@ void gated_adaln_backward(const py::tuple& at, const py::tuple& shape, float eps
   call.run(adaln_tables[current]->gated[call.dtype], a, call.workspace(Tensors(outputs), 5));
 }
 
-// Options as mvar_kernels/ops/adaln/native.py passes them: the dtypes of the branch and the output, of what is per sample
-// and of what is per token; whether the norm is RMS; and `plus`.
+// Options as mvar_kernels/ops/adaln/native.py passes them: the dtypes of the output (and the branch), of what is per
+// sample and of what is per token; whether the norm is RMS; and `plus`.
 struct GivenOptions {
-  Dtype branch, vectors, tokens;
+  Dtype out, vectors, tokens;
   AdalnOptions options;
 
   GivenOptions(const py::tuple& given, float plus)
-      : branch(DtypeAndStream::checked(entry(given, 0))),
+      : out(DtypeAndStream::checked(entry(given, 0))),
         vectors(DtypeAndStream::checked(entry(given, 1))),
         tokens(DtypeAndStream::checked(entry(given, 2))),
         options{entry(given, 3) != 0, plus, vectors == kFloat32, tokens == kFloat32} {
     for (Dtype of : {vectors, tokens}) {
-      if (of != kFloat32 && of != branch) throw py::value_error("modulation: expected float32, or the output's dtype");
+      if (of != kFloat32 && of != out) throw py::value_error("modulation: expected float32, or the output's dtype");
     }
   }
 
-  const AdalnPair& kernels(const Call& call, bool gated) const {
-    const AdalnKernels& table = *adaln_tables[current];
-    if (gated) return table.gated_with_options[call.dtype][branch];
-    if (branch != call.dtype) throw py::value_error("out: expected the dtype of x");
-    return table.plain_with_options[call.dtype];
-  }
+  const AdalnPair& kernels(const Call& call) const { return adaln_tables[current]->with_options[call.dtype][out]; }
 };
 
-// inputs: x, branch, gate, factor, offset, and per token gate, scale, shift; outputs: the new x, out. All but x and out may
-// be none; the branch and the new x are there in the gated form.
+// inputs: x, branch, gate, factor, offset, and per token gate, scale, shift; outputs: the new x, out. All but x and out
+// may be none; the new x is written where there is a branch.
 void adaln_options_forward(const py::tuple& at, const py::tuple& shape, float eps, const py::tuple& options, float plus,
                            const py::tuple& inputs, const py::tuple& outputs) {
   const Call call(DtypeAndStream(at), shape, eps);
@@ -149,7 +144,7 @@ void adaln_options_forward(const py::tuple& at, const py::tuple& shape, float ep
   a.options = o.options;
   a.x = call.tokens(in, 0, "x");
   const bool gated = in.has(1);
-  if (gated) a.branch = call.tokens(in, 1, "branch", o.branch);
+  if (gated) a.branch = call.tokens(in, 1, "branch", o.out);
   if (gated) a.x_new = call.tokens(out, 0, "the new x");
   a.gate = call.per_sample(in, 2, "gate", o.vectors);
   a.scale = call.per_sample(in, 3, "scale", o.vectors);
@@ -157,14 +152,14 @@ void adaln_options_forward(const py::tuple& at, const py::tuple& shape, float ep
   a.token_gate = call.tokens(in, 5, "gate", o.tokens);
   a.token_scale = call.tokens(in, 6, "scale", o.tokens);
   a.token_shift = call.tokens(in, 7, "shift", o.tokens);
-  a.out = call.tokens(out, 1, "out", o.branch);
-  call.run(o.kernels(call, gated), a);
+  a.out = call.tokens(out, 1, "out", o.out);
+  call.run(o.kernels(call), a);
 }
 
 // grads: of the new x and of out; inputs: as forward, x the new one, without the shift per token;
 // outputs: the gradients of x, branch, gate, factor, offset, and per token gate, scale, shift, and a workspace
-void adaln_options_backward(const py::tuple& at, const py::tuple& shape, float eps, const py::tuple& options, float plus,
-                            const py::tuple& grads, const py::tuple& inputs, const py::tuple& outputs) {
+void adaln_options_backward(const py::tuple& at, const py::tuple& shape, float eps, const py::tuple& options,
+                            float plus, const py::tuple& grads, const py::tuple& inputs, const py::tuple& outputs) {
   const Call call(DtypeAndStream(at), shape, eps);
   const GivenOptions o(options, plus);
   const Tensors given(grads, "gradient of "), in(inputs), out(outputs, "gradient of ");
@@ -172,23 +167,23 @@ void adaln_options_backward(const py::tuple& at, const py::tuple& shape, float e
   a.options = o.options;
   const bool gated = in.has(1);
   if (gated) a.grad_x_new = call.tokens(given, 0, "the new x");
-  a.grad_out = call.tokens(given, 1, "out", o.branch);
+  a.grad_out = call.tokens(given, 1, "out", o.out);
   a.x = call.tokens(in, 0, "x");
-  if (gated) a.branch = call.tokens(in, 1, "branch", o.branch);
+  if (gated) a.branch = call.tokens(in, 1, "branch", o.out);
   a.gate = call.per_sample(in, 2, "gate", o.vectors);
   a.scale = call.per_sample(in, 3, "scale", o.vectors);
   a.shift = call.per_sample(in, 4, "shift", o.vectors);
   a.token_gate = call.tokens(in, 5, "gate", o.tokens);
   a.token_scale = call.tokens(in, 6, "scale", o.tokens);
   a.dx = call.tokens(out, 0, "x");
-  if (gated) a.dbranch = call.tokens(out, 1, "branch", o.branch);
+  if (gated) a.dbranch = call.tokens(out, 1, "branch", o.out);
   a.dgate = call.per_sample(out, 2, "gate", kFloat32);
   a.dscale = call.per_sample(out, 3, "scale", kFloat32);
   a.dshift = call.per_sample(out, 4, "shift", kFloat32);
   a.token_dgate = call.tokens(out, 5, "gate", o.tokens);
   a.token_dscale = call.tokens(out, 6, "scale", o.tokens);
   a.token_dshift = call.tokens(out, 7, "shift", o.tokens);
-  call.run(o.kernels(call, gated), a, call.workspace(Tensors(outputs), 8));
+  call.run(o.kernels(call), a, call.workspace(Tensors(outputs), 8));
 }
 
 }  // namespace

@@ -62,6 +62,18 @@ MVAR_INLINE void store_gradient(const Tokens& t, int64_t b, int64_t l, const Ada
   else store(row<T>(t, b, l) + c, v, lanes);
 }
 
+// The last pass, which adds up nothing, is not unrolled with options: its body is long, and there are many of them.
+template <bool options, typename Body>
+MVAR_INLINE void for_each_output(int64_t n, Body body) {
+  if constexpr (options) {
+    for (int64_t c = 0; c < n; c += kWidth) {
+      with_lanes(n - c, [&](auto lanes) MVAR_INLINE_LAMBDA { body(c, lanes, 0); });
+    }
+  } else {
+    for_each_vector(n, body);
+  }
+}
+
 // Of the sums of x − mean and of its squares; what the mean missed, `rest`, is no part of the variance.
 MVAR_INLINE float inverse_deviation(float squares, float sum, float rest, int64_t C, float eps) {
   const float missed = sum * rest;
@@ -77,7 +89,7 @@ constexpr int kRows = sizeof(T) == 2 && !options ? 4 : 1;
 // The hardware prefetches within a page: the next rows are prefetched by hand while these are computed (float32: 85 % of
 // the time). Outputs are not: if their pages are new, prefetching took five times as long as writing them.
 
-// x is of T, branch and out are of U.
+// x is of T, branch and out are of U. With options there may be a branch or not.
 template <typename T, typename U, bool gated, bool options, int rows>
 void forward_rows(const AdalnForward& a, const AdalnSizes& n, int64_t b, int64_t l) {
   const Modulation<U, options> scale(a.scale, b, a.options), shift(a.shift, b, a.options);
@@ -91,7 +103,7 @@ void forward_rows(const AdalnForward& a, const AdalnSizes& n, int64_t b, int64_t
   }
 
   Sum total[rows];
-  if constexpr (gated) {
+  if (options ? a.branch.data != nullptr : gated) {
     const bool per_token = options && a.token_gate.data != nullptr;
     const Modulation<U, options> gate = per_token ? Modulation<U, options>(a.token_gate, b, l, a.options)
                                                   : Modulation<U, options>(a.gate, b, a.options);
@@ -140,7 +152,7 @@ void forward_rows(const AdalnForward& a, const AdalnSizes& n, int64_t b, int64_t
   const Modulation<U, options> token_scale(a.token_scale, b, l, a.options), token_shift(a.token_shift, b, l, a.options);
   const bool per_token = options && a.token_scale.data != nullptr;
   const float plus = options ? a.options.plus : 1.0f;
-  for_each_vector(n.C, [&](int64_t c, auto lanes, int) MVAR_INLINE_LAMBDA {
+  for_each_output<options>(n.C, [&](int64_t c, auto lanes, int) MVAR_INLINE_LAMBDA {
     const Vec factor = plus + scale.at(c, lanes);
     const Vec offset = shift.at(c, lanes);
     for (int r = 0; r < rows; ++r) {
@@ -219,14 +231,15 @@ void backward_row(const AdalnBackward& a, const AdalnSizes& n, int64_t b, int64_
   const Vec wy_mean = splat((products.total() - missed * w_total) * inverse / (float)n.C);
 
   T* dx = row<T>(a.dx, b, l);
-  const T* grad_x_new = gated ? row<T>(a.grad_x_new, b, l) : nullptr;
-  const U* branch = gated ? row<U>(a.branch, b, l) : nullptr;
-  U* dbranch = gated ? row<U>(a.dbranch, b, l) : nullptr;
+  const bool with_branch = options ? a.branch.data != nullptr : gated;
+  const T* grad_x_new = with_branch ? row<T>(a.grad_x_new, b, l) : nullptr;
+  const U* branch = with_branch ? row<U>(a.branch, b, l) : nullptr;
+  U* dbranch = with_branch ? row<U>(a.dbranch, b, l) : nullptr;
   const bool gate_per_token = options && a.token_gate.data != nullptr;
   const Modulation<U, options> gate = gate_per_token ? Modulation<U, options>(a.token_gate, b, l, o)
                                                      : Modulation<U, options>(a.gate, b, o);
   const Modulation<U, options> shift(a.shift, b, o);
-  for_each_vector(n.C, [&](int64_t c, auto lanes, int) MVAR_INLINE_LAMBDA {
+  for_each_output<options>(n.C, [&](int64_t c, auto lanes, int) MVAR_INLINE_LAMBDA {
     Vec grad = gradient(c, lanes);
     Vec y = ((load(x + c, lanes) - mean) - rest) * rstd;
     Vec factor = plus + scale.at(c, lanes);
@@ -237,7 +250,7 @@ void backward_row(const AdalnBackward& a, const AdalnSizes& n, int64_t b, int64_
       store_gradient<U>(a.token_dscale, b, l, o, c, at_out * fma(y, factor, shift.at(c, lanes)), lanes);
       store_gradient<U>(a.token_dshift, b, l, o, c, at_out, lanes);
     }
-    if constexpr (gated) {
+    if (with_branch) {
       d += load(grad_x_new + c, lanes);
       store(dbranch + c, d * gate.at(c, lanes), lanes);
       if (gate_per_token) {
@@ -284,7 +297,7 @@ void backward(const AdalnBackward& a, AdalnSizes n, float* workspace) {
       };
       add(a.dscale, sums);
       add(a.dshift, sums + n.C);
-      if (gated && a.dgate.data != nullptr) add(a.dgate, sums + 2 * n.C);
+      if ((options || gated) && a.dgate.data != nullptr) add(a.dgate, sums + 2 * n.C);
     }
   }
 }
@@ -297,7 +310,6 @@ constexpr AdalnPair kPair = {forward<T, U, gated, options>, backward<T, U, gated
 const AdalnKernels adaln = {
     {kPair<float, float, false, false>, kPair<bf16, bf16, false, false>},
     {kPair<float, float, true, false>, kPair<bf16, bf16, true, false>},
-    {kPair<float, float, false, true>, kPair<bf16, bf16, false, true>},
     {{kPair<float, float, true, true>, kPair<float, bf16, true, true>}, {{}, kPair<bf16, bf16, true, true>}},
     backward_workspace,
 };

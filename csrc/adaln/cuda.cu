@@ -319,7 +319,6 @@ const AdalnKernels adaln = {
      {forward<bf16, true>, backward<bf16, true>},
      {forward<f16, true>, backward<f16, true>}},
     {},
-    {},
     backward_workspace,
 };
 

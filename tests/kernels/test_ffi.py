@@ -14,20 +14,23 @@ from mvar_kernels.testing.spec import Spec
 from tests.kernels.test_contract import evaluate, prepared
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built")
-CASES = {
-    "adaln": "odd",
-    "gated_adaln": "odd",
-    "scale_attention": "diagonal_norm",
-    "ssd_scan": "bidirectional_odd",
-    "mamba2_mixer": "odd",
-    "sample_tokens": "top_k",
-    "soft_embedding": "top_k",
-}
+CASES = (
+    ("adaln", "odd"),
+    ("adaln", "per_token_odd"),
+    ("gated_adaln", "odd"),
+    ("gated_adaln", "affine"),
+    ("gated_adaln", "per_token_odd"),
+    ("scale_attention", "diagonal_norm"),
+    ("ssd_scan", "bidirectional_odd"),
+    ("mamba2_mixer", "odd"),
+    ("sample_tokens", "top_k"),
+    ("soft_embedding", "top_k"),
+)
 # Bytes at the end of the first input that no kernel reads: dt, three float32 numbers, is passed as a separate tensor.
 UNREAD = {"mamba2_mixer": 12}
 
 
-def run_with_short_tensor(monkeypatch: pytest.MonkeyPatch, spec: Spec, backend: str, index: int) -> int:
+def run_with_short_tensor(monkeypatch: pytest.MonkeyPatch, spec: Spec, name: str, backend: str, index: int) -> int:
     """Run forward and backward with one of the tensors passed to the extension one byte too small.
 
     Returns the number of tensors that were passed.
@@ -48,7 +51,7 @@ def run_with_short_tensor(monkeypatch: pytest.MonkeyPatch, spec: Spec, backend: 
             count += 1
         return tuple(given)
 
-    case = next(c for c in spec.cases if c.name == CASES.get(spec.op, spec.cases[0].name))
+    case = next(c for c in spec.cases if c.name == name)
     dtype = torch.float32 if backend == "cpu" else torch.bfloat16
     inputs = prepared(spec, case, dtype)
     with monkeypatch.context() as patch:
@@ -57,13 +60,17 @@ def run_with_short_tensor(monkeypatch: pytest.MonkeyPatch, spec: Spec, backend: 
     return count
 
 
-@pytest.mark.parametrize("op", [op for op in SPECS if "cpu" in OPS[op].modules])
-def test_storage_one_byte_too_small(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = run_with_short_tensor(monkeypatch, SPECS[op], "cpu", -1)
+def test_cases_cover_every_op() -> None:
+    assert {op for op, _ in CASES} == {op for op in SPECS if "cpu" in OPS[op].modules}
+
+
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_storage_one_byte_too_small(op: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = run_with_short_tensor(monkeypatch, SPECS[op], case, "cpu", -1)
     assert tensors >= 4
     for index in range(tensors):
         with pytest.raises(ValueError, match=r"^[\w ]+: sizes .* do not fit its \d+ bytes"):
-            run_with_short_tensor(monkeypatch, SPECS[op], "cpu", index)
+            run_with_short_tensor(monkeypatch, SPECS[op], case, "cpu", index)
 
 
 def test_freed_storage() -> None:

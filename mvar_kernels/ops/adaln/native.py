@@ -79,7 +79,7 @@ def _forward_with_options(call: AdaLN | GatedAdaLN) -> tuple[Tensor, Tensor]:
         _dtypes_and_rms(out, given),
         given.plus,
         pointers(x, branch, *given.tensors),
-        pointers(x_new, out),
+        pointers(None if branch is None else x_new, out),
     )
     return x_new, out
 
