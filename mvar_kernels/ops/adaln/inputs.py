@@ -22,23 +22,10 @@ class AdaLN(NamedTuple):
     bias: Tensor | None = None
     rms: bool = False
 
-    def is_plain(self) -> bool:
-        """Whether it is a layer norm without weight, modulated by (B, C) in the dtype of x: no option is in use."""
-        x, scale, shift, _, weight, bias, rms = self
-        return (
-            scale is not None
-            and shift is not None
-            and weight is None
-            and bias is None
-            and not rms
-            and scale.dtype == x.dtype
-            and scale.shape == (x.shape[0], x.shape[2])
-        )
-
     def plain(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """x, scale and shift of a call without options, the last dimension contiguous: in place, or a copy if not."""
-        x, scale, shift = self[:3]
-        if scale is None or shift is None or not self.is_plain():
+        """x, scale and shift, readable, of a call without options: modulation (B, C) in the dtype of x, no weight."""
+        x, scale, shift, _, weight, bias, rms = self
+        if scale is None or shift is None or not _is_plain(x, scale, weight, bias, rms):
             return None
         return last_dim_contiguous(x), last_dim_contiguous(scale), last_dim_contiguous(shift)
 
@@ -63,14 +50,23 @@ class GatedAdaLN(NamedTuple):
         """What becomes of x'."""
         return AdaLN(self.x, *self[3:])
 
-    def is_plain(self) -> bool:
-        """As in :class:`AdaLN`; the branch is in the dtype of x, too."""
-        return self.branch.dtype == self.x.dtype and self.norm().is_plain()
-
     def plain(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-        """x, branch, gate, scale and shift of such a call."""
-        norm = self.norm().plain() if self.branch.dtype == self.x.dtype else None
-        if norm is None:
+        """x, branch, gate, scale and shift of such a call, the branch in the dtype of x, too."""
+        x, branch, gate, scale, shift, _, weight, bias, rms = self
+        if scale is None or shift is None or branch.dtype != x.dtype or not _is_plain(x, scale, weight, bias, rms):
             return None
-        x, scale, shift = norm
-        return x, last_dim_contiguous(self.branch), last_dim_contiguous(self.gate), scale, shift
+        return (
+            last_dim_contiguous(x),
+            last_dim_contiguous(branch),
+            last_dim_contiguous(gate),
+            last_dim_contiguous(scale),
+            last_dim_contiguous(shift),
+        )
+
+
+def _is_plain(x: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool) -> bool:
+    """Where there are gate, scale and shift, which share dtype and shape."""
+    if rms or weight is not None or bias is not None or scale.dtype != x.dtype:
+        return False
+    B, _, C = x.shape
+    return scale.shape == (B, C)

@@ -34,7 +34,7 @@ def _unsupported_cpu(call: AdaLN | GatedAdaLN) -> str | None:
 
 
 def _unsupported_cuda(call: AdaLN | GatedAdaLN) -> str | None:
-    if not call.is_plain():
+    if call.plain() is None:
         return "options of the norm, of the modulation's shape and mixed dtypes are not supported"
     B, _, C = call.x.shape
     if C > CUDA_MAX_CHANNELS or C * call.x.itemsize % 16:

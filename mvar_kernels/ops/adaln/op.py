@@ -59,10 +59,11 @@ def adaln(
     """
     sizes: dict[str, int] = {}
     validation.tensor("adaln", "x", x, "B L C", sizes)
-    given = _modulation("adaln", x, sizes, scale=scale, shift=shift)
+    if not _per_sample(x, scale, shift):
+        given = _modulation("adaln", x, sizes, scale=scale, shift=shift)
+        scale, shift = given.get("scale"), given.get("shift")
     eps = _check_norm("adaln", x, sizes, norm, weight, bias, eps, backend)
-    modulation = given.get("scale"), given.get("shift")
-    return _adaln(AdaLN(x, *modulation, eps, weight, bias, norm == "rms"), backend)[0]
+    return _adaln(AdaLN(x, scale, shift, eps, weight, bias, norm == "rms"), backend)[0]
 
 
 def gated_adaln(
@@ -98,14 +99,25 @@ def gated_adaln(
     validation.tensor("gated_adaln", "x", x, "B L C", sizes)
     dtypes = _BRANCHES.get(x.dtype, (x.dtype,))
     validation.tensor("gated_adaln", "branch", branch, "B L C", sizes, like=x, dtypes=dtypes)
-    given = _modulation("gated_adaln", branch, sizes, gate=gate, scale=scale, shift=shift)
+    if not _per_sample(branch, gate, scale, shift):
+        given = _modulation("gated_adaln", branch, sizes, gate=gate, scale=scale, shift=shift)
+        gate, scale, shift = given["gate"], given.get("scale"), given.get("shift")
     eps = _check_norm("gated_adaln", x, sizes, norm, weight, bias, eps, backend)
-    modulation = given["gate"], given.get("scale"), given.get("shift")
-    x_new, out = _gated_adaln(GatedAdaLN(x, branch, *modulation, eps, weight, bias, norm == "rms"), backend)
+    x_new, out = _gated_adaln(GatedAdaLN(x, branch, gate, scale, shift, eps, weight, bias, norm == "rms"), backend)
     return x_new, out
 
 
 _BRANCHES = {torch.float32: (torch.float32, torch.bfloat16, torch.float16)}  # beside x of that dtype
+
+
+def _per_sample(like: Tensor, *modulation: Tensor | None) -> bool:
+    """Whether these are (B, C) beside `like` (B, L, C), of its dtype, which is all that there is to check."""
+    B, _, C = like.shape
+    dtype, device = like.dtype, like.device
+    for t in modulation:
+        if not isinstance(t, Tensor) or t.dtype != dtype or t.shape != (B, C) or t.device != device:
+            return False
+    return True
 
 
 def _modulation(op: str, like: Tensor, sizes: dict[str, int], **tensors: Tensor | None) -> dict[str, Tensor]:
