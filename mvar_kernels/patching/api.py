@@ -82,7 +82,7 @@ def accelerate(model: nn.Module, *, sampling: bool = False) -> Report:
     samplers = _patch_sampling(model, sampling)
     replaced |= {name: Sampling.ops for name, reason in samplers.items() if reason is None}
     left |= {name: reason for name, reason in samplers.items() if reason is not None}
-    left |= unrecognized_parts(model, {*replaced, *left})
+    left |= unrecognized_parts(model, {**replaced, **left})
     if not replaced and not left:
         left[type(model).__name__] = "it has no part that looks like VAR's attention, block or norm, or like Mamba2"
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}

@@ -1,7 +1,7 @@
 """The parts of a model that no patch recognizes, so that the report of `accelerate` leaves none out."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -14,15 +14,16 @@ _ATTENTION, _MIXER, _NORM = (
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-def unrecognized_parts(model: nn.Module, reported: Collection[str]) -> dict[str, str]:
+def unrecognized_parts(model: nn.Module, reported: Mapping[str, str]) -> dict[str, str]:
     """Name → reason, of the attention, mixers, blocks and norms among the modules that are not reported yet.
 
-    They are known by the names of their classes; a block is what contains attention or a mixer. Norms that are part of
-    a reported module are left out.
+    They are known by the names of their classes; a block is what contains attention or a mixer. Parts of attention
+    that is replaced, and norms that are part of a reported module, are left out.
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not name or name in reported or isinstance(module, _CONTAINERS):
+        parent = name.rpartition(".")[0]
+        if not name or name in reported or isinstance(module, _CONTAINERS) or reported.get(parent) == Attention.ops:
             continue
         kind, children = type(module).__name__, [type(child).__name__ for child in module.children()]
         if any(_ATTENTION.search(child) or _MIXER.search(child) for child in children):
@@ -30,7 +31,7 @@ def unrecognized_parts(model: nn.Module, reported: Collection[str]) -> dict[str,
         elif _MIXER.search(kind):
             found[name] = _lacking(module, "a mixer", Mamba2)
         elif _NORM.search(kind):
-            if name.rpartition(".")[0] not in reported:
+            if parent not in reported:
                 found[name] = "a norm without a modulation of its own, which is one kernel of PyTorch's already"
         elif _ATTENTION.search(kind):
             found[name] = _lacking(module, "attention", Attention)

@@ -78,7 +78,8 @@ def test_hmar_block() -> None:
         return [block(x, cond, attn_bias=CAUSAL), block(x, cond, True, CAUSAL), block(x, cond)]
 
     expected = outputs_and_grads(block, calls)
-    assert set(mk.accelerate(block).replaced) == {"", "attn"}
+    report = mk.accelerate(block)
+    assert set(report.replaced) == {"", "attn"} and set(report.left) == {"ffn"}
     assert all(map(close, outputs_and_grads(block, calls), expected))
 
 
@@ -156,3 +157,38 @@ def test_mvar_generation_with_gradients_runs_the_original() -> None:
     expected = outputs_and_grads(block, lambda block: generation(block, cond)[:-1])
     mk.accelerate(block)
     assert all(map(close, outputs_and_grads(block, lambda block: generation(block, cond)[:-1]), expected))
+
+
+def test_report_names_every_part() -> None:
+    """Attention, mixers, blocks and norms without a patch are left with what they lack."""
+
+    class CrossAttention(nn.MultiheadAttention):
+        pass
+
+    class RMSNorm(nn.LayerNorm):
+        pass
+
+    class Mamba(nn.Linear):
+        pass
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.norm1, self.mixer = CrossAttention(8, 1), RMSNorm(8), Mamba(8, 8)
+
+    model = made(nn.ModuleDict({"layers": nn.ModuleList([Layer(), Layer()]), "norm": RMSNorm(8)}))
+    model["var"] = HMARBlock(64, 1, SCALES)
+    model["var"].attn.proj = nn.Sequential(model["var"].attn.proj)
+    report = mk.accelerate(model)
+    assert set(report.replaced) == {"var"}
+    reasons = {
+        "layers.0": "a block of a structure that accelerate does not know: it lacks ffn, ln_wo_grad, drop_path",
+        "layers.0.attn": "attention of a structure that accelerate does not know: it lacks mat_qkv",
+        "layers.0.mixer": "a mixer of a structure that accelerate does not know: it lacks in_proj",
+        "norm": "a norm without a modulation",
+        "var.attn": "mat_qkv and proj: expected linear layers",
+        "var.ffn": "its two linear layers",
+    }
+    for name, reason in reasons.items():
+        assert report.left[name].startswith(reason), report.left[name]
+    assert "left layers.* (2): a block" in str(report)

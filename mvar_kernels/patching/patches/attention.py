@@ -1,7 +1,7 @@
 """Attention as in FoundationVision/VAR and its relatives, with the key/value cache, and as in OliverRensu/MVAR."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ LONGEST = 2304
 class _FusedAttention(Patch):
     """Multi-head attention with one linear layer for queries, keys and values, as VAR has it."""
 
-    bypassed = ("mat_qkv",)
+    bypassed: ClassVar[tuple[str, ...]] = ("mat_qkv",)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -60,6 +60,7 @@ class Attention(_FusedAttention):
     ops = "scale_attention"
     attributes = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "kv_caching", "caching")
     required, optional = ("x", "attn_bias"), ("using_block_sparse_attn",)
+    bypassed = ("mat_qkv", "block_sparse_attn")
 
     @classmethod
     def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
