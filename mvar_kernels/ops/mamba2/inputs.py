@@ -69,8 +69,8 @@ class Mixer(NamedTuple):
         return self.dt_min > 0 or self.dt_max < math.inf
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of y: (B, L, E)."""
+    def y_shape(self) -> tuple[int, int, int]:
+        """(B, L, E)"""
         _, H, P, _ = self.ssm.shape
         return *self.zxbcdt.shape[:2], H * P
 

@@ -72,7 +72,7 @@ def mamba2_mixer(
             float32 with 16-bit zxbcdt, as rounding dt moves every decay. Its gradient is of its dtype.
         ngroups: G.
         dt_limit: the least and the most that Δ may be; past them its gradient is 0.
-        norm_before_gate: RMSNorm(y) · norm_weight · SiLU(z).
+        norm_before_gate: RMSNorm(y) · norm_weight · SiLU(z); of no effect without norm_weight.
         eps: of the RMSNorm.
         state: from the call on the tokens before; None at the start of a sequence.
         scales: tokens per scale; needed when bidirectional, not used else.
@@ -146,7 +146,7 @@ def _limits(op: str, dt_limit: object) -> tuple[float, float]:
 
 
 def _fake(call: Mixer) -> tuple[Tensor, Tensor, Tensor]:
-    y = call.zxbcdt.new_empty(call.shape)
+    y = call.zxbcdt.new_empty(call.y_shape)
     return y, call.conv.new_empty(call.conv.shape), call.ssm.new_empty(call.ssm.shape)
 
 

@@ -110,7 +110,7 @@ def _options(call: Mixer) -> tuple[float, float, float, int]:
 def _run_mixer(call: Mixer, options: tuple[float, ...], *workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """call: with dt and all tensors as the kernel takes them. workspace: of the CUDA kernel."""
     first = call.zxbcdt
-    y = first.new_empty(call.shape)
+    y = first.new_empty(call.y_shape)
     conv, ssm = empty_contiguous(call.conv), empty_contiguous(call.ssm)
     extension(first).mamba2_mixer_forward(
         *(dtype_and_stream(first), _sizes(call), call.scales, options, DTYPES[call.steps.dtype]),
@@ -122,7 +122,7 @@ def _run_mixer(call: Mixer, options: tuple[float, ...], *workspace: Tensor) -> t
 def _cpu_inputs(call: Mixer) -> Mixer:
     first, dt, conv, ssm = map(last_dim_contiguous, (call.zxbcdt, call.steps.float(), call.conv, call.ssm))
     # Without a norm the kernel multiplies by these.
-    weight = torch.ones(call.shape[2]) if call.norm_weight is None else call.norm_weight
+    weight = torch.ones(call.y_shape[2]) if call.norm_weight is None else call.norm_weight
     return Mixer._make([first, dt, *map(_parameter, (*call.parameters, weight)), conv, ssm, *call[10:]])
 
 

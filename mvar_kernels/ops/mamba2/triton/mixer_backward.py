@@ -71,7 +71,7 @@ def mamba2_mixer_backward(grads: Sequence[Tensor], call: Mixer) -> list[Tensor]:
     conv_weight, conv_bias, dt_bias, A_log, D = (p.contiguous() for p in call.parameters)
     norm_weight = None if call.norm_weight is None else call.norm_weight.contiguous()
     conv, initial = call.conv.contiguous(), call.ssm.contiguous()
-    E, (channels, taps), G = call.shape[2], conv_weight.shape, call.groups
+    E, (channels, taps), G = call.y_shape[2], conv_weight.shape, call.groups
     batch, L, width = call.zxbcdt.shape
     dtype, device = call.zxbcdt.dtype, call.zxbcdt.device
     z, xbc = rows_of(call.zxbcdt)[:, : E + channels].split([E, channels], 1)
