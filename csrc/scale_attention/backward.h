@@ -201,6 +201,11 @@ MVAR_INLINE void finish_row(T* out, const float* d, const T* x, bool normed, int
 }
 
 template <typename T>
+MVAR_INLINE void fill_zeros(T* row, int64_t D) {
+  for_each_vector(D, [&](int64_t d, auto lanes, int) MVAR_INLINE_LAMBDA { store(row + d, Vec{}, lanes); });
+}
+
+template <typename T>
 void finish_queries(const BackwardBuffers& w, const ScaleAttentionBackward& a, const Sizes& n, Head at,
                     QueryBlock block) {
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -214,8 +219,12 @@ void finish_queries(const BackwardBuffers& w, const ScaleAttentionBackward& a, c
 
 template <typename T>
 void finish_keys(const BackwardBuffers& w, const ScaleAttentionBackward& a, const Sizes& n, Head at,
-                 const Span& span) {
-  for (int64_t l = span.first_key; l < span.last_key; ++l) {
+                 const Span& span, int64_t keys) {
+  for (int64_t l = span.first_key + keys; l < span.last_key; ++l) {
+    fill_zeros(row<T>(a.dk, at.b, l, at.h), n.D);
+    fill_zeros(row<T>(a.dv, at.b, l, at.h), n.D);
+  }
+  for (int64_t l = span.first_key; l < span.first_key + keys; ++l) {
     const int64_t i = (l - span.first_key) * w.columns;
     const T* k = row<T>(a.k, at.b, l, at.h);
     const float* dk = w.dk + i;
@@ -234,7 +243,8 @@ double backward_head(BackwardBuffers& w, const ScaleAttentionBackward& a, const 
   int64_t packed = 0;
   double dlog_temperature = 0.0;
   for_each_span(n, [&](const Span& span) {
-    const int64_t keys = span.last_key - span.first_key;
+    const int64_t keys = seen_keys(n, span, at.b);
+    for (int64_t l = span.first_row; !keys && l < span.last_row; ++l) fill_zeros(row<T>(a.dq, at.b, l, at.h), n.D);
     if (span.opens) packed = 0;
     // The last vector of keys was packed before all of them were there.
     pack_keys<T>(w, a, n, at, span.first_key, packed / kWidth * kWidth, keys);
@@ -242,7 +252,7 @@ double backward_head(BackwardBuffers& w, const ScaleAttentionBackward& a, const 
     __builtin_memset(w.dv + packed * w.columns, 0, (keys - packed) * w.columns * sizeof(float));
     packed = keys;
     fill_offsets(w.offset, keys);
-    for (int64_t first = span.first_row; first < span.last_row; first += kQueryBlock) {
+    for (int64_t first = span.first_row; keys && first < span.last_row; first += kQueryBlock) {
       const QueryBlock block{first, smaller(kQueryBlock, span.last_row - first)};
       begin_queries<T>(w, a, n, at, block);
       score<Single>({w.queries, w.key_columns, w.key_factor, w.offset, w.scores, w.stride, w.peaks}, block, 0, keys);
@@ -251,7 +261,7 @@ double backward_head(BackwardBuffers& w, const ScaleAttentionBackward& a, const 
       add_gradients(w, block, keys);
       finish_queries<T>(w, a, n, at, block);
     }
-    if (span.closes) finish_keys<T>(w, a, n, at, span);
+    if (span.closes) finish_keys<T>(w, a, n, at, span, keys);
   });
   return dlog_temperature;
 }

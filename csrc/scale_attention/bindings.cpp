@@ -11,8 +11,8 @@ namespace {
 const ScaleAttentionKernels* const tables[] = MVAR_TABLES(scale_attention);
 
 // shape: (B, Lq, L, H, D), how many tiles the plan has (0 on a CPU), and the angles in a row of rotary (or 0); scales: tokens per scale;
-// inputs: q, k, v, log_temperature or None, the plan's tiles and spans on a GPU, else None, and of rotary the cosines and
-// sines, or None.
+// inputs: q, k, v, log_temperature or None, the plan's tiles and spans on a GPU, else None, of rotary the cosines and
+// sines, or None, and key_lengths or None.
 struct Call {
   const Dtype dtype;
   const std::vector<int64_t> scales;
@@ -43,6 +43,7 @@ struct Call {
       n.sin = in.dense<const float>(7, "sin", {n.L, n.angles});
       n.interleaved = interleaved;
     }
+    if (in.has(8)) n.key_lengths = in.dense<const int64_t>(8, "key_lengths", {n.B});
     if (!in.has(4)) return;
     n.tile_count = entry(shape, 5);
     n.tiles = in.dense<const int32_t>(4, "tiles", {n.tile_count, 6});

@@ -143,7 +143,7 @@ void finish_queries(const ForwardBuffers<Word>& w, const ScaleAttentionForward& 
   for (int64_t r = 0; r < block.rows; ++r) {
     T* out = row<T>(a.out, at.b, block.first + r, at.h);
     const float* sums = w.sums + r * w.columns;
-    const Vec inverse = splat(1.0f / w.total[r]);
+    const Vec inverse = splat(w.total[r] == 0.0f ? 0.0f : 1.0f / w.total[r]);  // 0 without keys
     for_each_vector(n.D, [&](int64_t d, auto lanes, int) MVAR_INLINE_LAMBDA {
       store(out + d, load(sums + d, lanes) * inverse, lanes);
     });
@@ -156,6 +156,7 @@ void finish_queries(const ForwardBuffers<Word>& w, const ScaleAttentionForward& 
 template <typename T>
 MVAR_INLINE void prefetch_ahead(const ScaleAttentionForward& a, const Sizes& n, Head at, QueryBlock block) {
   const int64_t first_row = n.L - n.Lq;
+  if (first_row < 0) return;
   int64_t token = first_row + block.first + kAhead;
   const int64_t head = at.b * n.H + at.h + token / n.L;
   token %= n.L;
@@ -181,7 +182,7 @@ void forward_part(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const
   int64_t packed = 0, number = 0;
   for_each_span(n, [&](const Span& span) {
     if (span.opens) packed = 0;
-    const int64_t keys = span.last_key - span.first_key;
+    const int64_t keys = seen_keys(n, span, at.b);
     for (int64_t first = span.first_row; first < span.last_row; first += kQueryBlock, ++number) {
       if (number % parts != part) continue;
       // The last vector of keys may have been packed before all of them were to be seen.

@@ -25,7 +25,7 @@ struct ScaleAttentionBackward {
 
 struct ScaleAttentionSizes {
   int64_t B, Lq, L, H, D;
-  const int64_t* scales;  // tokens per scale, their sum is L
+  const int64_t* scales;  // tokens per scale, their sum is L; all queries see an only one
   int64_t scale_count;
   bool causal;
   float scale;
@@ -34,6 +34,7 @@ struct ScaleAttentionSizes {
   const float *cos, *sin;
   int64_t angles;
   bool interleaved;
+  const int64_t* key_lengths;  // (B), or null where all keys are seen
   // On a GPU: tiles (tile_count, 6) and spans (2, Lq) of mvar_kernels/ops/scale_attention/plan.py
   const int32_t *tiles, *spans;
   int64_t tile_count;

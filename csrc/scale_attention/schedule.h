@@ -64,6 +64,7 @@ struct Span {
 
 template <typename Body>
 MVAR_INLINE void for_each_span(const Sizes& n, Body body) {
+  if (n.scale_count == 1) return body(Span{0, n.Lq, 0, n.L, true, true});
   int64_t start = 0;
   for (int64_t i = 0; i < n.scale_count; ++i) {
     const int64_t end = start + n.scales[i];
@@ -76,6 +77,14 @@ MVAR_INLINE void for_each_span(const Sizes& n, Body body) {
     body(span);
     start = end;
   }
+}
+
+// How many of a span's keys the sample's queries see.
+MVAR_INLINE int64_t seen_keys(const Sizes& n, const Span& span, int64_t b) {
+  const int64_t keys = span.last_key - span.first_key;
+  if (!n.key_lengths) return keys;
+  const int64_t length = n.key_lengths[b];
+  return length < 0 ? 0 : smaller(length, keys);
 }
 
 // The most keys between a span that opens and one that closes.

@@ -48,7 +48,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
         ({"scales": (1, 4, 9, 0, 16)}, ValueError, "scales"),
         ({"scales": (1.0, 4, 9, 16)}, ValueError, "scales"),
         ({"scales": ()}, ValueError, "scales"),
-        ({"pattern": "full"}, ValueError, "pattern"),
+        ({"scales": None}, ValueError, "scales"),
+        ({"pattern": "whole"}, ValueError, "pattern"),
+        ({"pattern": "full", "scales": (1, 4)}, ValueError, "scales"),
+        ({"key_lengths": torch.tensor([3, 4])}, ValueError, "key_lengths"),
+        ({"pattern": "full", "key_lengths": torch.tensor([3])}, ValueError, "key_lengths"),
+        ({"pattern": "full", "key_lengths": torch.tensor([3.0, 4.0])}, TypeError, "key_lengths"),
+        ({"pattern": "full", "key_lengths": [3, 4]}, TypeError, "key_lengths"),
+        ({"pattern": "full", "q": torch.zeros(2, 0, 3, 16)}, ValueError, "q and k"),
+        (
+            {"pattern": "full", "q": torch.zeros(2, 7, 3, 16), "rotary": (torch.zeros(30, 8), torch.zeros(30, 8))},
+            ValueError,
+            "rotary",
+        ),
         ({"scale": 0.0}, ValueError, "scale"),
         ({"log_temperature": torch.zeros(2)}, ValueError, "log_temperature"),
         ({"log_temperature": torch.zeros(3, dtype=torch.int64)}, TypeError, "log_temperature"),
@@ -119,6 +131,45 @@ def test_log_temperature_matches_cosine_attention(backend: str) -> None:
         # Scores of up to 100 are exponentiated, so their rounding error is multiplied by up to 100.
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert results[1][-1][1] == 0
+
+
+@each_or_triton
+@pytest.mark.parametrize("queries", [3, 30, 47])
+def test_full_matches_sdpa(backend: str, queries: int) -> None:
+    """Fewer queries than keys, as many and more; padding holds NaN and changes nothing."""
+    q, (_, k, v) = qkv(queries)[0], qkv()
+    got = mk.scale_attention(q, k, v, pattern="full", scale=0.3, backend=backend)
+    torch.testing.assert_close(got, sdpa(q, k, v, 0.3), **CLOSE)
+    lengths = torch.tensor([17, 0])
+    k, v = k.clone(), v.clone()
+    k[0, 17:], v[0, 17:], k[1], v[1] = torch.nan, torch.nan, torch.nan, torch.nan
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = mk.scale_attention(*leaves, pattern="full", scale=0.3, key_lengths=lengths, backend=backend)
+    torch.testing.assert_close(out[:1], sdpa(q[:1], k[:1, :17], v[:1, :17], 0.3), **CLOSE)
+    grads = torch.autograd.grad(out.square().sum(), leaves)
+    assert not out[1].any() and not any(t[1].any() for t in grads)
+    assert all(t.isfinite().all() for t in grads) and not any(t[0, 17:].any() for t in grads[1:])
+
+
+@each_backend
+def test_options_under_compile_with_dynamic_lengths(backend: str) -> None:
+    """One graph for rotary, and one for all lengths of the keys."""
+    torch.compiler.reset()
+    graphs = []
+
+    def count(module: Any, _: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    def attend(q: Tensor, k: Tensor, lengths: Tensor, cos: Tensor) -> Tensor:
+        out = mk.scale_attention(q, k, k, pattern="full", key_lengths=lengths, backend=backend)
+        return mk.scale_attention(out, out, out, pattern="full", rotary=(cos, cos), backend=backend)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=count)
+    for keys in (30, 19, 25):
+        given = qkv(13)[0], qkv(keys)[1], torch.tensor([keys - 3, 2]), torch.ones(13, 8)
+        assert torch.equal(compiled(*given), attend(*given))
+    assert len(graphs) == 1
 
 
 def test_rotary_needs_pairs_of_channels() -> None:

@@ -1,4 +1,4 @@
-"""The flash-attn package, for comparison: the diagonal pattern, each scale of each sample a sequence.
+"""The flash-attn package, for comparison: the diagonal and full patterns, each scale of each sample a sequence.
 
 Forward: one call of its varlen kernel, after the norms and the rotation of q and k in plain PyTorch.
 Backward: autograd through that same function, computed again. So a backward here costs the forward as well: to time the
@@ -26,6 +26,8 @@ def _unsupported(call: Attention) -> str | None:
         return reason
     if call.causal:
         return "the causal pattern is not among its masks"
+    if call.key_lengths is not None:
+        return "key_lengths is not None"
     return f"head dimension D={q.shape[-1]} is more than 256" if q.shape[-1] > 256 else None
 
 
@@ -38,10 +40,13 @@ def boundaries(scales: tuple[int, ...], batch: int, device: torch.device) -> Ten
 def _forward(call: Attention) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_varlen_func
 
-    q, k, v, log_temperature, scales, _, scale, cos, sin, interleaved = call
+    q, k, v, log_temperature, scales, _, scale, cos, sin, interleaved, _ = call
     B, Lq, H, _ = q.shape
-    own = next(scales[i:] for i in range(len(scales)) if sum(scales[i:]) == Lq)
-    k, v = k[:, -Lq:], v[:, -Lq:]
+    if scales:
+        own = seen = next(scales[i:] for i in range(len(scales)) if sum(scales[i:]) == Lq)
+        k, v = k[:, -Lq:], v[:, -Lq:]
+    else:
+        own, seen = (Lq,), (k.shape[1],)
     if log_temperature is not None:
         temperature = log_temperature.float().clamp_max(MAX_LOG_TEMPERATURE).exp()
         q = torch.nn.functional.normalize(q.float(), dim=-1, eps=NORM_EPS) * temperature[:, None]
@@ -49,10 +54,9 @@ def _forward(call: Attention) -> tuple[Tensor, Tensor]:
     if cos is not None and sin is not None:
         q, k = (rotated(t.float(), cos[-Lq:].float(), sin[-Lq:].float(), interleaved) for t in (q, k))
     q, k = q.to(v.dtype), k.to(v.dtype)
-    edges = boundaries(own, B, q.device)
     out, lse, _ = flash_attn_varlen_func(
         *(t.flatten(0, 1) for t in (q, k, v)),
-        *(edges, edges, max(own), max(own)),
+        *(boundaries(own, B, q.device), boundaries(seen, B, q.device), max(own), max(seen)),
         softmax_scale=scale,
         return_attn_probs=True,
     )

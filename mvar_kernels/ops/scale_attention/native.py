@@ -32,8 +32,9 @@ def _unsupported_cuda(call: Attention) -> str | None:
     B, _, H, D = call.q.shape
     if call.causal:
         return "pattern 'causal' is not 'diagonal'"
-    if call.cos is not None:
-        return "rotary is not None"
+    for option, given in (("rotary", call.cos), ("key_lengths", call.key_lengths)):
+        if given is not None:
+            return f"{option} is not None"
     if D not in CUDA_HEAD_DIMS:
         return f"head dimension D={D} is not {' or '.join(map(str, CUDA_HEAD_DIMS))}"
     if max(B, H) > 65535:
@@ -47,14 +48,15 @@ def _floats(t: Tensor | None) -> Tensor | None:
 
 def _forward(call: Attention, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
     """plan: of the CUDA kernel."""
-    q, k, v, log_temperature, scales, causal, scale, cos, sin, interleaved = call.readable()
+    q, k, v, log_temperature, _, causal, scale, cos, sin, interleaved, key_lengths = call.readable()
     temperature, cos, sin = _floats(log_temperature), _floats(cos), _floats(sin)
+    key_lengths = None if key_lengths is None else key_lengths.long()
     B, Lq, H, D = q.shape
     out, lse = empty_contiguous(q), torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
     tiles, spans = (None, None) if plan is None else (plan.tiles, plan.spans)
     shape = B, Lq, k.shape[1], H, D, 0 if tiles is None else len(tiles), 0 if cos is None else cos.shape[1]
-    options = scales, causal, scale, interleaved
-    inputs = pointers(q, k, v, temperature, tiles, spans, cos, sin)
+    options = call.lengths(), causal, scale, interleaved
+    inputs = pointers(q, k, v, temperature, tiles, spans, cos, sin, key_lengths)
     extension(q).scale_attention_forward(dtype_and_stream(q), shape, *options, inputs, pointers(out, lse))
     return out, lse
 
@@ -62,21 +64,22 @@ def _forward(call: Attention, plan: Plan | None = None) -> tuple[Tensor, Tensor]
 @with_aligned_rows
 def _forward_cuda(call: Attention) -> tuple[Tensor, Tensor]:
     lengths = call.q.shape[1], call.causal, False, CUDA_BLOCK, CUDA_BLOCK
-    return _forward(call, plan(call.scales, *lengths, call.q.device))
+    return _forward(call, plan(call.lengths(), *lengths, call.q.device))
 
 
 def _backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
-    q, k, v, log_temperature, scales, causal, scale, cos, sin, interleaved = call.readable()
+    q, k, v, log_temperature, _, causal, scale, cos, sin, interleaved, key_lengths = call.readable()
     temperature, cos, sin = _floats(log_temperature), _floats(cos), _floats(sin)
+    key_lengths = None if key_lengths is None else key_lengths.long()
     B, Lq, H, D = q.shape
     found = [empty_contiguous(q), empty_contiguous(k), empty_contiguous(v)]
     dtemperature = None if temperature is None else torch.empty_like(temperature)
     grad_out = last_dim_contiguous(grads[0])
     shape, options = (
         (B, Lq, k.shape[1], H, D, 0, 0 if cos is None else cos.shape[1]),
-        (scales, causal, scale, interleaved),
+        (call.lengths(), causal, scale, interleaved),
     )
-    inputs, outputs = pointers(q, k, v, temperature, None, None, cos, sin), pointers(*found, dtemperature)
+    inputs, outputs = pointers(q, k, v, temperature, None, None, cos, sin, key_lengths), pointers(*found, dtemperature)
     extension(q).scale_attention_backward(dtype_and_stream(q), shape, *options, pointers(grad_out), inputs, outputs)
     if log_temperature is not None and dtemperature is not None:
         found.append(dtemperature.to(log_temperature.dtype))

@@ -39,7 +39,9 @@ class Plan:
 
 
 def query_spans(scales: tuple[int, ...], queries: int, causal: bool) -> list[Span]:
-    """The keys that the queries see; queries are the last of the sequence."""
+    """The keys that the queries see; queries are the last of the sequence, or see the only scale, however many."""
+    if len(scales) == 1:
+        return [(queries, 0, scales[0])]
     first = sum(scales) - queries
     starts = accumulate(scales[:-1], initial=0)
     return [(n, 0 if causal else start, start + n) for start, n in zip(starts, scales, strict=True) if start >= first]
@@ -47,6 +49,8 @@ def query_spans(scales: tuple[int, ...], queries: int, causal: bool) -> list[Spa
 
 def key_spans(scales: tuple[int, ...], queries: int, causal: bool) -> list[Span]:
     """The queries that see the keys, counted from the first query; keys that none sees have an empty span."""
+    if len(scales) == 1:
+        return [(scales[0], 0, queries)]
     first = sum(scales) - queries
     starts = accumulate(scales[:-1], initial=-first)
     return [

@@ -41,7 +41,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 def scale_attention(call: Attention) -> tuple[Tensor, Tensor]:
     """The output (B, Lq, H, D) and the log of each row's sum of exponentials (B, H, Lq)."""
-    q, k, v, log_temperature, scales, causal, scale, cos, sin, interleaved = call
+    q, k, v, log_temperature, scales, causal, scale, cos, sin, interleaved, key_lengths = call
     acc = accumulator(q.dtype)
     q, k, v_acc = q.to(acc), k.to(acc), v.to(acc)
     if log_temperature is not None:
@@ -53,11 +53,20 @@ def scale_attention(call: Attention) -> tuple[Tensor, Tensor]:
         k = rotated(k, cos, sin, interleaved).to(v.dtype).to(acc)
     if log_temperature is not None:
         q = q * log_temperature.to(acc).clamp_max(MAX_LOG_TEMPERATURE).exp()[:, None]
+    if key_lengths is not None:
+        padding = torch.arange(k.shape[1], device=k.device) >= key_lengths[:, None]  # (B, L)
+        k, v_acc = (t.masked_fill(padding[..., None, None], 0.0) for t in (k, v_acc))
     outs, lses = [], []
-    for rows, keys in spans(scales, q.shape[1], causal):
+    for rows, keys in spans(scales, q.shape[1], causal) if scales else [(slice(None), slice(None))]:
         scores = scale * torch.einsum("bqhd,bkhd->bhqk", q[:, rows], k[:, keys])
-        outs.append(torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v_acc[:, keys]))
-        lses.append(scores.logsumexp(-1))
+        if key_lengths is not None:
+            scores = scores.masked_fill(padding[:, None, None], -torch.inf)
+        weights, lse = scores.softmax(-1), scores.logsumexp(-1)
+        if key_lengths is not None:
+            # −∞ everywhere: no number, and no derivative either.
+            weights = torch.where((key_lengths <= 0)[:, None, None, None], 0.0, weights)
+        outs.append(torch.einsum("bhqk,bkhd->bqhd", weights, v_acc[:, keys]))
+        lses.append(lse)
     return torch.cat(outs, 1).to(v.dtype), torch.cat(lses, -1)
 
 

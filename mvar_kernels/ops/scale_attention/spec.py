@@ -47,6 +47,11 @@ CASES = (
     ),
     replace(_case("rotary_256_tokens", (9, 256), 1, 2, 64, norm=True, rotary="pairs"), keeps_dtype=("cos", "sin")),
     _case("rotary_narrow", SMALL, 1, 2, 6, norm=True, heat=(1.0, 3.0), rotary="channels"),
+    # All keys, more or fewer than the queries, or as many of them as a sample has.
+    _case("full", (29,), 2, 3, 64, pattern="full", queries=70),
+    _case("full_norm", (300,), 2, 2, 64, pattern="full", queries=35, norm=True),
+    _case("key_lengths", (40,), 4, 2, 64, pattern="full", queries=18, key_lengths=(0, 7, 40, 39)),
+    _case("key_lengths_norm", (150,), 3, 3, 24, pattern="full", norm=True, rotary="pairs", key_lengths=(70, -1, 999)),
     # The ends of the softmax and of the numbers, see _values.
     _case("saturated", SMALL, 1, 2, 64, values="one_key_ahead", scale=1.0),
     _case(
@@ -92,16 +97,30 @@ def _set_values(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
             v.copy_(torch.where(v < 0, -6e4, 6e4))
 
 
+def _queries(case: Case) -> int:
+    scales = case.options["scales"]
+    chosen: int = case.options.get("queries", sum(scales[-case.options.get("query_scales", len(scales)) :]))
+    return chosen
+
+
+def _key_lengths(t: Inputs, case: Case) -> torch.Tensor | None:
+    lengths = case.options.get("key_lengths")
+    if lengths is None:
+        return None
+    B = t["q"].shape[0]
+    return torch.tensor((lengths * B)[:B], device=t["q"].device, dtype=torch.int32 if B % 2 else torch.int64)
+
+
 def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     B, H, D = (case.sizes[d] for d in "BHD")
     scales = case.options["scales"]
-    L, Lq = sum(scales), sum(scales[-case.options.get("query_scales", len(scales)) :])
+    L, Lq = sum(scales), _queries(case)
     device = generator.device
-    packed = 2.0 * torch.randn(B, L, 3, H, D, generator=generator, dtype=torch.float64, device=device)
+    packed = 2.0 * torch.randn(B, max(L, Lq), 3, H, D, generator=generator, dtype=torch.float64, device=device)
     # q, k, v leave here as views into the packed projection; the test keeps their strides for "packed".
     q, k, v = packed.unbind(2)
     _set_values(case, q, k, v)
-    inputs = {"q": q[:, L - Lq :], "k": k, "v": v}
+    inputs = {"q": q[:, -Lq:], "k": k[:, :L], "v": v[:, :L]}
     if not case.options.get("packed"):
         inputs = {name: t.contiguous() for name, t in inputs.items()}
     if case.options["norm"]:
@@ -125,18 +144,22 @@ def score_scale(case: Case) -> float:
 
 
 def _reference(t: Inputs, case: Case) -> tuple[torch.Tensor, ...]:
-    options = case.options["scales"], case.options["pattern"] == "causal", score_scale(case)
+    scales, pattern = case.options["scales"], case.options["pattern"]
+    options = () if pattern == "full" else scales, pattern == "causal", score_scale(case)
     rotary = t.get("cos"), t.get("sin"), case.options.get("interleaved", False)
-    out, _ = reference.scale_attention(Attention(t["q"], t["k"], t["v"], t.get("log_temperature"), *options, *rotary))
+    tensors = t["q"], t["k"], t["v"], t.get("log_temperature")
+    out, _ = reference.scale_attention(Attention(*tensors, *options, *rotary, _key_lengths(t, case)))
     return (out,)
 
 
 def _work(case: Case, itemsize: int) -> tuple[int, int]:
     B, H, D = (case.sizes[d] for d in "BHD")
     scales = case.options["scales"]
-    L, Lq = sum(scales), sum(scales[-case.options.get("query_scales", len(scales)) :])
+    L, Lq = sum(scales), _queries(case)
     spans = reference.spans(scales, Lq, case.options["pattern"] == "causal")
     pairs = sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in spans)
+    if case.options["pattern"] == "full":
+        pairs = Lq * L
     return 2 * (L + Lq) * B * H * D * itemsize, 4 * pairs * B * H * D
 
 
@@ -156,12 +179,13 @@ SPECS = (
                 t["q"],
                 t["k"],
                 t["v"],
-                case.options["scales"],
+                None if case.options["pattern"] == "full" else case.options["scales"],
                 pattern=case.options["pattern"],
                 scale=case.options.get("scale"),
                 log_temperature=t.get("log_temperature"),
                 rotary=(t["cos"], t["sin"]) if "cos" in t else None,
                 rotary_interleaved=case.options.get("interleaved", False),
+                key_lengths=_key_lengths(t, case),
                 backend=backend,
             ),
         ),

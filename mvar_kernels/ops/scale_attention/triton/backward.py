@@ -16,6 +16,7 @@ from mvar_kernels.ops.scale_attention.triton.common import (
     candidates,
     load_tile,
     score_factor,
+    seen_blocks,
     shape_class,
     strides,
     tile,
@@ -33,6 +34,8 @@ HALVES = {
 # In one stage for 64: in two, m, 1/l, δ and the spans of the queries went through the pipeline in copies of four bytes,
 # in the kernel of whole scales 128 instructions (sm_90, Triton 3.6.0; 16 with 3.7.1).
 KEY_HALVES = HALVES | {64: (tile(32, 64, 4, 1), tile(32, 128, 8, 1))}
+# Of rotated rows, which need registers: in 4 warps heads of 128 would spill.
+ROTARY_HALVES = HALVES | {128: HALVES[256]}
 SINGLE = {64: (tile(32, 32, 8, 1),), 128: (tile(16, 16, 4, 1),), 256: (tile(16, 16, 4, 1),)}
 
 
@@ -45,6 +48,7 @@ def _scale_attention_dq_kernel(
     log_temperature_ptr,
     cos_ptr,
     sin_ptr,
+    key_lengths_ptr,
     dq_ptr,
     rows_ptr,
     partials_ptr,
@@ -74,6 +78,7 @@ def _scale_attention_dq_kernel(
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     H, B = tl.num_programs(1), tl.num_programs(2)
     row, rows, lo, _, full_hi, hi = load_tile(tiles_ptr)
+    full_hi, hi = seen_blocks(lo, full_hi, hi, key_lengths_ptr, b, BLOCK_N)
     first = (b * Lq * H + h) * HEAD_DIM  # of the contiguous tensors
     part = query_tile(
         *(grad_ptr + first, q_ptr + b * stride_qb + h * stride_qh, k_ptr + b * stride_kb + h * stride_kh),
@@ -97,6 +102,7 @@ def _scale_attention_dkdv_kernel(
     log_temperature_ptr,
     cos_ptr,
     sin_ptr,
+    key_lengths_ptr,
     dk_ptr,
     dv_ptr,
     tiles_ptr,
@@ -126,6 +132,10 @@ def _scale_attention_dkdv_kernel(
     H, B = tl.num_programs(1), tl.num_programs(2)
     row, rows, lo, full_lo, full_hi, hi = load_tile(tiles_ptr)
     first = (b * L * H + h) * HEAD_DIM
+    stored = row + rows
+    end = stored
+    if key_lengths_ptr is not None:
+        end = tl.maximum(tl.minimum(tl.load(key_lengths_ptr + b), stored), 0).to(tl.int32)
     key_tile(
         *(grad_ptr + (b * Lq * H + h) * HEAD_DIM, rows_ptr + (b * H + h) * Lq, q_ptr + b * stride_qb + h * stride_qh),
         *(k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh, dk_ptr + first, dv_ptr + first),
@@ -138,20 +148,18 @@ def _scale_attention_dkdv_kernel(
             H * HEAD_DIM,
             H.to(tl.int64) * B * Lq,
         ),
-        *(score_factor(scale, log_temperature_ptr, h, NORM), row, row + rows, lo, full_lo, full_hi, hi, Lq),
-        *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, BLOCK_M, BLOCK_N),
+        *(score_factor(scale, log_temperature_ptr, h, NORM), row, stored, end, lo, full_lo, full_hi, hi, Lq),
+        *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, BLOCK_M, BLOCK_N, key_lengths_ptr is not None),
     )
 
 
-@triton.jit(do_not_specialize=["L", "skipped"])
+@triton.jit(do_not_specialize=["L"])
 def _scale_attention_bwd_kernel(
     grad_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
     log_temperature_ptr,
-    cos_ptr,
-    sin_ptr,
     dq_ptr,
     dk_ptr,
     dv_ptr,
@@ -170,12 +178,9 @@ def _scale_attention_bwd_kernel(
     stride_vh,
     scale,
     L,
-    skipped,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORM: tl.constexpr,
-    ANGLES: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -192,14 +197,14 @@ def _scale_attention_bwd_kernel(
     rows_ptr += (b * H + h) * L
     kind = H.to(tl.int64) * B * L
     factor = score_factor(scale, log_temperature_ptr, h, NORM)
-    rotary = cos_ptr, sin_ptr, skipped
+    rotary = 0, 0, 0  # none
 
     part = 0.0
     for start in range(row, row + rows, BLOCK_M):
         part += query_tile(
             *(grad_ptr, q_ptr, k_ptr, v_ptr, dq_ptr + first, rows_ptr, rotary, spans_ptr, stride_ql, stride_kl),
             *(stride_vl, H * HEAD_DIM, kind, factor, start, row + rows, lo, full_hi, hi, L),
-            *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, LANES, BLOCK_M, BLOCK_M, BLOCK_N),
+            *(HEAD_DIM, BLOCK_D, NORM, 0, False, LANES, BLOCK_M, BLOCK_M, BLOCK_N),
         )
     if NORM:
         tl.store(partials_ptr + (h * B + b) * tl.num_programs(0) + tl.program_id(0), part)
@@ -207,8 +212,9 @@ def _scale_attention_bwd_kernel(
     for start in range(row, row + rows, BLOCK_M):
         key_tile(
             *(grad_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, dk_ptr + first, dv_ptr + first, rotary, spans_ptr, stride_ql),
-            *(stride_kl, stride_vl, H * HEAD_DIM, kind, factor, start, row + rows, lo, full_lo, full_hi, hi, L),
-            *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, BLOCK_N, BLOCK_M),
+            *(stride_kl, stride_vl, H * HEAD_DIM, kind, factor, start, row + rows, row + rows, lo, full_lo, full_hi),
+            *(hi, L),
+            *(HEAD_DIM, BLOCK_D, NORM, 0, False, BLOCK_N, BLOCK_M, False),
         )
 
 
@@ -230,28 +236,29 @@ def _longest_whole(call: Attention) -> int:
     """The tokens of the longest scale whose backward one program computes; of longer ones two kernels share the tiles.
 
     0, so that all are shared, where keys have queries of other scales, or none; in float32, whose products need the
-    registers; and for wide heads.
+    registers, as a rotation does; and for wide heads.
     """
     q = call.q
-    own_scale = not call.causal and q.shape[1] == call.k.shape[1]
-    return 256 if own_scale and q.itemsize == 2 and q.shape[-1] <= 64 else 0
+    own_scale = not call.causal and q.shape[1] == call.k.shape[1] and call.key_lengths is None
+    return 256 if own_scale and q.itemsize == 2 and q.shape[-1] <= 64 and call.cos is None else 0
 
 
 def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     """Gradients of q, k, v and, where given, log_temperature."""
-    q, k, v, temperature, scales, causal, scale, cos, sin, interleaved = call.readable()
+    q, k, v, temperature, _, causal, scale, cos, sin, interleaved, key_lengths = call.readable()
+    scales = call.lengths()
     grad_out = grads[0].contiguous()
     B, Lq, H, D = q.shape
-    L, device, shapes = k.shape[1], q.device, shape_class(q)
+    L, device, shapes = k.shape[1], q.device, shape_class(q, cos)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))
     rows = torch.empty((3, B, H, Lq), dtype=torch.float32, device=device)  # of each query: m, 1/l, δ
     sizes = {"HEAD_DIM": D, "BLOCK_D": tiling.dot_block(D), "NORM": temperature is not None}
-    sizes |= {"ANGLES": 0 if cos is None else cos.shape[1], "INTERLEAVED": interleaved}
+    angles = {"ANGLES": 0 if cos is None else cos.shape[1], "INTERLEAVED": interleaved}
     skipped = None if cos is None else k.shape[1] - Lq
     lanes = {"LANES": 1 if q.itemsize == 4 else 4}
 
     longest = _longest_whole(call)
-    whole, shared = range(1, longest + 1), range(longest + 1, L + 1)
+    whole, shared = range(1, longest + 1), range(longest + 1, max(L, Lq) + 1)
     sums = []  # each launch's parts of the temperature's gradient, (H, B, tiles)
     if any(n in whole for n in scales):
         chosen = tiling.chosen("scale_attention_bwd", shapes, WHOLE, device)
@@ -260,29 +267,34 @@ def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
         )
         sums.append(torch.empty((H, B, len(made.tiles)), dtype=torch.float32, device=device))
         _scale_attention_bwd_kernel[(len(made.tiles), H, B)](
-            *(grad_out, q, k, v, temperature, cos, sin, dq, dk, dv, rows, sums[-1], made.tiles, made.spans),
-            *(*strides(q, k, v), scale, L, skipped),
+            *(grad_out, q, k, v, temperature, dq, dk, dv, rows, sums[-1], made.tiles, made.spans),
+            *(*strides(q, k, v), scale, L),
             **sizes,
             **lanes,
             **chosen.arguments(),
         )
     if any(n in shared for n in scales):
-        chosen = tiling.chosen("scale_attention_dq", shapes, candidates(q, HALVES, SINGLE), device)
+        chosen = tiling.chosen(
+            "scale_attention_dq", shapes, candidates(q, HALVES if cos is None else ROTARY_HALVES, SINGLE), device
+        )
         made = plan(scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], device, shared)
         sums.append(torch.empty((H, B, len(made.tiles)), dtype=torch.float32, device=device))
         _scale_attention_dq_kernel[(len(made.tiles), H, B)](
-            *(grad_out, q, k, v, temperature, cos, sin, dq, rows, sums[-1], made.tiles, made.spans),
+            *(grad_out, q, k, v, temperature, cos, sin, key_lengths, dq, rows, sums[-1], made.tiles),
+            made.spans if key_lengths is None else None,
             *(*strides(q, k, v), scale, Lq, skipped),
             **sizes,
+            **angles,
             **lanes,
             **chosen.arguments(),
         )
         chosen = tiling.chosen("scale_attention_dkdv", shapes, candidates(q, KEY_HALVES, SINGLE), device)
         made = plan(scales, Lq, causal, True, chosen.sizes["BLOCK_N"], chosen.sizes["BLOCK_M"], device, shared)
         _scale_attention_dkdv_kernel[(len(made.tiles), H, B)](
-            *(grad_out, rows, q, k, v, temperature, cos, sin, dk, dv, made.tiles, made.spans),
+            *(grad_out, rows, q, k, v, temperature, cos, sin, key_lengths, dk, dv, made.tiles, made.spans),
             *(*strides(q, k, v), scale, Lq, L, skipped),
             **sizes,
+            **angles,
             **chosen.arguments(),
         )
     if temperature is None:

@@ -85,7 +85,7 @@ def _sum_weights(
         MASKED,
     )
     scores = scores_of(q, k, NORM and not ANGLES)  # [BLOCK_M, BLOCK_N]
-    scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
+    scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, hi, MASKED)
     dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     new_peak = tl.maximum(peak, _max_by_lane(scores, LANES))
     exponents = exponents_of(_by_lane(scores, LANES), new_peak[:, None, :, None], q_factor[:, None, None, None])
@@ -165,7 +165,7 @@ def _through_keys(
     exponents = exponents_of(
         scores_of(q, k, NORM and not ANGLES), peak[:, None], q_factor[:, None]
     )  # [BLOCK_M, BLOCK_N]
-    exponents = where_seen(exponents, ABSENT, spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
+    exponents = where_seen(exponents, ABSENT, spans_ptr, Lq, offs_m, mask_m, offs_n, hi, MASKED)
     dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     dscores = exp2(exponents, q.dtype == tl.float32) * (dweights - delta[:, None]) * ds_factor[:, None]
     if NORM:
@@ -267,6 +267,8 @@ def query_tile(
     row_peak = tl.max(peak, 1)
     shrink = exp2(exponents_of(peak, row_peak[:, None], sum_factor[:, None]), q.dtype == tl.float32)
     total = tl.where(mask_m, tl.sum(total * shrink, 1), 1.0)
+    if spans_ptr is None:
+        total = tl.where(hi > lo, total, 1.0)  # no keys
     inverse, delta = tl.div_rn(1.0, total), tl.div_rn(tl.sum(product * shrink, 1), total)
     tl.store(rows_ptr + offs_m, row_peak, mask=mask_m)
     tl.store(rows_ptr + kind + offs_m, inverse, mask=mask_m)
@@ -428,6 +430,7 @@ def key_tile(
     kind,
     factor,
     row,
+    stored,
     end,
     lo,
     full_lo,
@@ -441,8 +444,9 @@ def key_tile(
     INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
-    """Keys [row, end), at most BLOCK_N of a head: stores dk and dv."""
+    """Keys [row, stored), at most BLOCK_N of a head: stores dk and dv, where PADDED 0 from `end` on."""
     offs_n = row + tl.arange(0, BLOCK_N)
     k = load_multiplied(k_ptr, rotary, 0, offs_n, stride_kl, end, HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, True)
     v = load_rows(v_ptr, offs_n, stride_vl, end, HEAD_DIM, BLOCK_D, True)
@@ -465,7 +469,11 @@ def key_tile(
         )
 
     offs_out = row_offsets(offs_n, stride_out, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    mask_out = row_mask(offs_n < end, HEAD_DIM, BLOCK_D)
+    mask_out = row_mask(offs_n < stored, HEAD_DIM, BLOCK_D)
+    if PADDED:
+        # Of the zeros that were loaded there weights may be anything.
+        dk = tl.where((offs_n < end)[:, None], dk, 0.0)
+        dv = tl.where((offs_n < end)[:, None], dv, 0.0)
     tl.store(dv_ptr + offs_out, dv.to(dv_ptr.dtype.element_ty), mask=mask_out)
     if k.dtype != tl.float16:
         dk *= factor
@@ -478,6 +486,6 @@ def key_tile(
         else:
             dk = through_norm(dk, load_rows(k_ptr, offs_n, stride_kl, end, HEAD_DIM, BLOCK_D, True))
     if ANGLES and not INTERLEAVED:
-        store_pairs(dk_ptr, dk, offs_n, stride_out, offs_n < end, HEAD_DIM, BLOCK_D)
+        store_pairs(dk_ptr, dk, offs_n, stride_out, offs_n < stored, HEAD_DIM, BLOCK_D)
     else:
         tl.store(dk_ptr + offs_out, dk.to(dk_ptr.dtype.element_ty), mask=mask_out)

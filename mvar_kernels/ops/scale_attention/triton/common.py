@@ -32,8 +32,9 @@ def candidates(q: Tensor, halves: Candidates, single: Candidates) -> tuple[Tile,
     return (single if q.itemsize == 4 else halves)[max(64, dot_block(q.shape[-1]))]
 
 
-def shape_class(q: Tensor) -> str:
-    return f"D{dot_block(q.shape[-1])} {str(q.dtype).removeprefix('torch.')}"
+def shape_class(q: Tensor, cos: Tensor | None) -> str:
+    rotary = "" if cos is None else " rotary"
+    return f"D{dot_block(q.shape[-1])} {str(q.dtype).removeprefix('torch.')}{rotary}"
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -53,6 +54,15 @@ def load_tile(tiles_ptr):
         tl.load(tile_ptr + 4),
         tl.load(tile_ptr + 5),
     )
+
+
+@triton.jit
+def seen_blocks(lo, full_hi, hi, key_lengths_ptr, b, BLOCK_N: tl.constexpr):
+    """(full_hi, hi) of a tile of queries, of the keys that there are in the sample."""
+    if key_lengths_ptr is not None:
+        hi = tl.maximum(tl.minimum(tl.load(key_lengths_ptr + b), hi), lo).to(tl.int32)
+        full_hi = tl.minimum(full_hi, lo + (hi - lo) // BLOCK_N * BLOCK_N)
+    return full_hi, hi
 
 
 @triton.jit
@@ -175,9 +185,11 @@ def load_spans(spans_ptr, Lq, offs_m, mask_m):
 
 
 @triton.jit
-def where_seen(scores, absent, spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED: tl.constexpr):
-    """Scores [BLOCK_M, BLOCK_N], `absent` where the query does not see the key."""
-    if MASKED:
+def where_seen(scores, absent, spans_ptr, Lq, offs_m, mask_m, offs_n, hi, MASKED: tl.constexpr):
+    """Scores [BLOCK_M, BLOCK_N], `absent` where the query does not see the key; without spans keys from `hi` on."""
+    if MASKED and spans_ptr is None:
+        scores = tl.where((offs_n < hi)[None, :], scores, absent)
+    elif MASKED:
         key_lo, key_hi = load_spans(spans_ptr, Lq, offs_m, mask_m)
         seen = (offs_n[None, :] >= key_lo[:, None]) & (offs_n[None, :] < key_hi[:, None])
         scores = tl.where(seen, scores, absent)

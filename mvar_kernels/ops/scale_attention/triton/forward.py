@@ -19,6 +19,7 @@ from mvar_kernels.ops.scale_attention.triton.common import (
     row_offsets,
     score_factor,
     scores_of,
+    seen_blocks,
     shape_class,
     strides,
     tile,
@@ -72,7 +73,7 @@ def _attend(
         MASKED,
     )
     scores = scores_of(q, k, NORM and not ANGLES)  # [BLOCK_M, BLOCK_N]
-    scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, MASKED)
+    scores = where_seen(scores, float("-inf"), spans_ptr, Lq, offs_m, mask_m, offs_n, hi, MASKED)
     weights, shrink, new_peak = next_weights(scores, peak, q_factor, q.dtype == tl.float32)
     if v.dtype != tl.float16:
         weights *= share
@@ -89,6 +90,7 @@ def _scale_attention_fwd_kernel(
     log_temperature_ptr,
     cos_ptr,
     sin_ptr,
+    key_lengths_ptr,
     out_ptr,
     lse_ptr,
     tiles_ptr,
@@ -116,6 +118,7 @@ def _scale_attention_fwd_kernel(
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(1)
     row, rows, lo, _, full_hi, hi = load_tile(tiles_ptr)
+    full_hi, hi = seen_blocks(lo, full_hi, hi, key_lengths_ptr, b, BLOCK_N)
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
@@ -151,20 +154,23 @@ def _scale_attention_fwd_kernel(
 
     out_ptrs = out_ptr + (b * Lq * H + h) * HEAD_DIM + row_offsets(offs_m, H * HEAD_DIM, BLOCK_D)
     out = divide(acc, total[:, None], q.dtype == tl.float32).to(out_ptr.dtype.element_ty)
+    if key_lengths_ptr is not None:
+        out = tl.where(hi > lo, out, 0.0)
     tl.store(out_ptrs, out, mask=row_mask(mask_m, HEAD_DIM, BLOCK_D))
     tl.store(lse_ptr + (b * H + h) * Lq + offs_m, (peak * q_factor + tl.log2(total / share)) * LN_2, mask=mask_m)
 
 
 def forward(call: Attention) -> tuple[Tensor, Tensor]:
     """The output and the log of each row's sum of exponentials, as the reference's."""
-    q, k, v, temperature, scales, causal, scale, cos, sin, interleaved = call.readable()
+    q, k, v, temperature, _, causal, scale, cos, sin, interleaved, key_lengths = call.readable()
     B, Lq, H, D = q.shape
     out = torch.empty((B, Lq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
-    chosen = tiling.chosen("scale_attention_fwd", shape_class(q), candidates(q, HALVES, SINGLE), q.device)
-    made = plan(scales, Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], q.device)
+    chosen = tiling.chosen("scale_attention_fwd", shape_class(q, cos), candidates(q, HALVES, SINGLE), q.device)
+    made = plan(call.lengths(), Lq, causal, False, chosen.sizes["BLOCK_M"], chosen.sizes["BLOCK_N"], q.device)
     _scale_attention_fwd_kernel[(len(made.tiles), H, B)](
-        *(q, k, v, temperature, cos, sin, out, lse, made.tiles, made.spans),
+        *(q, k, v, temperature, cos, sin, key_lengths, out, lse, made.tiles),
+        made.spans if key_lengths is None else None,
         *strides(q, k, v),
         *(scale, Lq, None if cos is None else k.shape[1] - Lq),
         HEAD_DIM=D,
