@@ -237,14 +237,14 @@ void finish_keys(const BackwardBuffers& w, const ScaleAttentionBackward& a, cons
   }
 }
 
-// Returns the gradient of this head's log-temperature, from this sample.
+// A head of keys and values, with all heads of q that share it. parts: of each of these the gradient of its
+// log-temperature, from this sample.
 template <typename T>
-double backward_head(BackwardBuffers& w, const ScaleAttentionBackward& a, const Sizes& n, Head at) {
+void backward_head(BackwardBuffers& w, const ScaleAttentionBackward& a, const Sizes& n, Head at, double* parts) {
   int64_t packed = 0;
-  double dlog_temperature = 0.0;
+  for (int64_t i = 0; i < n.group; ++i) parts[i] = 0.0;
   for_each_span(n, [&](const Span& span) {
     const int64_t keys = seen_keys(n, span, at.b);
-    for (int64_t l = span.first_row; !keys && l < span.last_row; ++l) fill_zeros(row<T>(a.dq, at.b, l, at.h), n.D);
     if (span.opens) packed = 0;
     // The last vector of keys was packed before all of them were there.
     pack_keys<T>(w, a, n, at, span.first_key, packed / kWidth * kWidth, keys);
@@ -252,18 +252,21 @@ double backward_head(BackwardBuffers& w, const ScaleAttentionBackward& a, const 
     __builtin_memset(w.dv + packed * w.columns, 0, (keys - packed) * w.columns * sizeof(float));
     packed = keys;
     fill_offsets(w.offset, keys);
-    for (int64_t first = span.first_row; keys && first < span.last_row; first += kQueryBlock) {
-      const QueryBlock block{first, smaller(kQueryBlock, span.last_row - first)};
-      begin_queries<T>(w, a, n, at, block);
-      score<Single>({w.queries, w.key_columns, w.key_factor, w.offset, w.scores, w.stride, w.peaks}, block, 0, keys);
-      differentiate_weights(w, block, keys, n.D);
-      dlog_temperature += differentiate_softmax(w, block, keys, n.D);
-      add_gradients(w, block, keys);
-      finish_queries<T>(w, a, n, at, block);
+    for (int64_t i = 0; i < n.group; ++i) {
+      const Head of_q{at.b, at.h * n.group + i};
+      for (int64_t l = span.first_row; !keys && l < span.last_row; ++l) fill_zeros(row<T>(a.dq, at.b, l, of_q.h), n.D);
+      for (int64_t first = span.first_row; keys && first < span.last_row; first += kQueryBlock) {
+        const QueryBlock block{first, smaller(kQueryBlock, span.last_row - first)};
+        begin_queries<T>(w, a, n, of_q, block);
+        score<Single>({w.queries, w.key_columns, w.key_factor, w.offset, w.scores, w.stride, w.peaks}, block, 0, keys);
+        differentiate_weights(w, block, keys, n.D);
+        parts[i] += differentiate_softmax(w, block, keys, n.D);
+        add_gradients(w, block, keys);
+        finish_queries<T>(w, a, n, of_q, block);
+      }
     }
     if (span.closes) finish_keys<T>(w, a, n, at, span, keys);
   });
-  return dlog_temperature;
 }
 
 int64_t backward_share(const Sizes& n) {
@@ -289,13 +292,15 @@ void backward(const ScaleAttentionBackward& a, const Sizes& n, float* workspace)
   Carver carver(workspace);
   double* parts = (double*)carver.take(2 * n.B * n.H);
   float* shares = carver.memory + carver.floats;
-  const int64_t share = backward_share(n);
+  const int64_t share = backward_share(n), key_heads = n.H / n.group;
 #pragma omp parallel if (multiplications(n) > kParallelMultiplications)
   {
     Carver own(shares + this_thread() * share);
     BackwardBuffers buffers(own, n);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < n.B * n.H; ++i) parts[i] = backward_head<T>(buffers, a, n, {i / n.H, i % n.H});
+    for (int64_t i = 0; i < n.B * key_heads; ++i) {
+      backward_head<T>(buffers, a, n, {i / key_heads, i % key_heads}, parts + i * n.group);
+    }
   }
   if (n.log_temperature) sum_temperature(a, n, parts);
 }

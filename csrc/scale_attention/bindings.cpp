@@ -10,12 +10,14 @@ namespace {
 
 const ScaleAttentionKernels* const tables[] = MVAR_TABLES(scale_attention);
 
-// shape: (B, Lq, L, H, D), how many tiles the plan has (0 on a CPU), and the angles in a row of rotary (or 0); scales: tokens per scale;
+// shape: (B, Lq, L, H, D), how many tiles the plan has (0 on a CPU), the angles in a row of rotary (or 0), and the
+// heads of k and v; scales: tokens per scale;
 // inputs: q, k, v, log_temperature or None, the plan's tiles and spans on a GPU, else None, of rotary the cosines and
 // sines, or None, and key_lengths or None.
 struct Call {
   const Dtype dtype;
   const std::vector<int64_t> scales;
+  int64_t key_heads;
   ScaleAttentionSizes n;
   const ScaleAttentionPair& kernels;
 
@@ -23,6 +25,7 @@ struct Call {
        bool interleaved, const Tensors& in)
       : dtype(at.dtype),
         scales(scale_lengths(scales, entry(shape, 2))),
+        key_heads(0),
         n{},
         kernels(tables[current]->of_dtype[dtype]) {
     n.B = entry(shape, 0);
@@ -30,6 +33,9 @@ struct Call {
     n.L = entry(shape, 2);
     n.H = entry(shape, 3);
     n.D = entry(shape, 4);
+    key_heads = entry(shape, 7);
+    if (key_heads < 1 || n.H % key_heads) throw py::value_error("k: expected heads that divide those of q");
+    n.group = n.H / key_heads;
     n.scales = this->scales.data();
     n.scale_count = (int64_t)this->scales.size();
     n.causal = causal;
@@ -55,7 +61,7 @@ struct Call {
     return t.heads(i, name, {n.B, n.Lq, n.H, n.D}, kItemsizes[dtype]);
   }
   Heads keys(const Tensors& t, size_t i, const char* name) const {
-    return t.heads(i, name, {n.B, n.L, n.H, n.D}, kItemsizes[dtype]);
+    return t.heads(i, name, {n.B, n.L, key_heads, n.D}, kItemsizes[dtype]);
   }
 };
 

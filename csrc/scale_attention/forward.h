@@ -162,8 +162,8 @@ MVAR_INLINE void prefetch_ahead(const ScaleAttentionForward& a, const Sizes& n, 
   token %= n.L;
   Head ahead{head / n.H, head % n.H};
   for (int64_t r = 0; r < block.rows && ahead.b < n.B; ++r) {
-    prefetch(row<T>(a.k, ahead.b, token, ahead.h), n.D);
-    prefetch(row<T>(a.v, ahead.b, token, ahead.h), n.D);
+    prefetch(row<T>(a.k, ahead.b, token, key_head(n, ahead).h), n.D);
+    prefetch(row<T>(a.v, ahead.b, token, key_head(n, ahead).h), n.D);
     if (token >= first_row) prefetch(row<T>(a.q, ahead.b, token - first_row, ahead.h), n.D);
     if (++token == n.L) {
       token = 0;
@@ -186,7 +186,7 @@ void forward_part(ForwardBuffers<Word>& w, const ScaleAttentionForward& a, const
     for (int64_t first = span.first_row; first < span.last_row; first += kQueryBlock, ++number) {
       if (number % parts != part) continue;
       // The last vector of keys may have been packed before all of them were to be seen.
-      if (packed < keys) pack_keys<T>(w, a, n, at, span.first_key, packed / kWidth * kWidth, keys);
+      if (packed < keys) pack_keys<T>(w, a, n, key_head(n, at), span.first_key, packed / kWidth * kWidth, keys);
       packed = keys;
       const QueryBlock block{first, smaller(kQueryBlock, span.last_row - first)};
       begin_queries<T>(w, a, n, at, block);

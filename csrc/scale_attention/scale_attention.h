@@ -25,6 +25,7 @@ struct ScaleAttentionBackward {
 
 struct ScaleAttentionSizes {
   int64_t B, Lq, L, H, D;
+  int64_t group;  // query heads that share a head of keys and values: H over the number of these
   const int64_t* scales;  // tokens per scale, their sum is L; all queries see an only one
   int64_t scale_count;
   bool causal;

@@ -49,6 +49,9 @@ struct Head {
   int64_t b, h;
 };
 
+// Of the keys and values of a head of q.
+MVAR_INLINE Head key_head(const Sizes& n, Head at) { return {at.b, at.h / n.group}; }
+
 // Rows first.. of q.
 struct QueryBlock {
   int64_t first, rows;

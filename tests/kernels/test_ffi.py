@@ -88,12 +88,12 @@ def test_invalid_scales() -> None:
     assert extension is not None
     q = torch.randn(1, 4, 1, 8)
     given = (
-        ffi.pointers(q, q, q, None, None, None, None, None),
+        ffi.pointers(q, q, q, None, None, None, None, None, None),
         ffi.pointers(q, torch.empty(1, 1, 4, dtype=torch.float32)),
     )
     for scales in ((1, 2), (1, 4), (5, -1)):
         with pytest.raises(ValueError, match="scales: expected to add up"):
-            extension.scale_attention_forward((0, 0), (1, 4, 4, 1, 8, 0, 0), scales, False, 1.0, False, *given)
+            extension.scale_attention_forward((0, 0), (1, 4, 4, 1, 8, 0, 0, 1), scales, False, 1.0, False, *given)
 
 
 def test_empty_tensor_with_any_strides() -> None:

@@ -41,6 +41,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
         ({"q": torch.zeros(2, 28, 3, 16)}, ValueError, "q"),
         ({"q": torch.zeros(2, 15, 3, 16)}, ValueError, "q"),
         ({"k": torch.zeros(2, 30, 4, 16)}, ValueError, "k"),
+        ({"k": torch.zeros(2, 30, 0, 16), "v": torch.zeros(2, 30, 0, 16)}, ValueError, "k"),
+        ({"k": torch.zeros(2, 30, 2, 16), "v": torch.zeros(2, 30, 2, 16)}, ValueError, "k"),
+        ({"k": torch.zeros(2, 30, 1, 16)}, ValueError, "v"),
         ({"k": torch.zeros(2, 30, 3, 16, dtype=torch.float64)}, TypeError, "k"),
         ({"v": torch.zeros(2, 30, 3, 8)}, ValueError, "v"),
         ({"v": torch.zeros(2, 31, 3, 16)}, ValueError, "v"),
@@ -149,6 +152,23 @@ def test_full_matches_sdpa(backend: str, queries: int) -> None:
     grads = torch.autograd.grad(out.square().sum(), leaves)
     assert not out[1].any() and not any(t[1].any() for t in grads)
     assert all(t.isfinite().all() for t in grads) and not any(t[0, 17:].any() for t in grads[1:])
+
+
+@each_or_triton
+@pytest.mark.parametrize("pattern", ["diagonal", "causal", "full"])
+def test_grouped_keys_match_repeated_ones(backend: str, pattern: str) -> None:
+    q, k, v = qkv(H=6)
+    temperature = torch.linspace(0.0, 2.0, 6)
+    results = []
+    for repeat in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (q, k[:, :, :2], v[:, :, :2], temperature)]
+        keys, values = (t.repeat_interleave(3, 2) if repeat else t for t in leaves[1:3])
+        out = mk.scale_attention(
+            leaves[0], keys, values, SCALES, pattern=pattern, log_temperature=leaves[3], backend=backend
+        )
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @each_backend

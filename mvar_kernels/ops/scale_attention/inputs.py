@@ -8,8 +8,8 @@ from mvar_kernels.ffi import last_dim_contiguous
 
 
 class Attention(NamedTuple):
-    """One call: q (B, Lq, H, D), the last of the sequence's queries; k and v (B, L, H, D); cos and sin of `rotary`, or
-    None; all else as in :func:`mvar_kernels.scale_attention`. Without scales every query sees all keys, whatever Lq.
+    """One call: q (B, Lq, H, D), the last of the sequence's queries; k and v (B, L, Hkv, D); cos and sin of `rotary`
+    or None; all else as in :func:`mvar_kernels.scale_attention`. Without scales every query sees all keys, whatever Lq.
     """
 
     q: Tensor

@@ -32,6 +32,8 @@ def _unsupported_cuda(call: Attention) -> str | None:
     B, _, H, D = call.q.shape
     if call.causal:
         return "pattern 'causal' is not 'diagonal'"
+    if call.k.shape[2] != H:
+        return f"k has {call.k.shape[2]} heads, not the H={H} of q"
     for option, given in (("rotary", call.cos), ("key_lengths", call.key_lengths)):
         if given is not None:
             return f"{option} is not None"
@@ -54,7 +56,7 @@ def _forward(call: Attention, plan: Plan | None = None) -> tuple[Tensor, Tensor]
     B, Lq, H, D = q.shape
     out, lse = empty_contiguous(q), torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
     tiles, spans = (None, None) if plan is None else (plan.tiles, plan.spans)
-    shape = B, Lq, k.shape[1], H, D, 0 if tiles is None else len(tiles), 0 if cos is None else cos.shape[1]
+    shape = B, Lq, k.shape[1], H, D, 0 if tiles is None else len(tiles), 0 if cos is None else cos.shape[1], k.shape[2]
     options = call.lengths(), causal, scale, interleaved
     inputs = pointers(q, k, v, temperature, tiles, spans, cos, sin, key_lengths)
     extension(q).scale_attention_forward(dtype_and_stream(q), shape, *options, inputs, pointers(out, lse))
@@ -76,7 +78,7 @@ def _backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     dtemperature = None if temperature is None else torch.empty_like(temperature)
     grad_out = last_dim_contiguous(grads[0])
     shape, options = (
-        (B, Lq, k.shape[1], H, D, 0, 0 if cos is None else cos.shape[1]),
+        (B, Lq, k.shape[1], H, D, 0, 0 if cos is None else cos.shape[1], k.shape[2]),
         (call.lengths(), causal, scale, interleaved),
     )
     inputs, outputs = pointers(q, k, v, temperature, None, None, cos, sin, key_lengths), pointers(*found, dtemperature)

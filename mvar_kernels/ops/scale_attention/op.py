@@ -58,7 +58,8 @@ def scale_attention(
 
     Args:
         q: (B, Lq, H, D). Lq is L, or the length of the last few scales (a key/value cache); with pattern "full" any.
-        k, v: (B, L, H, D), dtype of q. Views into a packed (B, L, 3, H, D) are read in place.
+        k, v: (B, L, Hkv, D), dtype of q; head h of q uses head h // (H / Hkv). Views into a packed (B, L, 3, H, D) are
+            read in place.
         scales: tokens per scale, coarse to fine; they add up to L. None only with pattern "full".
         pattern: "diagonal" (own scale), "causal" (own and coarser scales) or "full" (all keys, as in cross-attention).
         scale: factor on the scores; None for VAR's: 1 with log_temperature, else 0.25/√D.
@@ -86,8 +87,10 @@ def scale_attention(
     op = "scale_attention"
     sizes: dict[str, int] = {}
     validation.tensor(op, "q", q, "B Lq H D", sizes)
-    validation.tensor(op, "k", k, "B L H D", sizes, like=q)
-    validation.tensor(op, "v", v, "B L H D", sizes, like=q)
+    validation.tensor(op, "k", k, "B L Hkv D", sizes, like=q)
+    validation.tensor(op, "v", v, "B L Hkv D", sizes, like=q)
+    if k.shape[2] != q.shape[2] and (k.shape[2] < 1 or q.shape[2] % k.shape[2]):
+        raise ValueError(f"{op}: k: expected Hkv that divides H={q.shape[2]}, got Hkv={k.shape[2]}")
     validation.same_dtype(op, "q", q=q, k=k, v=v)
     if log_temperature is not None:
         validation.tensor(op, "log_temperature", log_temperature, "H", sizes, like=q)

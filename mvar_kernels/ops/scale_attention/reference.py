@@ -56,6 +56,8 @@ def scale_attention(call: Attention) -> tuple[Tensor, Tensor]:
     if key_lengths is not None:
         padding = torch.arange(k.shape[1], device=k.device) >= key_lengths[:, None]  # (B, L)
         k, v_acc = (t.masked_fill(padding[..., None, None], 0.0) for t in (k, v_acc))
+    if k.shape[2] != q.shape[2]:
+        k, v_acc = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v_acc))
     outs, lses = [], []
     for rows, keys in spans(scales, q.shape[1], causal) if scales else [(slice(None), slice(None))]:
         scores = scale * torch.einsum("bqhd,bkhd->bhqk", q[:, rows], k[:, keys])

@@ -51,7 +51,34 @@ CASES = (
     _case("full", (29,), 2, 3, 64, pattern="full", queries=70),
     _case("full_norm", (300,), 2, 2, 64, pattern="full", queries=35, norm=True),
     _case("key_lengths", (40,), 4, 2, 64, pattern="full", queries=18, key_lengths=(0, 7, 40, 39)),
-    _case("key_lengths_norm", (150,), 3, 3, 24, pattern="full", norm=True, rotary="pairs", key_lengths=(70, -1, 999)),
+    _case(
+        "key_lengths_norm",
+        (150,),
+        3,
+        3,
+        24,
+        pattern="full",
+        norm=True,
+        heat=(0.5, 1.5, 1.0),
+        rotary="pairs",
+        key_lengths=(70, -1, 999),
+    ),
+    # Heads of queries that share one of keys.
+    _case("grouped", SMALL, 2, 6, 64, norm=True, key_heads=2, packed=True),
+    _case("grouped_causal", (3, 1, 17, 5), 2, 4, 24, pattern="causal", scale=0.3, key_heads=2, rotary="pairs"),
+    _case(
+        "grouped_full",
+        (40,),
+        3,
+        3,
+        64,
+        pattern="full",
+        queries=18,
+        norm=True,
+        heat=(0.5, 1.5, 1.0),
+        key_heads=1,
+        key_lengths=(40, 0, 9),
+    ),
     # The ends of the softmax and of the numbers, see _values.
     _case("saturated", SMALL, 1, 2, 64, values="one_key_ahead", scale=1.0),
     _case(
@@ -120,7 +147,8 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     # q, k, v leave here as views into the packed projection; the test keeps their strides for "packed".
     q, k, v = packed.unbind(2)
     _set_values(case, q, k, v)
-    inputs = {"q": q[:, -Lq:], "k": k[:, :L], "v": v[:, :L]}
+    key_heads = case.options.get("key_heads", H)
+    inputs = {"q": q[:, -Lq:], "k": k[:, :L, :key_heads], "v": v[:, :L, :key_heads]}
     if not case.options.get("packed"):
         inputs = {name: t.contiguous() for name, t in inputs.items()}
     if case.options["norm"]:
@@ -160,7 +188,7 @@ def _work(case: Case, itemsize: int) -> tuple[int, int]:
     pairs = sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in spans)
     if case.options["pattern"] == "full":
         pairs = Lq * L
-    return 2 * (L + Lq) * B * H * D * itemsize, 4 * pairs * B * H * D
+    return 2 * (L * case.options.get("key_heads", H) + Lq * H) * B * D * itemsize, 4 * pairs * B * H * D
 
 
 def _work_backward(case: Case, itemsize: int) -> tuple[int, int]:

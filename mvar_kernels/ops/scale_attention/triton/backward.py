@@ -14,6 +14,7 @@ from mvar_kernels.ops.scale_attention.triton.backward_tiles import key_tile, que
 from mvar_kernels.ops.scale_attention.triton.common import (
     MAX_LOG_TEMPERATURE,
     candidates,
+    key_head,
     load_tile,
     score_factor,
     seen_blocks,
@@ -71,6 +72,7 @@ def _scale_attention_dq_kernel(
     NORM: tl.constexpr,
     ANGLES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -81,8 +83,12 @@ def _scale_attention_dq_kernel(
     full_hi, hi = seen_blocks(lo, full_hi, hi, key_lengths_ptr, b, BLOCK_N)
     first = (b * Lq * H + h) * HEAD_DIM  # of the contiguous tensors
     part = query_tile(
-        *(grad_ptr + first, q_ptr + b * stride_qb + h * stride_qh, k_ptr + b * stride_kb + h * stride_kh),
-        *(v_ptr + b * stride_vb + h * stride_vh, dq_ptr + first, rows_ptr + (b * H + h) * Lq),
+        *(grad_ptr + first, q_ptr + b * stride_qb + h * stride_qh),
+        *(
+            k_ptr + b * stride_kb + key_head(h, GROUP) * stride_kh,
+            v_ptr + b * stride_vb + key_head(h, GROUP) * stride_vh,
+        ),
+        *(dq_ptr + first, rows_ptr + (b * H + h) * Lq),
         *((cos_ptr, sin_ptr, skipped), spans_ptr),
         *(stride_ql, stride_kl, stride_vl, H * HEAD_DIM, H.to(tl.int64) * B * Lq),
         *(score_factor(scale, log_temperature_ptr, h, NORM), row, row + rows, lo, full_hi, hi, Lq),
@@ -125,31 +131,49 @@ def _scale_attention_dkdv_kernel(
     NORM: tl.constexpr,
     ANGLES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    H, B = tl.num_programs(1), tl.num_programs(2)
+    key_h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    heads, B = tl.num_programs(1), tl.num_programs(2)
+    h, H = key_h * GROUP, heads * GROUP
     row, rows, lo, full_lo, full_hi, hi = load_tile(tiles_ptr)
-    first = (b * L * H + h) * HEAD_DIM
+    first = (b * L * heads + key_h) * HEAD_DIM
     stored = row + rows
     end = stored
     if key_lengths_ptr is not None:
         end = tl.maximum(tl.minimum(tl.load(key_lengths_ptr + b), stored), 0).to(tl.int32)
     key_tile(
         *(grad_ptr + (b * Lq * H + h) * HEAD_DIM, rows_ptr + (b * H + h) * Lq, q_ptr + b * stride_qb + h * stride_qh),
-        *(k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh, dk_ptr + first, dv_ptr + first),
+        *(
+            k_ptr + b * stride_kb + key_h * stride_kh,
+            v_ptr + b * stride_vb + key_h * stride_vh,
+            dk_ptr + first,
+            dv_ptr + first,
+        ),
         *(
             (cos_ptr, sin_ptr, skipped),
             spans_ptr,
             stride_ql,
             stride_kl,
             stride_vl,
-            H * HEAD_DIM,
+            heads * HEAD_DIM,
             H.to(tl.int64) * B * Lq,
         ),
-        *(score_factor(scale, log_temperature_ptr, h, NORM), row, stored, end, lo, full_lo, full_hi, hi, Lq),
-        *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, BLOCK_M, BLOCK_N, key_lengths_ptr is not None),
+        *(
+            score_factor(scale, log_temperature_ptr, h, NORM),
+            (scale, log_temperature_ptr, h, stride_qh),
+            row,
+            stored,
+            end,
+            lo,
+            full_lo,
+            full_hi,
+            hi,
+            Lq,
+        ),
+        *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, GROUP, BLOCK_M, BLOCK_N, key_lengths_ptr is not None),
     )
 
 
@@ -197,7 +221,7 @@ def _scale_attention_bwd_kernel(
     rows_ptr += (b * H + h) * L
     kind = H.to(tl.int64) * B * L
     factor = score_factor(scale, log_temperature_ptr, h, NORM)
-    rotary = 0, 0, 0  # none
+    rotary = 0, 0, 0  # none, and no other heads
 
     part = 0.0
     for start in range(row, row + rows, BLOCK_M):
@@ -212,9 +236,22 @@ def _scale_attention_bwd_kernel(
     for start in range(row, row + rows, BLOCK_M):
         key_tile(
             *(grad_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, dk_ptr + first, dv_ptr + first, rotary, spans_ptr, stride_ql),
-            *(stride_kl, stride_vl, H * HEAD_DIM, kind, factor, start, row + rows, row + rows, lo, full_lo, full_hi),
+            *(
+                stride_kl,
+                stride_vl,
+                H * HEAD_DIM,
+                kind,
+                factor,
+                rotary,
+                start,
+                row + rows,
+                row + rows,
+                lo,
+                full_lo,
+                full_hi,
+            ),
             *(hi, L),
-            *(HEAD_DIM, BLOCK_D, NORM, 0, False, BLOCK_N, BLOCK_M, False),
+            *(HEAD_DIM, BLOCK_D, NORM, 0, False, 1, BLOCK_N, BLOCK_M, False),
         )
 
 
@@ -236,11 +273,15 @@ def _longest_whole(call: Attention) -> int:
     """The tokens of the longest scale whose backward one program computes; of longer ones two kernels share the tiles.
 
     0, so that all are shared, where keys have queries of other scales, or none; in float32, whose products need the
-    registers, as a rotation does; and for wide heads.
+    registers, as a rotation does; for grouped keys; and for wide heads.
     """
     q = call.q
     own_scale = not call.causal and q.shape[1] == call.k.shape[1] and call.key_lengths is None
-    return 256 if own_scale and q.itemsize == 2 and q.shape[-1] <= 64 and call.cos is None else 0
+    return (
+        256
+        if own_scale and q.shape[2] == call.k.shape[2] and q.itemsize == 2 and q.shape[-1] <= 64 and call.cos is None
+        else 0
+    )
 
 
 def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
@@ -253,7 +294,7 @@ def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))
     rows = torch.empty((3, B, H, Lq), dtype=torch.float32, device=device)  # of each query: m, 1/l, δ
     sizes = {"HEAD_DIM": D, "BLOCK_D": tiling.dot_block(D), "NORM": temperature is not None}
-    angles = {"ANGLES": 0 if cos is None else cos.shape[1], "INTERLEAVED": interleaved}
+    angles = {"ANGLES": 0 if cos is None else cos.shape[1], "INTERLEAVED": interleaved, "GROUP": H // k.shape[2]}
     skipped = None if cos is None else k.shape[1] - Lq
     lanes = {"LANES": 1 if q.itemsize == 4 else 4}
 
@@ -290,7 +331,7 @@ def backward(grads: Sequence[Tensor], call: Attention) -> list[Tensor]:
         )
         chosen = tiling.chosen("scale_attention_dkdv", shapes, candidates(q, KEY_HALVES, SINGLE), device)
         made = plan(scales, Lq, causal, True, chosen.sizes["BLOCK_N"], chosen.sizes["BLOCK_M"], device, shared)
-        _scale_attention_dkdv_kernel[(len(made.tiles), H, B)](
+        _scale_attention_dkdv_kernel[(len(made.tiles), k.shape[2], B)](
             *(grad_out, rows, q, k, v, temperature, cos, sin, key_lengths, dk, dv, made.tiles, made.spans),
             *(*strides(q, k, v), scale, Lq, L, skipped),
             **sizes,

@@ -14,6 +14,7 @@ from mvar_kernels.ops.scale_attention.triton.common import (
     operand,
     row_mask,
     row_offsets,
+    score_factor,
     scores_of,
     through_norm,
     unit_rows,
@@ -366,6 +367,7 @@ def _through_queries(
     NORM: tl.constexpr,
     ANGLES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One block of queries: dk and dv with it. All squares of scores are transposed, keys by queries."""
@@ -406,9 +408,58 @@ def _through_queries(
     weights = exp2(exponents, q.dtype == tl.float32) * inverse[None, :]
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
     dscores = weights * (dweights - delta[None, :])
-    if q.dtype == tl.float16:
+    if q.dtype == tl.float16 or GROUP > 1:
         dscores *= factor
     dk = tl.dot(dscores.to(q.dtype), q_rows, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _through_head(
+    k,
+    k_inverse,
+    factor,
+    v,
+    dk,
+    dv,
+    grad_ptr,
+    rows_ptr,
+    q_ptr,
+    rotary,
+    spans_ptr,
+    stride_gl,
+    stride_ql,
+    kind,
+    offs_n,
+    lo,
+    full_lo,
+    full_hi,
+    hi,
+    Lq,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """All queries of a head that see the keys: dk and dv with them."""
+    for start in range(full_lo, full_hi, BLOCK_M):
+        dk, dv = _through_queries(
+            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, rotary, spans_ptr, stride_gl),
+            *(stride_ql, kind, start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, ANGLES, INTERLEAVED, GROUP),
+            False,
+        )
+    # What needs a mask lies before and after: packed scales begin to be seen at different queries.
+    before, after = full_lo - lo, hi - full_hi
+    for i in range(0, before + after, BLOCK_M):
+        start = tl.where(i < before, lo + i, full_hi + i - before)
+        dk, dv = _through_queries(
+            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, rotary, spans_ptr, stride_gl),
+            *(stride_ql, kind, start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, ANGLES, INTERLEAVED, GROUP),
+            True,
+        )
     return dk, dv
 
 
@@ -429,6 +480,7 @@ def key_tile(
     stride_out,
     kind,
     factor,
+    heads,
     row,
     stored,
     end,
@@ -442,11 +494,16 @@ def key_tile(
     NORM: tl.constexpr,
     ANGLES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Keys [row, stored), at most BLOCK_N of a head: stores dk and dv, where PADDED 0 from `end` on."""
+    """Keys [row, stored), at most BLOCK_N of a head: stores dk and dv, where PADDED 0 from `end` on.
+
+    Of a GROUP of several heads of queries `heads` has what makes a factor of each, scale, log_temperature and the first
+    head's number, and the stride of q from one to the next; all other arguments are of the first head.
+    """
     offs_n = row + tl.arange(0, BLOCK_N)
     k = load_multiplied(k_ptr, rotary, 0, offs_n, stride_kl, end, HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, True)
     v = load_rows(v_ptr, offs_n, stride_vl, end, HEAD_DIM, BLOCK_D, True)
@@ -454,19 +511,19 @@ def key_tile(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(full_lo, full_hi, BLOCK_M):
-        dk, dv = _through_queries(
-            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, rotary, spans_ptr, stride_out),
-            *(stride_ql, kind, start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, ANGLES, INTERLEAVED, False),
+    if GROUP == 1:
+        dk, dv = _through_head(
+            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, rotary, spans_ptr, stride_out, stride_ql),
+            *(kind, offs_n, lo, full_lo, full_hi, hi, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, ANGLES, INTERLEAVED, 1),
         )
-    # What needs a mask lies before and after: packed scales begin to be seen at different queries.
-    before, after = full_lo - lo, hi - full_hi
-    for i in range(0, before + after, BLOCK_M):
-        start = tl.where(i < before, lo + i, full_hi + i - before)
-        dk, dv = _through_queries(
-            *(k, k_inverse, factor, v, dk, dv, grad_ptr, rows_ptr, q_ptr, rotary, spans_ptr, stride_out),
-            *(stride_ql, kind, start, hi, offs_n, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, ANGLES, INTERLEAVED, True),
-        )
+    else:
+        for g in range(GROUP):
+            factor_g = score_factor(heads[0], heads[1], heads[2] + g, NORM)
+            dk, dv = _through_head(
+                *(k, k_inverse, factor_g, v, dk, dv, grad_ptr + g * HEAD_DIM, rows_ptr + g * Lq),
+                *(q_ptr + g * heads[3], rotary, spans_ptr, stride_out * GROUP, stride_ql, kind, offs_n, lo, full_lo),
+                *(full_hi, hi, Lq, HEAD_DIM, BLOCK_M, BLOCK_D, NORM, ANGLES, INTERLEAVED, GROUP),
+            )
 
     offs_out = row_offsets(offs_n, stride_out, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     mask_out = row_mask(offs_n < stored, HEAD_DIM, BLOCK_D)
@@ -475,7 +532,7 @@ def key_tile(
         dk = tl.where((offs_n < end)[:, None], dk, 0.0)
         dv = tl.where((offs_n < end)[:, None], dv, 0.0)
     tl.store(dv_ptr + offs_out, dv.to(dv_ptr.dtype.element_ty), mask=mask_out)
-    if k.dtype != tl.float16:
+    if k.dtype != tl.float16 and GROUP == 1:
         dk *= factor
     if ANGLES:
         dk = rotate_back(dk, rotary, 0, offs_n, end, HEAD_DIM, BLOCK_D, ANGLES, INTERLEAVED)

@@ -57,6 +57,14 @@ def load_tile(tiles_ptr):
 
 
 @triton.jit
+def key_head(h, GROUP: tl.constexpr):
+    """The head of keys and values that GROUP heads of queries share."""
+    if GROUP > 1:
+        h = h // GROUP
+    return h
+
+
+@triton.jit
 def seen_blocks(lo, full_hi, hi, key_lengths_ptr, b, BLOCK_N: tl.constexpr):
     """(full_hi, hi) of a tile of queries, of the keys that there are in the sample."""
     if key_lengths_ptr is not None:

@@ -12,6 +12,7 @@ from mvar_kernels.ops.scale_attention.triton.common import (
     LEAST_FACTOR,
     LOWEST,
     candidates,
+    key_head,
     load_tile,
     next_weights,
     operand,
@@ -112,6 +113,7 @@ def _scale_attention_fwd_kernel(
     NORM: tl.constexpr,
     ANGLES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -120,8 +122,8 @@ def _scale_attention_fwd_kernel(
     row, rows, lo, _, full_hi, hi = load_tile(tiles_ptr)
     full_hi, hi = seen_blocks(lo, full_hi, hi, key_lengths_ptr, b, BLOCK_N)
     q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    k_ptr += b * stride_kb + key_head(h, GROUP) * stride_kh
+    v_ptr += b * stride_vb + key_head(h, GROUP) * stride_vh
     offs_m = row + tl.arange(0, BLOCK_M)
     mask_m = offs_m < row + rows
     rotary = cos_ptr, sin_ptr
@@ -178,6 +180,7 @@ def forward(call: Attention) -> tuple[Tensor, Tensor]:
         NORM=temperature is not None,
         ANGLES=0 if cos is None else cos.shape[1],
         INTERLEAVED=interleaved,
+        GROUP=H // k.shape[2],
         **chosen.arguments(),
     )
     return out, lse
