@@ -9,7 +9,7 @@ namespace {
 
 const SampleTokensKernels* const tables[] = MVAR_TABLES(sample_tokens);
 
-// options: guidance, top_k, top_p, scale_index; inputs: cond, uncond or None, image_index, seed.
+// options: guidance, top_k, top_p, temperature, scale_index; inputs: cond, uncond or None, image_index, seed.
 struct Call {
   const Dtype dtype;
   SamplingSizes n;
@@ -24,10 +24,9 @@ struct Call {
     sampling.image_index = (const int64_t*)image_index.data;
     sampling.image_index_stride = image_index.strides[0];
     sampling.seed = in.scalar<const uint64_t>(3, "seed");
-    sampling.guidance = (float)py::cast<double>(options[0]);
-    sampling.top_k = entry(options, 1);
-    sampling.top_p = py::cast<double>(options[2]);
-    sampling.scale_index = py::cast<uint32_t>(options[3]);
+    sampling.filters = {(float)py::cast<double>(options[0]), entry(options, 1), py::cast<double>(options[2]),
+                        (float)py::cast<double>(options[3])};
+    sampling.scale_index = py::cast<uint32_t>(options[4]);
     workspace.reset(new float[tables[current]->workspace(n.V)]);
   }
 };
@@ -48,11 +47,11 @@ void soft_embedding(const py::tuple& at, const py::tuple& shape, const py::tuple
                     const py::tuple& outputs) {
   const Tensors in(inputs);
   const Call call(DtypeAndStream(at), shape, options, in);
-  const Dtype dtype = DtypeAndStream::checked(entry(options, 4));
-  const int64_t width = entry(options, 5);
+  const Dtype dtype = DtypeAndStream::checked(entry(options, 5));
+  const int64_t width = entry(options, 6);
   const PerSample codebook = in.per_sample(4, "codebook", {call.n.V, width}, kItemsizes[dtype]);
-  const SoftEmbedding soft{codebook.data, codebook.batch_stride, width, py::cast<float>(options[6]),
-                           py::cast<float>(options[7])};
+  const SoftEmbedding soft{codebook.data, codebook.batch_stride, width, py::cast<float>(options[7]),
+                           py::cast<float>(options[8])};
   void* const mean = Tensors(outputs).dense<char>(0, "mean", {call.n.B, call.n.L, width}, kItemsizes[dtype]);
   const auto kernel = present(tables[current]->soft_embedding[call.dtype][dtype]);
   py::gil_scoped_release release;

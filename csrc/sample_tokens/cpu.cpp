@@ -64,7 +64,7 @@ float largest_of(const T* logits, int64_t V) {
 
 // The guided logits of one position as keys, all codes.
 template <typename T>
-void read_row(Row& row, const Sampling& sampling, int64_t V, const T* cond, const T* uncond) {
+void read_row(Row& row, float guidance, int64_t V, const T* cond, const T* uncond) {
   const Vec cond_largest = splat(uncond ? largest_of(cond, V) : 0.0f);
   const Vec uncond_largest = splat(uncond ? largest_of(uncond, V) : 0.0f);
   VecInt lowest = splat_int(INT32_MAX), highest = splat_int(INT32_MIN);
@@ -74,7 +74,7 @@ void read_row(Row& row, const Sampling& sampling, int64_t V, const T* cond, cons
       logits = finite(logits) - cond_largest;
       const Vec other = finite(load(uncond + v, lanes)) - uncond_largest;
       const VecInt ruled_out = (logits == -__builtin_inff()) | (other == -__builtin_inff());
-      logits += sampling.guidance * (ruled_out ? Vec{} : logits - other);
+      logits += guidance * (ruled_out ? Vec{} : logits - other);
     }
     const VecInt key = finite_key(logits);
     store_int(row.keys + v, key);
@@ -86,6 +86,16 @@ void read_row(Row& row, const Sampling& sampling, int64_t V, const T* cond, cons
   row.finish();
   row.lowest = smallest(lowest);
   row.highest = largest(highest);
+}
+
+// The logits, relative to the largest, over a temperature.
+void temper(Row& row, float temperature) {
+  const Vec largest = splat(row.largest());
+  auto tempered = [&](VecInt keys) MVAR_INLINE_LAMBDA { return finite_key((logit_of(keys) - largest) / temperature); };
+  for (int64_t i = 0; i < row.count; i += kWidth) store_int(row.keys + i, tempered(load_int(row.keys + i)));
+  row.finish();
+  row.lowest = tempered(splat_int(row.lowest))[0];
+  row.highest = tempered(splat_int(row.highest))[0];
 }
 
 // The row to be read next. It is brought into the cache piece by piece while this one's noise is made,
@@ -164,9 +174,11 @@ void for_each_position(const Sampling& sampling, SamplingSizes n, float* shares,
     Row& row = scratch.row;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < positions; ++i) {
-      read_row<T>(row, sampling, n.V, cond(i), uncond(i));
-      if (0 < sampling.top_k && sampling.top_k < n.V) keep_top_k(row, sampling.top_k);
-      if (sampling.top_p < 1) keep_top_p(row, sampling.top_p);
+      const Filters& filters = sampling.filters;
+      read_row<T>(row, filters.guidance, n.V, cond(i), uncond(i));
+      if (filters.temperature != 1) temper(row, filters.temperature);
+      if (0 < filters.top_k && filters.top_k < n.V) keep_top_k(row, filters.top_k);
+      if (filters.top_p < 1) keep_top_p(row, filters.top_p);
       const uint32_t image = (uint32_t)sampling.image_index[i / n.L * sampling.image_index_stride];
       const Philox philox{*sampling.seed, (uint32_t)(i % n.L), sampling.scale_index, image};
       const int64_t next = i + 1 < positions ? i + 1 : i;

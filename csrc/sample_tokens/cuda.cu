@@ -1,7 +1,7 @@
 // Token sampling in CUDA: one launch from two rows of logits to a token. The result at one position
 // (mvar_kernels/ops/sample_tokens/reference.py), bit for bit:
 //
-//     logits = cond + c·(cond − uncond), each row relative to its largest
+//     logits = cond + c·(cond − uncond), each row relative to its largest, and over the temperature
 //     left   = the codes that top-k, and then top-p, keep
 //     token  = the code left with the largest sum of logit, relative to the largest, and noise, the first of equals
 //
@@ -145,6 +145,15 @@ struct Row {
       highest = key > highest ? key : highest;
     }
     highest = (uint32_t)largest_of_block(highest);
+  }
+
+  // The logits, relative to the largest, over a temperature.
+  __device__ void temper(float temperature) {
+    const Vec largest = largest_logit(highest);
+    const auto tempered = [&](uint32_t key) { return key_of((logit_of(key) - largest) / Vec(temperature) + 0.0f); };
+    for (int code = threadIdx.x; code < V; code += kThreads) memory.keys[code] = tempered(memory.keys[code]);
+    __syncthreads();
+    highest = tempered(highest);
   }
 
   // Sum: uint32_t where no sum can pass 2³².
@@ -297,27 +306,34 @@ __device__ const T* row_of(const Tokens& t, uint32_t b, uint32_t l) {
   return (const T*)t.data + b * t.batch_stride + l * t.row_stride;
 }
 
-template <typename T, int kThreads, int kMaxCodes>
+template <typename T, bool kTempered, int kThreads, int kMaxCodes>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     sample_tokens_fwd_kernel(Sampling sampling, SamplingSizes n, int64_t* tokens) {
   const uint32_t b = blockIdx.x / (uint32_t)n.L, l = blockIdx.x % (uint32_t)n.L;
+  const Filters& filters = sampling.filters;
   Row<kThreads, kMaxCodes> row((int)n.V);
-  row.read(row_of<T>(sampling.cond, b, l), sampling.uncond.data ? row_of<T>(sampling.uncond, b, l) : nullptr, sampling.guidance);
-  if (0 < sampling.top_k && sampling.top_k < n.V) row.keep_top_k((uint32_t)sampling.top_k);
-  if (sampling.top_p < 1) row.keep_top_p(sampling.top_p);
+  row.read(row_of<T>(sampling.cond, b, l), sampling.uncond.data ? row_of<T>(sampling.uncond, b, l) : nullptr, filters.guidance);
+  if (kTempered) row.temper(filters.temperature);
+  if (0 < filters.top_k && filters.top_k < n.V) row.keep_top_k((uint32_t)filters.top_k);
+  if (filters.top_p < 1) row.keep_top_p(filters.top_p);
   const uint32_t image = (uint32_t)sampling.image_index[b * sampling.image_index_stride];
   const uint32_t token = row.sample({*sampling.seed, l, sampling.scale_index, image});
   if (threadIdx.x == 0) tokens[blockIdx.x] = token;
 }
 
-template <typename T>
-void sample(const Sampling& sampling, SamplingSizes n, int64_t* tokens, float*) {
+template <typename T, bool kTempered>
+void sample_from(const Sampling& sampling, SamplingSizes n, int64_t* tokens) {
   const auto start = [&](auto threads, auto codes) {
-    launch(sample_tokens_fwd_kernel<T, threads, codes>, dim3((unsigned)(n.B * n.L)), threads,
+    launch(sample_tokens_fwd_kernel<T, kTempered, threads, codes>, dim3((unsigned)(n.B * n.L)), threads,
            sizeof(Shared<threads, codes>), n.stream, sampling, n, tokens);
   };
   if (n.V <= 4096) return start(Number<256>{}, Number<4096>{});
   start(Number<1024>{}, Number<16384>{});
+}
+
+template <typename T>
+void sample(const Sampling& sampling, SamplingSizes n, int64_t* tokens, float*) {
+  (sampling.filters.temperature == 1 ? sample_from<T, false> : sample_from<T, true>)(sampling, n, tokens);
 }
 
 }  // namespace

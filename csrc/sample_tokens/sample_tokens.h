@@ -15,14 +15,20 @@ struct SamplingSizes {
   void* stream;  // on a GPU
 };
 
+// What becomes of the logits of an image before they are sampled from.
+struct Filters {
+  float guidance;
+  int64_t top_k;
+  double top_p;
+  float temperature;
+};
+
 // One scale's logits and how to sample from them.
 struct Sampling {
   Tokens cond, uncond;  // (B, L, V); uncond.data null: cond is guided already
   const int64_t* image_index;
   int64_t image_index_stride;
-  float guidance;
-  int64_t top_k;
-  double top_p;
+  Filters filters;
   const uint64_t* seed;
   uint32_t scale_index;
 };

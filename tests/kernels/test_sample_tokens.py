@@ -235,6 +235,10 @@ def test_soft_embedding_low_temperature() -> None:
         ({"top_p": math.nan}, "top_p"),
         ({"guidance": math.nan}, "guidance"),
         ({"guidance": -1.0}, "guidance"),
+        ({"temperature": 0.0}, "temperature: expected a number above 0, got 0.0"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"scale_index": -1}, "scale_index"),
@@ -295,3 +299,35 @@ def test_tensor_seed(backend: str) -> None:
 def test_tensor_seed_errors(seed: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mk.sample_tokens(torch.zeros(2, 3, 5), seed=seed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_temperature(backend: str) -> None:
+    """As if the guided logits had been divided before; exact, as powers of two are."""
+    generator = torch.Generator().manual_seed(0)
+    logits = relative_logits(2 * torch.randn(3, 50, 40, generator=generator))
+    logits = logits.masked_fill(torch.rand(3, 50, 40, generator=generator) < 0.1, -torch.inf)
+    logits[..., 7] = 0.0
+    draws = []
+    for temperature in (1.0, 0.5, 4.0):
+        for top_k, top_p in ((0, 1.0), (9, 1.0), (20, 0.8)):
+            how: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "seed": 3, "backend": backend}
+            tokens = mk.sample_tokens(logits + 64.0 * (logits > -1.0), temperature=temperature, **how)
+            divided = relative_logits(logits + 64.0 * (logits > -1.0)) / temperature
+            assert torch.equal(tokens, mk.sample_tokens(divided, **how)), (temperature, top_k, top_p)
+            draws.append(tokens)
+    assert not torch.equal(draws[0], draws[3]) and not torch.equal(draws[3], draws[6])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_temperatures(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(2, 200, 20, generator=generator) for _ in range(2))
+    cond[..., 3] = -torch.inf
+    how: dict[str, Any] = {"guidance": 1.5, "backend": backend}
+    cold = mk.sample_tokens(cond, uncond, temperature=1e-320, **how)
+    assert torch.equal(cold, mk.sample_tokens(cond, uncond, top_k=1, **how))
+    hot = mk.sample_tokens(cond, uncond, temperature=1e308, **how)
+    assert torch.equal(hot, mk.sample_tokens(torch.zeros_like(cond).masked_fill(cond == -torch.inf, -torch.inf)))
+    nothing = torch.full((1, 3, 8), -torch.inf)
+    assert mk.sample_tokens(nothing, temperature=0.5, top_k=3, top_p=0.5, backend=backend).tolist() == [[0, 0, 0]]

@@ -118,7 +118,7 @@ def test_kept_codes_match_reference(V: int) -> None:
             want = reference.filtered_logits(cond, top_k, top_p).isfinite()
             for name in instruction_sets():
                 call = Sampling(cond, None, index, 0.0, top_k, top_p, SEED, SCALE)
-                mean = native.soft_embedding_cpu.forward(SoftSampling(torch.eye(V), *call, 1e-38, 100.0))[0]
+                mean = native.soft_embedding_cpu.forward(SoftSampling(torch.eye(V), *call[:8], 1e-38, 100.0))[0]
                 some = want.any(-1)  # excludes rows of −∞ only
                 assert torch.equal((mean > 0)[some], want[some]), (name, top_k, top_p)
 
@@ -148,7 +148,7 @@ def test_weights_are_bitwise_equal() -> None:
             assert reference.filtered_logits(cond, *filters).isfinite()[0, 0, 1] == kept
             for name in instruction_sets():
                 call = Sampling(cond, None, torch.zeros(1).long(), 0.0, *filters, SEED, 0)
-                mean = native.soft_embedding_cpu.forward(SoftSampling(torch.eye(2), *call, 1e-38, 100.0))[0]
+                mean = native.soft_embedding_cpu.forward(SoftSampling(torch.eye(2), *call[:8], 1e-38, 100.0))[0]
                 assert (mean[0, 0, 1] > 0) == kept, (name, x)
 
 
@@ -161,9 +161,9 @@ def test_soft_embedding(width: int, dtype: torch.dtype, codebook_dtype: torch.dt
     codebook = torch.randn(301, width, generator=generator).to(codebook_dtype)
     for top_k, temperature in ((0, 1.0), (40, 0.27), (3, 0.005)):
         call = Sampling(cond, uncond, image_indices(3), 1.5, top_k, 0.9, SMALL_SEED, 2)
-        want = reference.soft_embedding(SoftSampling(codebook, *call, 1.7, temperature))[0]
+        want = reference.soft_embedding(SoftSampling(codebook, *call[:8], 1.7, temperature))[0]
         for _ in instruction_sets():
-            got = native.soft_embedding_cpu.forward(SoftSampling(codebook, *call, 1.7, temperature))[0]
+            got = native.soft_embedding_cpu.forward(SoftSampling(codebook, *call[:8], 1.7, temperature))[0]
             tolerance = 4 * torch.finfo(codebook_dtype).eps
             torch.testing.assert_close(got, want, rtol=tolerance, atol=20 * torch.finfo(torch.float32).eps)
 
@@ -196,7 +196,9 @@ def test_num_threads_is_bitwise_deterministic(V: int) -> None:
                 torch.set_num_threads(threads)
                 call = Sampling(cond, None, index, 0.0, V // 4, 0.9, SEED, 2)
                 tokens = native.sample_tokens_cpu.forward(call)[0]
-                results.append((tokens, native.soft_embedding_cpu.forward(SoftSampling(codebook, *call, 1.5, 0.3))[0]))
+                results.append(
+                    (tokens, native.soft_embedding_cpu.forward(SoftSampling(codebook, *call[:8], 1.5, 0.3))[0])
+                )
             for other in results[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     finally:

@@ -151,9 +151,9 @@ def test_top_p_threshold() -> None:
         cond = torch.tensor([[[0.0, x]]])
         for limit, kept in ((weight + 0.5, False), (weight - 0.5, True)):
             call = Sampling(cond, None, torch.zeros(1).long(), 0.0, 0, 1 - limit / (2**30 + weight), SEED, 0)
-            mean = soft_embedding_triton.forward(SoftSampling(torch.eye(2, device=DEVICE), *moved(call), 1e-38, 100.0))[
-                0
-            ]
+            mean = soft_embedding_triton.forward(
+                SoftSampling(torch.eye(2, device=DEVICE), *moved(call)[:8], 1e-38, 100.0)
+            )[0]
             assert (mean[0, 0, 1] > 0) == kept, x
 
 

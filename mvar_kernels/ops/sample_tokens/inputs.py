@@ -16,6 +16,7 @@ class Sampling(NamedTuple):
     top_p: float
     seed: Tensor
     scale_index: int
+    temperature: float = 1.0
 
 
 class SoftSampling(NamedTuple):
@@ -35,4 +36,4 @@ class SoftSampling(NamedTuple):
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(*self[1:-2])
+        return Sampling(*self[1:9])

@@ -38,8 +38,8 @@ def _contiguous(call: Sampling | SoftSampling) -> tuple[Tensor, Tensor | None]:
     return last_dim_contiguous(call.cond), None if call.uncond is None else last_dim_contiguous(call.uncond)
 
 
-def _options(call: Sampling | SoftSampling) -> tuple[float, ...]:
-    return call.guidance, min(call.top_k, call.cond.shape[-1]), call.top_p, call.scale_index
+def _options(call: Sampling) -> tuple[float, ...]:
+    return call.guidance, min(call.top_k, call.cond.shape[-1]), call.top_p, call.temperature, call.scale_index
 
 
 def _sample_tokens(call: Sampling) -> tuple[Tensor]:
@@ -53,7 +53,7 @@ def _sample_tokens(call: Sampling) -> tuple[Tensor]:
 def _soft_embedding(call: SoftSampling) -> tuple[Tensor]:
     (cond, uncond), codebook = _contiguous(call), last_dim_contiguous(call.codebook)
     mean = torch.empty((*cond.shape[:2], codebook.shape[1]), dtype=codebook.dtype, device=cond.device)
-    options = *_options(call), DTYPES[codebook.dtype], codebook.shape[1], call.sharpness, call.temperature
+    options = *_options(call.sampling), DTYPES[codebook.dtype], codebook.shape[1], call.sharpness, call.temperature
     inputs = pointers(cond, uncond, call.image_index, call.seed, codebook)
     extension(cond).soft_embedding(dtype_and_stream(cond), cond.shape, options, inputs, pointers(mean))
     return (mean,)

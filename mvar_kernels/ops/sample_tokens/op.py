@@ -1,6 +1,6 @@
 """sample_tokens and soft_embedding: the formulas, the public functions and their checks.
 
-    logits   = cond + c·(cond − uncond)                                      classifier-free guidance
+    logits   = (cond + c·(cond − uncond)) / temperature                      classifier-free guidance
     top-k    keeps every logit ≥ the k-th largest (ties stay)
     top-p    then: in ascending order, drops while the cumulative softmax ≤ 1−p, never the largest
              (equal logits in the order of their codes)
@@ -10,7 +10,8 @@ The order and the rules are VAR's (arXiv 2404.02905). The softmax weights of top
 of 2⁻³⁰ of the largest, so that the cut is the same on every backend; noise.py has the noise.
 
 A softmax does not change when a number is added to all logits of a row, and neither does the result here: both rows
-count relative to their largest logit before guidance, and what is left relative to its largest before the noise.
+count relative to their largest logit before guidance, all logits do before they are divided by a temperature other
+than 1, and what is left before the noise.
 A code with cond = −∞ is ruled out. With uncond = −∞ alone there is nothing to guide it away from: its logit is cond's.
 +∞ counts as the largest finite number.
 
@@ -34,6 +35,7 @@ _SOFT = Op("soft_embedding", __package__, {"cpu": "native", "triton": "triton", 
 MAX_SEED = 2**63 - 1
 MAX_WORD = 2**32 - 1
 MAX_GUIDANCE = 1e6  # far beyond use, and far from overflow
+TEMPERATURES = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal float32 values
 
 
 def sample_tokens(
@@ -43,6 +45,7 @@ def sample_tokens(
     guidance: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    temperature: float = 1.0,
     seed: int | Tensor = 0,
     image_index: Tensor | None = None,
     scale_index: int = 0,
@@ -59,6 +62,8 @@ def sample_tokens(
         guidance: c ≥ 0 in (1+c)·cond − c·uncond; VAR's is cfg·k/(K−1) at scale k of K.
         top_k: 0, or V and more, keeps all codes; 1 is the arg-max.
         top_p: in (0, 1]; 1 keeps all codes.
+        temperature: above 0, Infinity's tau; the guided logits are divided by it before the filters, so that top-p is
+            of the softmax at that temperature. Beyond the normal float32 values, the nearest of them.
         seed: in [0, 2⁶³), or a 0-d int64 tensor on the logits' device, read when the kernel runs, so that a captured
             CUDA graph can be replayed with another seed. Its value is not checked; it counts modulo 2⁶⁴.
         image_index: (B,) int64, which image of the seed's series each row is, modulo 2³²; None: 0 … B−1.
@@ -73,7 +78,8 @@ def sample_tokens(
         BackendError: the named backend cannot run on these inputs.
     """
     op = "sample_tokens"
-    call = _checked(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
+    filters = guidance, top_k, top_p, temperature
+    call = _checked(op, cond, uncond, filters, seed, image_index, scale_index, backend)
     return _sample_tokens(call, backend)[0]
 
 
@@ -107,20 +113,19 @@ def soft_embedding(
         as :func:`sample_tokens`.
     """
     op = "soft_embedding"
-    call = _checked(op, cond, uncond, guidance, top_k, top_p, seed, image_index, scale_index, backend)
+    filters = guidance, top_k, top_p, 1.0
+    call = _checked(op, cond, uncond, filters, seed, image_index, scale_index, backend)
     validation.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
     sharpness = validation.positive(op, "sharpness", sharpness)
     temperature = validation.positive(op, "temperature", temperature)
-    return _soft_embedding(SoftSampling(codebook, *call, sharpness, temperature), backend)[0]
+    return _soft_embedding(SoftSampling(codebook, *call[:8], sharpness, temperature), backend)[0]
 
 
 def _checked(
     op: str,
     cond: Tensor,
     uncond: Tensor | None,
-    guidance: float,
-    top_k: int,
-    top_p: float,
+    filters: tuple[float, int, float, float],
     seed: int | Tensor,
     image_index: Tensor | None,
     scale_index: int,
@@ -135,6 +140,7 @@ def _checked(
     if image_index is None:
         image_index = torch.arange(cond.shape[0], dtype=torch.int64, device=cond.device)
     validation.tensor(op, "image_index", image_index, "B", sizes, like=cond, dtypes=(torch.int64,))
+    guidance, top_k, top_p, temperature = filters
     c, k, p = validation.number(guidance), validation.integer(top_k), validation.number(top_p)
     if c is None or not 0 <= c <= MAX_GUIDANCE:
         raise ValueError(f"{op}: guidance: expected a number from 0 to {MAX_GUIDANCE:g}, got {guidance!r}")
@@ -146,13 +152,17 @@ def _checked(
         raise ValueError(f"{op}: top_k: expected an integer of at least 0 (0 keeps all), got {top_k}")
     if p is None or not 0 < p <= 1:
         raise ValueError(f"{op}: top_p: expected a number above 0 and up to 1 (all), got {top_p!r}")
+    if temperature != 1:
+        least, most = TEMPERATURES
+        temperature = min(max(validation.positive(op, "temperature", temperature), least), most)
     scale_index = _whole(op, "scale_index", scale_index, MAX_WORD)
     if isinstance(seed, Tensor):
         validation.tensor(op, "seed", seed, "", sizes, like=cond, dtypes=(torch.int64,))
     else:
         seed = image_index.new_full((), _whole(op, "seed", seed, MAX_SEED))  # a GPU's kernel writes it: nothing waits
     check_name(backend)
-    return Sampling(cond, uncond if c else None, image_index, float(c), min(k, sizes["V"]), float(p), seed, scale_index)
+    uncond, k = uncond if c else None, min(k, sizes["V"])
+    return Sampling(cond, uncond, image_index, float(c), k, float(p), seed, scale_index, float(temperature))
 
 
 def _whole(op: str, name: str, value: object, most: int) -> int:

@@ -33,6 +33,14 @@ def relative_logits(logits: Tensor) -> Tensor:
     return logits - logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
 
 
+def tempered_logits(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over a temperature other than 1: relative to the largest of their row, or an offset would be divided."""
+    if temperature == 1:
+        return logits
+    # A number instead of a tensor, and a GPU multiplies by its inverse.
+    return relative_logits(logits) / torch.tensor(temperature, dtype=logits.dtype, device=logits.device)
+
+
 def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits with everything that top-k, then top-p, drops set to −inf. A new tensor."""
     kept = logits
@@ -51,7 +59,7 @@ def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _kept(call: Sampling) -> Tensor:
-    logits = guided_logits(call.cond, call.uncond, call.guidance)
+    logits = tempered_logits(guided_logits(call.cond, call.uncond, call.guidance), call.temperature)
     return relative_logits(filtered_logits(logits, call.top_k, call.top_p))
 
 

@@ -12,7 +12,7 @@ from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 def _case(name: str, B: int, length: int, V: int, **options: object) -> Case:
     defaults = {"guidance": 0.0, "top_k": 0, "top_p": 1.0, "guided": False, "ties": False}
-    defaults |= {"offset": 0.0, "ruled_out": False}
+    defaults |= {"temperature": 1.0, "offset": 0.0, "ruled_out": False}
     return Case(name, {"B": B, "l": length, "V": V}, defaults | options)
 
 
@@ -23,6 +23,8 @@ CASES = (
     _case("top_k", 2, 3, 67, top_k=9, guided=True, guidance=1.5),
     _case("top_p", 2, 3, 67, top_p=0.7),
     _case("ties", 2, 3, 130, top_k=40, top_p=0.8, ties=True),
+    _case("temperature", 2, 3, 67, top_k=40, top_p=0.8, guided=True, guidance=1.5, temperature=0.6),
+    _case("temperature_offset", 1, 3, 130, top_p=0.8, ties=True, temperature=1.7, offset=-1e4),
     # To a number added to all logits of a row a softmax is blind; this one leaves few bits to a float16.
     _case("offset", 2, 3, 66, guided=True, guidance=1.5, top_k=30, top_p=0.9, offset=3e4),
     _case("offset_unguided", 1, 5, 131, offset=-1e4),
@@ -67,13 +69,17 @@ def _filters(case: Case) -> dict[str, Any]:
     return {name: case.options[name] for name in ("guidance", "top_k", "top_p")}
 
 
+def _options(case: Case) -> dict[str, Any]:
+    return _filters(case) | {"temperature": case.options["temperature"]}
+
+
 DRAW: dict[str, Any] = {"seed": 2**40 + 3, "scale_index": 5}
 SOFT: dict[str, Any] = {"sharpness": 1.5, "temperature": 0.2}
 
 
 def _draw(t: Inputs, case: Case) -> Sampling:
     image_index = _image_index(t)
-    options = _filters(case) | DRAW | {"seed": image_index.new_full((), DRAW["seed"])}
+    options = _options(case) | DRAW | {"seed": image_index.new_full((), DRAW["seed"])}
     return Sampling(t["cond"], t.get("uncond"), image_index, **options)
 
 
@@ -91,7 +97,7 @@ SPECS = (
             sample_tokens(
                 t["cond"],
                 t.get("uncond"),
-                **_filters(case),
+                **_options(case),
                 **DRAW,
                 image_index=_image_index(t),
                 backend=backend,
@@ -119,7 +125,7 @@ SPECS = (
                 backend=backend,
             ),
         ),
-        reference=lambda t, case: reference.soft_embedding(SoftSampling(t["codebook"], *_draw(t, case), **SOFT)),
+        reference=lambda t, case: reference.soft_embedding(SoftSampling(t["codebook"], *_draw(t, case)[:8], **SOFT)),
         outputs=("mean",),
         bench=BENCH,
         bench_cuda=BENCH_CUDA,

@@ -15,7 +15,7 @@ to write and read, where a program that multiplied for itself would read the cod
 position.
 
 What changes from scale to scale or call to call is a run-time argument, and unspecialised. Whether there is a
-second row, a top-k and a top-p is compiled in, as what is not there would take registers all the same.
+second row, a top-k, a top-p and a temperature is compiled in, as what is not there would take registers all the same.
 """
 
 import struct
@@ -73,6 +73,7 @@ def filtered_row(
     guidance,
     top_k,
     share_bits,
+    temperature,
     HAS_UNCOND: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -95,6 +96,9 @@ def filtered_row(
         logits = below_infinity(logits + guidance * tl.where(in_both, logits - uncond, 0.0))
     logits = tl.reshape(logits, (BLOCK_V,))
     highest = tl.max(logits, 0)
+    if temperature is not None:
+        logits = tl.div_rn(logits - largest_logit(highest), temperature)
+        highest = tl.max(logits, 0)
     if TOP_K:
         logits = keep_top_k(logits, highest, top_k)
     if TOP_P:
@@ -116,7 +120,7 @@ def noise_counter(image_index_ptr, seed_ptr, image_stride, positions, scale_inde
     )
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=(*UNSPECIALISED, "temperature"))
 def _sample_tokens_fwd_kernel(
     cond_ptr,
     uncond_ptr,
@@ -134,6 +138,7 @@ def _sample_tokens_fwd_kernel(
     top_k,
     share_bits,
     scale_index,
+    temperature,
     HAS_UNCOND: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -151,6 +156,7 @@ def _sample_tokens_fwd_kernel(
         guidance,
         top_k,
         share_bits,
+        temperature,
         HAS_UNCOND,
         TOP_K,
         TOP_P,
@@ -200,6 +206,7 @@ def _soft_embedding_fwd_kernel(
         guidance,
         top_k,
         share_bits,
+        None,
         HAS_UNCOND,
         TOP_K,
         TOP_P,
@@ -231,7 +238,7 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def _launch(kernel: Any, name: str, out: Tensor, call: Sampling, *softening: float) -> None:
+def _launch(kernel: Any, name: str, out: Tensor, call: Sampling, *rest: float | None) -> None:
     B, positions, codes = call.cond.shape
     cond = last_dim_contiguous(call.cond)
     second = cond if call.uncond is None else last_dim_contiguous(call.uncond)
@@ -255,7 +262,7 @@ def _launch(kernel: Any, name: str, out: Tensor, call: Sampling, *softening: flo
         min(call.top_k, codes),
         share_bits,
         _signed(call.scale_index),
-        *softening,
+        *rest,
         HAS_UNCOND=call.uncond is not None,
         TOP_K=0 < call.top_k < codes,
         TOP_P=call.top_p < 1,
@@ -267,7 +274,9 @@ def _launch(kernel: Any, name: str, out: Tensor, call: Sampling, *softening: flo
 
 def _sample_tokens(call: Sampling) -> tuple[Tensor]:
     tokens = torch.empty(call.cond.shape[:2], dtype=torch.int64, device=call.cond.device)
-    _launch(_sample_tokens_fwd_kernel, "sample_tokens", tokens, call)
+    _launch(
+        _sample_tokens_fwd_kernel, "sample_tokens", tokens, call, None if call.temperature == 1 else call.temperature
+    )
     return (tokens,)
 
 
