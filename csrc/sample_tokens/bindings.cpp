@@ -9,7 +9,8 @@ namespace {
 
 const SampleTokensKernels* const tables[] = MVAR_TABLES(sample_tokens);
 
-// options: guidance, top_k, top_p, temperature, scale_index; inputs: cond, uncond or None, image_index, seed.
+// options: guidance, top_k, top_p, temperature, scale_index; inputs: cond, uncond or None, image_index,
+// seed, per_image or None.
 struct Call {
   const Dtype dtype;
   SamplingSizes n;
@@ -24,6 +25,7 @@ struct Call {
     sampling.image_index = (const int64_t*)image_index.data;
     sampling.image_index_stride = image_index.strides[0];
     sampling.seed = in.scalar<const uint64_t>(3, "seed");
+    if (in.has(4)) sampling.per_image = in.dense<const double>(4, "per_image", {n.B, 4});
     sampling.filters = {(float)py::cast<double>(options[0]), entry(options, 1), py::cast<double>(options[2]),
                         (float)py::cast<double>(options[3])};
     sampling.scale_index = py::cast<uint32_t>(options[4]);
@@ -49,7 +51,7 @@ void soft_embedding(const py::tuple& at, const py::tuple& shape, const py::tuple
   const Call call(DtypeAndStream(at), shape, options, in);
   const Dtype dtype = DtypeAndStream::checked(entry(options, 5));
   const int64_t width = entry(options, 6);
-  const PerSample codebook = in.per_sample(4, "codebook", {call.n.V, width}, kItemsizes[dtype]);
+  const PerSample codebook = in.per_sample(5, "codebook", {call.n.V, width}, kItemsizes[dtype]);
   const SoftEmbedding soft{codebook.data, codebook.batch_stride, width, py::cast<float>(options[7]),
                            py::cast<float>(options[8])};
   void* const mean = Tensors(outputs).dense<char>(0, "mean", {call.n.B, call.n.L, width}, kItemsizes[dtype]);

@@ -5,6 +5,7 @@
 
 #include "common/threads.h"
 #include "filter.h"
+#include "per_image.h"
 
 namespace mvar {
 namespace MVAR_INSTRUCTION_SET {
@@ -174,8 +175,8 @@ void for_each_position(const Sampling& sampling, SamplingSizes n, float* shares,
     Row& row = scratch.row;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < positions; ++i) {
-      const Filters& filters = sampling.filters;
-      read_row<T>(row, filters.guidance, n.V, cond(i), uncond(i));
+      const Filters filters = filters_of(sampling, i / n.L);
+      read_row<T>(row, filters.guidance, n.V, cond(i), filters.guidance != 0 ? uncond(i) : nullptr);
       if (filters.temperature != 1) temper(row, filters.temperature);
       if (0 < filters.top_k && filters.top_k < n.V) keep_top_k(row, filters.top_k);
       if (filters.top_p < 1) keep_top_p(row, filters.top_p);

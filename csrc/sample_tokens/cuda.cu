@@ -30,6 +30,7 @@
 #include "common/cuda/numbers.h"
 #include "common/cuda/reduce.h"
 #include "sample_tokens/noise.h"
+#include "sample_tokens/per_image.h"
 #include "sample_tokens/sample_tokens.h"
 
 namespace mvar {
@@ -306,14 +307,16 @@ __device__ const T* row_of(const Tokens& t, uint32_t b, uint32_t l) {
   return (const T*)t.data + b * t.batch_stride + l * t.row_stride;
 }
 
-template <typename T, bool kTempered, int kThreads, int kMaxCodes>
+// kPlain: one number for all images, and no temperature.
+template <typename T, bool kPlain, int kThreads, int kMaxCodes>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     sample_tokens_fwd_kernel(Sampling sampling, SamplingSizes n, int64_t* tokens) {
   const uint32_t b = blockIdx.x / (uint32_t)n.L, l = blockIdx.x % (uint32_t)n.L;
-  const Filters& filters = sampling.filters;
+  const Filters filters = kPlain ? sampling.filters : filters_of(sampling, b);
+  const bool guided = sampling.uncond.data && filters.guidance != 0;
   Row<kThreads, kMaxCodes> row((int)n.V);
-  row.read(row_of<T>(sampling.cond, b, l), sampling.uncond.data ? row_of<T>(sampling.uncond, b, l) : nullptr, filters.guidance);
-  if (kTempered) row.temper(filters.temperature);
+  row.read(row_of<T>(sampling.cond, b, l), guided ? row_of<T>(sampling.uncond, b, l) : nullptr, filters.guidance);
+  if (!kPlain && filters.temperature != 1) row.temper(filters.temperature);
   if (0 < filters.top_k && filters.top_k < n.V) row.keep_top_k((uint32_t)filters.top_k);
   if (filters.top_p < 1) row.keep_top_p(filters.top_p);
   const uint32_t image = (uint32_t)sampling.image_index[b * sampling.image_index_stride];
@@ -321,10 +324,10 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   if (threadIdx.x == 0) tokens[blockIdx.x] = token;
 }
 
-template <typename T, bool kTempered>
+template <typename T, bool kPlain>
 void sample_from(const Sampling& sampling, SamplingSizes n, int64_t* tokens) {
   const auto start = [&](auto threads, auto codes) {
-    launch(sample_tokens_fwd_kernel<T, kTempered, threads, codes>, dim3((unsigned)(n.B * n.L)), threads,
+    launch(sample_tokens_fwd_kernel<T, kPlain, threads, codes>, dim3((unsigned)(n.B * n.L)), threads,
            sizeof(Shared<threads, codes>), n.stream, sampling, n, tokens);
   };
   if (n.V <= 4096) return start(Number<256>{}, Number<4096>{});
@@ -333,7 +336,8 @@ void sample_from(const Sampling& sampling, SamplingSizes n, int64_t* tokens) {
 
 template <typename T>
 void sample(const Sampling& sampling, SamplingSizes n, int64_t* tokens, float*) {
-  (sampling.filters.temperature == 1 ? sample_from<T, false> : sample_from<T, true>)(sampling, n, tokens);
+  const bool plain = sampling.filters.temperature == 1 && !sampling.per_image;
+  (plain ? sample_from<T, true> : sample_from<T, false>)(sampling, n, tokens);
 }
 
 }  // namespace

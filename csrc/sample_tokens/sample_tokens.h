@@ -28,7 +28,8 @@ struct Sampling {
   Tokens cond, uncond;  // (B, L, V); uncond.data null: cond is guided already
   const int64_t* image_index;
   int64_t image_index_stride;
-  Filters filters;
+  Filters filters;          // of all images, unless there are
+  const double* per_image;  // (B, 4), the four numbers of each, or null
   const uint64_t* seed;
   uint32_t scale_index;
 };

@@ -331,3 +331,87 @@ def test_extreme_temperatures(backend: str) -> None:
     assert torch.equal(hot, mk.sample_tokens(torch.zeros_like(cond).masked_fill(cond == -torch.inf, -torch.inf)))
     nothing = torch.full((1, 3, 8), -torch.inf)
     assert mk.sample_tokens(nothing, temperature=0.5, top_k=3, top_p=0.5, backend=backend).tolist() == [[0, 0, 0]]
+
+
+PARAMETERS: dict[str, tuple[Tensor, ...]] = {
+    "guidance": (torch.tensor([0.0, 0.4, 1.5, 0.0]), torch.tensor([0.0, 0.3, 2.0, 0.0], dtype=torch.float64)),
+    "top_k": (torch.tensor([0, 1, 9, 40]), torch.tensor([67, 70, 5, 30], dtype=torch.int32)),
+    "top_p": (torch.tensor([1.0, 0.9, 0.7, 1e-9]), torch.tensor([0.5, 1.0, 1.0, 0.8], dtype=torch.float64)),
+    "temperature": (torch.tensor([1.0, 0.6, 1.0, 1.7]), torch.tensor([1.3, 1.0, 0.4, 1.0], dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_per_image_equal_numbers(backend: str) -> None:
+    """All as tensors, and each alone beside numbers."""
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (2 * torch.randn(4, 30, 67, generator=generator) for _ in range(2))
+    cond[:, ::2], uncond[:, ::2] = cond[:, ::2].round() + 2.0**20, uncond[:, ::2].round() - 1e5
+    cond[torch.rand(cond.shape, generator=generator) < 0.1] = -torch.inf
+    codebook, numbers = torch.randn(67, 5, generator=generator), {"top_k": 30, "top_p": 0.9}
+    how: dict[str, Any] = {"seed": 3, "scale_index": 2, "backend": backend}
+    for some in (PARAMETERS.keys(), *([name] for name in PARAMETERS)):
+        for choice in (0, 1):
+            tensors = {name: torch.stack([PARAMETERS[name][choice]] * 2, -1)[:, 0] for name in some}
+            soft = {name: value for name, value in tensors.items() if name != "temperature"}
+            got = mk.sample_tokens(cond, uncond, **numbers | how | tensors)
+            got_soft = mk.soft_embedding(cond, uncond, codebook, **numbers | how | soft)
+            for i in range(4):
+                of_image = numbers | how | {"image_index": torch.tensor([i])}
+                of_image |= {name: value[i].item() for name, value in tensors.items()}
+                rows = cond[i : i + 1], uncond[i : i + 1]
+                assert torch.equal(got[i : i + 1], mk.sample_tokens(*rows, **of_image)), (some, choice, i)
+                of_image.pop("temperature", None)
+                assert torch.equal(got_soft[i : i + 1], mk.soft_embedding(*rows, codebook, **of_image))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_per_image_out_of_range(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(3, 40, 20, generator=generator) for _ in range(2))
+    for name, values, same in (
+        ("guidance", (-1.0, math.nan, math.inf), (0.0, 0.0, 1e6)),
+        ("top_k", (-5, 2**60, -(2**63)), (0, 0, 0)),
+        ("top_p", (0.0, math.nan, 7.0), (1e-30, 1e-30, 1.0)),
+        ("temperature", (-1.0, math.nan, math.inf), (1e-60, 1e-60, 1e300)),
+    ):
+        how: dict[str, Any] = {"seed": 3, "backend": backend} | {"guidance": 1.5, name: torch.tensor(values)}
+        got = mk.sample_tokens(cond, uncond, **how)
+        for i, value in enumerate(same):
+            how |= {"image_index": torch.tensor([i]), name: value}
+            assert torch.equal(got[i : i + 1], mk.sample_tokens(cond[i : i + 1], uncond[i : i + 1], **how)), (name, i)
+
+
+def test_parameters_per_image_are_not_read_on_the_host() -> None:
+    """Under torch.compile a value read on the host is a graph break; a compiled call reads new values."""
+    cond, uncond = (torch.randn(3, 4, 20, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    torch.compiler.reset()
+    compiled = torch.compile(mk.sample_tokens, fullgraph=True, backend="aot_eager")
+    for top_k, share in (((1, 5, 0), 0.9), ((0, 1, 3), 0.5)):
+        how: dict[str, Any] = {"guidance": torch.tensor([0.0, 1.0, 1.5]), "top_k": torch.tensor(top_k)}
+        how |= {"top_p": torch.full((3,), share), "temperature": torch.tensor([1.0, 0.5, 2.0])}
+        assert torch.equal(compiled(cond, uncond, **how), mk.sample_tokens(cond, uncond, **how))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"top_p": torch.ones(3)}, ValueError, r"top_p: expected shape \(B=2\), got \(3,\)"),
+        ({"top_k": torch.ones(2)}, TypeError, "top_k: expected dtype int64 or int32, got float32"),
+        (
+            {"temperature": torch.ones(2, dtype=torch.int64)},
+            TypeError,
+            "temperature: expected dtype float32 or float64",
+        ),
+        ({"top_p": torch.ones(2, device="meta")}, ValueError, "top_p: expected device cpu"),
+        (
+            {"guidance": torch.ones(2)},
+            ValueError,
+            "uncond: expected logits to guide away from, as guidance is a tensor",
+        ),
+        ({"top_p": torch.ones(2), "top_k": -1}, ValueError, "top_k: expected an integer"),
+    ],
+)
+def test_parameters_per_image_errors(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mk.sample_tokens(torch.zeros(2, 3, 5), **wrong)

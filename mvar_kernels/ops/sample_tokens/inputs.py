@@ -6,7 +6,11 @@ from torch import Tensor
 
 
 class Sampling(NamedTuple):
-    """A token is sampled at every position of one scale, as in :func:`mvar_kernels.sample_tokens`."""
+    """A token is sampled at every position of one scale, as in :func:`mvar_kernels.sample_tokens`.
+
+    per_image: (B, 4) float64, contiguous and on the device: guidance, top_k (1 to V), top_p and temperature of each
+    image, in range. The four numbers are then not read.
+    """
 
     cond: Tensor
     uncond: Tensor | None
@@ -17,6 +21,7 @@ class Sampling(NamedTuple):
     seed: Tensor
     scale_index: int
     temperature: float = 1.0
+    per_image: Tensor | None = None
 
 
 class SoftSampling(NamedTuple):
@@ -33,7 +38,8 @@ class SoftSampling(NamedTuple):
     scale_index: int
     sharpness: float
     temperature: float
+    per_image: Tensor | None = None
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(*self[1:9])
+        return Sampling(*self[1:9], per_image=self.per_image)

@@ -45,7 +45,7 @@ def _options(call: Sampling) -> tuple[float, ...]:
 def _sample_tokens(call: Sampling) -> tuple[Tensor]:
     cond, uncond = _contiguous(call)
     tokens = torch.empty(cond.shape[:2], dtype=torch.int64, device=cond.device)
-    inputs = pointers(cond, uncond, call.image_index, call.seed)
+    inputs = pointers(cond, uncond, call.image_index, call.seed, call.per_image)
     extension(cond).sample_tokens(dtype_and_stream(cond), cond.shape, _options(call), inputs, pointers(tokens))
     return (tokens,)
 
@@ -54,7 +54,7 @@ def _soft_embedding(call: SoftSampling) -> tuple[Tensor]:
     (cond, uncond), codebook = _contiguous(call), last_dim_contiguous(call.codebook)
     mean = torch.empty((*cond.shape[:2], codebook.shape[1]), dtype=codebook.dtype, device=cond.device)
     options = *_options(call.sampling), DTYPES[codebook.dtype], codebook.shape[1], call.sharpness, call.temperature
-    inputs = pointers(cond, uncond, call.image_index, call.seed, codebook)
+    inputs = pointers(cond, uncond, call.image_index, call.seed, call.per_image, codebook)
     extension(cond).soft_embedding(dtype_and_stream(cond), cond.shape, options, inputs, pointers(mean))
     return (mean,)
 

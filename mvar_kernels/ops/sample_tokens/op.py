@@ -36,22 +36,29 @@ MAX_SEED = 2**63 - 1
 MAX_WORD = 2**32 - 1
 MAX_GUIDANCE = 1e6  # far beyond use, and far from overflow
 TEMPERATURES = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal float32 values
+NEUTRAL: dict[str, float] = {"guidance": 1.0, "top_k": 0, "top_p": 1.0, "temperature": 1.0}  # in place of a tensor
 
 
 def sample_tokens(
     cond: Tensor,
     uncond: Tensor | None = None,
     *,
-    guidance: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    temperature: float = 1.0,
+    guidance: float | Tensor = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
     seed: int | Tensor = 0,
     image_index: Tensor | None = None,
     scale_index: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """Sample a token at every position of one scale.
+
+    guidance, top_k, top_p and temperature: a number, or one for each image in a tensor (B,) on the logits' device,
+    int64 or int32 for top_k and float32 or float64 for the others. An image's tokens are the same either way. Tensors
+    are not read on the host, so their values are not checked: a guidance below 0 counts as 0, one above 10⁶ as 10⁶; a
+    top_k below 1 keeps all codes; a top_p of 0 and less keeps the largest logit alone, one above 1 all codes; a
+    temperature of 0 and less is the least there is; and NaN counts as a value below the range.
 
     Args:
         cond: (B, l, V) logits, float16, bfloat16, float32 or float64. A code at −∞ is never sampled, +∞ counts as the
@@ -88,9 +95,9 @@ def soft_embedding(
     uncond: Tensor | None,
     codebook: Tensor,
     *,
-    guidance: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    guidance: float | Tensor = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
     sharpness: float = 1.0,
     temperature: float = 1.0,
     seed: int | Tensor = 0,
@@ -118,14 +125,14 @@ def soft_embedding(
     validation.tensor(op, "codebook", codebook, "V width", {"V": cond.shape[-1]}, like=cond)
     sharpness = validation.positive(op, "sharpness", sharpness)
     temperature = validation.positive(op, "temperature", temperature)
-    return _soft_embedding(SoftSampling(codebook, *call[:8], sharpness, temperature), backend)[0]
+    return _soft_embedding(SoftSampling(codebook, *call[:8], sharpness, temperature, call.per_image), backend)[0]
 
 
 def _checked(
     op: str,
     cond: Tensor,
     uncond: Tensor | None,
-    filters: tuple[float, int, float, float],
+    filters: tuple[float | Tensor, int | Tensor, float | Tensor, float | Tensor],
     seed: int | Tensor,
     image_index: Tensor | None,
     scale_index: int,
@@ -141,20 +148,27 @@ def _checked(
         image_index = torch.arange(cond.shape[0], dtype=torch.int64, device=cond.device)
     validation.tensor(op, "image_index", image_index, "B", sizes, like=cond, dtypes=(torch.int64,))
     guidance, top_k, top_p, temperature = filters
-    c, k, p = validation.number(guidance), validation.integer(top_k), validation.number(top_p)
+    c, k, p, t = map(validation.number, filters)
+    tensors: dict[str, Tensor] = {}
+    if None in (c, k, p, t):
+        tensors = {n: v for n, v in zip(NEUTRAL, filters, strict=True) if isinstance(v, Tensor) and v.dim()}
+        for name, value in tensors.items():
+            dtypes = (torch.int64, torch.int32) if name == "top_k" else (torch.float32, torch.float64)
+            validation.tensor(op, name, value, "B", sizes, like=cond, dtypes=dtypes)
+        c, k, p, t = (NEUTRAL[n] if n in tensors else v for n, v in zip(NEUTRAL, (c, k, p, t), strict=True))
     if c is None or not 0 <= c <= MAX_GUIDANCE:
         raise ValueError(f"{op}: guidance: expected a number from 0 to {MAX_GUIDANCE:g}, got {guidance!r}")
     if c and uncond is None:
-        raise ValueError(f"{op}: uncond: expected logits to guide away from, as guidance is {c}; got None")
+        given = "a tensor" if "guidance" in tensors else c
+        raise ValueError(f"{op}: uncond: expected logits to guide away from, as guidance is {given}; got None")
     if sizes["V"] < 1:
         raise ValueError(f"{op}: cond: expected at least one code, got shape {tuple(cond.shape)}")
-    if k is None or k < 0:
+    if not isinstance(k, int) or k < 0:
         raise ValueError(f"{op}: top_k: expected an integer of at least 0 (0 keeps all), got {top_k}")
     if p is None or not 0 < p <= 1:
         raise ValueError(f"{op}: top_p: expected a number above 0 and up to 1 (all), got {top_p!r}")
-    if temperature != 1:
-        least, most = TEMPERATURES
-        temperature = min(max(validation.positive(op, "temperature", temperature), least), most)
+    if t != 1:
+        t = min(max(validation.positive(op, "temperature", temperature), TEMPERATURES[0]), TEMPERATURES[1])
     scale_index = _whole(op, "scale_index", scale_index, MAX_WORD)
     if isinstance(seed, Tensor):
         validation.tensor(op, "seed", seed, "", sizes, like=cond, dtypes=(torch.int64,))
@@ -162,7 +176,23 @@ def _checked(
         seed = image_index.new_full((), _whole(op, "seed", seed, MAX_SEED))  # a GPU's kernel writes it: nothing waits
     check_name(backend)
     uncond, k = uncond if c else None, min(k, sizes["V"])
-    return Sampling(cond, uncond, image_index, float(c), k, float(p), seed, scale_index, float(temperature))
+    per_image = _per_image(tensors, (c, k, p, t), sizes, cond.device) if tensors else None
+    return Sampling(cond, uncond, image_index, float(c), k, float(p), seed, scale_index, float(t), per_image)
+
+
+def _per_image(
+    tensors: dict[str, Tensor], numbers: tuple[float, ...], sizes: dict[str, int], device: torch.device
+) -> Tensor:
+    """The parameters of each image, in range: the tensors, and numbers where there is none."""
+    V, (coldest, hottest) = sizes["V"], TEMPERATURES
+    # Least and largest value, and what counts in place of one that is below.
+    ranges = ((0, MAX_GUIDANCE, 0), (1, V, V), (0, 1, 0), (coldest, hottest, coldest))
+    columns = []
+    for name, number, (least, most, below) in zip(NEUTRAL, numbers, ranges, strict=True):
+        values = torch.full((sizes["B"],), number, dtype=torch.float64, device=device)
+        values = tensors.get(name, values).to(torch.float64)
+        columns.append(torch.where(values >= least, values, below).clamp(max=most))
+    return torch.stack(columns, -1)
 
 
 def _whole(op: str, name: str, value: object, most: int) -> int:

@@ -12,20 +12,22 @@ from mvar_kernels.validation import accumulator
 WEIGHT_ONE = 2**30
 
 
-def guided_logits(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
+def guided_logits(cond: Tensor, uncond: Tensor | None, guidance: float | Tensor) -> Tensor:
     """cond + c·(cond − uncond) in float32 (float64 for float64), but for a number that a row's logits share.
 
     Each row is taken relative to its largest logit first: that difference is rounded once, whatever was added to all.
+    Where c is 0, cond. This and the other parameters: a number, or one for each image, (B, 1, 1).
     """
     acc = accumulator(cond.dtype)
     largest = torch.finfo(acc).max
     cond = cond.to(acc).clamp(max=largest)
-    if uncond is None:
+    if uncond is None or _is(guidance, 0):
         return cond
-    c = torch.tensor(guidance, dtype=acc, device=cond.device)
-    cond, uncond = relative_logits(cond), relative_logits(uncond.to(acc).clamp(max=largest))
-    push = (cond - uncond).masked_fill(cond.isneginf() | uncond.isneginf(), 0)
-    return (cond + c * push).clamp(max=largest)
+    c = torch.as_tensor(guidance, dtype=acc, device=cond.device)
+    of_cond, of_uncond = relative_logits(cond), relative_logits(uncond.to(acc).clamp(max=largest))
+    push = (of_cond - of_uncond).masked_fill(of_cond.isneginf() | of_uncond.isneginf(), 0)
+    guided = (of_cond + c * push).clamp(max=largest)
+    return torch.where(c == 0, cond, guided) if isinstance(guidance, Tensor) else guided
 
 
 def relative_logits(logits: Tensor) -> Tensor:
@@ -33,34 +35,53 @@ def relative_logits(logits: Tensor) -> Tensor:
     return logits - logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
 
 
-def tempered_logits(logits: Tensor, temperature: float) -> Tensor:
+def tempered_logits(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """Logits over a temperature other than 1: relative to the largest of their row, or an offset would be divided."""
-    if temperature == 1:
+    if _is(temperature, 1):
         return logits
     # A number instead of a tensor, and a GPU multiplies by its inverse.
-    return relative_logits(logits) / torch.tensor(temperature, dtype=logits.dtype, device=logits.device)
+    divisor = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
+    return torch.where(divisor == 1, logits, relative_logits(logits) / divisor)
 
 
-def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits with everything that top-k, then top-p, drops set to −inf. A new tensor."""
+def filtered_logits(logits: Tensor, top_k: int | Tensor, top_p: float | Tensor) -> Tensor:
+    """Logits with everything that top-k, then top-p, drops set to −inf. A new tensor.
+
+    A top_k for each image is 1 to V, a top_p for each image 0 to 1.
+    """
     kept = logits
-    if 0 < top_k < logits.shape[-1]:
+    if isinstance(top_k, Tensor):
+        places = (top_k.to(torch.int64) - 1).expand(*logits.shape[:-1], 1)
+        kth = logits.sort(dim=-1, descending=True).values.gather(-1, places)
+        kept = logits.masked_fill(logits < kth, -torch.inf)
+    elif 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         kept = logits.masked_fill(logits < kth, -torch.inf)  # ties with the k-th stay
-    if top_p < 1:
+    if isinstance(top_p, Tensor) or top_p < 1:
         ascending, order = kept.sort(dim=-1, stable=True)
         weights = noise.exp_negative(relative_logits(ascending).float()) * WEIGHT_ONE
         cumulative = weights.to(torch.int64).cumsum(-1)
         limit = (cumulative[..., -1:].double() * (1 - top_p)).floor().to(torch.int64)
         drop = cumulative <= limit
         drop[..., -1] = False  # never the largest
+        if isinstance(top_p, Tensor):
+            drop &= top_p < 1
         kept = kept.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
     return kept
 
 
+def _is(parameter: float | Tensor, value: float) -> bool:
+    return not isinstance(parameter, Tensor) and parameter == value
+
+
 def _kept(call: Sampling) -> Tensor:
-    logits = tempered_logits(guided_logits(call.cond, call.uncond, call.guidance), call.temperature)
-    return relative_logits(filtered_logits(logits, call.top_k, call.top_p))
+    guidance, top_k, top_p, temperature = (
+        (call.guidance, call.top_k, call.top_p, call.temperature)
+        if call.per_image is None
+        else call.per_image[:, :, None, None].unbind(1)
+    )
+    logits = tempered_logits(guided_logits(call.cond, call.uncond, guidance), temperature)
+    return relative_logits(filtered_logits(logits, top_k, top_p))
 
 
 def _noise(call: Sampling) -> Tensor:

@@ -12,7 +12,7 @@ from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 def _case(name: str, B: int, length: int, V: int, **options: object) -> Case:
     defaults = {"guidance": 0.0, "top_k": 0, "top_p": 1.0, "guided": False, "ties": False}
-    defaults |= {"temperature": 1.0, "offset": 0.0, "ruled_out": False}
+    defaults |= {"per_image": {}, "temperature": 1.0, "offset": 0.0, "ruled_out": False}
     return Case(name, {"B": B, "l": length, "V": V}, defaults | options)
 
 
@@ -25,6 +25,21 @@ CASES = (
     _case("ties", 2, 3, 130, top_k=40, top_p=0.8, ties=True),
     _case("temperature", 2, 3, 67, top_k=40, top_p=0.8, guided=True, guidance=1.5, temperature=0.6),
     _case("temperature_offset", 1, 3, 130, top_p=0.8, ties=True, temperature=1.7, offset=-1e4),
+    _case(
+        "per_image",
+        3,
+        3,
+        67,
+        guided=True,
+        ties=True,
+        per_image={
+            "guidance": (0.0, 1.5, 0.3),
+            "top_k": (9, 0, 40),
+            "top_p": (1.0, 0.7, 0.8),
+            "temperature": (1.0, 1.0, 0.6),
+        },
+    ),
+    _case("per_image_unguided", 2, 3, 130, top_p=0.9, temperature=1.3, offset=-1e4, per_image={"top_k": (1, 30)}),
     # To a number added to all logits of a row a softmax is blind; this one leaves few bits to a float16.
     _case("offset", 2, 3, 66, guided=True, guidance=1.5, top_k=30, top_p=0.9, offset=3e4),
     _case("offset_unguided", 1, 5, 131, offset=-1e4),
@@ -65,22 +80,31 @@ def _image_index(t: Inputs) -> torch.Tensor:
     return torch.arange(7, 7 + t["cond"].shape[0], dtype=torch.int64, device=t["cond"].device)
 
 
-def _filters(case: Case) -> dict[str, Any]:
-    return {name: case.options[name] for name in ("guidance", "top_k", "top_p")}
-
-
-def _options(case: Case) -> dict[str, Any]:
-    return _filters(case) | {"temperature": case.options["temperature"]}
-
-
+FILTERS = ("guidance", "top_k", "top_p")
 DRAW: dict[str, Any] = {"seed": 2**40 + 3, "scale_index": 5}
 SOFT: dict[str, Any] = {"sharpness": 1.5, "temperature": 0.2}
 
 
-def _draw(t: Inputs, case: Case) -> Sampling:
-    image_index = _image_index(t)
-    options = _options(case) | DRAW | {"seed": image_index.new_full((), DRAW["seed"])}
-    return Sampling(t["cond"], t.get("uncond"), image_index, **options)
+def _options(t: Inputs, case: Case, names: tuple[str, ...]) -> dict[str, Any]:
+    options = {name: case.options[name] for name in names}
+    for name, values in case.options["per_image"].items():
+        if name in names:
+            dtype = torch.int32 if name == "top_k" else torch.float64
+            options[name] = torch.tensor(values, dtype=dtype, device=t["cond"].device)
+    return options
+
+
+def _draws(t: Inputs, case: Case, names: tuple[str, ...]) -> list[Sampling]:
+    """Records with numbers alone, whose outputs make up that of a call: one for each image where its options differ."""
+    image_index, per_image = _image_index(t), case.options["per_image"]
+    B = len(image_index)
+    calls = []
+    for images in [slice(i, i + 1) for i in range(B)] if per_image else [slice(B)]:
+        options = {name: per_image[name][images.start] if name in per_image else case.options[name] for name in names}
+        options |= DRAW | {"seed": image_index.new_full((), DRAW["seed"])}
+        uncond = t["uncond"][images] if "uncond" in t else None
+        calls.append(Sampling(t["cond"][images], uncond, image_index[images], **options))
+    return calls
 
 
 def _work(case: Case, itemsize: int) -> tuple[int, int]:
@@ -97,13 +121,15 @@ SPECS = (
             sample_tokens(
                 t["cond"],
                 t.get("uncond"),
-                **_options(case),
+                **_options(t, case, (*FILTERS, "temperature")),
                 **DRAW,
                 image_index=_image_index(t),
                 backend=backend,
             ),
         ),
-        reference=lambda t, case: reference.sample_tokens(_draw(t, case)),
+        reference=lambda t, case: (
+            torch.cat([reference.sample_tokens(call)[0] for call in _draws(t, case, (*FILTERS, "temperature"))]),
+        ),
         outputs=("tokens",),
         bench=BENCH,
         bench_cuda=BENCH_CUDA,
@@ -118,14 +144,21 @@ SPECS = (
                 t["cond"],
                 t.get("uncond"),
                 t["codebook"],
-                **_filters(case),
+                **_options(t, case, FILTERS),
                 **SOFT,
                 **DRAW,
                 image_index=_image_index(t),
                 backend=backend,
             ),
         ),
-        reference=lambda t, case: reference.soft_embedding(SoftSampling(t["codebook"], *_draw(t, case)[:8], **SOFT)),
+        reference=lambda t, case: (
+            torch.cat(
+                [
+                    reference.soft_embedding(SoftSampling(t["codebook"], *call[:8], **SOFT))[0]
+                    for call in _draws(t, case, FILTERS)
+                ]
+            ),
+        ),
         outputs=("mean",),
         bench=BENCH,
         bench_cuda=BENCH_CUDA,

@@ -15,7 +15,8 @@ to write and read, where a program that multiplied for itself would read the cod
 position.
 
 What changes from scale to scale or call to call is a run-time argument, and unspecialised. Whether there is a
-second row, a top-k, a top-p and a temperature is compiled in, as what is not there would take registers all the same.
+second row, a top-k, a top-p, a temperature and parameters of each image is compiled in, as what is not there would
+take registers all the same.
 """
 
 import struct
@@ -51,6 +52,7 @@ CANDIDATES = (Tile({"maxnreg": 80}, warps=8), Tile({}, warps=8), Tile({"maxnreg"
 WIDE_CANDIDATES = (Tile({}, warps=16), Tile({}, warps=32))  # of more than 4,096 codes
 UNSPECIALISED = (
     "seed_ptr",
+    "per_image_ptr",
     "image_stride",
     "positions",
     "guidance",
@@ -64,6 +66,7 @@ UNSPECIALISED = (
 def filtered_row(
     cond_ptr,
     uncond_ptr,
+    per_image_ptr,
     cond_batch_stride,
     cond_row_stride,
     uncond_batch_stride,
@@ -87,22 +90,36 @@ def filtered_row(
     mask_v = offs_v < codes
     cond_ptr += image * cond_batch_stride + position * cond_row_stride
     logits = below_infinity(tl.load(cond_ptr + offs_v, mask=mask_v, other=-INFINITY).to(tl.float32))
+    share = share_bits.to(tl.float64, bitcast=True)
+    if per_image_ptr is not None:
+        guidance = tl.load(per_image_ptr + 4 * image).to(tl.float32)
+        top_k = tl.load(per_image_ptr + 4 * image + 1).to(tl.int32)
+        share = 1.0 - tl.load(per_image_ptr + 4 * image + 2)
+        temperature = tl.load(per_image_ptr + 4 * image + 3).to(tl.float32)
     if HAS_UNCOND:
         uncond_ptr += image * uncond_batch_stride + position * uncond_row_stride
         uncond = below_infinity(tl.load(uncond_ptr + offs_v, mask=mask_v, other=-INFINITY).to(tl.float32))
-        logits -= largest_logit(tl.max(tl.max(logits, 1), 0))
+        guided = logits - largest_logit(tl.max(tl.max(logits, 1), 0))
         uncond -= largest_logit(tl.max(tl.max(uncond, 1), 0))
-        in_both = (logits > -INFINITY) & (uncond > -INFINITY)
-        logits = below_infinity(logits + guidance * tl.where(in_both, logits - uncond, 0.0))
+        in_both = (guided > -INFINITY) & (uncond > -INFINITY)
+        guided = below_infinity(guided + guidance * tl.where(in_both, guided - uncond, 0.0))
+        if per_image_ptr is not None:
+            guided = tl.where(guidance == 0.0, logits, guided)
+        logits = guided
     logits = tl.reshape(logits, (BLOCK_V,))
     highest = tl.max(logits, 0)
     if temperature is not None:
-        logits = tl.div_rn(logits - largest_logit(highest), temperature)
+        tempered = tl.div_rn(logits - largest_logit(highest), temperature)
+        logits = tl.where(temperature == 1.0, logits, tempered)  # an image's may be 1
         highest = tl.max(logits, 0)
     if TOP_K:
         logits = keep_top_k(logits, highest, top_k)
     if TOP_P:
-        logits = keep_top_p(logits, highest, share_bits.to(tl.float64, bitcast=True))
+        if per_image_ptr is None:
+            logits = keep_top_p(logits, highest, share)
+        else:
+            if share > 0:
+                logits = keep_top_p(logits, highest, share)
     return logits - largest_logit(highest)
 
 
@@ -126,6 +143,7 @@ def _sample_tokens_fwd_kernel(
     uncond_ptr,
     image_index_ptr,
     seed_ptr,
+    per_image_ptr,
     tokens_ptr,
     cond_batch_stride,
     cond_row_stride,
@@ -147,6 +165,7 @@ def _sample_tokens_fwd_kernel(
     logits = filtered_row(
         cond_ptr,
         uncond_ptr,
+        per_image_ptr,
         cond_batch_stride,
         cond_row_stride,
         uncond_batch_stride,
@@ -175,6 +194,7 @@ def _soft_embedding_fwd_kernel(
     uncond_ptr,
     image_index_ptr,
     seed_ptr,
+    per_image_ptr,
     weights_ptr,
     cond_batch_stride,
     cond_row_stride,
@@ -197,6 +217,7 @@ def _soft_embedding_fwd_kernel(
     logits = filtered_row(
         cond_ptr,
         uncond_ptr,
+        per_image_ptr,
         cond_batch_stride,
         cond_row_stride,
         uncond_batch_stride,
@@ -244,6 +265,7 @@ def _launch(kernel: Any, name: str, out: Tensor, call: Sampling, *rest: float | 
     second = cond if call.uncond is None else last_dim_contiguous(call.uncond)
     block = max(LEAST_BLOCK, triton.next_power_of_2(codes))
     candidates = CANDIDATES if block <= 4096 else WIDE_CANDIDATES
+    per_image = call.per_image is not None
     tile = tiling.chosen(name, f"V{block}", candidates, cond.device)
     # A float argument would be a float32: the share that top-p drops goes as its bits, and never as a small int32.
     (share_bits,) = struct.unpack("<q", struct.pack("<d", 1 - call.top_p if call.top_p < 1 else 1.0))
@@ -252,6 +274,7 @@ def _launch(kernel: Any, name: str, out: Tensor, call: Sampling, *rest: float | 
         second,
         call.image_index,
         call.seed,
+        call.per_image,
         out,
         *cond.stride()[:2],
         *second.stride()[:2],
@@ -263,9 +286,9 @@ def _launch(kernel: Any, name: str, out: Tensor, call: Sampling, *rest: float | 
         share_bits,
         _signed(call.scale_index),
         *rest,
-        HAS_UNCOND=call.uncond is not None,
-        TOP_K=0 < call.top_k < codes,
-        TOP_P=call.top_p < 1,
+        HAS_UNCOND=call.uncond is not None and (per_image or call.guidance != 0),
+        TOP_K=per_image or 0 < call.top_k < codes,
+        TOP_P=per_image or call.top_p < 1,
         BLOCK_V=block,
         enable_fp_fusion=False,
         **tile.arguments(),
