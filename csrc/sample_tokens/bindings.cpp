@@ -9,7 +9,7 @@ namespace {
 
 const SampleTokensKernels* const tables[] = MVAR_TABLES(sample_tokens);
 
-// options: guidance, top_k, top_p, temperature, scale_index; inputs: cond, uncond or None, image_index,
+// options: guidance, top_k, top_p, temperature, scale_index, samples; inputs: cond, uncond or None, image_index,
 // seed, per_image or None.
 struct Call {
   const Dtype dtype;
@@ -29,6 +29,7 @@ struct Call {
     sampling.filters = {(float)py::cast<double>(options[0]), entry(options, 1), py::cast<double>(options[2]),
                         (float)py::cast<double>(options[3])};
     sampling.scale_index = py::cast<uint32_t>(options[4]);
+    sampling.samples = entry(options, 5);
     workspace.reset(new float[tables[current]->workspace(n.V)]);
   }
 };
@@ -37,7 +38,7 @@ struct Call {
 void sample(const py::tuple& at, const py::tuple& shape, const py::tuple& options, const py::tuple& inputs,
             const py::tuple& outputs) {
   const Call call(DtypeAndStream(at), shape, options, Tensors(inputs));
-  int64_t* const tokens = Tensors(outputs).dense<int64_t>(0, "tokens", {call.n.B, call.n.L});
+  int64_t* const tokens = Tensors(outputs).dense<int64_t>(0, "tokens", {call.n.B, call.n.L * call.sampling.samples});
   const auto kernel = present(tables[current]->sample[call.dtype]);
   py::gil_scoped_release release;
   kernel(call.sampling, call.n, tokens, call.workspace.get());
@@ -49,11 +50,11 @@ void soft_embedding(const py::tuple& at, const py::tuple& shape, const py::tuple
                     const py::tuple& outputs) {
   const Tensors in(inputs);
   const Call call(DtypeAndStream(at), shape, options, in);
-  const Dtype dtype = DtypeAndStream::checked(entry(options, 5));
-  const int64_t width = entry(options, 6);
+  const Dtype dtype = DtypeAndStream::checked(entry(options, 6));
+  const int64_t width = entry(options, 7);
   const PerSample codebook = in.per_sample(5, "codebook", {call.n.V, width}, kItemsizes[dtype]);
-  const SoftEmbedding soft{codebook.data, codebook.batch_stride, width, py::cast<float>(options[7]),
-                           py::cast<float>(options[8])};
+  const SoftEmbedding soft{codebook.data, codebook.batch_stride, width, py::cast<float>(options[8]),
+                           py::cast<float>(options[9])};
   void* const mean = Tensors(outputs).dense<char>(0, "mean", {call.n.B, call.n.L, width}, kItemsizes[dtype]);
   const auto kernel = present(tables[current]->soft_embedding[call.dtype][dtype]);
   py::gil_scoped_release release;

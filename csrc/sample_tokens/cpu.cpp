@@ -160,7 +160,7 @@ void make_words(const Scratch& scratch, const Philox& philox, int64_t V, const A
   }
 }
 
-// body(i, scratch) for the i-th of all positions, with its codes filtered and its noise words made.
+// body(i, scratch) for the i-th of all samples, with its codes filtered and its noise words made.
 template <typename T, typename Body>
 void for_each_position(const Sampling& sampling, SamplingSizes n, float* shares, Body body) {
   const int64_t positions = n.B * n.L;
@@ -181,11 +181,12 @@ void for_each_position(const Sampling& sampling, SamplingSizes n, float* shares,
       if (0 < filters.top_k && filters.top_k < n.V) keep_top_k(row, filters.top_k);
       if (filters.top_p < 1) keep_top_p(row, filters.top_p);
       const uint32_t image = (uint32_t)sampling.image_index[i / n.L * sampling.image_index_stride];
-      const Philox philox{*sampling.seed, (uint32_t)(i % n.L), sampling.scale_index, image};
       const int64_t next = i + 1 < positions ? i + 1 : i;
-      make_words(scratch, philox, n.V,
-                 {(const char*)cond(next), (const char*)uncond(next), n.V * (int64_t)sizeof(T)});
-      body(i, scratch);
+      const Ahead ahead{(const char*)cond(next), (const char*)uncond(next), n.V * (int64_t)sizeof(T)};
+      for (int64_t s = 0; s < sampling.samples; ++s) {
+        make_words(scratch, {*sampling.seed, (uint32_t)(s * n.L + i % n.L), sampling.scale_index, image}, n.V, ahead);
+        body(i * sampling.samples + s, scratch);
+      }
     }
   }
 }

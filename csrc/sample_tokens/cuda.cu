@@ -307,7 +307,7 @@ __device__ const T* row_of(const Tokens& t, uint32_t b, uint32_t l) {
   return (const T*)t.data + b * t.batch_stride + l * t.row_stride;
 }
 
-// kPlain: one number for all images, and no temperature.
+// kPlain: one number for all images, no temperature, and one sample.
 template <typename T, bool kPlain, int kThreads, int kMaxCodes>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     sample_tokens_fwd_kernel(Sampling sampling, SamplingSizes n, int64_t* tokens) {
@@ -320,8 +320,12 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   if (0 < filters.top_k && filters.top_k < n.V) row.keep_top_k((uint32_t)filters.top_k);
   if (filters.top_p < 1) row.keep_top_p(filters.top_p);
   const uint32_t image = (uint32_t)sampling.image_index[b * sampling.image_index_stride];
-  const uint32_t token = row.sample({*sampling.seed, l, sampling.scale_index, image});
-  if (threadIdx.x == 0) tokens[blockIdx.x] = token;
+  const int64_t samples = kPlain ? 1 : sampling.samples;
+  for (int64_t s = 0; s < samples; ++s) {
+    const uint32_t position = (uint32_t)(s * n.L) + l;
+    const uint32_t token = row.sample({*sampling.seed, position, sampling.scale_index, image});
+    if (threadIdx.x == 0) tokens[blockIdx.x * samples + s] = token;
+  }
 }
 
 template <typename T, bool kPlain>
@@ -336,7 +340,7 @@ void sample_from(const Sampling& sampling, SamplingSizes n, int64_t* tokens) {
 
 template <typename T>
 void sample(const Sampling& sampling, SamplingSizes n, int64_t* tokens, float*) {
-  const bool plain = sampling.filters.temperature == 1 && !sampling.per_image;
+  const bool plain = sampling.filters.temperature == 1 && !sampling.per_image && sampling.samples == 1;
   (plain ? sample_from<T, true> : sample_from<T, false>)(sampling, n, tokens);
 }
 

@@ -32,6 +32,7 @@ struct Sampling {
   const double* per_image;  // (B, 4), the four numbers of each, or null
   const uint64_t* seed;
   uint32_t scale_index;
+  int64_t samples;  // of each position
 };
 
 struct SoftEmbedding {
@@ -41,7 +42,7 @@ struct SoftEmbedding {
 };
 
 struct SampleTokensKernels {
-  // tokens: (B, L); workspace: as many floats as `workspace` says
+  // tokens: (B, L, samples); workspace: as many floats as `workspace` says
   void (*sample[kDtypes])(const Sampling&, SamplingSizes, int64_t* tokens, float* workspace);
   // mean: (B, L, width) in the codebook's dtype, the second index
   void (*soft_embedding[kDtypes][kDtypes])(const Sampling&, const SoftEmbedding&, SamplingSizes, void* mean, float* workspace);

@@ -239,6 +239,9 @@ def test_soft_embedding_low_temperature() -> None:
         ({"temperature": math.inf}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": "1"}, "temperature"),
+        ({"num_samples": 0}, "num_samples: expected an integer from 1 to 1431655765, got 0"),
+        ({"num_samples": 2**31}, "num_samples"),
+        ({"num_samples": 2.0}, "num_samples"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"scale_index": -1}, "scale_index"),
@@ -416,3 +419,58 @@ def test_parameters_per_image_are_not_read_on_the_host() -> None:
 def test_parameters_per_image_errors(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mk.sample_tokens(torch.zeros(2, 3, 5), **wrong)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_num_samples(backend: str) -> None:
+    """Sample s of l positions is that of positions s·l and on: independent of all others, and the first that of one."""
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(2, 5, 67, generator=generator) for _ in range(2))
+    how: dict[str, Any] = {"guidance": torch.tensor([0.5, 1.5]), "top_p": 0.9, "temperature": 1.5, "backend": backend}
+    how |= {"seed": 3, "scale_index": 4, "image_index": torch.tensor([7, 2])}
+    got = mk.sample_tokens(cond, uncond, num_samples=3, **how)
+    assert got.shape == (2, 5, 3) and got.is_contiguous()
+    want = mk.sample_tokens(cond.repeat(1, 3, 1), uncond.repeat(1, 3, 1), **how)
+    assert torch.equal(got, want.view(2, 3, 5).transpose(1, 2))
+    assert torch.equal(got[..., 0], mk.sample_tokens(cond, uncond, num_samples=1, **how))
+    assert mk.sample_tokens(cond[:, :0], num_samples=3, backend=backend).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_are_distributed_as_the_softmax(backend: str) -> None:
+    """Chi-square test of pairs of samples of 40,000 positions, at a significance level of about 10⁻⁴."""
+    logits = torch.linspace(-1, 1, 4).expand(200, 200, 4)
+    first, _, third = mk.sample_tokens(logits, seed=5, num_samples=3, backend=backend).unbind(-1)
+    share = logits[0, 0].double().softmax(-1)
+    expected = 40_000 * torch.outer(share, share).flatten()
+    observed = (4 * first + third).flatten().bincount(minlength=16)
+    assert ((observed - expected) ** 2 / expected).sum() < 44.3  # 15 degrees of freedom
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bitwise_head(backend: str) -> None:
+    """Logits (B, l, d, 2) of the d bits of a token, as Infinity's: each bit is a position, and has its own noise."""
+    generator = torch.Generator().manual_seed(0)
+    bits = 2 * torch.randn(2, 300, 16, 2, generator=generator)
+    how: dict[str, Any] = {"seed": 3, "temperature": 0.5, "backend": backend}
+    got = mk.sample_tokens(bits.flatten(1, 2), **how).view(2, 300, 16)
+    share = (2 * (bits[..., 1] - bits[..., 0]).double()).sigmoid()
+    assert abs((got - share).sum()) < 4 * (share * (1 - share)).sum().sqrt()
+    best = mk.sample_tokens(bits.flatten(1, 2), top_k=1, **how).view(2, 300, 16)
+    assert torch.equal(best, bits.argmax(-1))
+    sure = mk.sample_tokens(bits.flatten(1, 2), top_p=0.8, **how).view(2, 300, 16)
+    assert torch.equal(sure, torch.where((share - 0.5).abs() >= 0.3, best, got))
+    assert torch.equal(
+        sure, mk.sample_tokens(bits.flatten(1, 2), top_p=0.8, **how | {"backend": "reference"}).view_as(sure)
+    )
+
+
+def test_many_codes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (2 * torch.randn(2, 2, 65536, generator=generator) for _ in range(2))
+    cond[..., 1::2] = -torch.inf
+    for filters in ({}, {"top_k": 900, "top_p": 0.96}, {"top_k": torch.tensor([2000, 0]), "top_p": 0.5}):
+        how: dict[str, Any] = {"guidance": 1.5, "temperature": 0.9, "num_samples": 2, **filters}
+        want = mk.sample_tokens(cond, uncond, **how, backend="reference")
+        assert torch.equal(mk.sample_tokens(cond, uncond, **how, backend="cpu"), want)
+        assert not (want % 2).any()

@@ -22,6 +22,7 @@ class Sampling(NamedTuple):
     scale_index: int
     temperature: float = 1.0
     per_image: Tensor | None = None
+    num_samples: int = 1
 
 
 class SoftSampling(NamedTuple):

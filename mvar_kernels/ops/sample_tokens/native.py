@@ -39,15 +39,17 @@ def _contiguous(call: Sampling | SoftSampling) -> tuple[Tensor, Tensor | None]:
 
 
 def _options(call: Sampling) -> tuple[float, ...]:
-    return call.guidance, min(call.top_k, call.cond.shape[-1]), call.top_p, call.temperature, call.scale_index
+    top_k = min(call.top_k, call.cond.shape[-1])
+    return call.guidance, top_k, call.top_p, call.temperature, call.scale_index, call.num_samples
 
 
 def _sample_tokens(call: Sampling) -> tuple[Tensor]:
     cond, uncond = _contiguous(call)
-    tokens = torch.empty(cond.shape[:2], dtype=torch.int64, device=cond.device)
+    B, length = cond.shape[:2]
+    tokens = torch.empty(B, length * call.num_samples, dtype=torch.int64, device=cond.device)
     inputs = pointers(cond, uncond, call.image_index, call.seed, call.per_image)
     extension(cond).sample_tokens(dtype_and_stream(cond), cond.shape, _options(call), inputs, pointers(tokens))
-    return (tokens,)
+    return (tokens if call.num_samples == 1 else tokens.view(B, length, call.num_samples),)
 
 
 def _soft_embedding(call: SoftSampling) -> tuple[Tensor]:

@@ -2,7 +2,9 @@
 
 Philox-4x32-10 (Salmon et al., SC 2011): four 32-bit words from the key (seed, 64 bits) and the counter
 (code // 4, position in the scale, scale, image index); the code takes word code % 4. So an image's
-noise depends on the seed and its index alone, not on batch, device or order.
+noise depends on the seed and its index alone, not on batch, device or order. Further samples of a scale
+of l positions go on where its positions end: sample s of position i has the noise of position s·l + i,
+which must stay below 2³². Scale and image have words of their own, so that no two samples share noise.
 
 Transcendental functions differ in the last bits between libraries; here they are spelled out in
 float32 additions, multiplications and divisions, each rounded on its own (no fused multiply-add), which

@@ -47,6 +47,7 @@ def sample_tokens(
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 1.0,
     temperature: float | Tensor = 1.0,
+    num_samples: int = 1,
     seed: int | Tensor = 0,
     image_index: Tensor | None = None,
     scale_index: int = 0,
@@ -71,6 +72,7 @@ def sample_tokens(
         top_p: in (0, 1]; 1 keeps all codes.
         temperature: above 0, Infinity's tau; the guided logits are divided by it before the filters, so that top-p is
             of the softmax at that temperature. Beyond the normal float32 values, the nearest of them.
+        num_samples: n ≥ 1 independent samples of every position, which is filtered once. The first is that of n = 1.
         seed: in [0, 2⁶³), or a 0-d int64 tensor on the logits' device, read when the kernel runs, so that a captured
             CUDA graph can be replayed with another seed. Its value is not checked; it counts modulo 2⁶⁴.
         image_index: (B,) int64, which image of the seed's series each row is, modulo 2³²; None: 0 … B−1.
@@ -78,7 +80,7 @@ def sample_tokens(
         backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
 
     Returns:
-        (B, l) int64.
+        (B, l) int64, with num_samples > 1 (B, l, n).
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
@@ -87,6 +89,9 @@ def sample_tokens(
     op = "sample_tokens"
     filters = guidance, top_k, top_p, temperature
     call = _checked(op, cond, uncond, filters, seed, image_index, scale_index, backend)
+    if num_samples != 1:
+        most = MAX_WORD // max(cond.shape[1], 1)  # each has positions of its own in the noise
+        call = call._replace(num_samples=_whole(op, "num_samples", num_samples, most, least=1))
     return _sample_tokens(call, backend)[0]
 
 
@@ -195,15 +200,16 @@ def _per_image(
     return torch.stack(columns, -1)
 
 
-def _whole(op: str, name: str, value: object, most: int) -> int:
+def _whole(op: str, name: str, value: object, most: int, least: int = 0) -> int:
     known = validation.integer(value)
-    if known is None or not 0 <= known <= most:
-        raise ValueError(f"{op}: {name}: expected an integer from 0 to {most}, got {value!r}")
+    if known is None or not least <= known <= most:
+        raise ValueError(f"{op}: {name}: expected an integer from {least} to {most}, got {value!r}")
     return known
 
 
 def _fake(call: Sampling) -> tuple[Tensor]:
-    return (call.cond.new_empty(call.cond.shape[:2], dtype=torch.int64),)
+    n, (B, positions, _) = call.num_samples, call.cond.shape
+    return (call.cond.new_empty((B, positions) if n == 1 else (B, positions, n), dtype=torch.int64),)
 
 
 def _soft_fake(call: SoftSampling) -> tuple[Tensor]:

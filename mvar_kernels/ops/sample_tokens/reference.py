@@ -89,8 +89,12 @@ def _noise(call: Sampling) -> Tensor:
 
 
 def sample_tokens(call: Sampling) -> tuple[Tensor]:
-    """The Gumbel-max sample of what is left: int64 (B, l)."""
-    return ((_kept(call) + _noise(call)).argmax(-1),)
+    """The Gumbel-max sample of what is left: int64 (B, l), or samples (B, l, n)."""
+    B, positions, codes = call.cond.shape
+    n = call.num_samples
+    noises = noise.gumbel(call.image_index, (B, n * positions, codes), call.scale_index, call.seed)
+    tokens = (_kept(call)[:, None] + noises.unflatten(1, (n, positions))).argmax(-1)  # (B, n, l)
+    return (tokens[:, 0] if n == 1 else tokens.transpose(1, 2),)
 
 
 def soft_embedding(call: SoftSampling) -> tuple[Tensor]:

@@ -12,7 +12,7 @@ from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 def _case(name: str, B: int, length: int, V: int, **options: object) -> Case:
     defaults = {"guidance": 0.0, "top_k": 0, "top_p": 1.0, "guided": False, "ties": False}
-    defaults |= {"per_image": {}, "temperature": 1.0, "offset": 0.0, "ruled_out": False}
+    defaults |= {"num_samples": 1, "per_image": {}, "temperature": 1.0, "offset": 0.0, "ruled_out": False}
     return Case(name, {"B": B, "l": length, "V": V}, defaults | options)
 
 
@@ -40,6 +40,7 @@ CASES = (
         },
     ),
     _case("per_image_unguided", 2, 3, 130, top_p=0.9, temperature=1.3, offset=-1e4, per_image={"top_k": (1, 30)}),
+    _case("samples", 2, 3, 67, top_k=40, top_p=0.9, guided=True, guidance=1.5, num_samples=3),
     # To a number added to all logits of a row a softmax is blind; this one leaves few bits to a float16.
     _case("offset", 2, 3, 66, guided=True, guidance=1.5, top_k=30, top_p=0.9, offset=3e4),
     _case("offset_unguided", 1, 5, 131, offset=-1e4),
@@ -121,14 +122,16 @@ SPECS = (
             sample_tokens(
                 t["cond"],
                 t.get("uncond"),
-                **_options(t, case, (*FILTERS, "temperature")),
+                **_options(t, case, (*FILTERS, "temperature", "num_samples")),
                 **DRAW,
                 image_index=_image_index(t),
                 backend=backend,
             ),
         ),
         reference=lambda t, case: (
-            torch.cat([reference.sample_tokens(call)[0] for call in _draws(t, case, (*FILTERS, "temperature"))]),
+            torch.cat(
+                [reference.sample_tokens(call)[0] for call in _draws(t, case, (*FILTERS, "temperature", "num_samples"))]
+            ),
         ),
         outputs=("tokens",),
         bench=BENCH,

@@ -137,7 +137,7 @@ def noise_counter(image_index_ptr, seed_ptr, image_stride, positions, scale_inde
     )
 
 
-@triton.jit(do_not_specialize=(*UNSPECIALISED, "temperature"))
+@triton.jit(do_not_specialize=(*UNSPECIALISED, "temperature", "num_samples"))
 def _sample_tokens_fwd_kernel(
     cond_ptr,
     uncond_ptr,
@@ -157,6 +157,7 @@ def _sample_tokens_fwd_kernel(
     share_bits,
     scale_index,
     temperature,
+    num_samples,
     HAS_UNCOND: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -184,8 +185,15 @@ def _sample_tokens_fwd_kernel(
     position, scale, image, key_low, key_high = noise_counter(
         image_index_ptr, seed_ptr, image_stride, positions, scale_index
     )
-    token = sample(logits, position, scale, image, key_low, key_high, BLOCK_V)
-    tl.store(tokens_ptr + tl.program_id(0), token.to(tl.int64))
+    if num_samples is None:
+        token = sample(logits, position, scale, image, key_low, key_high, BLOCK_V)
+        tl.store(tokens_ptr + tl.program_id(0), token.to(tl.int64))
+    else:
+        tokens_ptr += tl.program_id(0).to(tl.int64) * num_samples
+        for s in range(num_samples):
+            token = sample(logits, position, scale, image, key_low, key_high, BLOCK_V)
+            tl.store(tokens_ptr + s, token.to(tl.int64))
+            position += positions.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALISED, "sharpness", "temperature"))
@@ -296,10 +304,11 @@ def _launch(kernel: Any, name: str, out: Tensor, call: Sampling, *rest: float | 
 
 
 def _sample_tokens(call: Sampling) -> tuple[Tensor]:
-    tokens = torch.empty(call.cond.shape[:2], dtype=torch.int64, device=call.cond.device)
-    _launch(
-        _sample_tokens_fwd_kernel, "sample_tokens", tokens, call, None if call.temperature == 1 else call.temperature
-    )
+    n = call.num_samples
+    shape = call.cond.shape[:2] if n == 1 else (*call.cond.shape[:2], n)
+    tokens = torch.empty(shape, dtype=torch.int64, device=call.cond.device)
+    options = None if call.temperature == 1 else call.temperature, None if n == 1 else n
+    _launch(_sample_tokens_fwd_kernel, "sample_tokens", tokens, call, *options)
     return (tokens,)
 
 
