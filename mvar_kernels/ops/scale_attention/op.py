@@ -88,9 +88,9 @@ def scale_attention(
     sizes: dict[str, int] = {}
     validation.tensor(op, "q", q, "B Lq H D", sizes)
     validation.tensor(op, "k", k, "B L Hkv D", sizes, like=q)
-    validation.tensor(op, "v", v, "B L Hkv D", sizes, like=q)
     if k.shape[2] != q.shape[2] and (k.shape[2] < 1 or q.shape[2] % k.shape[2]):
         raise ValueError(f"{op}: k: expected Hkv that divides H={q.shape[2]}, got Hkv={k.shape[2]}")
+    validation.tensor(op, "v", v, "B L Hkv D", sizes, like=q)
     validation.same_dtype(op, "q", q=q, k=k, v=v)
     if log_temperature is not None:
         validation.tensor(op, "log_temperature", log_temperature, "H", sizes, like=q)
