@@ -4,7 +4,17 @@ from mvar_kernels.patching.patches.attention import Attention, ScaleAttention
 from mvar_kernels.patching.patches.base import Patch
 from mvar_kernels.patching.patches.block import Block, MambaBlock
 from mvar_kernels.patching.patches.head_norm import HeadNorm
+from mvar_kernels.patching.patches.infinity import InfinityAttention, InfinityBlock
 from mvar_kernels.patching.patches.mamba2 import Mamba2
 
-PATCHES: tuple[type[Patch], ...] = (Attention, ScaleAttention, MambaBlock, Block, HeadNorm, Mamba2)
+PATCHES: tuple[type[Patch], ...] = (
+    InfinityAttention,
+    Attention,
+    ScaleAttention,
+    MambaBlock,
+    Block,
+    InfinityBlock,
+    HeadNorm,
+    Mamba2,
+)
 """The first that a module matches is its patch."""

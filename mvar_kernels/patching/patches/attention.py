@@ -14,8 +14,11 @@ from mvar_kernels.patching.patches.base import Patch, Randn, is_linear
 LONGEST = 2304
 """Tokens of the longest call of a comparison: the scores of 9,451 tokens take 11 GB for 32 heads."""
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines (L, D/2) of the angles by which neighbouring channels of q and k are rotated."""
 
-class _FusedAttention(Patch):
+
+class FusedAttention(Patch):
     """Multi-head attention with one linear layer for queries, keys and values, as VAR has it."""
 
     bypassed: ClassVar[tuple[str, ...]] = ("mat_qkv",)
@@ -25,7 +28,7 @@ class _FusedAttention(Patch):
         H, D, C = module.num_heads, module.head_dim, module.q_bias.numel()
         if not is_linear(module.mat_qkv, C, 3 * C) or not is_linear(module.proj, C, C) or H * D != C:
             return f"mat_qkv and proj: expected linear layers C→3C and C→C with C={C} of {H} heads of {D}"
-        normalized = _has_qk_norm(module)
+        normalized = has_qk_norm(module)
         temperature = getattr(module, "scale_mul_1H11", None)
         if normalized is None:
             return "attn_l2_norm or cos_attn: expected one of these options, which says whether q and k are normalized"
@@ -40,15 +43,40 @@ class _FusedAttention(Patch):
         q, k, v = qkv.unbind(2)
         return q, k, v
 
-    def _attended(self: Any, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule) -> Tensor:
-        temperature = self.scale_mul_1H11.flatten() if _has_qk_norm(self) else None
+    def _appended(self: Any, k: Tensor, v: Tensor, *, heads_first: bool) -> tuple[Tensor, Tensor]:
+        """Append keys and values to the cache, in its layout, and return all of it, (B, L, H, D)."""
+        if self.cached_k is not None:
+            tokens = 2 if heads_first else 1
+            k, v = torch.cat((self.cached_k, k), tokens), torch.cat((self.cached_v, v), tokens)
+        self.cached_k, self.cached_v = k, v
+        return (k.transpose(1, 2), v.transpose(1, 2)) if heads_first else (k, v)
+
+    def _attended(
+        self: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        schedule: Schedule,
+        rotary: Rotary | None = None,
+        norm: bool | None = None,
+    ) -> Tensor:
+        norm = has_qk_norm(self) if norm is None else norm
+        temperature = self.scale_mul_1H11.flatten() if norm else None
         out = scale_attention(
-            q, k, v, schedule.scales, pattern=schedule.pattern, scale=float(self.scale), log_temperature=temperature
+            q,
+            k,
+            v,
+            schedule.scales,
+            pattern=schedule.pattern,
+            scale=float(self.scale),
+            log_temperature=temperature,
+            rotary=rotary,
+            rotary_interleaved=rotary is not None,
         )
         return self.proj_drop(self.proj(out.flatten(2)))
 
 
-class Attention(_FusedAttention):
+class Attention(FusedAttention):
     """Attention over the tokens that a mask allows, or over all cached tokens: FoundationVision/VAR, its forks,
     lxa9867/ControlVAR and NVlabs/HMAR.
 
@@ -67,12 +95,12 @@ class Attention(_FusedAttention):
         C = module.q_bias.numel()
         module.kv_caching(False)
         x = randn(2, 5, C)
-        yield module(x, attn_bias=_mask(x))
-        yield module(x, attn_bias=_mask(x, diagonal=True))
+        yield module(x, attn_bias=example_mask(x))
+        yield module(x, attn_bias=example_mask(x, diagonal=True))
         yield module(x, attn_bias=None)
         # Large scores, for modules that limit them.
         x = randn(1, 64, C)
-        yield module(8 * x, attn_bias=_mask(x))
+        yield module(8 * x, attn_bias=example_mask(x))
         scales = block_schedule(getattr(module, "block_sparse_attn", None))
         if scales is not None:
             yield module(randn(1, sum(scales.scales), C), using_block_sparse_attn=True)
@@ -81,7 +109,7 @@ class Attention(_FusedAttention):
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
         module.kv_caching(False)
         x = randn(1, min(length, LONGEST), module.q_bias.numel())
-        yield module(x, attn_bias=_mask(x))
+        yield module(x, attn_bias=example_mask(x))
         module.kv_caching(True)
         yield module(x[:, :1], attn_bias=None)
         yield module(x[:, 1:], attn_bias=None)
@@ -124,20 +152,15 @@ class Attention(_FusedAttention):
         # FoundationVision/VAR caches (B, L, H, D) for flash-attn and xformers, and else (B, H, L, D).
         of_flash = getattr(self, "using_flash", False) and dtype != torch.float32
         heads_first = not (of_flash or getattr(self, "using_xform", False))
-        if _has_qk_norm(self):
+        if has_qk_norm(self):
             k = F.normalize(k, dim=-1)
         if heads_first:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if self.cached_k is not None:
-            tokens = 2 if heads_first else 1
-            k, v = torch.cat((self.cached_k, k), tokens), torch.cat((self.cached_v, v), tokens)
-        self.cached_k, self.cached_v = k, v
-        if heads_first:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        k, v = self._appended(k, v, heads_first=heads_first)
         return k.to(dtype), v.to(dtype)  # under autocast a norm is float32
 
 
-class ScaleAttention(_FusedAttention):
+class ScaleAttention(FusedAttention):
     """Attention inside each scale, as in OliverRensu/MVAR: in training inside the scales of the buffer `patch_nums`,
     and in evaluation mode among all tokens of the call, which are those of one scale. There is no cache, and the mask
     is not read. The original needs flash-attn for it."""
@@ -155,7 +178,7 @@ class ScaleAttention(_FusedAttention):
         C, L = module.q_bias.numel(), sum(scale_lengths(module.patch_nums))
         x = randn(2, L if module.training else 5, C)
         yield module(x, attn_bias=None)
-        yield module(8 * x, attn_bias=_mask(x))
+        yield module(8 * x, attn_bias=example_mask(x))
 
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
@@ -172,13 +195,13 @@ class ScaleAttention(_FusedAttention):
         return out
 
 
-def _has_qk_norm(module: Any) -> bool | None:
+def has_qk_norm(module: Any) -> bool | None:
     """Whether queries and keys are normalized; None if the module does not say."""
     normalized = getattr(module, "attn_l2_norm", getattr(module, "cos_attn", None))
     return None if normalized is None else bool(normalized)
 
 
-def _mask(x: Tensor, *, diagonal: bool = False) -> Tensor:
+def example_mask(x: Tensor, *, diagonal: bool = False) -> Tensor:
     """The attention mask (1, 1, L, L) of the scales (1, L − 1): VAR's, or one that allows the own scale alone."""
     mask = x.new_zeros(x.shape[1], x.shape[1])
     mask[0, 1:] = -torch.inf

@@ -1,7 +1,7 @@
 """Blocks: branches, each behind an adaLN and a gate whose vectors come from one modulation layer."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,14 @@ from mvar_kernels.patching.patches.base import (
 from mvar_kernels.patching.patches.mamba2 import Mamba2
 
 
-class _ModulatedBlock(Patch):
+class ModulatedBlock(Patch):
     """What the blocks share. Stochastic depth scales the branch of a sample; with the same random numbers it scales
     the gate instead."""
 
     ops = "adaln and gated_adaln"
-    required, optional = ("x", "cond_BD", "attn_bias"), ("using_block_sparse_attn",)
-    bypassed = ("ln_wo_grad", "drop_path")
+    required: ClassVar[tuple[str, ...]] = ("x", "cond_BD", "attn_bias")
+    optional: ClassVar[tuple[str, ...]] = ("using_block_sparse_attn",)
+    bypassed: ClassVar[tuple[str, ...]] = ("ln_wo_grad", "drop_path")
     unpatched = {"ffn": "its two linear layers are the library's own already"}
     vectors: int
     """modulation vectors: gates, then scales, then shifts"""
@@ -76,7 +77,7 @@ class _ModulatedBlock(Patch):
         return out
 
 
-class Block(_ModulatedBlock):
+class Block(ModulatedBlock):
     """Attention and feed-forward network: FoundationVision/VAR and its forks, ControlVAR, HMAR."""
 
     attributes = ("attn", "ffn", "ln_wo_grad", "drop_path")
@@ -90,14 +91,14 @@ class Block(_ModulatedBlock):
         generating = getattr(self.attn, "caching", False) and not torch.is_grad_enabled()
         first_scale = getattr(self.attn, "cached_k", None) is None
         six = self._modulation(values["cond_BD"], generating=generating, first_scale=first_scale)
-        x, (g1, g2, s1, s2, t1, t2) = _in_common_dtype(values["x"], six)
+        x, (g1, g2, s1, s2, t1, t2) = in_common_dtype(values["x"], six)
         eps = self.ln_wo_grad.eps
         branch = self._attended(adaln(x, s1[:, 0], t1[:, 0], eps=eps), values)
         x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], eps=eps)
         return torch.addcmul(x, self.ffn(h).to(x.dtype), self.drop_path(g2))
 
 
-class MambaBlock(_ModulatedBlock):
+class MambaBlock(ModulatedBlock):
     """Attention, Mamba-2 and feed-forward network: OliverRensu/MVAR.
 
     The original keeps the inputs of its mixer in `cache` in evaluation mode, and runs the mixer over all of them at
@@ -138,7 +139,7 @@ class MambaBlock(_ModulatedBlock):
             return out
         first_scale = generating and self.cache is None
         nine = self._modulation(values["cond_BD"], generating=generating, first_scale=first_scale)
-        x, (g1, g2, g3, s1, s2, s3, t1, t2, t3) = _in_common_dtype(values["x"], nine)
+        x, (g1, g2, g3, s1, s2, s3, t1, t2, t3) = in_common_dtype(values["x"], nine)
         eps = self.ln_wo_grad.eps
         branch = self._attended(adaln(x, s1[:, 0], t1[:, 0], eps=eps), values)
         x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], eps=eps)
@@ -188,7 +189,7 @@ def _keep_state(cache: Tensor, depends_on: tuple[Tensor, ...], state: Mamba2Stat
     _carried[cache] = _Carried(tuple(map(version_of, (cache, *depends_on))), depends_on, state)
 
 
-def _in_common_dtype(x: Tensor, modulation: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def in_common_dtype(x: Tensor, modulation: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """x and the vectors of (B or 1, 1, vectors, C), each (B, 1, C), in the dtype that PyTorch promotes them to."""
     x = x.to(torch.promote_types(modulation.dtype, x.dtype))
     return x, modulation.to(x.dtype).expand(len(x), -1, -1, -1).unbind(2)
