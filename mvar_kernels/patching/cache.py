@@ -55,6 +55,20 @@ def scale_lengths(lengths: Tensor) -> tuple[int, ...]:
     return _read_once(lengths, lambda lengths: tuple(map(int, lengths.flatten().tolist()))) or ()
 
 
+@torch.compiler.disable
+def computed_from(t: Tensor, key: Any, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """`compute()`, once for each key and version of the tensor that it depends on; in a CUDA graph's capture each time,
+    unless it is known from before: the memory of what is computed there is the graph's."""
+    known: dict[Any, tuple[Tensor, ...]] = _read_once(t, lambda _: {}) or {}
+    if key in known:
+        return known[key]
+    with torch.inference_mode(False):
+        values = compute()
+    if not capturing(values[0].device):
+        known[key] = values
+    return values
+
+
 def _read_once(t: Tensor, read: Callable[[Tensor], Any]) -> Any:
     """`read(t)`, which waits for the device: once for each version, and never while a CUDA graph is captured."""
     entry = _readings.get(t)

@@ -11,7 +11,7 @@ from mvar_kernels.testing.spec import Case, Inputs, Spec
 
 
 def _case(name: str, B: int, length: int, V: int, **options: object) -> Case:
-    defaults = {"guidance": 0.0, "top_k": 0, "top_p": 1.0, "guided": False, "ties": False}
+    defaults: dict[str, object] = {"guidance": 0.0, "top_k": 0, "top_p": 1.0, "guided": False, "ties": False}
     defaults |= {"num_samples": 1, "per_image": {}, "temperature": 1.0, "offset": 0.0, "ruled_out": False}
     return Case(name, {"B": B, "l": length, "V": V}, defaults | options)
 

@@ -28,13 +28,15 @@ def spans(scales: tuple[int, ...], queries: int, causal: bool) -> Iterator[tuple
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotary position embedding of x (B, L, H, D), as in op.py; cos and sin: (L, D/2) or (L, D)."""
+    """Rotary position embedding of x (B, L, H, D), as in op.py; cos and sin: (L, D/2) or (L, D), or one per sample."""
 
     def members(t: Tensor) -> tuple[Tensor, ...]:
         return (t[..., ::2], t[..., 1::2]) if interleaved else t.chunk(2, -1)
 
     x1, x2 = members(x)
-    (c1, c2), (s1, s2) = (members(t) if t.shape[-1] == x.shape[-1] else (t, t) for t in (cos[:, None], sin[:, None]))
+    (c1, c2), (s1, s2) = (
+        members(t) if t.shape[-1] == x.shape[-1] else (t, t) for t in (cos.unsqueeze(-2), sin.unsqueeze(-2))
+    )
     pairs = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
     return torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
 

@@ -6,14 +6,19 @@ from mvar_kernels.patching.patches.block import Block, MambaBlock
 from mvar_kernels.patching.patches.head_norm import HeadNorm
 from mvar_kernels.patching.patches.infinity import InfinityAttention, InfinityBlock
 from mvar_kernels.patching.patches.mamba2 import Mamba2
+from mvar_kernels.patching.patches.rotary import ComplexRotaryAttention, MapRotaryAttention
+from mvar_kernels.patching.patches.sandwich_block import SandwichBlock
 
 PATCHES: tuple[type[Patch], ...] = (
     InfinityAttention,
     Attention,
     ScaleAttention,
+    MapRotaryAttention,
+    ComplexRotaryAttention,
     MambaBlock,
     Block,
     InfinityBlock,
+    SandwichBlock,
     HeadNorm,
     Mamba2,
 )

@@ -14,20 +14,19 @@ from mvar_kernels.patching.patches.base import Patch, Randn, is_linear
 LONGEST = 2304
 """Tokens of the longest call of a comparison: the scores of 9,451 tokens take 11 GB for 32 heads."""
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines (L, D/2) of the angles by which neighbouring channels of q and k are rotated."""
-
 
 class FusedAttention(Patch):
     """Multi-head attention with one linear layer for queries, keys and values, as VAR has it."""
 
-    bypassed: ClassVar[tuple[str, ...]] = ("mat_qkv",)
+    projection: ClassVar[str] = "mat_qkv"
+    """name of that layer"""
+    bypassed: ClassVar[tuple[str, ...]] = (projection,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
         H, D, C = module.num_heads, module.head_dim, module.q_bias.numel()
-        if not is_linear(module.mat_qkv, C, 3 * C) or not is_linear(module.proj, C, C) or H * D != C:
-            return f"mat_qkv and proj: expected linear layers C→3C and C→C with C={C} of {H} heads of {D}"
+        if not is_linear(getattr(module, cls.projection), C, 3 * C) or not is_linear(module.proj, C, C) or H * D != C:
+            return f"{cls.projection} and proj: expected linear layers C→3C and C→C with C={C} of {H} heads of {D}"
         normalized = has_qk_norm(module)
         temperature = getattr(module, "scale_mul_1H11", None)
         if normalized is None:
@@ -39,40 +38,25 @@ class FusedAttention(Patch):
     def _projected(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v: (B, L, H, D) each, views of one tensor."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = F.linear(x, getattr(self, self.projection).weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(2)
         return q, k, v
 
     def _appended(self: Any, k: Tensor, v: Tensor, *, heads_first: bool) -> tuple[Tensor, Tensor]:
-        """Append keys and values to the cache, in its layout, and return all of it, (B, L, H, D)."""
+        """Append keys and values (B, L, H, D) to the cache, in its layout, and return all of it."""
+        if heads_first:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
         if self.cached_k is not None:
             tokens = 2 if heads_first else 1
             k, v = torch.cat((self.cached_k, k), tokens), torch.cat((self.cached_v, v), tokens)
         self.cached_k, self.cached_v = k, v
         return (k.transpose(1, 2), v.transpose(1, 2)) if heads_first else (k, v)
 
-    def _attended(
-        self: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        schedule: Schedule,
-        rotary: Rotary | None = None,
-        norm: bool | None = None,
-    ) -> Tensor:
-        norm = has_qk_norm(self) if norm is None else norm
-        temperature = self.scale_mul_1H11.flatten() if norm else None
-        out = scale_attention(
-            q,
-            k,
-            v,
-            schedule.scales,
-            pattern=schedule.pattern,
-            scale=float(self.scale),
-            log_temperature=temperature,
-            rotary=rotary,
-            rotary_interleaved=rotary is not None,
-        )
+    def _attended(self: Any, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, **options: Any) -> Tensor:
+        """The module's output; `options` are those of the op that are not VAR's."""
+        if has_qk_norm(self):
+            options.setdefault("log_temperature", self.scale_mul_1H11.flatten())
+        out = scale_attention(q, k, v, schedule.scales, pattern=schedule.pattern, scale=float(self.scale), **options)
         return self.proj_drop(self.proj(out.flatten(2)))
 
 
@@ -86,9 +70,18 @@ class Attention(FusedAttention):
     """
 
     ops = "scale_attention"
-    attributes = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "kv_caching", "caching")
-    required, optional = ("x", "attn_bias"), ("using_block_sparse_attn",)
-    bypassed = ("mat_qkv", "block_sparse_attn")
+    attributes: ClassVar[tuple[str, ...]] = (
+        "mat_qkv",
+        "q_bias",
+        "v_bias",
+        "zero_k_bias",
+        "proj",
+        "kv_caching",
+        "caching",
+    )
+    required: ClassVar[tuple[str, ...]] = ("x", "attn_bias")
+    optional: ClassVar[tuple[str, ...]] = ("using_block_sparse_attn",)
+    bypassed: ClassVar[tuple[str, ...]] = ("mat_qkv", "block_sparse_attn")
 
     @classmethod
     def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
@@ -122,12 +115,14 @@ class Attention(FusedAttention):
         if values is None or schedule is None:
             out: Tensor = super().forward(*args, **options)  # type: ignore[misc]
             return out
-        x = values["x"]
-        q, k, v = self._projected(x)
+        return self._output(values, schedule)
+
+    def _output(self: Any, values: dict[str, Any], schedule: Schedule) -> Tensor:
+        """The output of a call that the kernel supports."""
+        q, k, v = self._projected(values["x"])
         if self.caching:
-            k, v = self._cached(k, v)
-            earlier = k.shape[1] - x.shape[1]
-            schedule = Schedule("causal", (earlier, *schedule.scales)) if earlier else schedule
+            # The kernel normalizes the cached, normalized keys again, which changes them by a rounding.
+            k, v, schedule = self._cached(F.normalize(k, dim=-1) if has_qk_norm(self) else k, v, schedule)
         return self._attended(q, k, v, schedule)
 
     def _schedule(self: Any, values: dict[str, Any]) -> Schedule | None:
@@ -143,21 +138,16 @@ class Attention(FusedAttention):
             schedule = Schedule("causal", (x.shape[1],)) if mask is None else schedule_of(mask)
         return schedule if schedule is not None and sum(schedule.scales) == x.shape[1] else None
 
-    def _cached(self: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values to the cache and return all of it, (B, L, H, D).
-
-        The kernel normalizes the cached, normalized keys again, which changes them by a rounding.
-        """
-        dtype = k.dtype
+    def _cached(self: Any, k: Tensor, v: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, Schedule]:
+        """Append keys and values to the cache; returns all of it, (B, L, H, D) in the dtype of v, and its schedule."""
+        dtype, new = v.dtype, v.shape[1]
         # FoundationVision/VAR caches (B, L, H, D) for flash-attn and xformers, and else (B, H, L, D).
         of_flash = getattr(self, "using_flash", False) and dtype != torch.float32
         heads_first = not (of_flash or getattr(self, "using_xform", False))
-        if has_qk_norm(self):
-            k = F.normalize(k, dim=-1)
-        if heads_first:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
         k, v = self._appended(k, v, heads_first=heads_first)
-        return k.to(dtype), v.to(dtype)  # under autocast a norm is float32
+        earlier = k.shape[1] - new
+        schedule = Schedule("causal", (earlier, *schedule.scales)) if earlier else schedule
+        return k.to(dtype), v.to(dtype), schedule  # under autocast a norm is float32
 
 
 class ScaleAttention(FusedAttention):

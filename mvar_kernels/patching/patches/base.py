@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
@@ -140,10 +141,45 @@ def is_linear(layer: Any, inputs: int, outputs: int) -> bool:
     return isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (inputs, outputs)
 
 
-def plain_norm_width(norm: Any) -> int | None:
-    """Channels of a LayerNorm without weights over the last dimension, else None."""
-    supported = isinstance(norm, nn.LayerNorm) and not norm.elementwise_affine and len(norm.normalized_shape) == 1
-    return norm.normalized_shape[0] if supported else None
+NORM_EXPECTED = "ln_wo_grad: expected a LayerNorm over the channels without weights, or an RMSNorm with a weight"
+
+
+def norm_width(norm: Any) -> int | None:
+    """Channels of a norm that :func:`norm_options` describes: LayerNorm without weights over the last dimension, or a
+    class that is called RMSNorm and has a weight for each channel; else None."""
+    if isinstance(norm, nn.LayerNorm):
+        plain = not norm.elementwise_affine and len(norm.normalized_shape) == 1
+        return norm.normalized_shape[0] if plain else None
+    supported = "RMSNorm" in type(norm).__name__ and not getattr(norm, "use_quant", False)
+    weight = norm._parameters.get("weight") if supported else None
+    return weight.numel() if weight is not None and weight.dim() == 1 and _rms_eps(norm) is not None else None
+
+
+def norm_options(norm: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """A norm of :func:`norm_width` as options of adaln and gated_adaln on tensors of this dtype."""
+    if isinstance(norm, nn.LayerNorm):
+        return {"eps": norm.eps}
+    weight = norm.weight
+    weight = weight.to(torch.promote_types(weight.dtype, dtype))
+    return {"norm": "rms", "weight": weight, "eps": _rms_eps(norm)}
+
+
+def normed_dtype(norm: Any, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the norm's output for inputs of this dtype: an RMSNorm of PyTorch operations multiplies its weight
+    with what it has rounded, so that a float32 weight gives float32; a fused one and a LayerNorm keep the dtype."""
+    fused = isinstance(norm, nn.LayerNorm) or "Fused" in type(norm).__name__
+    return dtype if fused else torch.promote_types(dtype, norm.weight.dtype)
+
+
+def lacks_gradient(norm: Any) -> bool:
+    """Whether the norm stops gradients where there would be some: HART's fused kernel writes to a new tensor."""
+    return torch.is_grad_enabled() and type(norm).__name__ == "LlamaRMSNormFused"
+
+
+def _rms_eps(norm: Any) -> float | None:
+    """As Llama's code, T5's and torch name it; torch's may be None, for a number that depends on the dtype."""
+    eps: float | None = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    return eps
 
 
 def modulation_unsupported(module: Any, vectors: int, channels: int) -> str | None:

@@ -11,13 +11,17 @@ from mvar_kernels.ops.adaln.op import adaln, gated_adaln
 from mvar_kernels.ops.mamba2.mixer import Mamba2State
 from mvar_kernels.patching.cache import cached_call, version_of
 from mvar_kernels.patching.patches.base import (
+    NORM_EXPECTED,
     Patch,
     Randn,
     has_hooks,
+    lacks_gradient,
     modulation_unsupported,
-    plain_norm_width,
+    norm_options,
+    norm_width,
 )
 from mvar_kernels.patching.patches.mamba2 import Mamba2
+from mvar_kernels.patching.patches.rotary import context_options
 
 
 class ModulatedBlock(Patch):
@@ -26,7 +30,9 @@ class ModulatedBlock(Patch):
 
     ops = "adaln and gated_adaln"
     required: ClassVar[tuple[str, ...]] = ("x", "cond_BD", "attn_bias")
-    optional: ClassVar[tuple[str, ...]] = ("using_block_sparse_attn",)
+    optional: ClassVar[tuple[str, ...]] = (
+        *("using_block_sparse_attn", "si", "context_position_ids", "context_mask", "m_maskgit"),
+    )
     bypassed: ClassVar[tuple[str, ...]] = ("ln_wo_grad", "drop_path")
     unpatched = {"ffn": "its two linear layers are the library's own already"}
     vectors: int
@@ -34,12 +40,15 @@ class ModulatedBlock(Patch):
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
-        C = plain_norm_width(module.ln_wo_grad)
+        C = norm_width(module.ln_wo_grad)
         if C is None:
-            return "ln_wo_grad: expected a LayerNorm over the channels without weights"
-        if hasattr(module, "ada_gss"):
-            expected, shape = (1, 1, cls.vectors, C), tuple(module.ada_gss.shape)
-            return None if shape == expected else f"ada_gss: expected shape {expected}, got {shape}"
+            return NORM_EXPECTED
+        if getattr(module, "cross_attn", None) is not None:
+            return "cross_attn: expected none"
+        for name, expected in (("ada_gss", (1, 1, cls.vectors, C)), ("scale_shift_table", (cls.vectors, C))):
+            if hasattr(module, name):
+                shape = tuple(getattr(module, name).shape)
+                return None if shape == expected else f"{name}: expected shape {expected}, got {shape}"
         return modulation_unsupported(module, cls.vectors, C)
 
     @classmethod
@@ -47,7 +56,13 @@ class ModulatedBlock(Patch):
         x, cond = cls._inputs(module, randn, 2, 5)
         if hasattr(module.attn, "kv_caching"):
             module.attn.kv_caching(False)
-        yield module(x=x, cond_BD=cond, attn_bias=None)
+        if isinstance(getattr(module.attn, "patch_nums", None), tuple):  # for a position embedding of all scales
+            module.attn.patch_nums = (1, 2)
+        options = context_options(module.attn, 2)
+        if options:  # a text of three tokens instead of the first scale, which gives the condition
+            x, cond = torch.cat((x, x[:, :2]), 1), torch.stack((cond, 2 * cond.roll(1, 0), cond.roll(1, 1)), 1)
+            options["context_mask"] = torch.tensor([[1, 1, 0], [1, 1, 1]], device=x.device)
+        yield module(x=x, cond_BD=cond, attn_bias=None, **options)
 
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
@@ -58,9 +73,9 @@ class ModulatedBlock(Patch):
 
     @classmethod
     def _inputs(cls, module: Any, randn: Randn, batch: int, length: int) -> tuple[Tensor, Tensor]:
-        C = module.ln_wo_grad.normalized_shape[0]
-        shared = hasattr(module, "ada_gss")
-        cond = randn(batch, 1, cls.vectors, C) if shared else randn(batch, module.ada_lin[-1].in_features)
+        C = norm_width(module.ln_wo_grad)
+        shape = (1, cls.vectors, C) if hasattr(module, "ada_gss") else (C,)
+        cond = randn(batch, *((module.ada_lin[-1].in_features,) if hasattr(module, "ada_lin") else shape))
         return randn(batch, length, C), cond
 
     def _modulation(self: Any, cond: Tensor, *, generating: bool, first_scale: bool) -> Tensor:
@@ -68,6 +83,8 @@ class ModulatedBlock(Patch):
         if hasattr(self, "ada_gss"):
             shared: Tensor = self.ada_gss + cond
             return shared
+        if hasattr(self, "scale_shift_table"):
+            return (self.scale_shift_table + cond[:, None])[:, None]
         output = cached_call(self.ada_lin, cond, refresh=first_scale) if generating else self.ada_lin(cond)
         return output.view(-1, 1, self.vectors, output.shape[-1] // self.vectors)
 
@@ -78,24 +95,39 @@ class ModulatedBlock(Patch):
 
 
 class Block(ModulatedBlock):
-    """Attention and feed-forward network: FoundationVision/VAR and its forks, ControlVAR, HMAR."""
+    """Attention and feed-forward network: FoundationVision/VAR and its forks, ControlVAR, HMAR, Markov-VAR, HART."""
 
     attributes = ("attn", "ffn", "ln_wo_grad", "drop_path")
     vectors = 6
 
     def forward(self: Any, *args: Any, **options: Any) -> Tensor:
         values = self.supported_arguments(args, options)
-        if values is None or not values["x"].numel():
+        cond = None if values is None or lacks_gradient(self.ln_wo_grad) else self._condition(values)
+        if values is None or cond is None or not values["x"].numel():
             out: Tensor = super().forward(*args, **options)  # type: ignore[misc]
             return out
-        generating = getattr(self.attn, "caching", False) and not torch.is_grad_enabled()
+        generating = getattr(self.attn, "caching", False) and not torch.is_grad_enabled() and cond is values["cond_BD"]
         first_scale = getattr(self.attn, "cached_k", None) is None
-        six = self._modulation(values["cond_BD"], generating=generating, first_scale=first_scale)
+        six = self._modulation(cond, generating=generating, first_scale=first_scale)
         x, (g1, g2, s1, s2, t1, t2) = in_common_dtype(values["x"], six)
-        eps = self.ln_wo_grad.eps
-        branch = self._attended(adaln(x, s1[:, 0], t1[:, 0], eps=eps), values)
-        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], eps=eps)
+        norm = norm_options(self.ln_wo_grad, x.dtype)
+        branch = self._attended(adaln(x, s1[:, 0], t1[:, 0], **norm), values)
+        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], **norm)
         return torch.addcmul(x, self.ffn(h).to(x.dtype), self.drop_path(g2))
+
+    def _condition(self: Any, values: dict[str, Any]) -> Tensor | None:
+        """HART's condition (B, D) of text tokens (B, n, D): their mean where the mask is set, or their maximum. None
+        for what the original does not accept; others' conditions as they are."""
+        cond: Tensor = values["cond_BD"]
+        if "context_mask" not in values or cond.dim() == 2:
+            return cond
+        mode, mask = "avg" if hasattr(self, "scale_shift_table") else self.sep_aln_pooling_mode, values["context_mask"]
+        if cond.dim() != 3 or cond.shape[1] < 2 or mode not in ("avg", "max") or (mode == "avg" and mask is None):
+            return None
+        if mode == "max":
+            return cond.max(1).values
+        total = mask.sum(1).clamp(min=1)[:, None, None]
+        return (cond * mask[..., None].to(cond.dtype) / total).sum(1)
 
 
 class MambaBlock(ModulatedBlock):
@@ -140,11 +172,11 @@ class MambaBlock(ModulatedBlock):
         first_scale = generating and self.cache is None
         nine = self._modulation(values["cond_BD"], generating=generating, first_scale=first_scale)
         x, (g1, g2, g3, s1, s2, s3, t1, t2, t3) = in_common_dtype(values["x"], nine)
-        eps = self.ln_wo_grad.eps
-        branch = self._attended(adaln(x, s1[:, 0], t1[:, 0], eps=eps), values)
-        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], eps=eps)
+        norm = norm_options(self.ln_wo_grad, x.dtype)
+        branch = self._attended(adaln(x, s1[:, 0], t1[:, 0], **norm), values)
+        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], **norm)
         branch = self._resumed(x, h, nine, s2, t2) if generating else self.mamba(h)
-        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g2)[:, 0], s3[:, 0], t3[:, 0], eps=eps)
+        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g2)[:, 0], s3[:, 0], t3[:, 0], **norm)
         return torch.addcmul(x, self.ffn(h).to(x.dtype), self.drop_path(g3))
 
     def _resumed(self: Any, x: Tensor, h: Tensor, nine: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -156,7 +188,7 @@ class MambaBlock(ModulatedBlock):
         depends_on = (nine, *mamba.parameters())
         state = _state_after(earlier, depends_on) if carried and earlier is not None else None
         if earlier is not None and state is None:
-            h = adaln(self.cache, scale[:, 0], shift[:, 0], eps=self.ln_wo_grad.eps)
+            h = adaln(self.cache, scale[:, 0], shift[:, 0], **norm_options(self.ln_wo_grad, x.dtype))
         if carried:
             branch, state = mamba.resumed(h, state)
             _keep_state(self.cache, depends_on, state)

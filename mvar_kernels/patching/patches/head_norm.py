@@ -7,13 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from mvar_kernels.ops.adaln.op import adaln
-from mvar_kernels.patching.patches.base import Patch, Randn, modulation_unsupported, plain_norm_width
+from mvar_kernels.patching.patches.base import (
+    NORM_EXPECTED,
+    Patch,
+    Randn,
+    lacks_gradient,
+    modulation_unsupported,
+    norm_options,
+    norm_width,
+    normed_dtype,
+)
 
 _BRANCHES = ("attn", "sa", "ca", "ffn", "mlp", "mamba")
 
 
 class HeadNorm(Patch):
-    """LayerNorm and modulation, one condition for each sample."""
+    """LayerNorm or RMSNorm and modulation, one condition for each sample."""
 
     ops = "adaln"
     attributes = ("ada_lin", "ln_wo_grad")
@@ -26,29 +35,30 @@ class HeadNorm(Patch):
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
-        C = plain_norm_width(module.ln_wo_grad)
+        C = norm_width(module.ln_wo_grad)
         if C is None:
-            return "ln_wo_grad: expected a LayerNorm over the channels without weights"
+            return NORM_EXPECTED
         return modulation_unsupported(module, 2, C)
 
     @classmethod
     def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
-        yield module(randn(2, 5, module.ln_wo_grad.normalized_shape[0]), randn(2, module.ada_lin[-1].in_features))
+        yield module(randn(2, 5, norm_width(module.ln_wo_grad)), randn(2, module.ada_lin[-1].in_features))
 
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
-        yield module(randn(1, length, module.ln_wo_grad.normalized_shape[0]), randn(1, module.ada_lin[-1].in_features))
+        yield module(randn(1, length, norm_width(module.ln_wo_grad)), randn(1, module.ada_lin[-1].in_features))
 
     def forward(self: Any, *args: Any, **options: Any) -> Tensor:
         values = self.supported_arguments(args, options)
-        if values is None or not values["x_BLC"].numel() or not _is_one_per_sample(values["cond_BD"]):
+        several = values is None or not _is_one_per_sample(values["cond_BD"])
+        if values is None or several or not values["x_BLC"].numel() or lacks_gradient(self.ln_wo_grad):
             out: Tensor = super().forward(*args, **options)  # type: ignore[misc]
             return out
         x, cond = values["x_BLC"], values["cond_BD"]
         scale, shift = self.ada_lin(cond).flatten(0, -2).chunk(2, -1)
-        x = x.to(torch.promote_types(scale.dtype, x.dtype))
+        x = x.to(torch.promote_types(scale.dtype, normed_dtype(self.ln_wo_grad, x.dtype)))
         scale, shift = (t.to(x.dtype).expand(len(x), -1) for t in (scale, shift))
-        return adaln(x, scale, shift, eps=self.ln_wo_grad.eps)
+        return adaln(x, scale, shift, **norm_options(self.ln_wo_grad, x.dtype))
 
 
 def _is_one_per_sample(cond: Tensor) -> bool:

@@ -18,12 +18,14 @@ from mvar_kernels.patching.patches.attention import (
     LONGEST,
     Attention,
     FusedAttention,
-    Rotary,
     example_mask,
     has_qk_norm,
 )
 from mvar_kernels.patching.patches.base import Randn
 from mvar_kernels.patching.patches.block import ModulatedBlock, in_common_dtype
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines (L, D/2) of the angles by which neighbouring channels of q and k are rotated."""
 
 
 class _Call(NamedTuple):
@@ -81,11 +83,11 @@ class InfinityAttention(FusedAttention):
             return out
         q, k, v = self._projected(values["x"])
         if not self.caching:
-            return self._attended(q, k, v, *call)
+            return self._attended(q, k, v, call.schedule, rotary=call.rotary, rotary_interleaved=True)
         dtype, L = q.dtype, q.shape[1]
         q, k, v = self._cached(q, k, v, call.rotary)
         schedule = Schedule("causal", (k.shape[1] - L, L) if k.shape[1] > L else (L,))
-        return self._attended(*(t.to(dtype) for t in (q, k, v)), schedule, norm=False)
+        return self._attended(*(t.to(dtype) for t in (q, k, v)), schedule, log_temperature=None)
 
     def _supported(self: Any, values: dict[str, Any]) -> _Call | None:
         """What the kernel needs for a call, or None where it does not support it."""
@@ -110,10 +112,7 @@ class InfinityAttention(FusedAttention):
             q, k = F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
         if rotary is not None:
             q, k = _rotated(q, *rotary), _rotated(k, *rotary)
-        heads_first = not self.using_flash
-        if heads_first:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return q, *self._appended(k.contiguous(), v.contiguous(), heads_first=heads_first)
+        return q, *self._appended(k.contiguous(), v.contiguous(), heads_first=not self.using_flash)
 
 
 class InfinityBlock(ModulatedBlock):
