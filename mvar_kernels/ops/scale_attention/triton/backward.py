@@ -35,8 +35,8 @@ HALVES = {
 # In one stage for 64: in two, m, 1/l, δ and the spans of the queries went through the pipeline in copies of four bytes,
 # in the kernel of whole scales 128 instructions (sm_90, Triton 3.6.0; 16 with 3.7.1).
 KEY_HALVES = HALVES | {64: (tile(32, 64, 4, 1), tile(32, 128, 8, 1))}
-# Of rotated rows, which need registers: in 4 warps heads of 128 would spill.
-ROTARY_HALVES = HALVES | {128: HALVES[256]}
+# Of rotated rows, which need registers: heads of 128 spill with 32 keys at a time (sm_80, sm_90).
+ROTARY_HALVES = HALVES | {128: (tile(32, 16, 4, 1),)}
 SINGLE = {64: (tile(32, 32, 8, 1),), 128: (tile(16, 16, 4, 1),), 256: (tile(16, 16, 4, 1),)}
 
 
