@@ -59,12 +59,12 @@ def scale_lengths(lengths: Tensor) -> tuple[int, ...]:
 def computed_from(t: Tensor, key: Any, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """`compute()`, once for each key and version of the tensor that it depends on; in a CUDA graph's capture each time,
     unless it is known from before: the memory of what is computed there is the graph's."""
-    known: dict[Any, tuple[Tensor, ...]] = _read_once(t, lambda _: {}) or {}
-    if key in known:
+    known: dict[Any, tuple[Tensor, ...]] | None = _read_once(t, lambda _: {})
+    if known is not None and key in known:
         return known[key]
     with torch.inference_mode(False):
         values = compute()
-    if not capturing(values[0].device):
+    if known is not None and not capturing(values[0].device):
         known[key] = values
     return values
 

@@ -14,6 +14,7 @@ from tests.helpers.plain_rotary import (
     HARTAttention,
     HARTBlock,
     LlamaRMSNormFused,
+    MapRotaryEmbedding,
     MarkovAttention,
     MarkovBlock,
     RMSNorm,
@@ -234,12 +235,15 @@ def test_unsupported_calls_run_the_original() -> None:
     assert all(torch.equal(attention(*call), out) for call, out in zip(calls, before, strict=True))
 
 
-def test_changed_frequencies() -> None:
-    """Tables are computed again."""
+def test_changed_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are computed once, and again for other frequencies."""
     attention: Any = made(MarkovAttention(64, 2, True, PATCH_NUMS))
     mk.accelerate(attention)
-    x = normal(2, L, 64)
-    before = attention(x, DIAGONAL)
+    x, calls, original = normal(2, L, 64), [], MapRotaryEmbedding.forward
+    monkeypatch.setattr(MapRotaryEmbedding, "forward", lambda *args: calls.append(args) or original(*args))
+    with torch.inference_mode():
+        before = attention(x, DIAGONAL)
+    assert torch.equal(attention(x, DIAGONAL), before) and len(calls) == 1
     attention.rotary_emb.inv_freq.mul_(2)
     after = attention(x, DIAGONAL)
     mk.restore(attention)
