@@ -125,10 +125,10 @@ class _Sampler:
         if self._seed is None:
             drawn_on = device if rng is None else rng.device
             self._seed = torch.randint(2**63 - 1, (), generator=rng, device=drawn_on, dtype=torch.int64).to(device)
-        options: dict[str, Any] = {"top_k": top_k, "top_p": min(top_p, 1.0) or 1.0, "seed": self._seed}
-        first, self._calls = self._calls, self._calls + num_samples
-        samples = [sample_tokens(logits_BlV, scale_index=first + i, **options) for i in range(num_samples)]
-        return torch.stack(samples, -1)
+        filters: dict[str, Any] = {"top_k": top_k, "top_p": min(top_p, 1.0) or 1.0}
+        scale_index, self._calls = self._calls, self._calls + 1
+        tokens = sample_tokens(logits_BlV, **filters, seed=self._seed, scale_index=scale_index, num_samples=num_samples)
+        return tokens.view(*logits_BlV.shape[:2], num_samples)
 
 
 def _sampling_method(method: Callable[..., Any]) -> Callable[..., Any]:
