@@ -12,7 +12,7 @@ import mvar_kernels as mk
 from mvar_kernels.dispatch import native
 from tests.helpers.patched import close, normal
 from tests.helpers.plain_family import ControlVARAttention, HMARAttention, HMARBlock, MVARBlock
-from tests.helpers.plain_var import SelfAttention, randomised
+from tests.helpers.plain_var import AdaLNSelfAttn, SelfAttention, randomised
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
 SCALES = (1, 4, 9)
@@ -192,3 +192,41 @@ def test_report_names_every_part() -> None:
     for name, reason in reasons.items():
         assert report.left[name].startswith(reason), report.left[name]
     assert "left layers.* (2): a block" in str(report)
+
+
+class PruningBlock(AdaLNSelfAttn):
+    """Leaves out every other token of a large scale (FastVAR)."""
+
+    def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None, si: int = -1) -> Tensor:
+        if x.shape[1] > 300 or si == 9:
+            return super().forward(x[:, ::2], cond_BD, attn_bias).repeat_interleave(2, 1)[:, : x.shape[1]]
+        return super().forward(x, cond_BD, attn_bias)
+
+
+class PruningAttention(SelfAttention):
+    def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+        return super().forward(x * (x.shape[1] <= 500), attn_bias)
+
+
+class ScaledBlock(AdaLNSelfAttn):
+    def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None, si: int = -1) -> Tensor:
+        return super().forward(2 * x if si == 9 else x, cond_BD, attn_bias)
+
+
+def test_argument_that_attention_does_not_take() -> None:
+    block, x, cond = made(ScaledBlock(64, 1, True, False, 0.0)), normal(2, 5, 64), normal(2, 64)
+    expected = [block(x, cond, None, si) for si in (-1, 9)]
+    assert "" in mk.accelerate(block).replaced
+    assert all(map(close, [block(x, cond, None), block(x, cond, None, si=9)], expected))
+
+
+@pytest.mark.parametrize("kind", [PruningBlock, PruningAttention])
+def test_token_pruning_is_seen(kind: Any) -> None:
+    """What happens at large scales alone is seen, too."""
+    block = made(AdaLNSelfAttn(64, 1, True, False, 0.0))
+    part = block.attn if kind is PruningAttention else block
+    part.__class__ = kind
+    report = mk.accelerate(block)
+    assert set(report.left) | set(report.replaced) == {"", "attn"} | ({"ffn"} if kind is PruningAttention else set())
+    name = "attn" if kind is PruningAttention else ""
+    assert "in evaluation on long sequences" in report.left[name] and len(report.replaced) == 1

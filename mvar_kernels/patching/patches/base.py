@@ -107,6 +107,19 @@ def arguments_of(forward: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return tuple(p.name for p in parameters), defaults
 
 
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's own forward, patched or not."""
+    forward = type(module).original_forward if isinstance(module, Patch) else type(module).forward
+    return arguments_of(forward)[0]
+
+
+def scale_options(module: nn.Module) -> Iterator[dict[str, int]]:
+    """Arguments of example calls: none, and each of 16 scales where the forward takes one, as FastVAR prunes by it."""
+    yield {}
+    for name in {"si", "scale_ind"}.intersection(argument_names(module)):
+        yield from ({name: scale} for scale in range(16))
+
+
 def has_global_hooks() -> bool:
     """Whether there are hooks for all modules, or transforms that patches do not support: torch.func, forward mode."""
     return bool(

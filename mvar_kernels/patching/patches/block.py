@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
@@ -14,11 +14,13 @@ from mvar_kernels.patching.patches.base import (
     NORM_EXPECTED,
     Patch,
     Randn,
+    argument_names,
     has_hooks,
     lacks_gradient,
     modulation_unsupported,
     norm_options,
     norm_width,
+    scale_options,
 )
 from mvar_kernels.patching.patches.mamba2 import Mamba2
 from mvar_kernels.patching.patches.rotary import context_options
@@ -35,6 +37,8 @@ class ModulatedBlock(Patch):
     )
     bypassed: ClassVar[tuple[str, ...]] = ("ln_wo_grad", "drop_path")
     unpatched = {"ffn": "its two linear layers are the library's own already"}
+    attention: ClassVar[str] = "attn"
+    """name of the submodule"""
     vectors: int
     """modulation vectors: gates, then scales, then shifts"""
 
@@ -69,7 +73,8 @@ class ModulatedBlock(Patch):
         x, cond = cls._inputs(module, randn, 1, length)
         for branch in (module.attn, module.ffn):  # they are called as by the original, and take most of the time
             branch.forward = lambda x, *args, **options: x.roll(1, 1)
-        yield module(x=x, cond_BD=cond, attn_bias=None)
+        for options in scale_options(module):
+            yield module(x=x, cond_BD=cond, attn_bias=None, **options)
 
     @classmethod
     def _inputs(cls, module: Any, randn: Randn, batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -88,10 +93,32 @@ class ModulatedBlock(Patch):
         output = cached_call(self.ada_lin, cond, refresh=first_scale) if generating else self.ada_lin(cond)
         return output.view(-1, 1, self.vectors, output.shape[-1] // self.vectors)
 
+    def supported_arguments(self: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any] | None:
+        """As of a patch; what attention does not take has to be at its default."""
+        values: dict[str, Any] | None = super().supported_arguments(args, options)
+        taken = _taken_by(self._modules[self.attention])
+        if values is None or all(
+            name in taken or values[name] is self.defaults.get(name) for name in self.optional if name in values
+        ):
+            return values
+        return None
+
     def _attended(self: Any, h: Tensor, values: dict[str, Any]) -> Tensor:
-        options = {name: values[name] for name in ("attn_bias", *self.optional) if name in values}
+        taken = _taken_by(self.attn)
+        options = {name: values[name] for name in ("attn_bias", *self.optional) if name in values and name in taken}
         out: Tensor = self.attn(h, **options)
         return out
+
+
+_taken: dict[type, tuple[str, ...]] = {}
+
+
+def _taken_by(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward."""
+    cls = type(module)
+    if cls not in _taken:
+        _taken[cls] = argument_names(module)
+    return _taken[cls]
 
 
 class Block(ModulatedBlock):

@@ -21,7 +21,7 @@ from mvar_kernels.patching.patches.attention import (
     example_mask,
     has_qk_norm,
 )
-from mvar_kernels.patching.patches.base import Randn
+from mvar_kernels.patching.patches.base import Randn, scale_options
 from mvar_kernels.patching.patches.block import ModulatedBlock, in_common_dtype
 
 Rotary = tuple[Tensor, Tensor]
@@ -130,6 +130,7 @@ class InfinityBlock(ModulatedBlock):
         **ModulatedBlock.unpatched,
         "ca": "flash-attn's attention to texts of different lengths, packed in one: the kernels have no packed layout",
     }
+    attention = "sa"
     vectors = 6
 
     @classmethod
@@ -152,15 +153,18 @@ class InfinityBlock(ModulatedBlock):
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
         for branch in (module.sa, module.ffn):  # they are called as by the original, and take most of the time
             branch.forward = lambda x, *args, **options: x.roll(1, 1)
-        yield cls._example(module, randn, 1, length)
+        for options in scale_options(module):
+            yield cls._example(module, randn, 1, length, scale_ind=options.get("scale_ind", 0))
 
     @classmethod
-    def _example(cls, module: Any, randn: Randn, batch: int, length: int, *, rotary: bool = False) -> Tensor:
+    def _example(
+        cls, module: Any, randn: Randn, batch: int, length: int, *, rotary: bool = False, scale_ind: int = 0
+    ) -> Tensor:
         x, cond = cls._inputs(module, randn, batch, length)
         # flash-attn rounds to bfloat16 in cross-attention, which would hide differences or be one by chance.
         module.ca.forward = lambda q, ca_kv: q.roll(1, 1) * ca_kv[0].sigmoid()
         module.sa.kv_caching(False)
-        options = {**_rotary_options(module.sa, x), "scale_ind": 1} if rotary else {}
+        options = {**_rotary_options(module.sa, x), "scale_ind": 1} if rotary else {"scale_ind": scale_ind}
         mask = example_mask(x) if rotary else None
         ca_kv = (randn(x.shape[-1]),)
         out: Tensor = module(x=x, cond_BD=cond, ca_kv=ca_kv, attn_bias_or_two_vector=mask, attn_fn=None, **options)

@@ -101,8 +101,10 @@ class Mamba2(Patch):
             "dt_limit": None if _has_no_limit(self) else tuple(self.dt_limit),
             "norm_before_gate": getattr(self, "norm_before_gate", False),
         }
-        # Mamba2Simple's norm is over all channels, whatever the number of groups.
-        over_all = norm is not None and self.ngroups > 1 and getattr(norm, "group_size", None) in (None, self.d_inner)
+        # Mamba2Simple's norm is over all channels, whatever the number of groups, except in its fused path.
+        fused = getattr(self, "use_mem_eff_path", False)
+        size = self.d_inner if norm is None else getattr(norm, "group_size", None) or self.d_inner
+        over_all = norm is not None and self.ngroups > 1 and size == self.d_inner and not fused
         weight, eps = (None, 1e-5) if norm is None else (norm.weight, norm.eps)
         parameters = (conv.weight.flatten(1), conv.bias, self.dt_bias, self.A_log, D)
         y, state = mamba2_mixer(zxbcdt, *parameters, None if over_all else weight, eps=eps, state=state, **options)
