@@ -13,6 +13,7 @@ from mvar_kernels.ops.sample_tokens import noise
 from mvar_kernels.ops.sample_tokens.inputs import Sampling
 from mvar_kernels.ops.sample_tokens.reference import filtered_logits, guided_logits, relative_logits, sample_tokens
 from mvar_kernels.validation import FLOATS
+from tests.kernels.test_sample_tokens_native import finite_rows, infinite_rows
 
 
 @pytest.mark.parametrize(
@@ -367,6 +368,32 @@ def test_parameters_per_image_equal_numbers(backend: str) -> None:
                 of_image.pop("temperature", None)
                 of_numbers = mk.soft_embedding(*rows, codebook, **of_image)  # a matmul of another size
                 torch.testing.assert_close(got_soft[i : i + 1], of_numbers, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kept_codes_per_image_equal_numbers(backend: str) -> None:
+    """All kept codes, not only the sampled one: at a high temperature each has a weight in the soft mean.
+
+    Neutral values leave logits as they are: relative to the largest of a row, some would become equal.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kinds = (finite_rows, infinite_rows)
+    cond, uncond = (torch.cat([rows(67, 3, generator) for rows in kinds]) for _ in range(2))
+    how: dict[str, Any] = {"sharpness": 1e-38, "temperature": 100.0, "backend": backend}
+    for guidance, top_k, top_p in (
+        (0.0, 67, 1.0),
+        (0.0, 30, 1.0),
+        (1.5, 67, 1.0),
+        (0.0, 67, 1 - 1e-12),
+        (1.5, 30, 0.9),
+    ):
+        numbers = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
+        tensors = {name: torch.full((len(cond),), value) for name, value in numbers.items()}
+        tensors["top_p"] = torch.full((len(cond),), top_p, dtype=torch.float64)
+        got, want = (
+            mk.soft_embedding(cond, uncond, torch.eye(67), **how, **options) > 0 for options in (tensors, numbers)
+        )
+        assert torch.equal(got, want), numbers
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
