@@ -46,7 +46,8 @@ FLOAT32 = {
 }
 # In these ops some outputs and gradients are float32 in any dtype: states, and those with one value per head.
 FLOAT16 = {
-    "scale_attention": ("equal_keys_norm", "169_tokens"),
+    # Not equal_keys_norm: its gradient of q is 0 but for subnormal roundings, and a CPU's reference may have fewer.
+    "scale_attention": ("saturated_causal_norm", "169_tokens"),
     "ssd_scan": ("odd", "float32_steps_both"),
     "mamba2_mixer": ("odd", "float32_steps_both", "large_short", "instant_decay_both"),
 }
