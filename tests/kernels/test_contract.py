@@ -76,7 +76,7 @@ def identity(spec: Spec, backend: str, case: Case, dtype: torch.dtype) -> str:
 
 
 def tried(spec: Spec, backend: str, dtype: torch.dtype) -> list[Case]:
-    """The spec's cases; in Triton's slow interpreter the first ten, and of the others every other one for each dtype."""
+    """The spec's cases; in Triton's slow interpreter the first ten, and every other one of the rest in each dtype."""
     parity = int(dtype == torch.float16)
     return [c for i, c in enumerate(spec.cases) if not interprets(backend) or i < 10 or i % 2 == parity]
 
