@@ -122,7 +122,9 @@ def _run_mixer(call: Mixer, options: tuple[float, ...], *workspace: Tensor) -> t
 def _cpu_inputs(call: Mixer) -> Mixer:
     first, dt, conv, ssm = map(last_dim_contiguous, (call.zxbcdt, call.steps.float(), call.conv, call.ssm))
     # Without a norm the kernel multiplies by these.
-    weight = torch.ones(call.y_shape[2]) if call.norm_weight is None else call.norm_weight
+    weight = (
+        torch.ones(call.y_shape[2], dtype=torch.float32, device="cpu") if call.norm_weight is None else call.norm_weight
+    )
     return Mixer._make([first, dt, *map(_parameter, (*call.parameters, weight)), conv, ssm, *call[10:]])
 
 

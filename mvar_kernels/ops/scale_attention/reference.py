@@ -56,7 +56,7 @@ def scale_attention(call: Attention) -> tuple[Tensor, Tensor]:
     if log_temperature is not None:
         q = q * log_temperature.to(acc).clamp_max(MAX_LOG_TEMPERATURE).exp()[:, None]
     if key_lengths is not None:
-        padding = torch.arange(k.shape[1], device=k.device) >= key_lengths[:, None]  # (B, L)
+        padding = torch.arange(k.shape[1], dtype=torch.int64, device=k.device) >= key_lengths[:, None]  # (B, L)
         k, v_acc = (t.masked_fill(padding[..., None, None], 0.0) for t in (k, v_acc))
     if k.shape[2] != q.shape[2]:
         k, v_acc = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v_acc))

@@ -65,7 +65,7 @@ class ModulatedBlock(Patch):
         options = context_options(module.attn, 2)
         if options:  # a text of three tokens instead of the first scale, which gives the condition
             x, cond = torch.cat((x, x[:, :2]), 1), torch.stack((cond, 2 * cond.roll(1, 0), cond.roll(1, 1)), 1)
-            options["context_mask"] = torch.tensor([[1, 1, 0], [1, 1, 1]], device=x.device)
+            options["context_mask"] = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.int64, device=x.device)
         yield module(x=x, cond_BD=cond, attn_bias=None, **options)
 
     @classmethod

@@ -240,7 +240,9 @@ def _rotary_options(module: Any, x: Tensor) -> dict[str, Any]:
     """Options of a call with a rotary embedding for x (B, L, C), at scales of 1 and L − 1 tokens."""
     L, D = x.shape[1], module.head_dim
     schedule = [(1, 1, 1), (1, 1, L - 1)]
-    positions = torch.arange(L + 1, device=x.device).square() % 97  # not linear: scores would not depend on the first
-    angles = positions[:, None] / torch.logspace(0, 2, D // 2, device=x.device)
+    positions = (
+        torch.arange(L + 1, dtype=torch.int64, device=x.device).square() % 97
+    )  # not linear: scores would not depend on the first
+    angles = positions[:, None] / torch.logspace(0, 2, D // 2, dtype=torch.float32, device=x.device)
     table = 0.9 * torch.stack((angles.cos(), angles.sin()))[:, None, None, None]
     return {"scale_schedule": schedule, "rope2d_freqs_grid": {str(tuple(schedule)): table}}

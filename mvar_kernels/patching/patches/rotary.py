@@ -81,7 +81,7 @@ class MapRotaryAttention(_RotaryAttention):
         yield module(x, attn_bias=example_mask(x, diagonal=True), **options)
         yield module(8 * x[:, first:], attn_bias=None, si=1, **options)
         if options:
-            some = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]], device=x.device).nonzero(as_tuple=True)
+            some = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.int64, device=x.device).nonzero(as_tuple=True)
             yield module(x[:, -2:], attn_bias=None, si=1, m_maskgit=some, **options)
 
     @classmethod
@@ -205,8 +205,8 @@ def context_options(attention: Any, batch: int) -> dict[str, Any]:
     """Options of a comparison for attention to a text of three tokens, {} for attention without a text."""
     if not hasattr(attention, "context_rotary_emb"):
         return {}
-    starts = torch.arange(batch, device=attention.q_bias.device)
-    positions = starts[:, None] + torch.arange(3, device=starts.device)
+    starts = torch.arange(batch, dtype=torch.int64, device=attention.q_bias.device)
+    positions = starts[:, None] + torch.arange(3, dtype=torch.int64, device=starts.device)
     return {"context_position_ids": positions, "context_mask": torch.ones_like(positions)}
 
 
@@ -214,6 +214,6 @@ def map_positions(patch_nums: tuple[int, ...], si: int, device: torch.device) ->
     """Row and column of each token of scale `si`, or of all scales (−1), in units of the largest map: (L, 2)."""
     of_maps = []
     for n in patch_nums if si == -1 else patch_nums[si : si + 1]:
-        numbers = torch.arange(n, device=device)
+        numbers = torch.arange(n, dtype=torch.int64, device=device)
         of_maps.append(torch.cartesian_prod(numbers, numbers).view(n * n, 2) / n * patch_nums[-1])
     return torch.cat(of_maps)
