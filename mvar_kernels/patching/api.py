@@ -22,7 +22,7 @@ from mvar_kernels.patching.class_swap import with_ancestor
 from mvar_kernels.patching.equivalence import EquivalenceCheck
 from mvar_kernels.patching.patches import PATCHES
 from mvar_kernels.patching.patches.base import Patch, arguments_of, has_global_hooks, has_hooks, kind_of
-from mvar_kernels.patching.patches.sampling import Sampling
+from mvar_kernels.patching.patches.sampling import Sampling, methods_of, unsupported_reason
 from mvar_kernels.patching.unrecognized import unrecognized_parts
 
 
@@ -92,16 +92,19 @@ def accelerate(model: nn.Module, *, sampling: bool = False) -> Report:
     return Report(replaced, left)
 
 
+_NOT_REQUESTED = "torch's generator gives its random numbers: sampling=True replaces it"
+
+
 def _patch_sampling(model: nn.Module, requested: bool) -> dict[str, str | None]:
     """Patch the sampling of all modules that sample, if it is requested; name of a method → why not, or None."""
     found: dict[str, str | None] = {}
     for name, module in model.named_modules():
-        reasons = Sampling.unsupported_reasons(module)
-        if not requested and not isinstance(module, Sampling):
-            reasons = dict.fromkeys(reasons, "torch's generator gives its random numbers: sampling=True replaces it")
-        elif None in reasons.values() and not isinstance(module, Sampling):
+        patched = isinstance(module, Sampling)
+        methods = methods_of(type(module)).items()
+        reasons = {key: unsupported_reason(m) if patched or requested else _NOT_REQUESTED for key, m in methods}
+        if None in reasons.values() and not patched:
             module.__class__ = _patched_class(module, Sampling)
-        found |= {f"{name}.{method}".lstrip("."): reason for method, reason in reasons.items()}
+        found |= {f"{name}.{key}".lstrip("."): reason for key, reason in reasons.items()}
     return found
 
 

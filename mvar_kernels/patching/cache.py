@@ -23,6 +23,10 @@ class Schedule(NamedTuple):
     pattern: str
     scales: tuple[int, ...]
 
+    def after(self, earlier: int) -> "Schedule":
+        """The same for queries that also see all of so many earlier tokens, which a cache has."""
+        return Schedule("causal", (earlier, *self.scales)) if earlier else self
+
 
 def version_of(t: Tensor) -> tuple[int, ...]:
     """Changes when the tensor does, as far as PyTorch counts; comparable as long as the tensor is kept alive."""

@@ -42,6 +42,13 @@ class FusedAttention(Patch):
         q, k, v = qkv.unbind(2)
         return q, k, v
 
+    def _normalized(self: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k as the scores multiply them, where they are normalized: q with its temperature."""
+        if not has_qk_norm(self):
+            return q, k
+        temperature = self.scale_mul_1H11.clamp_max(self.max_scale_mul).exp().view(-1, 1)
+        return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
+
     def _appended(self: Any, k: Tensor, v: Tensor, *, heads_first: bool) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, L, H, D) to the cache, in its layout, and return all of it."""
         if heads_first:
@@ -145,9 +152,7 @@ class Attention(FusedAttention):
         of_flash = getattr(self, "using_flash", False) and dtype != torch.float32
         heads_first = not (of_flash or getattr(self, "using_xform", False))
         k, v = self._appended(k, v, heads_first=heads_first)
-        earlier = k.shape[1] - new
-        schedule = Schedule("causal", (earlier, *schedule.scales)) if earlier else schedule
-        return k.to(dtype), v.to(dtype), schedule  # under autocast a norm is float32
+        return k.to(dtype), v.to(dtype), schedule.after(k.shape[1] - new)  # under autocast a norm is float32
 
 
 class ScaleAttention(FusedAttention):

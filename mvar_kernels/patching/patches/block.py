@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
@@ -20,6 +20,7 @@ from mvar_kernels.patching.patches.base import (
     modulation_unsupported,
     norm_options,
     norm_width,
+    roll_tokens,
     scale_options,
 )
 from mvar_kernels.patching.patches.mamba2 import Mamba2
@@ -71,8 +72,7 @@ class ModulatedBlock(Patch):
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
         x, cond = cls._inputs(module, randn, 1, length)
-        for branch in (module.attn, module.ffn):  # they are called as by the original, and take most of the time
-            branch.forward = lambda x, *args, **options: x.roll(1, 1)
+        roll_tokens(module.attn, module.ffn)
         for options in scale_options(module):
             yield module(x=x, cond_BD=cond, attn_bias=None, **options)
 
@@ -96,7 +96,7 @@ class ModulatedBlock(Patch):
     def supported_arguments(self: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any] | None:
         """As of a patch; what attention does not take has to be at its default."""
         values: dict[str, Any] | None = super().supported_arguments(args, options)
-        taken = _taken_by(self._modules[self.attention])
+        taken = argument_names(self._modules[self.attention])
         if values is None or all(
             name in taken or values[name] is self.defaults.get(name) for name in self.optional if name in values
         ):
@@ -104,21 +104,10 @@ class ModulatedBlock(Patch):
         return None
 
     def _attended(self: Any, h: Tensor, values: dict[str, Any]) -> Tensor:
-        taken = _taken_by(self.attn)
+        taken = argument_names(self.attn)
         options = {name: values[name] for name in ("attn_bias", *self.optional) if name in values and name in taken}
         out: Tensor = self.attn(h, **options)
         return out
-
-
-_taken: dict[type, tuple[str, ...]] = {}
-
-
-def _taken_by(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of a module's forward."""
-    cls = type(module)
-    if cls not in _taken:
-        _taken[cls] = argument_names(module)
-    return _taken[cls]
 
 
 class Block(ModulatedBlock):
@@ -187,7 +176,7 @@ class MambaBlock(ModulatedBlock):
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
         module.cache = None
-        module.mamba.forward = lambda u, **options: u.roll(1, 1)
+        roll_tokens(module.mamba)
         yield from super().long_calls(module, randn, length)
 
     def forward(self: Any, *args: Any, **options: Any) -> Tensor:

@@ -8,20 +8,19 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
+from mvar_kernels.ops.scale_attention.reference import rotated
 from mvar_kernels.patching.cache import Schedule, schedule_of
 from mvar_kernels.patching.patches.attention import (
     LONGEST,
     Attention,
     FusedAttention,
     example_mask,
-    has_qk_norm,
 )
-from mvar_kernels.patching.patches.base import Randn, scale_options
+from mvar_kernels.patching.patches.base import Randn, roll_tokens, scale_options
 from mvar_kernels.patching.patches.block import ModulatedBlock, in_common_dtype
 
 Rotary = tuple[Tensor, Tensor]
@@ -86,7 +85,7 @@ class InfinityAttention(FusedAttention):
             return self._attended(q, k, v, call.schedule, rotary=call.rotary, rotary_interleaved=True)
         dtype, L = q.dtype, q.shape[1]
         q, k, v = self._cached(q, k, v, call.rotary)
-        schedule = Schedule("causal", (k.shape[1] - L, L) if k.shape[1] > L else (L,))
+        schedule = call.schedule.after(k.shape[1] - L)
         return self._attended(*(t.to(dtype) for t in (q, k, v)), schedule, log_temperature=None)
 
     def _supported(self: Any, values: dict[str, Any]) -> _Call | None:
@@ -107,11 +106,9 @@ class InfinityAttention(FusedAttention):
 
     def _cached(self: Any, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalize and rotate q and k, append to the cache; q and all of the cache, (B, L, H, D)."""
-        if has_qk_norm(self):
-            temperature = self.scale_mul_1H11.clamp_max(self.max_scale_mul).exp().view(-1, 1)
-            q, k = F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
+        q, k = self._normalized(q, k)
         if rotary is not None:
-            q, k = _rotated(q, *rotary), _rotated(k, *rotary)
+            q, k = (rotated(t, *rotary, interleaved=True) for t in (q, k))
         return q, *self._appended(k.contiguous(), v.contiguous(), heads_first=not self.using_flash)
 
 
@@ -138,6 +135,8 @@ class InfinityBlock(ModulatedBlock):
         reason = super().unsupported_reason(module)
         if reason is not None:
             return reason
+        if not isinstance(module.ln_wo_grad, nn.LayerNorm):
+            return "ln_wo_grad: expected a LayerNorm over the channels without weights"
         shape, norm, gamma = tuple(module.ln_wo_grad.normalized_shape), module.ca_norm, module.ca_gamma
         if not isinstance(norm, nn.LayerNorm) or tuple(norm.normalized_shape) != shape:
             return "ca_norm: expected a LayerNorm over the channels"
@@ -151,8 +150,7 @@ class InfinityBlock(ModulatedBlock):
 
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
-        for branch in (module.sa, module.ffn):  # they are called as by the original, and take most of the time
-            branch.forward = lambda x, *args, **options: x.roll(1, 1)
+        roll_tokens(module.sa, module.ffn)
         for options in scale_options(module):
             yield cls._example(module, randn, 1, length, scale_ind=options.get("scale_ind", 0))
 
@@ -227,13 +225,6 @@ def _rotary_rows(grid: Any, schedule: Any, scale_ind: int, x: Tensor, head_dim: 
         table = grid[key] = table.to(x.device)
     cos, sin = table[:, 0, 0, 0, start:end]
     return cos, sin
-
-
-def _rotated(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rows of t (B, L, H, D) rotated, in the dtype that PyTorch promotes to."""
-    cos, sin = cos[:, None], sin[:, None]
-    a, b = t.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
 
 
 def _rotary_options(module: Any, x: Tensor) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from math import isqrt
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar_kernels.ops.scale_attention.reference import rotated
 from mvar_kernels.patching.cache import Schedule, computed_from
-from mvar_kernels.patching.patches.attention import LONGEST, Attention, example_mask, has_qk_norm
+from mvar_kernels.patching.patches.attention import LONGEST, Attention, example_mask
 from mvar_kernels.patching.patches.base import Randn, is_linear
 
 
@@ -40,9 +39,7 @@ class _RotaryAttention(Attention):
         if not self.caching and (tables is None or tables[0].dim() == 2):
             options = {} if tables is None else {"rotary": tables, "rotary_interleaved": self.interleaved}
             return self._attended(q.to(v.dtype), k.to(v.dtype), v, schedule, **options)
-        if has_qk_norm(self):
-            temperature = self.scale_mul_1H11.clamp_max(self.max_scale_mul).exp().view(-1, 1)
-            q, k = F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
+        q, k = self._normalized(q, k)
         if tables is not None:
             q, k = (self._rotated(t, tables, v.dtype) for t in (q, k))
         if self.caching:

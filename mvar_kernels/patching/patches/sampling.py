@@ -4,7 +4,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
 
@@ -31,16 +31,11 @@ class Sampling(Patch):
 
     @classmethod
     def overrides(cls, original: type) -> dict[str, Any]:
-        supported = {name: m for name, m in _methods_of(original).items() if _unsupported_reason(m) is None}
+        supported = {name: m for name, m in methods_of(original).items() if unsupported_reason(m) is None}
         return {name: _sampling_method(method) for name, method in supported.items()}
 
-    @classmethod
-    def unsupported_reasons(cls, module: nn.Module) -> Mapping[str, str | None]:
-        """Name of each method that samples → why its sampling cannot be replaced, or None."""
-        return {name: _unsupported_reason(method) for name, method in _methods_of(type(module)).items()}
 
-
-def _methods_of(cls: type) -> dict[str, Callable[..., Any]]:
+def methods_of(cls: type) -> dict[str, Callable[..., Any]]:
     """The methods of a class that call the function, as they were before `accelerate`."""
     found: dict[str, Callable[..., Any]] = {}
     for base in cls.__mro__:
@@ -53,9 +48,14 @@ def _methods_of(cls: type) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def _unsupported_reason(method: Callable[..., Any]) -> str | None:
+def unsupported_reason(method: Callable[..., Any]) -> str | None:
+    """Why the sampling of a method cannot be replaced, or None."""
     inner: Any = inspect.unwrap(method)
-    original = inner.__globals__[NAME]
+    return _unsupported(inner, inner.__globals__[NAME])
+
+
+@functools.cache
+def _unsupported(inner: Any, original: Any) -> str | None:
     names = ["logits_BlV", "top_k", "top_p", "rng", "num_samples"]
     if not isinstance(original, FunctionType) or list(inspect.signature(original).parameters) != names:
         return f"{NAME}: expected a function of {', '.join(names)}"

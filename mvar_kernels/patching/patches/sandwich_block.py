@@ -14,6 +14,7 @@ from mvar_kernels.patching.patches.base import (
     norm_options,
     norm_width,
     normed_dtype,
+    roll_tokens,
 )
 from mvar_kernels.patching.patches.block import in_common_dtype
 
@@ -55,8 +56,7 @@ class SandwichBlock(Patch):
 
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
-        for branch in (module.attn, module.ffn):  # they are called as by the original, and take most of the time
-            branch.forward = lambda x, *args, **options: x.roll(1, 1)
+        roll_tokens(module.attn, module.ffn)
         yield cls._call(module, randn, 1, length, None)
 
     @classmethod
