@@ -32,6 +32,41 @@ WARPS_AT_WORK, SHORTEST, SLAB_COST = 16 * 132, 8, 6
 STAGED_BYTES = 96 * 1024  # of shared memory: what a program may have on every architecture, less a little
 
 
+@triton.jit
+def _modulated_vjp(
+    x,
+    grad,
+    factor,
+    bias,
+    b,
+    rows,
+    L,
+    offs_c,
+    mask,
+    mask_c,
+    eps,
+    scale_ptr,
+    stride_scale_b,
+    stride_scale_l,
+    dscale_ptr,
+    dshift_ptr,
+    C: tl.constexpr,
+    RMS: tl.constexpr,
+):
+    """(n = norm(x), gradient at x, gradient at n·factor + bias); stores those of modulation per token, where it is."""
+    out_grad = grad
+    if scale_ptr is not None:
+        grad = grad * (1.0 + load_tokens(scale_ptr, b, stride_scale_b, rows, stride_scale_l, offs_c, mask))
+    normed, dx = normalized_vjp(x, grad, factor, mask_c, C, eps, RMS)
+    if scale_ptr is not None:
+        offs = (b * L + rows) * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
+        dscale = out_grad * (normed * factor + bias)
+        tl.store(dscale_ptr + offs, dscale.to(dscale_ptr.dtype.element_ty), mask=mask)
+        if dshift_ptr is not None:
+            tl.store(dshift_ptr + offs, out_grad.to(dshift_ptr.dtype.element_ty), mask=mask)
+    return normed, dx, grad
+
+
 @triton.jit(do_not_specialize=["L", "slab"])
 def _adaln_bwd_kernel(
     grad_ptr,
@@ -79,18 +114,10 @@ def _adaln_bwd_kernel(
         grad = tl.load(grad_ptr + b * stride_grad_b + rows * stride_grad_l + offs_c[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + b * stride_xb + rows * stride_xl + offs_c[None, :], mask=mask, other=0.0)
         grad = grad.to(tl.float32)
-        if token_scale_ptr is not None:
-            token_scale = load_tokens(
-                token_scale_ptr, b, stride_token_scale_b, rows, stride_token_scale_l, offs_c, mask
-            )
-            out_grad, grad = grad, grad * (1.0 + token_scale)
-        normed, dx = normalized_vjp(x.to(tl.float32), grad, factor, mask_c, C, eps, RMS)
-        if token_scale_ptr is not None:
-            offs_token = (b * L + rows) * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
-            token_dscale = out_grad * (normed * factor + bias)
-            tl.store(token_dscale_ptr + offs_token, token_dscale.to(token_dscale_ptr.dtype.element_ty), mask=mask)
-            if token_dshift_ptr is not None:
-                tl.store(token_dshift_ptr + offs_token, out_grad.to(token_dshift_ptr.dtype.element_ty), mask=mask)
+        normed, dx, grad = _modulated_vjp(
+            *(x.to(tl.float32), grad, factor, bias, b, rows, L, offs_c, mask, mask_c, eps, token_scale_ptr),
+            *(stride_token_scale_b, stride_token_scale_l, token_dscale_ptr, token_dshift_ptr, C, RMS),
+        )
         dscale += tl.sum(grad * normed, axis=0)
         dshift += tl.sum(grad, axis=0)
         tl.store(dx_ptr + (b * L + rows) * C + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -166,18 +193,10 @@ def _gated_adaln_bwd_kernel(
         grad_x_new = tl.load(grad_x_new_ptr + offs_grad_x_new, mask=mask, other=0.0)
         branch = tl.load(branch_ptr + offs_branch, mask=mask, other=0.0)
         grad = grad.to(tl.float32)
-        if token_scale_ptr is not None:
-            token_scale = load_tokens(
-                token_scale_ptr, b, stride_token_scale_b, rows, stride_token_scale_l, offs_c, mask
-            )
-            out_grad, grad = grad, grad * (1.0 + token_scale)
-        normed, dx = normalized_vjp(x_new.to(tl.float32), grad, factor, mask_c, C, eps, RMS)
-        if token_scale_ptr is not None:
-            offs_token = (b * L + rows) * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
-            token_dscale = out_grad * (normed * factor + bias)
-            tl.store(token_dscale_ptr + offs_token, token_dscale.to(token_dscale_ptr.dtype.element_ty), mask=mask)
-            if token_dshift_ptr is not None:
-                tl.store(token_dshift_ptr + offs_token, out_grad.to(token_dshift_ptr.dtype.element_ty), mask=mask)
+        normed, dx, grad = _modulated_vjp(
+            *(x_new.to(tl.float32), grad, factor, bias, b, rows, L, offs_c, mask, mask_c, eps, token_scale_ptr),
+            *(stride_token_scale_b, stride_token_scale_l, token_dscale_ptr, token_dshift_ptr, C, RMS),
+        )
         dscale += tl.sum(grad * normed, axis=0)
         dshift += tl.sum(grad, axis=0)
         dx += grad_x_new.to(tl.float32)

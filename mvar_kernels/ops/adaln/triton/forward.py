@@ -12,6 +12,27 @@ from mvar_kernels.ops.adaln.triton.common import centre, chosen_tile, load_token
 from mvar_kernels.tiling import Tile
 
 
+@triton.jit
+def _modulate_tokens(
+    out,
+    b,
+    rows,
+    offs_c,
+    mask,
+    scale_ptr,
+    shift_ptr,
+    stride_scale_b,
+    stride_scale_l,
+    stride_shift_b,
+    stride_shift_l,
+):
+    """out·(1+scale) + shift with those of rows [BLOCK_L, 1] of sample `b`, where there are any."""
+    if scale_ptr is not None:
+        scale = load_tokens(scale_ptr, b, stride_scale_b, rows, stride_scale_l, offs_c, mask)
+        out = out * (1.0 + scale) + load_tokens(shift_ptr, b, stride_shift_b, rows, stride_shift_l, offs_c, mask)
+    return out
+
+
 @triton.jit(do_not_specialize=["L"])
 def _adaln_fwd_kernel(
     x_ptr,
@@ -48,12 +69,10 @@ def _adaln_fwd_kernel(
     shift = load_vector(shift_ptr, b, stride_shift, offs_c, mask_c)
 
     centred, rstd = centre(x.to(tl.float32), mask_c, C, eps, RMS)
-    out = centred * rstd * (PLUS + scale) + shift
-    if token_scale_ptr is not None:
-        rows = offs_l[:, None]
-        token_scale = load_tokens(token_scale_ptr, b, stride_token_scale_b, rows, stride_token_scale_l, offs_c, mask)
-        token_shift = load_tokens(token_shift_ptr, b, stride_token_shift_b, rows, stride_token_shift_l, offs_c, mask)
-        out = out * (1.0 + token_scale) + token_shift
+    out = _modulate_tokens(
+        *(centred * rstd * (PLUS + scale) + shift, b, offs_l[:, None], offs_c, mask, token_scale_ptr, token_shift_ptr),
+        *(stride_token_scale_b, stride_token_scale_l, stride_token_shift_b, stride_token_shift_l),
+    )
     offs_out = (b * L + offs_l)[:, None] * C + offs_c[None, :]  # [BLOCK_L, BLOCK_C]
     tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -114,12 +133,10 @@ def _gated_adaln_fwd_kernel(
     tl.store(x_new_ptr + offs_out, x_new, mask=mask)
 
     centred, rstd = centre(x_new.to(tl.float32), mask_c, C, eps, RMS)
-    out = centred * rstd * (PLUS + scale) + shift
-    if token_scale_ptr is not None:
-        rows = offs_l[:, None]
-        token_scale = load_tokens(token_scale_ptr, b, stride_token_scale_b, rows, stride_token_scale_l, offs_c, mask)
-        token_shift = load_tokens(token_shift_ptr, b, stride_token_shift_b, rows, stride_token_shift_l, offs_c, mask)
-        out = out * (1.0 + token_scale) + token_shift
+    out = _modulate_tokens(
+        *(centred * rstd * (PLUS + scale) + shift, b, offs_l[:, None], offs_c, mask, token_scale_ptr, token_shift_ptr),
+        *(stride_token_scale_b, stride_token_scale_l, stride_token_shift_b, stride_token_shift_l),
+    )
     tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 

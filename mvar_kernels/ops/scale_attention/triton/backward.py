@@ -84,10 +84,8 @@ def _scale_attention_dq_kernel(
     first = (b * Lq * H + h) * HEAD_DIM  # of the contiguous tensors
     part = query_tile(
         *(grad_ptr + first, q_ptr + b * stride_qb + h * stride_qh),
-        *(
-            k_ptr + b * stride_kb + key_head(h, GROUP) * stride_kh,
-            v_ptr + b * stride_vb + key_head(h, GROUP) * stride_vh,
-        ),
+        k_ptr + b * stride_kb + key_head(h, GROUP) * stride_kh,
+        v_ptr + b * stride_vb + key_head(h, GROUP) * stride_vh,
         *(dq_ptr + first, rows_ptr + (b * H + h) * Lq),
         *((cos_ptr, sin_ptr, skipped), spans_ptr),
         *(stride_ql, stride_kl, stride_vl, H * HEAD_DIM, H.to(tl.int64) * B * Lq),
@@ -146,33 +144,12 @@ def _scale_attention_dkdv_kernel(
         end = tl.maximum(tl.minimum(tl.load(key_lengths_ptr + b), stored), 0).to(tl.int32)
     key_tile(
         *(grad_ptr + (b * Lq * H + h) * HEAD_DIM, rows_ptr + (b * H + h) * Lq, q_ptr + b * stride_qb + h * stride_qh),
-        *(
-            k_ptr + b * stride_kb + key_h * stride_kh,
-            v_ptr + b * stride_vb + key_h * stride_vh,
-            dk_ptr + first,
-            dv_ptr + first,
-        ),
-        *(
-            (cos_ptr, sin_ptr, skipped),
-            spans_ptr,
-            stride_ql,
-            stride_kl,
-            stride_vl,
-            heads * HEAD_DIM,
-            H.to(tl.int64) * B * Lq,
-        ),
-        *(
-            score_factor(scale, log_temperature_ptr, h, NORM),
-            (scale, log_temperature_ptr, h, stride_qh),
-            row,
-            stored,
-            end,
-            lo,
-            full_lo,
-            full_hi,
-            hi,
-            Lq,
-        ),
+        *(k_ptr + b * stride_kb + key_h * stride_kh, v_ptr + b * stride_vb + key_h * stride_vh, dk_ptr + first),
+        dv_ptr + first,
+        *((cos_ptr, sin_ptr, skipped), spans_ptr, stride_ql, stride_kl, stride_vl, heads * HEAD_DIM),
+        H.to(tl.int64) * B * Lq,
+        *(score_factor(scale, log_temperature_ptr, h, NORM), (scale, log_temperature_ptr, h, stride_qh), row, stored),
+        *(end, lo, full_lo, full_hi, hi, Lq),
         *(HEAD_DIM, BLOCK_D, NORM, ANGLES, INTERLEAVED, GROUP, BLOCK_M, BLOCK_N, key_lengths_ptr is not None),
     )
 
@@ -236,20 +213,8 @@ def _scale_attention_bwd_kernel(
     for start in range(row, row + rows, BLOCK_M):
         key_tile(
             *(grad_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, dk_ptr + first, dv_ptr + first, rotary, spans_ptr, stride_ql),
-            *(
-                stride_kl,
-                stride_vl,
-                H * HEAD_DIM,
-                kind,
-                factor,
-                rotary,
-                start,
-                row + rows,
-                row + rows,
-                lo,
-                full_lo,
-                full_hi,
-            ),
+            *(stride_kl, stride_vl, H * HEAD_DIM, kind, factor, rotary, start, row + rows, row + rows, lo, full_lo),
+            full_hi,
             *(hi, L),
             *(HEAD_DIM, BLOCK_D, NORM, 0, False, 1, BLOCK_N, BLOCK_M, False),
         )

@@ -228,42 +228,14 @@ def query_tile(
     for start in range(lo, sums_hi, BLOCK_N):
         peak, total, product, largest = _sum_weights(
             *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, rotary, spans_ptr, stride_kl),
-            *(
-                stride_vl,
-                start,
-                hi,
-                offs_m,
-                mask_m,
-                Lq,
-                HEAD_DIM,
-                BLOCK_N,
-                BLOCK_D,
-                NORM,
-                ANGLES,
-                INTERLEAVED,
-                LANES,
-                False,
-            ),
+            *(stride_vl, start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, ANGLES, INTERLEAVED, LANES),
+            False,
         )
     for start in range(sums_hi, hi, BLOCK_N):
         peak, total, product, largest = _sum_weights(
             *(q, sum_factor, grad, peak, total, product, largest, k_ptr, v_ptr, rotary, spans_ptr, stride_kl),
-            *(
-                stride_vl,
-                start,
-                hi,
-                offs_m,
-                mask_m,
-                Lq,
-                HEAD_DIM,
-                BLOCK_N,
-                BLOCK_D,
-                NORM,
-                ANGLES,
-                INTERLEAVED,
-                LANES,
-                True,
-            ),
+            *(stride_vl, start, hi, offs_m, mask_m, Lq, HEAD_DIM, BLOCK_N, BLOCK_D, NORM, ANGLES, INTERLEAVED, LANES),
+            True,
         )
     row_peak = tl.max(peak, 1)
     shrink = exp2(exponents_of(peak, row_peak[:, None], sum_factor[:, None]), q.dtype == tl.float32)
@@ -285,41 +257,15 @@ def query_tile(
     for start in range(lo, full_hi, STEP_N):
         dq, slope = _through_keys(
             *(q, q_factor, grad, row_peak, delta, ds_factor, dq, slope, k_ptr, v_ptr, rotary, spans_ptr),
-            *(
-                stride_kl,
-                stride_vl,
-                start,
-                hi,
-                offs_m,
-                mask_m,
-                Lq,
-                HEAD_DIM,
-                STEP_N,
-                BLOCK_D,
-                NORM,
-                ANGLES,
-                INTERLEAVED,
-            ),
+            *(stride_kl, stride_vl, start, hi, offs_m, mask_m, Lq, HEAD_DIM, STEP_N, BLOCK_D, NORM, ANGLES),
+            INTERLEAVED,
             *(LANES, False),
         )
     for start in range(full_hi, hi, STEP_N):
         dq, slope = _through_keys(
             *(q, q_factor, grad, row_peak, delta, ds_factor, dq, slope, k_ptr, v_ptr, rotary, spans_ptr),
-            *(
-                stride_kl,
-                stride_vl,
-                start,
-                hi,
-                offs_m,
-                mask_m,
-                Lq,
-                HEAD_DIM,
-                STEP_N,
-                BLOCK_D,
-                NORM,
-                ANGLES,
-                INTERLEAVED,
-            ),
+            *(stride_kl, stride_vl, start, hi, offs_m, mask_m, Lq, HEAD_DIM, STEP_N, BLOCK_D, NORM, ANGLES),
+            INTERLEAVED,
             *(LANES, True),
         )
 
