@@ -75,12 +75,6 @@ def identity(spec: Spec, backend: str, case: Case, dtype: torch.dtype) -> str:
     return f"{spec.op}-{backend}-{case.name}-{str(dtype).removeprefix('torch.')}"
 
 
-def tried(spec: Spec, backend: str, dtype: torch.dtype) -> list[Case]:
-    """The spec's cases; in Triton's slow interpreter the first ten, and every other one of the rest in each dtype."""
-    parity = int(dtype == torch.float16)
-    return [c for i, c in enumerate(spec.cases) if not interprets(backend) or i < 10 or i % 2 == parity]
-
-
 def params() -> Iterator[object]:
     for spec in SPECS.values():
         for backend in AVAILABLE:
@@ -88,7 +82,7 @@ def params() -> Iterator[object]:
                 # A backend that supports the first case must support all of them; these backends may support only some.
                 partial = backend in (*THIRD_PARTY, "cuda", CUDA_ON_CPU)
                 offered = partial or refusal(spec, backend, dtype, spec.cases[0]) is None
-                for case in tried(spec, backend, dtype) if offered else ():
+                for case in spec.cases if offered else ():
                     if not partial or refusal(spec, backend, dtype, case) is None:
                         name = identity(spec, backend, case, dtype)
                         slow = backend == CUDA_ON_CPU or (interprets(backend) and case is not spec.cases[0])
@@ -214,7 +208,7 @@ def test_kernels_support_every_case() -> None:
         for backend in {"reference", "cpu", "triton"}.intersection(AVAILABLE, OPS[spec.op].modules):
             for dtype in spec.dtypes:
                 if (backend, dtype) not in NOT_OFFERED:
-                    assert {identity(spec, backend, case, dtype) for case in tried(spec, backend, dtype)} <= offered
+                    assert {identity(spec, backend, case, dtype) for case in spec.cases} <= offered
 
 
 @pytest.mark.parametrize("op", SPECS)
