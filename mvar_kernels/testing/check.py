@@ -89,7 +89,7 @@ def compare(
     same = evaluate(spec, case, of_reference, None)
     exact = evaluate(spec, case, {n: t.double() for n, t in of_reference.items()}, None)
     got = evaluate(spec, case, inputs, backend)
-    ratios, faults = error_ratios(spec, got, same, exact), []
+    ratios, faults = error_ratios(spec, case, got, same, exact), []
     grads = cotangents(case, [got[name] for name in spec.outputs]) if options.reruns else None
     for run in range(options.reruns):
         again = evaluate(spec, case, inputs, backend, grads)
@@ -98,7 +98,8 @@ def compare(
             break
     for layout in options.layouts:
         other = evaluate(spec, case, {n: layout(t) for n, t in inputs.items()}, backend)
-        ratios |= {f"{n}, {layout.__name__}": ratio for n, ratio in error_ratios(spec, other, same, exact).items()}
+        found = error_ratios(spec, case, other, same, exact)
+        ratios |= {f"{n}, {layout.__name__}": ratio for n, ratio in found.items()}
     if options.cuda_graph:
         replayed = _replayed(spec, case, inputs, backend)
         if differ := [n for n in replayed if not torch.equal(got[n], replayed[n])]:

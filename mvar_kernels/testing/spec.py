@@ -20,6 +20,8 @@ class Case:
 
     keeps_dtype: inputs that stay float32 in this case, besides the spec's.
     cotangents: factor on the seeded gradients of the outputs, for gradients that would leave float16's range.
+    cancelled: "grad of" an input whose terms cancel to zero → the largest sum of the terms' magnitudes, by the float32
+        rounding of which the gradient may differ from zero.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     keeps_dtype: tuple[str, ...] = ()
     cotangents: float = 1.0
+    cancelled: Mapping[str, float] = field(default_factory=dict)
 
     def at_batch(self, batch: int) -> "Case":
         """The same case with another batch."""

@@ -236,7 +236,7 @@ def test_check_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["check", "adaln", "--backend", "cpu"])
     out = capsys.readouterr().out
     assert (
-        f"{2 * len(SPECS['adaln'].cases)} cases of 1 ops" in out
+        f"{len(plan.DTYPES) * len(SPECS['adaln'].cases)} cases of 1 ops" in out
         and out.rstrip().endswith("all cases passed")
         and "torch 2" in out
     )

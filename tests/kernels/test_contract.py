@@ -95,13 +95,14 @@ PARAMS = list(params())
 
 def compare(
     spec: Spec,
+    case: Case,
     got: dict[str, Tensor],
     same: dict[str, Tensor],
     exact: dict[str, Tensor],
     inputs: torch.dtype | None = None,
 ) -> None:
     assert got.keys() <= same.keys() == exact.keys() and set(spec.outputs) <= got.keys()
-    ratios = contract.error_ratios(spec, got, same, exact, inputs)
+    ratios = contract.error_ratios(spec, case, got, same, exact, inputs)
     assert all(ratio <= 1 for ratio in ratios.values()), f"error over tolerance: {ratios}"
 
 
@@ -122,9 +123,9 @@ def test_agrees_with_float64(spec: Spec, case: Case, backend: str, dtype: torch.
     on_cpu = {n: t.cpu() for n, t in inputs.items()}
     same = evaluate(spec, case, on_cpu, None)
     exact = evaluate(spec, case, {n: t.double() for n, t in on_cpu.items()}, None)
-    compare(spec, got, same, exact)
+    compare(spec, case, got, same, exact)
     for layout in () if slow else (every_other, transposed):
-        compare(spec, evaluate(spec, case, {n: layout(t) for n, t in inputs.items()}, backend), same, exact)
+        compare(spec, case, evaluate(spec, case, {n: layout(t) for n, t in inputs.items()}, backend), same, exact)
 
 
 def scattered(t: Tensor) -> Tensor:

@@ -166,10 +166,10 @@ def test_planted_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
         inputs = prepared(spec, case, dtype)
         same = evaluate(spec, case, inputs, None)
         exact = evaluate(spec, case, {n: t.double() for n, t in inputs.items()}, None)
-        compare(spec, evaluate(spec, case, inputs, CUDA_ON_CPU), same, exact)
+        compare(spec, case, evaluate(spec, case, inputs, CUDA_ON_CPU), same, exact)
         try:
             with cuda_on_cpu.playing(kernels):
-                compare(spec, evaluate(spec, case, inputs, CUDA_ON_CPU), same, exact)
+                compare(spec, case, evaluate(spec, case, inputs, CUDA_ON_CPU), same, exact)
         except (AssertionError, RuntimeError) as error:
             errors.append(str(error))
             if fault.shows in errors[-1]:

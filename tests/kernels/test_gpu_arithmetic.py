@@ -77,7 +77,7 @@ def assert_within_contract(spec: Spec, case: Case, inputs: Inputs) -> None:
     same = evaluate(spec, case, inputs, None)
     exact = evaluate(spec, case, {n: t.double() for n, t in inputs.items()}, None)
     with gpu_arithmetic():
-        compare(spec, evaluate(spec, case, inputs, "triton"), same, exact)
+        compare(spec, case, evaluate(spec, case, inputs, "triton"), same, exact)
 
 
 @pytest.mark.parametrize(("spec", "case"), params(FLOAT32))
@@ -129,7 +129,7 @@ def test_float32_gradients_of_bfloat16(
     exact = gradients(None, Tensor.double)
     with gpu_arithmetic():
         got = gradients("triton", lambda t: t.half() if t.dtype == torch.bfloat16 else t)
-    compare(dataclasses.replace(spec, outputs=()), got, same, exact, torch.bfloat16)
+    compare(dataclasses.replace(spec, outputs=()), case, got, same, exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize("op", ["mamba2_mixer", "ssd_scan"])

@@ -33,7 +33,7 @@ def assert_right(got: dict[str, Tensor], case: Case, inputs: Inputs) -> None:
     on_cpu = {n: t.cpu() for n, t in inputs.items()}
     spec = replace(MAMBA2_MIXER, grads=())
     exact = evaluate(spec, case, {n: t.double() for n, t in on_cpu.items()}, None)
-    compare(spec, got, evaluate(spec, case, on_cpu, None), exact)
+    compare(spec, case, got, evaluate(spec, case, on_cpu, None), exact)
 
 
 @HALVES

@@ -160,7 +160,7 @@ def test_groups_of_heads(both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         contract.evaluate(SSD_SCAN, case, {n: t.cpu().to(kind) for n, t in inputs.items()}, None)
         for kind in (torch.float32, torch.float64)
     )
-    ratios = contract.error_ratios(SSD_SCAN, got, same, exact)
+    ratios = contract.error_ratios(SSD_SCAN, case, got, same, exact)
     assert max(ratios.values()) <= 1, ratios
 
 

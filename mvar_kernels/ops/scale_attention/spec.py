@@ -84,8 +84,12 @@ CASES = (
     _case(
         "saturated_causal_norm", SMALL, 1, 2, 64, values="one_key_ahead", pattern="causal", norm=True, heat=(2.5, 3.0)
     ),
-    _case("equal_keys", SMALL, 1, 2, 64, values="equal_keys"),
-    _case("equal_keys_norm", SMALL, 1, 2, 64, values="equal_keys", norm=True, heat=HOT),
+    # The gradient of q is scale·Σ dS·k with Σ dS = 0, dS being the scores' gradients.
+    replace(_case("equal_keys", SMALL, 1, 2, 64, values="equal_keys"), cancelled={"grad of q": 3.1}),
+    replace(
+        _case("equal_keys_norm", SMALL, 1, 2, 64, values="equal_keys", norm=True, heat=HOT),
+        cancelled={"grad of q": 45.2},
+    ),
     _case("hottest", SMALL, 1, 2, 64, norm=True, heat=HOT),
     _case("coldest", SMALL, 1, 2, 64, norm=True, heat=COLD),
     _case("large_scores", SMALL, 1, 2, 64, values="large_scores", scale=1.0),
