@@ -128,7 +128,7 @@ class Block(ModulatedBlock):
         x, (g1, g2, s1, s2, t1, t2) = in_common_dtype(values["x"], six)
         norm = norm_options(self.ln_wo_grad, x.dtype)
         branch = self._attended(adaln(x, s1[:, 0], t1[:, 0], **norm), values)
-        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], **norm)
+        x, h = gated_adaln(x, beside(x, branch), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], **norm)
         return torch.addcmul(x, self.ffn(h).to(x.dtype), self.drop_path(g2))
 
     def _condition(self: Any, values: dict[str, Any]) -> Tensor | None:
@@ -190,9 +190,9 @@ class MambaBlock(ModulatedBlock):
         x, (g1, g2, g3, s1, s2, s3, t1, t2, t3) = in_common_dtype(values["x"], nine)
         norm = norm_options(self.ln_wo_grad, x.dtype)
         branch = self._attended(adaln(x, s1[:, 0], t1[:, 0], **norm), values)
-        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], **norm)
+        x, h = gated_adaln(x, beside(x, branch), self.drop_path(g1)[:, 0], s2[:, 0], t2[:, 0], **norm)
         branch = self._resumed(x, h, nine, s2, t2) if generating else self.mamba(h)
-        x, h = gated_adaln(x, branch.to(x.dtype), self.drop_path(g2)[:, 0], s3[:, 0], t3[:, 0], **norm)
+        x, h = gated_adaln(x, beside(x, branch), self.drop_path(g2)[:, 0], s3[:, 0], t3[:, 0], **norm)
         return torch.addcmul(x, self.ffn(h).to(x.dtype), self.drop_path(g3))
 
     def _resumed(self: Any, x: Tensor, h: Tensor, nine: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -241,3 +241,10 @@ def in_common_dtype(x: Tensor, modulation: Tensor) -> tuple[Tensor, tuple[Tensor
     """x and the vectors of (B or 1, 1, vectors, C), each (B, 1, C), in the dtype that PyTorch promotes them to."""
     x = x.to(torch.promote_types(modulation.dtype, x.dtype))
     return x, modulation.to(x.dtype).expand(len(x), -1, -1, -1).unbind(2)
+
+
+def beside(x: Tensor, branch: Tensor) -> Tensor:
+    """A branch in a dtype that gated_adaln takes beside the residual stream x: its own under autocast, where it has 16
+    bits and x is float32. The input of the next branch, whose linear layers take that dtype, then has it, too."""
+    under_autocast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return branch if under_autocast and branch.dtype.itemsize == 2 else branch.to(x.dtype)
