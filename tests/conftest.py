@@ -17,6 +17,11 @@ if not torch.cuda.is_available():
 
 from tests.helpers.global_state import settings_of_the_session, unchanged_settings  # noqa: E402
 
+if not torch.cuda.is_available():
+    from tests.helpers.interpreter import speed_up_interpreter
+
+    speed_up_interpreter()
+
 __all__ = ["settings_of_the_session", "unchanged_settings"]
 
 # A script's background jobs ignore SIGINT, which some tests send.
