@@ -12,6 +12,7 @@ first is patched.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -120,6 +121,16 @@ def restore(model: nn.Module) -> None:
         if isinstance(module, Patch):
             patched = next(cls for cls in type(module).__mro__ if "original_forward" in vars(cls))
             module.__class__ = with_ancestor(type(module), patched, module.original, new_classes)
+            _rebind(module, patched)
+
+
+def _rebind(module: nn.Module, patched: type) -> None:
+    """Replace the patch's methods that other programs have kept on the instance, as those do that wrap a forward."""
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            method = value.__func__.__name__
+            if value.__func__ is getattr(patched, method, None):
+                vars(module)[name] = getattr(type(module), method).__get__(module)
 
 
 def _check_module(function: str, model: object) -> None:

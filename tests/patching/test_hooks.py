@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrize
 
 import mvar_kernels as mk
 from mvar_kernels.dispatch import native
+from mvar_kernels.patching.patches.base import Patch
 from tests.helpers.patched import HOOKS, LABELS, accelerated, close, normal, plain
 from tests.helpers.plain_var import PlainVAR, SelfAttention, randomised
 
@@ -43,6 +45,23 @@ def test_hooks_on_children(child: str) -> None:
         model(LABELS, normal(2, 4, 32).requires_grad_()).sum().backward()
         seen.append(list(now))
     assert seen[0] and seen[0] == seen[1] == seen[2]
+
+
+def test_forward_wrapped_after_accelerate() -> None:
+    """As ScaleKV and other programs do: `restore` gives back the original forward that the wrapper calls."""
+    model, inputs = plain(), (LABELS, normal(2, 4, 32))
+    expected, attn = model(*inputs), model.blocks[0].attn
+    mk.accelerate(model)
+    attn.inner = attn.forward
+    attn.forward = MethodType(lambda self, *args, **options: 2 * self.inner(*args, **options), attn)
+    doubled = model(*inputs)
+    assert not close(doubled, expected) and isinstance(attn, Patch)
+    copied = copy.deepcopy(model)
+    for wrapped in (model, copied):
+        mk.restore(wrapped)
+        assert close(wrapped(*inputs), doubled)
+        assert wrapped.blocks[0].attn.inner == MethodType(SelfAttention.forward, wrapped.blocks[0].attn)
+    assert "on the instance" in mk.accelerate(model).left["blocks.0.attn"]
 
 
 def test_child_modified_after_accelerate() -> None:
