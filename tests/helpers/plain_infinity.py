@@ -66,7 +66,7 @@ class InfinityAttention(nn.Module):
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(self.max_scale_mul).exp()
             k = F.normalize(k, dim=-1)
         if rope2d_freqs_grid is not None:
-            start = sum(t * h * w for t, h, w in scale_schedule[:scale_ind])
+            start = self.first_row(scale_schedule, scale_ind)
             table = rope2d_freqs_grid[str(tuple(scale_schedule))][:, 0, 0, :, start : start + x.shape[1]]
             q, k = self.rotated(q, table), self.rotated(k, table)
         k, v = k.contiguous(), v.contiguous()
@@ -81,6 +81,9 @@ class InfinityAttention(nn.Module):
             q, k, v = (t.to(v.dtype) for t in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias_or_two_vector, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def first_row(self, schedule: Any, scale_ind: int) -> int:
+        return sum(t * h * w for t, h, w in schedule[:scale_ind])
 
     def rotated(self, t: Tensor, table: Tensor) -> Tensor:
         """t (B, H, L, D), whose neighbouring channels are real and imaginary part of a complex number."""
@@ -136,6 +139,7 @@ class InfinityBlock(nn.Module):
         self.ca, self.ffn = CrossAttention(width, heads), FFN(width)
         self.ln_wo_grad = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.ca_norm = nn.LayerNorm(width, eps=1e-6)
+        self.edit_options: dict[str, bool] = {}
         self.ca_gamma = 1 if ca_gamma is None else nn.Parameter(torch.full((width,), ca_gamma))
         if shared_aln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
@@ -159,9 +163,10 @@ class InfinityBlock(nn.Module):
         arguments = (attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid)
         h = self._norm(x, s1, t1)
         if self.checkpointing_sa_only and self.training:
-            h = checkpoint(self.sa, h, *arguments, use_reentrant=False)
+            h = checkpoint(self.sa, h, *arguments, use_reentrant=False, **self.edit_options)
         else:
-            h = self.sa(h, *arguments, **({"scale_ind": scale_ind} if self.passes_scale_ind() else {}))
+            options = {"scale_ind": scale_ind} if self.passes_scale_ind() else {}
+            h = self.sa(h, *arguments, **options, **self.edit_options)
         x = x + self.drop_path(h.mul_(g1))
         x = x + self.ca(self.ca_norm(x), ca_kv).float() * self.ca_gamma
         return x + self.drop_path(self.ffn(self._norm(x, s2, t2)) * g2)
@@ -173,3 +178,51 @@ class InfinityBlock(nn.Module):
         if self.fused_norm_func is not None:
             return self.fused_norm_func(C=self.C, eps=self.norm_eps, x=x, scale=scale, shift=shift)
         return self.ln_wo_grad(x.float()) * (1 + scale) + shift
+
+
+class EditAttention(InfinityAttention):
+    """HiDream-ai/VAREdit's: a source image of the size of the last scale (`src`) comes before the scales, which see
+    something else of it in the first layer (`start_layer`)."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_bias_or_two_vector: Any,
+        attn_fn: Callable[..., Tensor] | None = None,
+        scale_schedule: Any = None,
+        rope2d_freqs_grid: Grid | None = None,
+        start_layer: bool = False,
+        scale_ind: int = 0,
+        src: bool = True,
+    ) -> Tensor:
+        self.src = src
+        arguments = (x, attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind)
+        return super().forward(*arguments) * (2 if start_layer else 1)
+
+    def first_row(self, schedule: Any, scale_ind: int) -> int:
+        return 0 if self.src else math.prod(schedule[-1]) + super().first_row(schedule, scale_ind)
+
+
+class EditBlock(InfinityBlock):
+    """HiDream-ai/VAREdit's block."""
+
+    def __init__(self, width: int, heads: int, *, cos_attn: bool = True, **options: Any) -> None:
+        super().__init__(width, heads, cos_attn=cos_attn, **options)
+        self.sa = EditAttention(width, heads, cos_attn=cos_attn)
+
+    def forward(
+        self,
+        x: Tensor,
+        cond_BD: Tensor,
+        ca_kv: Any,
+        attn_bias_or_two_vector: Any,
+        attn_fn: Callable[..., Tensor] | None = None,
+        scale_schedule: Any = None,
+        rope2d_freqs_grid: Grid | None = None,
+        start_layer: bool = False,
+        scale_ind: int = 0,
+        src: bool = True,
+    ) -> Tensor:
+        self.edit_options = {"start_layer": start_layer, "src": src}
+        arguments = (x, cond_BD, ca_kv, attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind)
+        return super().forward(*arguments)

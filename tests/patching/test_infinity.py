@@ -10,7 +10,7 @@ from torch import Tensor
 import mvar_kernels as mk
 from mvar_kernels.dispatch import native
 from tests.helpers.patched import close, normal
-from tests.helpers.plain_infinity import InfinityAttention, InfinityBlock, rope_grid
+from tests.helpers.plain_infinity import EditAttention, EditBlock, InfinityAttention, InfinityBlock, rope_grid
 from tests.helpers.plain_var import randomised
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
@@ -169,6 +169,39 @@ def test_block(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(block) is InfinityBlock and all(map(agree, everything(), expected))
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": False, "cos_attn": False}, {"checkpointing_sa_only": True}], ids=str)
+def test_edit(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source image first, whose tokens have rows of the table of their own."""
+    block, cond = made(EditBlock, **options), normal(2, 1, 6, C)
+    (table,) = rope_grid([SCHEDULE[-1], *SCHEDULE], C // HEADS).values()
+    rope = {"scale_schedule": SCHEDULE, "rope2d_freqs_grid": {str(tuple(SCHEDULE)): table}}
+    calls: list[Any] = [((cond, TEXT, CAUSAL), rope), ((cond, TEXT, None, None, *rope.values()), {"src": False})]
+
+    def everything() -> list[list[Tensor]]:
+        results = [outputs_and_grads(block.train(mode), calls) for mode in (True, False)]
+        block.sa.kv_caching(True)
+        with torch.no_grad():
+            outs = [block(normal(2, SCALES[-1], C), cond, TEXT, None, scale_ind=2, **rope)]
+            for k, part in enumerate(normal(2, L, C).split(SCALES, 1)):
+                outs.append(block(part, cond, TEXT, None, scale_ind=k, src=False, **rope))
+        results.append([*outs, block.sa.cached_k, block.sa.cached_v])
+        block.sa.kv_caching(False)
+        return results
+
+    expected = everything()
+    first = block(normal(2, L, C), cond, TEXT, CAUSAL, start_layer=True, **rope)
+    assert set(mk.accelerate(block).replaced) == {"", "sa"}
+    with monkeypatch.context() as patched:  # nothing may run the original
+        patched.setattr(F, "scaled_dot_product_attention", None)
+        block.ca.forward = lambda q, ca_kv: q
+        with pytest.raises(TypeError):
+            block(normal(2, L, C), cond, TEXT, CAUSAL, start_layer=True, **rope)
+        everything()
+        del block.ca.forward
+    assert all(map(agree, everything(), expected))
+    assert close(block(normal(2, L, C), cond, TEXT, CAUSAL, start_layer=True, **rope), first)
+
+
 def test_block_with_other_inputs_runs_the_original() -> None:
     block, x, cond = made(InfinityBlock), normal(2, L, C), normal(2, L, 6, C)
     expected = block(x, cond, TEXT, CAUSAL)
@@ -236,7 +269,15 @@ class OtherScale(InfinityBlock):
         return not super().passes_scale_ind()
 
 
-@pytest.mark.parametrize("kind", [HalfSplit, Longer, OtherScale])
+class SourceLast(EditAttention):
+    """The rows of the source are those of the scales."""
+
+    def first_row(self, schedule: Any, scale_ind: int) -> int:
+        self.src = not self.src
+        return super().first_row(schedule, scale_ind)
+
+
+@pytest.mark.parametrize("kind", [HalfSplit, Longer, OtherScale, SourceLast])
 def test_other_computations_are_left(kind: Any) -> None:
     report = mk.accelerate(made(kind))
     assert "" not in report.replaced and report.left[""].startswith("it does not compute what")

@@ -1,4 +1,5 @@
-"""Self-attention and blocks of FoundationVision/Infinity (arXiv 2412.04431), which makes images from texts.
+"""Self-attention and blocks of FoundationVision/Infinity (arXiv 2412.04431), which makes images from texts, and of
+HiDream-ai/VAREdit, which edits them.
 
 They are VAR's with a rotary position embedding of each scale, and with cross-attention to the text in every block.
 """
@@ -20,7 +21,7 @@ from mvar_kernels.patching.patches.attention import (
     FusedAttention,
     example_mask,
 )
-from mvar_kernels.patching.patches.base import Randn, roll_tokens, scale_options
+from mvar_kernels.patching.patches.base import Randn, argument_names, roll_tokens, scale_options
 from mvar_kernels.patching.patches.block import ModulatedBlock, in_common_dtype
 
 Rotary = tuple[Tensor, Tensor]
@@ -42,12 +43,15 @@ class InfinityAttention(FusedAttention):
 
     The original forward runs for flex attention and for the two vectors of the customized flash-attn, whose masks are
     not known here; and with flash-attn for a rotary embedding, which the original then applies along the heads.
+
+    VAREdit's has an argument `src`: the tokens are those of the source image, which come first in the table, or of the
+    scales that follow it. In its `start_layer`, which resizes the source, the original runs.
     """
 
     ops = "scale_attention"
     attributes = (*Attention.attributes, "using_flash", "rope2d_normalized_by_hw")
     required = ("x", "attn_bias_or_two_vector")
-    optional = ("attn_fn", "scale_schedule", "rope2d_freqs_grid", "scale_ind")
+    optional = ("attn_fn", "scale_schedule", "rope2d_freqs_grid", "scale_ind", "src")
 
     @classmethod
     def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
@@ -56,7 +60,8 @@ class InfinityAttention(FusedAttention):
         x = randn(2, 5, C)
         yield module(x, None)
         if not module.using_flash:
-            yield module(x, example_mask(x), **_rotary_options(module, x))
+            for source in _sources(module):
+                yield module(x, example_mask(x), **_rotary_options(module, x), **source)
             yield module(x, example_mask(x, diagonal=True))
             # Large scores, for modules that limit them.
             x = randn(1, 64, C)
@@ -68,11 +73,12 @@ class InfinityAttention(FusedAttention):
         options = {} if module.using_flash else _rotary_options(module, x)
         module.kv_caching(False)
         yield module(x, None if module.using_flash else example_mask(x), **options)
-        module.kv_caching(True)
-        yield module(x[:, :1], None, **{**options, "scale_ind": 0})
-        yield module(x[:, 1:], None, **{**options, "scale_ind": 1})
-        yield from (module.cached_k, module.cached_v)
-        module.kv_caching(False)
+        for source in _sources(module):
+            module.kv_caching(True)
+            yield module(x[:, :1], None, **{**options, "scale_ind": 0}, **source)
+            yield module(x[:, 1:], None, **{**options, "scale_ind": 1}, **source)
+            yield from (module.cached_k, module.cached_v)
+            module.kv_caching(False)
 
     def forward(self: Any, *args: Any, **options: Any) -> Tensor:
         values = self.supported_arguments(args, options)
@@ -101,7 +107,7 @@ class InfinityAttention(FusedAttention):
             return None
         if grid is None:
             return _Call(schedule, None)
-        rotary = _rotary_rows(grid, values.get("scale_schedule"), values.get("scale_ind", 0), x, self.head_dim)
+        rotary = _rotary_rows(grid, values, x, self.head_dim)
         return None if rotary is None else _Call(schedule, rotary)
 
     def _cached(self: Any, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,23 +152,25 @@ class InfinityBlock(ModulatedBlock):
 
     @classmethod
     def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
-        yield cls._example(module, randn, 2, 5, rotary=not module.sa.using_flash)
+        for source in _sources(module):
+            yield cls._example(module, randn, 2, 5, rotary=not module.sa.using_flash, **source)
 
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
         roll_tokens(module.sa, module.ffn)
         for options in scale_options(module):
-            yield cls._example(module, randn, 1, length, scale_ind=options.get("scale_ind", 0))
+            yield cls._example(module, randn, 1, length, **options)
 
     @classmethod
     def _example(
-        cls, module: Any, randn: Randn, batch: int, length: int, *, rotary: bool = False, scale_ind: int = 0
+        cls, module: Any, randn: Randn, batch: int, length: int, *, rotary: bool = False, **options: Any
     ) -> Tensor:
         x, cond = cls._inputs(module, randn, batch, length)
         # flash-attn rounds to bfloat16 in cross-attention, which would hide differences or be one by chance.
         module.ca.forward = lambda q, ca_kv: q.roll(1, 1) * ca_kv[0].sigmoid()
         module.sa.kv_caching(False)
-        options = {**_rotary_options(module.sa, x), "scale_ind": 1} if rotary else {"scale_ind": scale_ind}
+        if rotary:
+            options |= {**_rotary_options(module.sa, x), "scale_ind": 1}
         mask = example_mask(x) if rotary else None
         ca_kv = (randn(x.shape[-1]),)
         out: Tensor = module(x=x, cond_BD=cond, ca_kv=ca_kv, attn_bias_or_two_vector=mask, attn_fn=None, **options)
@@ -196,28 +204,37 @@ class InfinityBlock(ModulatedBlock):
     def _attended(self: Any, h: Tensor, values: dict[str, Any]) -> Tensor:
         names = ("attn_bias_or_two_vector", "attn_fn", "scale_schedule", "rope2d_freqs_grid")
         arguments = [values[name] for name in names]
+        source = {"src": values["src"]} if "src" in values else {}
         if self.training and self.checkpointing_sa_only:
-            out: Tensor = checkpoint(self.sa, h, *arguments, use_reentrant=False)
+            out: Tensor = checkpoint(self.sa, h, *arguments, use_reentrant=False, **source)
         elif self.fused_norm_func is None:
-            out = self.sa(h, *arguments)
+            out = self.sa(h, *arguments, **source)
         else:
-            out = self.sa(h, *arguments, scale_ind=values["scale_ind"])
+            out = self.sa(h, *arguments, scale_ind=values["scale_ind"], **source)
         return out
 
 
-def _rotary_rows(grid: Any, schedule: Any, scale_ind: int, x: Tensor, head_dim: int) -> Rotary | None:
+def _sources(module: nn.Module) -> list[dict[str, bool]]:
+    """Arguments of example calls: none, and where the forward takes a source image, its tokens and those of scales."""
+    return [{"src": True}, {"src": False}] if "src" in argument_names(module) else [{}]
+
+
+def _rotary_rows(grid: Any, values: dict[str, Any], x: Tensor, head_dim: int) -> Rotary | None:
     """The rows (L, D/2) for x (B, L, C), whose first token is that of scale `scale_ind`, or None.
 
     `grid` has a table (2, 1, 1, 1, rows, D/2) for the text of a schedule of scales (1, height, width). As in the
     original, a table is moved to the device of x once for all.
     """
+    schedule = values.get("scale_schedule")
     if schedule is None or not isinstance(grid, dict):
         return None
     key = str(tuple(schedule))
     table = grid.get(key)
     if table is None or table.requires_grad or table.dtype != torch.float32:
         return None
-    start = sum(map(math.prod, schedule[:scale_ind]))
+    start = 0 if values.get("src") else sum(map(math.prod, schedule[: values.get("scale_ind", 0)]))
+    if values.get("src") is False:  # after the source, which has the size of the last scale
+        start += math.prod(schedule[-1])
     end = start + x.shape[1]
     if end > table.shape[-2] or tuple(table.shape) != (2, 1, 1, 1, table.shape[-2], head_dim // 2):
         return None
@@ -232,7 +249,7 @@ def _rotary_options(module: Any, x: Tensor) -> dict[str, Any]:
     L, D = x.shape[1], module.head_dim
     schedule = [(1, 1, 1), (1, 1, L - 1)]
     positions = (
-        torch.arange(L + 1, dtype=torch.int64, device=x.device).square() % 97
+        torch.arange(2 * L, dtype=torch.int64, device=x.device).square() % 97
     )  # not linear: scores would not depend on the first
     angles = positions[:, None] / torch.logspace(0, 2, D // 2, dtype=torch.float32, device=x.device)
     table = 0.9 * torch.stack((angles.cos(), angles.sin()))[:, None, None, None]
