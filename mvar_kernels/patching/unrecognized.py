@@ -5,12 +5,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from mvar_kernels.patching.patches import Attention, Block, Mamba2, Patch
+from mvar_kernels.patching.patches import Attention, Block, HeadNorm, Mamba2, Patch
 
 _ATTENTION, _MIXER, _NORM = (
     re.compile(pattern, re.IGNORECASE)
     for pattern in ("attn|attention", "mamba|mixer|ssm", "layer_?norm|rms_?norm|adaln")
 )
+_UNMODULATED = "a norm without a modulation of its own: accelerate replaces those with one, and those of blocks"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -31,8 +32,10 @@ def unrecognized_parts(model: nn.Module, reported: Mapping[str, str]) -> dict[st
         elif _MIXER.search(kind):
             found[name] = _lacking(module, "a mixer", Mamba2)
         elif _NORM.search(kind):
-            if parent not in reported:
-                found[name] = "a norm without a modulation of its own, which is one kernel of PyTorch's already"
+            if parent in reported:
+                continue
+            modulated = next(module.children(), None) is not None
+            found[name] = _lacking(module, "an adaLN", HeadNorm) if modulated else _UNMODULATED
         elif _ATTENTION.search(kind):
             found[name] = _lacking(module, "attention", Attention)
     return found

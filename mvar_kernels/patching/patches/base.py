@@ -211,4 +211,5 @@ def modulation_unsupported(module: Any, vectors: int, channels: int) -> str | No
     last = module.ada_lin[-1] if isinstance(getattr(module, "ada_lin", None), nn.Sequential) else None
     if isinstance(last, nn.Linear) and last.out_features == vectors * channels:
         return None
-    return f"ada_lin: expected a Sequential that ends in a linear layer of {vectors}·{channels} features"
+    expected = f"expected a Sequential that ends in a linear layer of {vectors}·{channels} features"
+    return f"ada_lin: {expected}" + ("" if hasattr(module, "ada_lin") else ", got none")
