@@ -4,6 +4,8 @@
 their public code."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +170,34 @@ class HARTAttention(MarkovAttention):
             ids = ids if m_maskgit is None else ids[m_maskgit].reshape(len(x), -1, 2)
             tables.append(self.rotary_emb(x, ids + context_position_ids[:, -1, None, None]))
         return self.attended(x, attn_bias, *(torch.cat(t, 1) for t in zip(*tables, strict=True)))
+
+
+def do_nothing(x: Tensor, *args: Any) -> Tensor:
+    """What csguoh/FastVAR passes as `idx_fn` where it prunes no tokens: it goes by the name."""
+    return x
+
+
+class FastHARTAttention(HARTAttention):
+    """csguoh/FastVAR's, to which the block passes the tokens that it keeps."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_bias: Tensor | None,
+        si: int = -1,
+        context_position_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        m_maskgit: tuple[Tensor, ...] | None = None,
+        idx_fn: Callable[..., Tensor] | None = None,
+        is_later_layer: bool | None = None,
+    ) -> Tensor:
+        self.idx_fn = idx_fn
+        return super().forward(x, attn_bias, si, context_position_ids, context_mask, m_maskgit)
+
+    def attended(self, x: Tensor, attn_bias: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.idx_fn is not None and self.idx_fn.__name__ != "do_nothing":
+            cos, sin = (t.gather(1, self.idx_fn().expand(-1, -1, t.shape[-1])) for t in (cos, sin))
+        return super().attended(x, attn_bias, cos, sin)
 
 
 class TextRotaryEmbedding(nn.Module):

@@ -11,6 +11,7 @@ import mvar_kernels as mk
 from mvar_kernels.dispatch import native
 from tests.helpers.patched import close, normal
 from tests.helpers.plain_rotary import (
+    FastHARTAttention,
     HARTAttention,
     HARTBlock,
     LlamaRMSNormFused,
@@ -21,6 +22,7 @@ from tests.helpers.plain_rotary import (
     RMSNormBeforeHead,
     SwittiAttention,
     SwittiBlock,
+    do_nothing,
 )
 from tests.helpers.plain_var import AdaLNBeforeHead
 from tests.patching.test_family import CAUSAL, DIAGONAL, SCALES, L, made, outputs_and_grads
@@ -194,6 +196,29 @@ def test_hart(norm: type, disable_aln: bool) -> None:
             patched.setattr(type(module.eval()), "is_valid", lambda self: True)
             patched.setattr(cls, "forward", None)
         assert all(map(close, generated(), tokens))
+
+
+@NORMS
+def test_hart_with_pruned_tokens(norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention: Any = made(FastHARTAttention(64, 2, norm, PATCH_NUMS)).eval()
+    kept = torch.tensor([[8, 0, 3, 4], [1, 2, 7, 6]])[..., None]
+    text = {"context_position_ids": torch.tensor([[0, 1, 2, 3, 4], [0, 0, 1, 2, 2]]), "is_later_layer": True}
+
+    @torch.no_grad()
+    def generated() -> list[Tensor]:
+        outs = []
+        for caching in (True, False):
+            attention.kv_caching(caching)
+            for si, part in enumerate(normal(2, 13, 64).split((5, 4, 4), 1)):
+                outs.append(attention(part, None, si=si, idx_fn=do_nothing if si < 2 else lambda: kept, **text))
+            outs += [attention.cached_k, attention.cached_v] if caching else []
+        return outs
+
+    expected = generated()
+    assert replaced(attention) == {""}
+    originals_raise(monkeypatch, FastHARTAttention)
+    monkeypatch.setattr(type(attention), "is_valid", lambda self: True)
+    assert all(map(close, generated(), expected))
 
 
 @pytest.mark.parametrize("kind", ["Markov-VAR", "Switti"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mvar_kernels.ops.scale_attention.reference import rotated
 from mvar_kernels.patching.cache import Schedule, computed_from
 from mvar_kernels.patching.patches.attention import LONGEST, Attention, example_mask
-from mvar_kernels.patching.patches.base import Randn, is_linear
+from mvar_kernels.patching.patches.base import Randn, argument_names, is_linear
 
 
 class _RotaryAttention(Attention):
@@ -58,12 +58,14 @@ class MapRotaryAttention(_RotaryAttention):
     `rotary_emb` gives cosines and sines for positions (B, L, 2), in which the two channels of a pair have different
     angles: they change the norm of a cached key, which the kernel therefore cannot normalize again. With a
     `context_rotary_emb`, the first scale is a text, and the positions of the maps follow its last one in each sample.
+    csguoh/FastVAR's has an argument `idx_fn`, which gives the tokens that it keeps of a scale.
     """
 
     interleaved = False
     projection = "qkv_proj"
     attributes = ("qkv_proj", "q_bias", "v_bias", "zero_k_bias", "proj", "kv_caching", "caching", "rotary_emb")
-    required, optional = ("x", "attn_bias"), ("si", "context_position_ids", "context_mask", "m_maskgit")
+    required = ("x", "attn_bias")
+    optional = ("si", "context_position_ids", "context_mask", "m_maskgit", "idx_fn", "is_later_layer")
     bypassed = (projection, "rotary_emb", "context_rotary_emb")
 
     @classmethod
@@ -80,6 +82,10 @@ class MapRotaryAttention(_RotaryAttention):
         if options:
             some = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.int64, device=x.device).nonzero(as_tuple=True)
             yield module(x[:, -2:], attn_bias=None, si=1, m_maskgit=some, **options)
+        if "idx_fn" in argument_names(module):
+            kept = torch.tensor([[0, 3], [2, 1]], dtype=torch.int64, device=x.device)[..., None]
+            pruned = {"idx_fn": lambda: kept, "is_later_layer": True}
+            yield module(x[:, -2:], attn_bias=None, si=1, **pruned, **options)
 
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
@@ -103,8 +109,8 @@ class MapRotaryAttention(_RotaryAttention):
     def _tables(self: Any, values: dict[str, Any]) -> tuple[Tensor, ...]:
         x, si, some = values["x"], values.get("si", -1), values.get("m_maskgit")
         text = values["context_position_ids"] if hasattr(self, "context_rotary_emb") else None
-        like = x.new_empty(1, dtype=torch.float32)
-        if text is None and some is None:
+        like, kept = x.new_empty(1, dtype=torch.float32), _kept_tokens(values.get("idx_fn"))
+        if text is None and some is None and kept is None:
 
             def compute() -> tuple[Tensor, ...]:
                 cos, sin = self.rotary_emb(like, map_positions(self.patch_nums, si, x.device)[None])
@@ -118,7 +124,8 @@ class MapRotaryAttention(_RotaryAttention):
             if some is not None:
                 positions = positions[some].view(len(x), -1, 2)
             tables.append(self.rotary_emb(like, positions if text is None else positions + text[:, -1:, None]))
-        return tuple(torch.cat(t, 1) for t in zip(*tables, strict=True))
+        rows = [torch.cat(t, 1) for t in zip(*tables, strict=True)]
+        return tuple(rows if kept is None else (t.gather(1, kept.expand(-1, -1, t.shape[-1])) for t in rows))
 
     def _rotated(self: Any, t: Tensor, tables: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         return rotated(t, tables[0].to(dtype), tables[1].to(dtype), self.interleaved)
@@ -205,6 +212,12 @@ def context_options(attention: Any, batch: int) -> dict[str, Any]:
     starts = torch.arange(batch, dtype=torch.int64, device=attention.q_bias.device)
     positions = starts[:, None] + torch.arange(3, dtype=torch.int64, device=starts.device)
     return {"context_position_ids": positions, "context_mask": torch.ones_like(positions)}
+
+
+def _kept_tokens(select: Any) -> Tensor | None:
+    """FastVAR's numbers (B, n, 1) of the tokens that it keeps, or None where it keeps all."""
+    everything = select is None or getattr(select, "__name__", None) == "do_nothing"
+    return None if everything else select()
 
 
 def map_positions(patch_nums: tuple[int, ...], si: int, device: torch.device) -> Tensor:
