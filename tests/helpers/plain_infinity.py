@@ -66,8 +66,7 @@ class InfinityAttention(nn.Module):
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(self.max_scale_mul).exp()
             k = F.normalize(k, dim=-1)
         if rope2d_freqs_grid is not None:
-            start = self.first_row(scale_schedule, scale_ind)
-            table = rope2d_freqs_grid[str(tuple(scale_schedule))][:, 0, 0, :, start : start + x.shape[1]]
+            table = self.table(rope2d_freqs_grid, scale_schedule, scale_ind, x.shape[1])
             q, k = self.rotated(q, table), self.rotated(k, table)
         k, v = k.contiguous(), v.contiguous()
         if self.caching:
@@ -85,10 +84,15 @@ class InfinityAttention(nn.Module):
     def first_row(self, schedule: Any, scale_ind: int) -> int:
         return sum(t * h * w for t, h, w in schedule[:scale_ind])
 
+    def table(self, grid: Grid, schedule: Any, scale_ind: int, tokens: int) -> Tensor:
+        """(2, L, D/2)"""
+        start = self.first_row(schedule, scale_ind)
+        return grid[str(tuple(schedule))][:, 0, 0, 0, start : start + tokens]
+
     def rotated(self, t: Tensor, table: Tensor) -> Tensor:
         """t (B, H, L, D), whose neighbouring channels are real and imaginary part of a complex number."""
         pairs = torch.view_as_complex(t.float().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * torch.complex(*table[:, 0])).flatten(-2)
+        return torch.view_as_real(pairs * torch.complex(*table)).flatten(-2)
 
 
 class CrossAttention(nn.Module):
@@ -178,6 +182,30 @@ class InfinityBlock(nn.Module):
         if self.fused_norm_func is not None:
             return self.fused_norm_func(C=self.C, eps=self.norm_eps, x=x, scale=scale, shift=shift)
         return self.ln_wo_grad(x.float()) * (1 + scale) + shift
+
+
+class FastVARAttention(InfinityAttention):
+    """csguoh/FastVAR's, of the tokens of a scale of `ori_len` that `rope_idx` keeps. It does not read the mask."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_bias_or_two_vector: Any,
+        attn_fn: Callable[..., Tensor] | None = None,
+        scale_schedule: Any = None,
+        rope2d_freqs_grid: Grid | None = None,
+        scale_ind: int = 0,
+        rope_idx: Callable[..., Tensor] | None = None,
+        ori_len: int = 0,
+    ) -> Tensor:
+        self.rope_idx, self.ori_len = rope_idx, ori_len
+        return super().forward(x, None, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind)
+
+    def table(self, grid: Grid, schedule: Any, scale_ind: int, tokens: int) -> Tensor:
+        """(2, L, D/2), or (2, B, 1, L, D/2)"""
+        table = super().table(grid, schedule, scale_ind, self.ori_len)
+        everything = self.rope_idx is None or self.rope_idx.__name__ == "do_nothing"
+        return table if everything else table[:, self.rope_idx()[..., 0], None].transpose(2, 3)
 
 
 class EditAttention(InfinityAttention):

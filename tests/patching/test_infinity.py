@@ -10,7 +10,15 @@ from torch import Tensor
 import mvar_kernels as mk
 from mvar_kernels.dispatch import native
 from tests.helpers.patched import close, normal
-from tests.helpers.plain_infinity import EditAttention, EditBlock, InfinityAttention, InfinityBlock, rope_grid
+from tests.helpers.plain_infinity import (
+    EditAttention,
+    EditBlock,
+    FastVARAttention,
+    InfinityAttention,
+    InfinityBlock,
+    rope_grid,
+)
+from tests.helpers.plain_rotary import do_nothing
 from tests.helpers.plain_var import randomised
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
@@ -200,6 +208,33 @@ def test_edit(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         del block.ca.forward
     assert all(map(agree, everything(), expected))
     assert close(block(normal(2, L, C), cond, TEXT, CAUSAL, start_layer=True, **rope), first)
+
+
+@pytest.mark.parametrize("cos_attn", [True, False])
+def test_pruned_tokens(cos_attn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FastVAR: three tokens of the last scale, others in each sample."""
+    attention, kept = made(FastVARAttention, cos_attn=cos_attn), torch.tensor([[5, 0, 3], [1, 2, 4]])[..., None]
+    scales = [{"ori_len": n, "scale_ind": k, "rope_idx": do_nothing} for k, n in enumerate(SCALES)]
+    scales[-1]["rope_idx"] = lambda: kept
+
+    def generated() -> list[Tensor]:
+        outs = []
+        for caching in (True, False):
+            attention.kv_caching(caching)
+            parts = normal(2, 8, C).split([1, 4, 3], 1)
+            outs += [attention(part, None, **ROPE, **options) for part, options in zip(parts, scales, strict=True)]
+            outs += [attention.cached_k, attention.cached_v] if caching else []
+        return outs
+
+    with torch.no_grad():
+        x = normal(2, L, C)
+        masked, expected = attention(x, DIAGONAL, **ROPE, ori_len=L), generated()
+        assert mk.accelerate(attention).replaced == {"": "scale_attention"}
+        assert torch.equal(attention(x, DIAGONAL, **ROPE, ori_len=L), masked)  # the mask is not read
+        with pytest.raises(RuntimeError, match="must match the size"):  # the original's own error
+            attention(x, None, **ROPE, ori_len=L - 1)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+        assert agree(generated(), expected)
 
 
 def test_block_with_other_inputs_runs_the_original() -> None:

@@ -6,7 +6,7 @@ They are VAR's with a rotary position embedding of each scale, and with cross-at
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from mvar_kernels.patching.patches.base import Randn, argument_names, roll_token
 from mvar_kernels.patching.patches.block import ModulatedBlock, in_common_dtype
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines (L, D/2) of the angles by which neighbouring channels of q and k are rotated."""
+"""Cosines and sines (L, D/2), or (B, L, D/2), of the angles by which neighbouring channels of q and k are rotated."""
 
 
 class _Call(NamedTuple):
@@ -51,7 +51,7 @@ class InfinityAttention(FusedAttention):
     ops = "scale_attention"
     attributes = (*Attention.attributes, "using_flash", "rope2d_normalized_by_hw")
     required = ("x", "attn_bias_or_two_vector")
-    optional = ("attn_fn", "scale_schedule", "rope2d_freqs_grid", "scale_ind", "src")
+    optional: ClassVar[tuple[str, ...]] = ("attn_fn", "scale_schedule", "rope2d_freqs_grid", "scale_ind", "src")
 
     @classmethod
     def example_calls(cls, module: Any, randn: Randn) -> Iterator[Tensor]:
@@ -61,16 +61,16 @@ class InfinityAttention(FusedAttention):
         yield module(x, None)
         if not module.using_flash:
             for source in _sources(module):
-                yield module(x, example_mask(x), **_rotary_options(module, x), **source)
+                yield module(x, example_mask(x), **rotary_options(module, x), **source)
             yield module(x, example_mask(x, diagonal=True))
             # Large scores, for modules that limit them.
             x = randn(1, 64, C)
-            yield module(8 * x, example_mask(x), **_rotary_options(module, x))
+            yield module(8 * x, example_mask(x), **rotary_options(module, x))
 
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
         x = randn(1, min(length, LONGEST), module.q_bias.numel())
-        options = {} if module.using_flash else _rotary_options(module, x)
+        options = {} if module.using_flash else rotary_options(module, x)
         module.kv_caching(False)
         yield module(x, None if module.using_flash else example_mask(x), **options)
         for source in _sources(module):
@@ -87,7 +87,8 @@ class InfinityAttention(FusedAttention):
             out: Tensor = super().forward(*args, **options)  # type: ignore[misc]
             return out
         q, k, v = self._projected(values["x"])
-        if not self.caching:
+        one_for_all = call.rotary is None or call.rotary[0].dim() == 2
+        if one_for_all and not self.caching:
             return self._attended(q, k, v, call.schedule, rotary=call.rotary, rotary_interleaved=True)
         dtype, L = q.dtype, q.shape[1]
         q, k, v = self._cached(q, k, v, call.rotary)
@@ -107,14 +108,26 @@ class InfinityAttention(FusedAttention):
             return None
         if grid is None:
             return _Call(schedule, None)
-        rotary = _rotary_rows(grid, values, x, self.head_dim)
+        rotary = self._rotary(values)
         return None if rotary is None else _Call(schedule, rotary)
 
+    def _rotary(self: Any, values: dict[str, Any]) -> Rotary | None:
+        """The rows of the table for the tokens of a call, or None where they are not known here."""
+        schedule, source = values.get("scale_schedule"), values.get("src")
+        if schedule is None:
+            return None
+        start = 0 if source else sum(map(math.prod, schedule[: values.get("scale_ind", 0)]))
+        if source is False:  # after the source, which has the size of the last scale
+            start += math.prod(schedule[-1])
+        return rotary_rows(values, start, values["x"].shape[1], self.head_dim)
+
     def _cached(self: Any, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalize and rotate q and k, append to the cache; q and all of the cache, (B, L, H, D)."""
+        """Normalize and rotate q and k, append to the cache, if it is on; q and all keys and values, (B, L, H, D)."""
         q, k = self._normalized(q, k)
         if rotary is not None:
             q, k = (rotated(t, *rotary, interleaved=True) for t in (q, k))
+        if not self.caching:
+            return q, k, v
         return q, *self._appended(k.contiguous(), v.contiguous(), heads_first=not self.using_flash)
 
 
@@ -159,18 +172,16 @@ class InfinityBlock(ModulatedBlock):
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
         roll_tokens(module.sa, module.ffn)
         for options in scale_options(module):
-            yield cls._example(module, randn, 1, length, **options)
+            yield cls._example(module, randn, 1, length, rotary=False, **options)
 
     @classmethod
-    def _example(
-        cls, module: Any, randn: Randn, batch: int, length: int, *, rotary: bool = False, **options: Any
-    ) -> Tensor:
+    def _example(cls, module: Any, randn: Randn, batch: int, length: int, *, rotary: bool, **options: Any) -> Tensor:
         x, cond = cls._inputs(module, randn, batch, length)
         # flash-attn rounds to bfloat16 in cross-attention, which would hide differences or be one by chance.
         module.ca.forward = lambda q, ca_kv: q.roll(1, 1) * ca_kv[0].sigmoid()
         module.sa.kv_caching(False)
         if rotary:
-            options |= {**_rotary_options(module.sa, x), "scale_ind": 1}
+            options |= {**rotary_options(module.sa, x), "scale_ind": 1}
         mask = example_mask(x) if rotary else None
         ca_kv = (randn(x.shape[-1]),)
         out: Tensor = module(x=x, cond_BD=cond, ca_kv=ca_kv, attn_bias_or_two_vector=mask, attn_fn=None, **options)
@@ -219,32 +230,25 @@ def _sources(module: nn.Module) -> list[dict[str, bool]]:
     return [{"src": True}, {"src": False}] if "src" in argument_names(module) else [{}]
 
 
-def _rotary_rows(grid: Any, values: dict[str, Any], x: Tensor, head_dim: int) -> Rotary | None:
-    """The rows (L, D/2) for x (B, L, C), whose first token is that of scale `scale_ind`, or None.
+def rotary_rows(values: dict[str, Any], start: int, rows: int, head_dim: int) -> Rotary | None:
+    """So many rows (D/2) of the table for the schedule of a call, or None where it is not there.
 
-    `grid` has a table (2, 1, 1, 1, rows, D/2) for the text of a schedule of scales (1, height, width). As in the
-    original, a table is moved to the device of x once for all.
+    The argument `rope2d_freqs_grid` has a table (2, 1, 1, 1, rows, D/2) for the text of a schedule of scales (1,
+    height, width). As in the original, a table is moved to the device of x once for all.
     """
-    schedule = values.get("scale_schedule")
-    if schedule is None or not isinstance(grid, dict):
-        return None
-    key = str(tuple(schedule))
-    table = grid.get(key)
+    grid, key, device = values["rope2d_freqs_grid"], str(tuple(values["scale_schedule"])), values["x"].device
+    table = grid.get(key) if isinstance(grid, dict) else None
     if table is None or table.requires_grad or table.dtype != torch.float32:
         return None
-    start = 0 if values.get("src") else sum(map(math.prod, schedule[: values.get("scale_ind", 0)]))
-    if values.get("src") is False:  # after the source, which has the size of the last scale
-        start += math.prod(schedule[-1])
-    end = start + x.shape[1]
-    if end > table.shape[-2] or tuple(table.shape) != (2, 1, 1, 1, table.shape[-2], head_dim // 2):
+    if start + rows > table.shape[-2] or tuple(table.shape) != (2, 1, 1, 1, table.shape[-2], head_dim // 2):
         return None
-    if table.device != x.device:
-        table = grid[key] = table.to(x.device)
-    cos, sin = table[:, 0, 0, 0, start:end]
+    if table.device != device:
+        table = grid[key] = table.to(device)
+    cos, sin = table[:, 0, 0, 0, start : start + rows]
     return cos, sin
 
 
-def _rotary_options(module: Any, x: Tensor) -> dict[str, Any]:
+def rotary_options(module: Any, x: Tensor) -> dict[str, Any]:
     """Options of a call with a rotary embedding for x (B, L, C), at scales of 1 and L − 1 tokens."""
     L, D = x.shape[1], module.head_dim
     schedule = [(1, 1, 1), (1, 1, L - 1)]

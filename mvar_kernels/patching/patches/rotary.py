@@ -109,7 +109,7 @@ class MapRotaryAttention(_RotaryAttention):
     def _tables(self: Any, values: dict[str, Any]) -> tuple[Tensor, ...]:
         x, si, some = values["x"], values.get("si", -1), values.get("m_maskgit")
         text = values["context_position_ids"] if hasattr(self, "context_rotary_emb") else None
-        like, kept = x.new_empty(1, dtype=torch.float32), _kept_tokens(values.get("idx_fn"))
+        like, kept = x.new_empty(1, dtype=torch.float32), kept_tokens(values.get("idx_fn"))
         if text is None and some is None and kept is None:
 
             def compute() -> tuple[Tensor, ...]:
@@ -214,7 +214,7 @@ def context_options(attention: Any, batch: int) -> dict[str, Any]:
     return {"context_position_ids": positions, "context_mask": torch.ones_like(positions)}
 
 
-def _kept_tokens(select: Any) -> Tensor | None:
+def kept_tokens(select: Any) -> Tensor | None:
     """FastVAR's numbers (B, n, 1) of the tokens that it keeps, or None where it keeps all."""
     everything = select is None or getattr(select, "__name__", None) == "do_nothing"
     return None if everything else select()
