@@ -43,11 +43,11 @@ def accelerate(model: nn.Module, *, sampling: bool = False) -> Report:
     """Patch the modules of a model that the kernels support, and report what was done.
 
     Supported are attention, blocks and the norm before the head of FoundationVision/VAR and of its relatives (M-VAR,
-    ControlVAR, HMAR, Markov-VAR, HART, Switti, Infinity: docs/accelerate.md), and mamba_ssm's Mamba2 and Mamba2Simple.
-    They keep their parameters and their state dict; outputs and gradients stay the same up to rounding, in training and
-    in generation with their caches. Call it when the model is on its device, and before `fully_shard`. Modules are
-    checked on copies with random weights; random states and global settings stay what they are, and if an exception is
-    raised, no module has been patched.
+    ControlVAR, HMAR, Markov-VAR, HART, Switti, Infinity and what is built on it: docs/accelerate.md), and mamba_ssm's
+    Mamba2 and Mamba2Simple. They keep their parameters and their state dict; outputs and gradients stay the same up to
+    rounding, in training and in generation with their caches. Call it when the model is on its device, and before
+    `fully_shard`. Modules are checked on copies with random weights; random states and global settings stay what they
+    are, and if an exception is raised, no module has been patched.
 
     With `sampling`, methods that call VAR's `sample_with_top_k_top_p_` sample with :func:`mvar_kernels.sample_tokens`
     instead: the same distribution without a sort, but other random numbers, so other images for a seed. The seed is
