@@ -120,6 +120,8 @@ def _another_mode() -> str | None:
 @cache  # of what can be imported: an exception is not kept
 def _imported(module: str, name: str) -> None:
     """Raises whatever keeps `name` from being imported from `module`."""
+    # A package that fails leaves submodules behind, in which a second attempt would find the name.
+    importlib.import_module(module.partition(".")[0])
     if getattr(importlib.import_module(module), name, None) is None:
         raise ImportError(f"{module} has no {name}: another version, or a stub module")
 

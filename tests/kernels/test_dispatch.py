@@ -113,6 +113,18 @@ def test_broken_third_party_package(
     assert "second" not in found
 
 
+def test_reason_stays_the_same(clean_backends: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's __init__ fails after it has imported the kernel's module: mamba_ssm's without transformers."""
+    module, name = dispatch.THIRD_PARTY["mamba_ssm"]
+    kernel = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(f"{name} = print")
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text(f"import {module}\nimport there_is_no_such_module")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first, second = (mk.backends()["mamba_ssm"] for _ in range(2))
+    assert first == second and "No module named 'there_is_no_such_module'" in str(first)
+
+
 def test_fake_triton_module(clean_backends: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("triton", "triton.language"):
         monkeypatch.delitem(sys.modules, name, raising=False)
