@@ -1,7 +1,9 @@
-"""Tests of the Mamba-2 references against the recurrence, the carried state, and the dtype of dt."""
+"""Tests of the Mamba-2 references against the recurrence, the carried state, the dtype of dt, and mamba_ssm's call."""
 
 import math
+import sys
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import mvar_kernels as mk
 from mvar.models import layers
 from mvar.models.blocks import MVARBlock
 from mvar.models.config import ModelConfig
+from mvar_kernels.ops.mamba2 import mamba_ssm, reference
+from mvar_kernels.ops.mamba2.inputs import Scan
 from mvar_kernels.ops.mamba2.spec import MAMBA2_MIXER, PARAMETERS, SSD_SCAN, VARIANTS
 from mvar_kernels.testing.spec import Case
 
@@ -258,3 +262,29 @@ def test_bfloat16_model_keeps_dt_in_float32(mixer_inputs: list[Any]) -> None:
         layer(torch.randn(1, 5, layer.in_proj.in_features).bfloat16(), (1, 4), None, "reference")
     ((projected, dt),) = mixer_inputs
     assert projected.dtype == torch.bfloat16 and dt is not None and dt.dtype == torch.float32
+
+
+def test_mamba_ssm_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls a fake mamba_chunk_scan_combined of the same signature, with inputs whose strides its backward refuses."""
+
+    def scan(x, dt, A, B, C, chunk_size, *, D, initial_states, return_final_states):  # type: ignore[no-untyped-def]
+        assert return_final_states and all(t.stride(-1) == 1 for t in (x, dt, B, C, initial_states))
+        return reference.ssd_scan(Scan(x, dt, A, B.flatten(2), C.flatten(2), D, initial_states, (x.shape[1],)))
+
+    fake_module = ModuleType("mamba_ssm.ops.triton.ssd_combined")
+    fake_module.mamba_chunk_scan_combined = scan  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, fake_module.__name__, fake_module)
+    generator = torch.Generator().manual_seed(0)
+
+    def column_major(*shape: int) -> Tensor:
+        return torch.randn(shape[::-1], generator=generator).permute(*reversed(range(len(shape))))
+
+    x, dt, A = column_major(2, 5, 4, 3), column_major(2, 5, 4).exp(), -column_major(4).exp()
+    B, C, D, state = (column_major(*shape) for shape in ((2, 5, 16), (2, 5, 16), (4, 3), (2, 4, 3, 8)))
+    call = Scan(x, dt, A, B, C, D, state, (5,))
+    peer, own = mamba_ssm.ssd_scan_mamba_ssm, reference.ssd_scan_reference
+    torch.testing.assert_close(peer.forward(call), own.forward(call))
+    assert peer.backward is not None and own.backward is not None
+    grads = [column_major(2, 5, 4, 3), column_major(2, 4, 3, 8)]
+    torch.testing.assert_close(peer.backward(grads, call), own.backward(grads, call))
+    assert peer.unsupported_reason(call) == "inputs are on cpu"

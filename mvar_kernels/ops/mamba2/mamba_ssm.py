@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mvar_kernels.dispatch import Implementation
-from mvar_kernels.ffi import unsupported_dtype
+from mvar_kernels.ffi import last_dim_contiguous, unsupported_dtype
 from mvar_kernels.ops.mamba2.inputs import Scan
 
 CHUNK = 256  # mamba_ssm's own default
@@ -25,6 +25,7 @@ def _ssd_scan(call: Scan) -> tuple[Tensor, Tensor]:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     x, dt, A, B, C, D, state, _ = call
+    x, dt, B, C, state = map(last_dim_contiguous, (x, dt, B, C, state))  # its backward asserts it
     y, last = mamba_chunk_scan_combined(
         x,
         dt,
