@@ -116,6 +116,24 @@ def test_dtypes(backend: str) -> None:
     assert [grad.dtype for grad in grads] == [t.dtype for t in inputs]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16,) * 2, (torch.float16, torch.float64), (torch.float32, torch.float16)]
+)
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16])
+def test_any_dtype_of_weight_and_bias(of_x: torch.dtype, dtypes: tuple[torch.dtype, ...], backend: str) -> None:
+    """They count in float32, and their gradients have their dtype."""
+    (x,) = leaves((2, 5, 72), dtype=of_x)
+    weight, bias = (
+        t.detach().to(dtype).requires_grad_() for t, dtype in zip(leaves((72,), (72,)), dtypes, strict=True)
+    )
+    got = mk.adaln(x, weight=weight, bias=bias, backend=backend)
+    want = mk.adaln(x, weight=weight.float(), bias=bias.float(), backend=backend)
+    assert torch.equal(got, want)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), (x, weight, bias)) for out in (got, want)), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -125,8 +143,12 @@ def test_dtypes(backend: str) -> None:
         ({"scale": torch.zeros(2, 1, 8)}, ValueError, r"scale: expected shape \(B=2, L=3, C=8\), got \(2, 1, 8\)"),
         ({"shift": torch.zeros(1, 7)}, ValueError, r"shift: expected shape \(1, C=8\), got \(1, 7\)"),
         ({"weight": torch.zeros(7)}, ValueError, r"weight: expected shape \(C=8\), got \(7,\)"),
-        ({"weight": torch.zeros(8).half()}, TypeError, "weight: expected dtype float32, got float16"),
-        ({"bias": torch.zeros(8).double()}, TypeError, "bias: expected dtype float32, got float64"),
+        ({"weight": torch.zeros(8).int()}, TypeError, "weight: expected dtype float16 or bfloat16 or float32"),
+        (
+            {"bias": torch.zeros(8).bool()},
+            TypeError,
+            "bias: expected dtype float16 or bfloat16 or float32 or float64, got",
+        ),
         ({"branch": torch.zeros(2, 3, 8).double()}, TypeError, "branch: expected dtype float32 or bfloat16 or float16"),
         ({"scale": torch.zeros(2, 8).half()}, TypeError, "scale: expected dtype float32, got float16"),
         ({"branch": torch.zeros(2, 3, 8).half(), "scale": torch.zeros(2, 8).half()}, TypeError, "as gate, got float16"),

@@ -46,7 +46,7 @@ def adaln(
             float64). Rows may be expanded (stride 0). None: 0. Read in place and with the smallest gradients where they
             have one shape.
         norm: "layer", or "rms", which subtracts no mean: x / √(mean(x²) + eps).
-        weight, bias: (C,), one dtype: that of x, or float32 (float64 for float64). None: 1 and 0.
+        weight, bias: (C,), in any floating dtype, used in float32 (float64 for float64). None: 1 and 0.
         eps: added to the variance, or to the mean square.
         backend: "auto", or a name of :func:`mvar_kernels.backends`, which then must take the inputs.
 
@@ -62,7 +62,7 @@ def adaln(
     if not _per_sample(x, scale, shift):
         given = _modulation("adaln", x, sizes, scale=scale, shift=shift)
         scale, shift = given.get("scale"), given.get("shift")
-    eps = _check_norm("adaln", x, sizes, norm, weight, bias, eps, backend)
+    weight, bias, eps = _check_norm("adaln", x, sizes, norm, weight, bias, eps, backend)
     return _adaln(AdaLN(x, scale, shift, eps, weight, bias, norm == "rms"), backend)[0]
 
 
@@ -102,7 +102,7 @@ def gated_adaln(
     if not _per_sample(branch, gate, scale, shift):
         given = _modulation("gated_adaln", branch, sizes, gate=gate, scale=scale, shift=shift)
         gate, scale, shift = given["gate"], given.get("scale"), given.get("shift")
-    eps = _check_norm("gated_adaln", x, sizes, norm, weight, bias, eps, backend)
+    weight, bias, eps = _check_norm("gated_adaln", x, sizes, norm, weight, bias, eps, backend)
     x_new, out = _gated_adaln(GatedAdaLN(x, branch, gate, scale, shift, eps, weight, bias, norm == "rms"), backend)
     return x_new, out
 
@@ -152,22 +152,32 @@ def _check_norm(
     bias: Tensor | None,
     eps: float,
     backend: str,
-) -> float:
-    """Everything about the norm checked; eps as a Python number."""
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Everything about the norm checked; weight and bias as kernels take them, eps as a Python number."""
     if norm not in ("layer", "rms"):
         raise ValueError(f"{op}: norm: expected 'layer' or 'rms', got {norm!r}")
-    if weight is not None:
-        validation.tensor(op, "weight", weight, "C", sizes, like=x, dtypes=_beside(x.dtype))
-    if bias is not None:
-        validation.tensor(op, "bias", bias, "C", sizes, like=x, dtypes=_beside(x.dtype))
-        if weight is not None:
-            validation.same_dtype(op, "weight", weight=weight, bias=bias)
+    if weight is not None or bias is not None:
+        weight, bias = _affine(op, x, sizes, weight, bias)
     check_name(backend)
-    return validation.positive(op, "eps", eps)
+    return weight, bias, validation.positive(op, "eps", eps)
+
+
+def _affine(
+    op: str, x: Tensor, sizes: dict[str, int], weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias, checked, as they are if they share the dtype of x or float32, else in float32."""
+    given = {name: t for name, t in (("weight", weight), ("bias", bias)) if t is not None}
+    for name, t in given.items():
+        validation.tensor(op, name, t, "C", sizes, like=x)
+    dtypes = {t.dtype for t in given.values()}
+    if len(dtypes) > 1 or not dtypes.issubset(_beside(x.dtype)):
+        wide = validation.accumulator(x.dtype)
+        weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    return weight, bias
 
 
 def _beside(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """The dtypes of modulation, weight and bias beside tensors (B, L, C) of this one."""
+    """The dtypes that kernels take modulation, weight and bias in beside tensors (B, L, C) of this one."""
     wide = validation.accumulator(dtype)
     return (dtype,) if dtype == wide else (dtype, wide)
 
