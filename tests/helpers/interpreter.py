@@ -1,8 +1,8 @@
 """Makes Triton's interpreter faster without changing what it computes.
 
 At every call of a device function it searches triton.language for functions to replace by interpreted ones, which the
-kernel's launch has replaced already; at every load and conversion it makes a table of dtypes. Without both, kernels made
-of small functions take a quarter of the time (Triton 3.7.1).
+kernel's launch has replaced already; at every load and conversion it makes a table of dtypes. Without both, kernels
+made of small functions take a quarter of the time (Triton 3.7.1).
 """
 
 from types import FunctionType
