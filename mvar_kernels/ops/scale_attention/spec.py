@@ -37,7 +37,7 @@ CASES = (
     _case("169_tokens", (1, 4, 169), 1, 1, 64, norm=True, packed=True),
     _case("256_tokens", (9, 256), 1, 1, 64),
     # Beside scales that are longer than one program takes.
-    _case("mixture", (4, 16, 289, 64), 2, 1, 32, norm=True),
+    _case("mixture", (4, 16, 289, 64), 1, 1, 32, norm=True),
     # Rotary position embedding: one angle for a pair of channels, or one for each of its channels.
     _case("rotary", SMALL, 2, 3, 64, rotary="pairs"),
     _case("rotary_causal_norm", SMALL, 2, 3, 64, pattern="causal", norm=True, rotary="channels", packed=True),
@@ -45,21 +45,21 @@ CASES = (
     _case(
         "rotary_cache", SMALL, 2, 2, 128, pattern="causal", query_scales=2, norm=True, rotary="pairs", interleaved=True
     ),
-    replace(_case("rotary_256_tokens", (9, 256), 1, 2, 64, norm=True, rotary="pairs"), keeps_dtype=("cos", "sin")),
+    replace(_case("rotary_256_tokens", (9, 256), 1, 1, 64, norm=True, rotary="pairs"), keeps_dtype=("cos", "sin")),
     _case("rotary_narrow", SMALL, 1, 2, 6, norm=True, heat=(1.0, 3.0), rotary="channels"),
     # All keys, more or fewer than the queries, or as many of them as a sample has.
     _case("full", (29,), 2, 3, 64, pattern="full", queries=70),
-    _case("full_norm", (300,), 2, 2, 64, pattern="full", queries=35, norm=True),
+    _case("full_norm", (300,), 1, 2, 64, pattern="full", queries=35, norm=True),
     _case("key_lengths", (40,), 4, 2, 64, pattern="full", queries=18, key_lengths=(0, 7, 40, 39)),
     _case(
         "key_lengths_norm",
-        (150,),
+        (80,),
         3,
-        3,
+        2,
         24,
         pattern="full",
         norm=True,
-        heat=(0.5, 1.5, 1.0),
+        heat=(0.5, 1.5),
         rotary="pairs",
         key_lengths=(70, -1, 999),
     ),
