@@ -151,7 +151,10 @@ def test_full_matches_sdpa(backend: str, queries: int) -> None:
     torch.testing.assert_close(out[:1], sdpa(q[:1], k[:1, :17], v[:1, :17], 0.3), **CLOSE)
     grads = torch.autograd.grad(out.square().sum(), leaves)
     assert not out[1].any() and not any(t[1].any() for t in grads)
-    assert all(t.isfinite().all() for t in grads) and not any(t[0, 17:].any() for t in grads[1:])
+    options = {"key_lengths": lengths, "log_temperature": torch.zeros(q.shape[2]), "backend": backend}
+    normalized = mk.scale_attention(*leaves, pattern="full", **options)
+    for found in (grads, torch.autograd.grad(normalized.square().sum(), leaves)):
+        assert all(t.isfinite().all() for t in found) and not any(t[0, 17:].any() for t in found[1:])
 
 
 @each_or_triton

@@ -51,6 +51,9 @@ def scale_attention(call: Attention) -> tuple[Tensor, Tensor]:
     q, k, v, log_temperature, scales, causal, scale, cos, sin, interleaved, key_lengths = call
     acc = accumulator(q.dtype)
     q, k, v_acc = q.to(acc), k.to(acc), v.to(acc)
+    if key_lengths is not None:  # before the norm, whose derivative would be 0·NaN
+        padding = torch.arange(k.shape[1], dtype=torch.int64, device=k.device) >= key_lengths[:, None]  # (B, L)
+        k, v_acc = (t.masked_fill(padding[..., None, None], 0.0) for t in (k, v_acc))
     if log_temperature is not None:
         q, k = (torch.nn.functional.normalize(t, dim=-1, eps=NORM_EPS) for t in (q, k))
     if cos is not None and sin is not None:
@@ -60,9 +63,6 @@ def scale_attention(call: Attention) -> tuple[Tensor, Tensor]:
         k = rotated(k, cos, sin, interleaved).to(v.dtype).to(acc)
     if log_temperature is not None:
         q = q * log_temperature.to(acc).clamp_max(MAX_LOG_TEMPERATURE).exp()[:, None]
-    if key_lengths is not None:
-        padding = torch.arange(k.shape[1], dtype=torch.int64, device=k.device) >= key_lengths[:, None]  # (B, L)
-        k, v_acc = (t.masked_fill(padding[..., None, None], 0.0) for t in (k, v_acc))
     if k.shape[2] != q.shape[2]:
         k, v_acc = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v_acc))
     outs, lses = [], []
