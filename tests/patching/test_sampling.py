@@ -61,9 +61,58 @@ class Model(nn.Module):
 
 
 class Rereading(Model):
+    smooth = True
+
     def generate(self, logits: Tensor) -> Tensor:
         tokens = sample_with_top_k_top_p_(logits, top_k=2)
         return logits.softmax(-1).gather(-1, tokens)
+
+    def by_keyword(self, logits: Tensor) -> Tensor:
+        tokens = sample_with_top_k_top_p_(top_k=2, logits_BlV=logits)
+        return logits.softmax(-1).gather(-1, tokens)
+
+    def in_an_assignment(self, logits: Tensor) -> Tensor:
+        sample_with_top_k_top_p_(logits, top_k=2)
+        logits = logits.softmax(-1)
+        return logits
+
+    def by_another_name(self, logits: Tensor) -> Tensor:
+        rows = logits.view(-1, logits.shape[-1])
+        sample_with_top_k_top_p_(logits, top_k=2)
+        return rows.softmax(-1)
+
+    def in_the_next_iteration(self, logits: Tensor) -> Tensor:
+        out, kept = logits.clone(), None
+        for _ in range(2):
+            if kept is not None:
+                out = kept.softmax(-1)
+            kept = logits.clone() if kept is None else kept
+            sample_with_top_k_top_p_(kept, top_k=2)
+        return out
+
+    def by_an_attribute(self, logits: Tensor) -> Tensor:
+        sample_with_top_k_top_p_(logits, top_k=2)
+        return logits.softmax(-1) if self.smooth else logits
+
+    def in_a_global(self, logits: Tensor) -> Tensor:
+        global _tokens
+        _tokens = sample_with_top_k_top_p_(logits, top_k=2)
+        return _tokens
+
+
+class Overriding(Model):
+    def autoregressive_infer_cfg(self, *args: Any, **options: Any) -> Tensor:
+        return 1000 + super().autoregressive_infer_cfg(*args, **options)
+
+
+class Smooth(Model):
+    @torch.no_grad()
+    def generate(self, top_k: int, more_smooth: bool = True) -> Tensor:
+        logits = self.head(torch.ones(1, 1, 8))
+        tokens = sample_with_top_k_top_p_(logits, top_k=top_k)
+        if more_smooth:
+            return logits
+        return tokens
 
 
 def test_sampling() -> None:
@@ -109,9 +158,28 @@ def test_distribution() -> None:
 def test_methods_that_read_the_filtered_logits_stay() -> None:
     model: Any = Rereading()
     report = mk.accelerate(model, sampling=True)
-    assert "reads the logits again" in report.left["generate"] and "autoregressive_infer_cfg" in report.replaced
+    methods = [name for name in vars(Rereading) if not name.startswith("_") and name != "smooth"]
+    assert len(methods) == 7 and list(report.replaced) == ["autoregressive_infer_cfg"]
+    assert all("may read the logits again" in report.left[name] for name in methods)
     logits = torch.randn(1, 2, 8)
     assert model.generate(logits.clone()).min() > 1 / 8
+
+
+def test_overridden_method_and_default_of_more_smooth() -> None:
+    overriding, smooth = Overriding(), Smooth()
+    expected = overriding.autoregressive_infer_cfg(2, top_k=1), smooth.generate(3)
+    assert not mk.accelerate(overriding, sampling=True).replaced
+    assert "generate" in mk.accelerate(smooth, sampling=True).replaced
+    assert torch.equal(overriding.autoregressive_infer_cfg(2, top_k=1), expected[0])
+    assert torch.equal(smooth.generate(3), expected[1])
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(-1, 0.0), (0, -1.0), (-2, 1.5)])
+def test_filters_that_are_off(top_k: int, top_p: float) -> None:
+    model = Model()
+    mk.accelerate(model, sampling=True)
+    expected = model.autoregressive_infer_cfg(2, g_seed=1)
+    assert torch.equal(model.autoregressive_infer_cfg(2, g_seed=1, top_k=top_k, top_p=top_p), expected)
 
 
 @pytest.mark.parametrize("change", ["keeps more", "other arguments"])

@@ -4,7 +4,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CellType, FunctionType
 from typing import Any
 
@@ -36,15 +36,16 @@ class Sampling(Patch):
 
 
 def methods_of(cls: type) -> dict[str, Callable[..., Any]]:
-    """The methods of a class that call the function, as they were before `accelerate`."""
-    found: dict[str, Callable[..., Any]] = {}
+    """The methods of a class that call the function, before `accelerate`, without those that are overridden."""
+    attributes: dict[str, Any] = {}
     for base in cls.__mro__:
-        if not issubclass(base, nn.Module) or "original_forward" in vars(base):
-            continue
-        for name, method in vars(base).items():
-            inner = inspect.unwrap(method) if isinstance(method, FunctionType) else None
-            if isinstance(inner, FunctionType) and NAME in inner.__code__.co_names and NAME in inner.__globals__:
-                found.setdefault(name, method)
+        if issubclass(base, nn.Module) and "original_forward" not in vars(base):
+            attributes = {**vars(base), **attributes}
+    found: dict[str, Callable[..., Any]] = {}
+    for name, method in attributes.items():
+        inner = inspect.unwrap(method) if isinstance(method, FunctionType) else None
+        if isinstance(inner, FunctionType) and NAME in inner.__code__.co_names and NAME in inner.__globals__:
+            found[name] = method
     return found
 
 
@@ -59,33 +60,79 @@ def _unsupported(inner: Any, original: Any) -> str | None:
     names = ["logits_BlV", "top_k", "top_p", "rng", "num_samples"]
     if not isinstance(original, FunctionType) or list(inspect.signature(original).parameters) != names:
         return f"{NAME}: expected a function of {', '.join(names)}"
-    if _reads_filtered_logits(inner):
-        return f"it reads the logits again after {NAME} has filtered them"
+    if _may_read_filtered_logits(inner):
+        return f"it may read the logits again after {NAME} has filtered them"
     return None if _filters_alike(original) else f"{NAME} does not keep the codes that sample_tokens keeps"
 
 
-def _reads_filtered_logits(function: Any) -> bool:
-    """Whether logits are read after the call that filters them in place, other than with `more_smooth`."""
+def _may_read_filtered_logits(function: Any) -> bool:
+    """Whether logits may be read after the call that filters them in place, by their name in the order of the lines or
+    in the next iteration of a loop, or by another name; other than with the argument `more_smooth`. True also for
+    functions whose source is not there, and for those that set globals, which would be lost."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
     except (OSError, SyntaxError):
         return True
-    smooth = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and "more_smooth" in ast.unparse(branch.test)
-        for statement in (branch.orelse if isinstance(branch.test, ast.UnaryOp) else branch.body)
-        for node in ast.walk(statement)
-    }
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in smooth]
-    for call in ast.walk(tree):
+    if any(isinstance(node, ast.Global) for node in nodes):
+        return True
+    smooth = {id(node) for statement in _only_if_smooth(nodes, function) for node in ast.walk(statement)}
+    lines = {id(node): outer.lineno for outer in nodes if isinstance(outer, ast.stmt) for node in ast.walk(outer)}
+    for call in nodes:
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == NAME):
             continue
-        end = call.end_lineno or call.lineno
-        logits = {node.id for argument in call.args[:1] for node in ast.walk(argument) if isinstance(node, ast.Name)}
-        later = (node for node in names if node.id in logits and node.lineno > end)
-        if isinstance(next(later, ast.Name("", ast.Store())).ctx, ast.Load):
-            return True
+        given = [*call.args[:1], *(option.value for option in call.keywords if option.arg in ("logits_BlV", None))]
+        inside = {id(node): node for argument in given for node in ast.walk(argument)}
+        for name in {node.id for node in inside.values() if isinstance(node, ast.Name)}:
+            used = [
+                (lines[id(node)], isinstance(node.ctx, ast.Store))
+                for node in nodes
+                if isinstance(node, ast.Name) and node.id == name and not {id(node)} & (smooth | inside.keys())
+            ]
+            loops = [n for n in nodes if isinstance(n, ast.For | ast.While) and n.lineno <= call.lineno <= _end(n)]
+            first, last = (loops[0].lineno, _end(loops[0])) if loops else (call.lineno, call.lineno)
+            before = [use for use in used if first <= use[0] < call.lineno]
+            after = [use for use in used if use[0] >= call.lineno]
+            in_order = [
+                *sorted(use for use in after if use[0] <= last),
+                *sorted(before),
+                *sorted(use for use in after if use[0] > last),
+            ]
+            if (in_order and not in_order[0][1]) or any(_is_view(node, name) for node in nodes):
+                return True
+    return False
+
+
+def _end(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno
+
+
+def _only_if_smooth(nodes: list[ast.AST], function: Any) -> Iterator[ast.stmt]:
+    """The statements that run with the argument `more_smooth` alone."""
+    if "more_smooth" in inspect.signature(function).parameters:
+        for node in nodes:
+            if isinstance(node, ast.If) and ast.unparse(node.test) in ("more_smooth", "not more_smooth"):
+                yield from node.body if isinstance(node.test, ast.Name) else node.orelse
+
+
+_VIEWS = frozenset(
+    "contiguous data detach expand flatten float mT narrow permute reshape select squeeze to transpose unflatten "
+    "unsqueeze view".split()
+)
+
+
+def _is_view(node: ast.AST, name: str) -> bool:
+    """Whether a statement gives another name to the tensor `name`, or to a view of it."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) or node.value is None:
+        return False
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+    for value in values:
+        while isinstance(value, ast.Subscript | ast.Call | ast.Attribute):
+            if isinstance(value, ast.Attribute) and value.attr not in _VIEWS:
+                break
+            value = value.func if isinstance(value, ast.Call) else value.value
+        if isinstance(value, ast.Name) and value.id == name:
+            return not all(isinstance(target, ast.Name) and target.id == name for target in targets)
     return False
 
 
@@ -125,7 +172,8 @@ class _Sampler:
         if self._seed is None:
             drawn_on = device if rng is None else rng.device
             self._seed = torch.randint(2**63 - 1, (), generator=rng, device=drawn_on, dtype=torch.int64).to(device)
-        filters: dict[str, Any] = {"top_k": top_k, "top_p": min(top_p, 1.0) or 1.0}
+        # As in VAR, filters up to 0 are off.
+        filters: dict[str, Any] = {"top_k": max(top_k, 0), "top_p": min(top_p, 1.0) if top_p > 0 else 1.0}
         scale_index, self._calls = self._calls, self._calls + 1
         tokens = sample_tokens(logits_BlV, **filters, seed=self._seed, scale_index=scale_index, num_samples=num_samples)
         return tokens.view(*logits_BlV.shape[:2], num_samples)
@@ -137,7 +185,9 @@ def _sampling_method(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def generate(*args: Any, **options: Any) -> Any:
-        if signature.bind(*args, **options).arguments.get("more_smooth"):
+        given = signature.bind(*args, **options)
+        given.apply_defaults()
+        if given.arguments.get("more_smooth"):
             return method(*args, **options)
         return _with_global(method, NAME, _Sampler(original))(*args, **options)
 
