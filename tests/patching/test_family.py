@@ -2,17 +2,20 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mvar_kernels as mk
 from mvar_kernels.dispatch import native
 from tests.helpers.patched import close, normal
-from tests.helpers.plain_family import ControlVARAttention, HMARAttention, HMARBlock, MVARBlock
-from tests.helpers.plain_var import AdaLNSelfAttn, SelfAttention, randomised
+from tests.helpers.plain_family import ControlVARAttention, HMARAttention, HMARBlock, MVARAttention, MVARBlock
+from tests.helpers.plain_var import FFN, AdaLNBeforeHead, AdaLNSelfAttn, SelfAttention, randomised
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C++ extension was not built, so that nothing is patched")
 SCALES = (1, 4, 9)
@@ -230,3 +233,77 @@ def test_token_pruning_is_seen(kind: Any) -> None:
     assert set(report.left) | set(report.replaced) == {"", "attn"} | ({"ffn"} if kind is PruningAttention else set())
     name = "attn" if kind is PruningAttention else ""
     assert "in evaluation on long sequences" in report.left[name] and len(report.replaced) == 1
+
+
+def test_modulation_per_token_and_other_batches() -> None:
+    """The original forward runs: kernels of a block take one modulation for each sample of x."""
+    shared, own = made(AdaLNSelfAttn(64, 2, True, True, 0.0)), made(AdaLNSelfAttn(64, 2, True, False, 0.0))
+    x, per_token, conds = normal(2, 5, 64), normal(2, 5, 6, 64), normal(3, 64)
+    expected = shared(x, per_token, None), own(x[:1], conds, None)
+    for block in (shared, own):
+        assert mk.accelerate(block).replaced
+    assert close(shared(x, per_token, None), expected[0]) and close(own(x[:1], conds, None), expected[1])
+
+
+def test_head_norm_of_other_shapes() -> None:
+    head = made(AdaLNBeforeHead(64))
+    calls = [(normal(14, 64), normal(1, 64)), (normal(2, 3, 5, 64), normal(1, 64)), (normal(1, 5, 64), normal(3, 64))]
+    expected = [head(*call) for call in calls]
+    assert mk.accelerate(head).replaced
+    assert all(torch.equal(head(*call), want) for call, want in zip(calls, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrap", [checkpoint_wrapper, partial(torch.compile, backend="eager")], ids=["checkpoint", "compile"]
+)
+@pytest.mark.parametrize("kind", ["VAR", "HMAR"])
+def test_wrapped_attention_of_a_block(kind: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """A wrapper does not say which arguments it passes on: the mask must not be lost."""
+
+    def new() -> Any:
+        return made(HMARBlock(64, 2, SCALES) if kind == "HMAR" else AdaLNSelfAttn(64, 2, True, False, 0.0))
+
+    x, cond = normal(2, L, 64), normal(2, 64)
+    expected, later, before = new()(x, cond, attn_bias=CAUSAL), new(), new()
+    assert mk.accelerate(later).replaced
+    later.attn = wrap(later.attn)
+    before.attn = wrap(before.attn)
+    assert "attn: expected a forward with an argument attn_bias" in mk.accelerate(before).left.values()
+    for block in (later, before):
+        assert close(block(x, cond, attn_bias=CAUSAL), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.5, nn.Dropout(0.5)], ids=["number", "module"])
+def test_attention_dropout_of_mvar(dropout: float | nn.Module) -> None:
+    """Set after the comparison, it drops in training alone."""
+
+    class Dropping(MVARAttention):
+        def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+            out: Tensor = super().forward(x, attn_bias)
+            p = getattr(self.attn_drop, "p", self.attn_drop)
+            return F.dropout(out, float(p), training=self.training)
+
+    attention: Any = made(MVARAttention(64, 2, True, SCALES, False))
+    attention.__class__, attention.attn_drop = Dropping, 0.0
+    assert mk.accelerate(attention).replaced
+    attention.train().attn_drop = dropout
+    x = normal(2, L, 64)
+    assert not torch.equal(attention(x, None), attention(x, None))
+    attention.eval()
+    assert torch.equal(attention(x[:, :1], None), attention(x[:, :1], None))
+
+
+def test_branch_without_autocast() -> None:
+    """A branch that computes in float32 under autocast cannot take the input of 16 bits that the kernels would give."""
+
+    class FullPrecision(FFN):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x)
+
+    block = made(AdaLNSelfAttn(64, 2, True, False, 0.0))
+    block.ffn.__class__ = FullPrecision
+    x, cond = normal(2, 5, 64), normal(2, 64)
+    assert "" in mk.accelerate(block).left
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(x, cond, None).dtype == torch.float32

@@ -35,6 +35,12 @@ class FusedAttention(Patch):
             return f"scale_mul_1H11: expected one number for each of {H} heads, as q and k are normalized"
         return None
 
+    def _drops(self: Any) -> bool:
+        """Whether the original drops attention weights."""
+        dropout = getattr(self, "attn_drop", 0.0)
+        rate = getattr(dropout, "p", 0.0) if isinstance(dropout, nn.Module) else dropout
+        return bool(self.training and rate > 0)
+
     def _projected(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v: (B, L, H, D) each, views of one tensor."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
@@ -135,9 +141,8 @@ class Attention(FusedAttention):
     def _schedule(self: Any, values: dict[str, Any]) -> Schedule | None:
         """Pattern and tokens per scale of a call that the kernel supports, else None."""
         x, mask, block_sparse = values["x"], values["attn_bias"], values.get("using_block_sparse_attn", False)
-        dropped = self.training and self.attn_drop > 0
         masked = self.caching and (mask is not None or block_sparse)
-        if dropped or masked or not x.numel():
+        if self._drops() or masked or not x.numel():
             return None
         if block_sparse:
             schedule = block_schedule(getattr(self, "block_sparse_attn", None))
@@ -181,7 +186,7 @@ class ScaleAttention(FusedAttention):
 
     def forward(self: Any, *args: Any, **options: Any) -> Tensor:
         values = self.supported_arguments(args, options)
-        x = None if values is None else values["x"]
+        x = None if values is None or self._drops() else values["x"]
         if x is not None and x.numel():
             scales = scale_lengths(self.patch_nums) if self.training else (x.shape[1],)
             if sum(scales) == x.shape[1]:

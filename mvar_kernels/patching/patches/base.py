@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
+from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
@@ -138,7 +138,7 @@ def has_global_hooks() -> bool:
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
-        or _functorch.peek_interpreter_stack() is not None
+        or _are_functorch_transforms_active()  # peek_interpreter_stack() is never None inside torch.compile
         or forward_ad._current_level >= 0
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mvar_kernels.ops.adaln.op import adaln, gated_adaln
@@ -50,6 +50,8 @@ class ModulatedBlock(Patch):
             return NORM_EXPECTED
         if getattr(module, "cross_attn", None) is not None:
             return "cross_attn: expected none"
+        if "attn_bias" in cls.required and "attn_bias" not in argument_names(module._modules[cls.attention]):
+            return f"{cls.attention}: expected a forward with an argument attn_bias"
         for name, expected in (("ada_gss", (1, 1, cls.vectors, C)), ("scale_shift_table", (cls.vectors, C))):
             if hasattr(module, name):
                 shape = tuple(getattr(module, name).shape)
@@ -68,6 +70,7 @@ class ModulatedBlock(Patch):
             x, cond = torch.cat((x, x[:, :2]), 1), torch.stack((cond, 2 * cond.roll(1, 0), cond.roll(1, 1)), 1)
             options["context_mask"] = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.int64, device=x.device)
         yield module(x=x, cond_BD=cond, attn_bias=None, **options)
+        yield x.new_tensor(_runs_under_autocast(module, x=x, cond_BD=cond, attn_bias=None, **options))
 
     @classmethod
     def long_calls(cls, module: Any, randn: Randn, length: int) -> Iterator[Tensor]:
@@ -94,14 +97,19 @@ class ModulatedBlock(Patch):
         return output.view(-1, 1, self.vectors, output.shape[-1] // self.vectors)
 
     def supported_arguments(self: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any] | None:
-        """As of a patch; what attention does not take has to be at its default."""
+        """As of a patch; what attention does not name as an argument, as a wrapper, has to be at its default. None also
+        for a modulation of another batch or per token."""
         values: dict[str, Any] | None = super().supported_arguments(args, options)
+        if values is None:
+            return None
         taken = argument_names(self._modules[self.attention])
-        if values is None or all(
-            name in taken or values[name] is self.defaults.get(name) for name in self.optional if name in values
-        ):
-            return values
-        return None
+        passed = ("attn_bias", *self.optional)
+        named = all(n in taken or (n in self.defaults and values[n] is self.defaults[n]) for n in passed if n in values)
+        cond = values["cond_BD"]
+        if not named or not isinstance(cond, Tensor) or len(cond) not in (1, len(values["x"])):
+            return None
+        per_token = hasattr(self, "ada_gss") and cond.dim() == 4 and cond.shape[1] != 1
+        return None if per_token else values
 
     def _attended(self: Any, h: Tensor, values: dict[str, Any]) -> Tensor:
         taken = argument_names(self.attn)
@@ -165,6 +173,7 @@ class MambaBlock(ModulatedBlock):
             L = int(module.attn.patch_nums.sum()) if hasattr(module.attn, "patch_nums") else 5
             x, cond = cls._inputs(module, randn, 2, L)
             yield module(x=x, cond_BD=cond, attn_bias=None)
+            yield x.new_tensor(_runs_under_autocast(module, x=x, cond_BD=cond, attn_bias=None))
             return
         x, cond = cls._inputs(module, randn, 2, 14)
         module.cache = None
@@ -235,6 +244,17 @@ def _state_after(cache: Tensor, depends_on: tuple[Tensor, ...]) -> Mamba2State |
 @torch.compiler.disable
 def _keep_state(cache: Tensor, depends_on: tuple[Tensor, ...], state: Mamba2State) -> None:
     _carried[cache] = _Carried(tuple(map(version_of, (cache, *depends_on))), depends_on, state)
+
+
+def _runs_under_autocast(module: nn.Module, **arguments: Any) -> bool:
+    """Whether a call runs where branches have 16 bits: a branch that turns autocast off cannot take an input of 16."""
+    x = arguments["x"]
+    try:
+        with torch.autocast(x.device.type, torch.bfloat16), torch.no_grad():
+            module(**arguments)
+    except RuntimeError:
+        return False
+    return True
 
 
 def in_common_dtype(x: Tensor, modulation: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -50,8 +50,8 @@ class HeadNorm(Patch):
 
     def forward(self: Any, *args: Any, **options: Any) -> Tensor:
         values = self.supported_arguments(args, options)
-        several = values is None or not _is_one_per_sample(values["cond_BD"])
-        if values is None or several or not values["x_BLC"].numel() or lacks_gradient(self.ln_wo_grad):
+        usual = values is not None and _is_one_per_sample(values["cond_BD"], values["x_BLC"])
+        if values is None or not usual or not values["x_BLC"].numel() or lacks_gradient(self.ln_wo_grad):
             out: Tensor = super().forward(*args, **options)  # type: ignore[misc]
             return out
         x, cond = values["x_BLC"], values["cond_BD"]
@@ -61,6 +61,8 @@ class HeadNorm(Patch):
         return adaln(x, scale, shift, **norm_options(self.ln_wo_grad, x.dtype))
 
 
-def _is_one_per_sample(cond: Tensor) -> bool:
-    """Whether the condition is (B, D) or (B, 1, D): what becomes of several is the original's affair."""
-    return cond.dim() == 2 or (cond.dim() == 3 and cond.shape[1] == 1)
+def _is_one_per_sample(cond: Tensor, x: Tensor) -> bool:
+    """Whether the condition is (B, D) or (B, 1, D), or that of a batch of 1, for x (B, L, C): what becomes of others is
+    the original's affair."""
+    one = cond.dim() == 2 or (cond.dim() == 3 and cond.shape[1] == 1)
+    return one and x.dim() == 3 and len(cond) in (1, len(x))
