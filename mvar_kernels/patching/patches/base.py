@@ -132,13 +132,16 @@ def scale_options(module: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def has_global_hooks() -> bool:
-    """Whether there are hooks for all modules, or transforms that patches do not support: torch.func, forward mode."""
+    """Whether there are hooks for all modules, or transforms that patches do not support: torch.func, forward mode,
+    torch.compile."""
     return bool(
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
-        or _are_functorch_transforms_active()  # peek_interpreter_stack() is never None inside torch.compile
+        or _are_functorch_transforms_active()
+        # A mask and the carried state are inspected outside of the graph, which `fullgraph=True` refuses.
+        or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
     )
 
