@@ -102,11 +102,12 @@ class ModulatedBlock(Patch):
         values: dict[str, Any] | None = super().supported_arguments(args, options)
         if values is None:
             return None
-        taken = argument_names(self._modules[self.attention])
-        passed = ("attn_bias", *self.optional)
-        named = all(n in taken or (n in self.defaults and values[n] is self.defaults[n]) for n in passed if n in values)
+        taken, of_attention = argument_names(self._modules[self.attention]), ("attn_bias", *self.optional)
+        lost = (name for name in of_attention if name in values and name not in taken)
         cond = values["cond_BD"]
-        if not named or not isinstance(cond, Tensor) or len(cond) not in (1, len(values["x"])):
+        if any(name not in self.defaults or values[name] is not self.defaults[name] for name in lost):
+            return None
+        if not isinstance(cond, Tensor) or len(cond) not in (1, len(values["x"])):
             return None
         per_token = hasattr(self, "ada_gss") and cond.dim() == 4 and cond.shape[1] != 1
         return None if per_token else values

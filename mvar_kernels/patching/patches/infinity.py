@@ -252,9 +252,8 @@ def rotary_options(module: Any, x: Tensor) -> dict[str, Any]:
     """Options of a call with a rotary embedding for x (B, L, C), at scales of 1 and L − 1 tokens."""
     L, D = x.shape[1], module.head_dim
     schedule = [(1, 1, 1), (1, 1, L - 1)]
-    positions = (
-        torch.arange(2 * L, dtype=torch.int64, device=x.device).square() % 97
-    )  # not linear: scores would not depend on the first
+    # Not linear in the row: scores would not depend on the first one.
+    positions = torch.arange(2 * L, dtype=torch.int64, device=x.device).square() % 97
     angles = positions[:, None] / torch.logspace(0, 2, D // 2, dtype=torch.float32, device=x.device)
     table = 0.9 * torch.stack((angles.cos(), angles.sin()))[:, None, None, None]
     return {"scale_schedule": schedule, "rope2d_freqs_grid": {str(tuple(schedule)): table}}

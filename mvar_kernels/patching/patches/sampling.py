@@ -80,30 +80,23 @@ def _may_read_filtered_logits(function: Any) -> bool:
     for call in nodes:
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == NAME):
             continue
+        here = call.lineno
+        loops = (n for n in nodes if isinstance(n, ast.For | ast.While) and n.lineno <= here <= (n.end_lineno or 0))
+        loop = next(loops, None)  # the outermost
+        first, last = (here, here) if loop is None else (loop.lineno, loop.end_lineno or here)
         given = [*call.args[:1], *(option.value for option in call.keywords if option.arg in ("logits_BlV", None))]
         inside = {id(node): node for argument in given for node in ast.walk(argument)}
         for name in {node.id for node in inside.values() if isinstance(node, ast.Name)}:
-            used = [
-                (lines[id(node)], isinstance(node.ctx, ast.Store))
+            # The rest of the loop, its next iteration up to the call, what follows; reads before assignments in a line.
+            uses = [
+                (1 if line < here else 0 if line <= last else 2, line, isinstance(node.ctx, ast.Store))
                 for node in nodes
-                if isinstance(node, ast.Name) and node.id == name and not {id(node)} & (smooth | inside.keys())
+                if isinstance(node, ast.Name) and node.id == name and id(node) not in smooth | inside.keys()
+                if (line := lines[id(node)]) >= first
             ]
-            loops = [n for n in nodes if isinstance(n, ast.For | ast.While) and n.lineno <= call.lineno <= _end(n)]
-            first, last = (loops[0].lineno, _end(loops[0])) if loops else (call.lineno, call.lineno)
-            before = [use for use in used if first <= use[0] < call.lineno]
-            after = [use for use in used if use[0] >= call.lineno]
-            in_order = [
-                *sorted(use for use in after if use[0] <= last),
-                *sorted(before),
-                *sorted(use for use in after if use[0] > last),
-            ]
-            if (in_order and not in_order[0][1]) or any(_is_view(node, name) for node in nodes):
+            if (uses and not min(uses)[-1]) or any(_is_view(node, name) for node in nodes):
                 return True
     return False
-
-
-def _end(node: ast.stmt) -> int:
-    return node.end_lineno or node.lineno
 
 
 def _only_if_smooth(nodes: list[ast.AST], function: Any) -> Iterator[ast.stmt]:
