@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mvar.data.crops import Resized, center_crop, random_crop, read_image
-from mvar.data.listing import images_by_class
+from mvar.data.listing import images_below, images_by_class
 from mvar.data.order import Purpose, below, in_order, shuffled, words
 from mvar.data.source import Batch, load
 from mvar.utils.errors import message
@@ -53,6 +53,7 @@ class ImageFolder:
         flip: random horizontal flips.
         classes: class names by label, for a validation folder in which some may be missing; None for the subfolders,
             sorted by name.
+        labeled: False for all images of `path` and its subfolders, as one class "".
 
     Attributes:
         unreadable: the error of each image that this process could not read, by name.
@@ -71,6 +72,7 @@ class ImageFolder:
         mid_resolution: float = 1.125,
         flip: bool = False,
         classes: Sequence[str] | None = None,
+        labeled: bool = True,
     ) -> None:
         if resolution < 1:
             raise ValueError(f"resolution: expected at least 1, got {resolution}")
@@ -78,17 +80,21 @@ class ImageFolder:
             raise ValueError(f"mid_resolution: expected from 1 to 16 times the resolution, got {mid_resolution}")
         self.path, self.resolution, self.flip = expanded(path), resolution, flip
         self.side = round(mid_resolution * resolution)
-        found, self.skipped = images_by_class(self.path)
+        found: dict[str, list[str]] = {}
+        if labeled:
+            found, self.skipped = images_by_class(self.path)
+        else:
+            found[""], self.skipped = images_below(self.path)
         self.classes = tuple(found) if classes is None else tuple(classes)
         if unknown := sorted(found.keys() - set(self.classes)):
             raise ValueError(f"{self.path}: {len(unknown)} classes that are not in training, the first is {unknown[0]}")
         if not found:
             raise ValueError(f"{self.path}: expected one folder per class, got none")
         self.counts = tuple(len(found.get(name, ())) for name in self.classes)
-        if classes is None and 0 in self.counts:
+        if labeled and classes is None and 0 in self.counts:
             raise ValueError(f"{self.path}: no images of class {self.classes[self.counts.index(0)]}")
         if not any(self.counts):
-            raise ValueError(f"{self.path}: no images in any class")
+            raise ValueError(f"{self.path}: no images{' in any class' if labeled else ''}")
         # A NumPy array: reference counts of Python strings would cause copy-on-write of all pages in worker processes.
         self._names = np.array([os.fsencode(name) for c in self.classes for name in found.get(c, ())])
         self._labels = np.repeat(np.arange(len(self.classes)), self.counts)
@@ -130,7 +136,7 @@ class ImageFolder:
         for crop_batch in load(dataset, order, workers):
             if crop_batch.error is not None:
                 raise crop_batch.error
-            seen += len(crop_batch.indices)
+            seen += len(crop_batch.indices) + (0 if dataset.replace else len(crop_batch.failures))
             for name, reason in crop_batch.failures:
                 failed.add(name)
                 if name not in self.unreadable:
@@ -153,7 +159,8 @@ class CropBatch(NamedTuple):
     """A batch of images with E crops each."""
 
     indices: Tensor
-    """(B,) int64: the images read, after replacement of unreadable ones; −1 if all replacements failed"""
+    """(B,) int64: the images read, after replacement of unreadable ones; −1 if all replacements failed. Without
+    replacement: only the images read"""
     images: Tensor
     """(B, E, 3, R, R) float32 in [−1, 1]"""
     failures: list[tuple[str, str]]
@@ -163,10 +170,15 @@ class CropBatch(NamedTuple):
 
 
 class CropDataset(Dataset[CropBatch]):
-    """Reads batches of a folder in worker processes: per image the random crops of `epochs`, or the center crop."""
+    """Reads batches of a folder in worker processes: per image the random crops of `epochs`, or the center crop.
 
-    def __init__(self, folder: ImageFolder, seed: int = 0, epochs: tuple[int, ...] | None = None) -> None:
-        self.folder, self.seed, self.epochs = folder, seed, epochs
+    Without `replace`, unreadable images are left out of a batch.
+    """
+
+    def __init__(
+        self, folder: ImageFolder, seed: int = 0, epochs: tuple[int, ...] | None = None, *, replace: bool = True
+    ) -> None:
+        self.folder, self.seed, self.epochs, self.replace = folder, seed, epochs, replace
 
     def __getitems__(self, items: Sequence[int]) -> CropBatch:
         crops = 1 if self.epochs is None else len(self.epochs)
@@ -176,7 +188,7 @@ class CropDataset(Dataset[CropBatch]):
         indices = torch.full((len(items),), -1, dtype=torch.int64, device="cpu")
         failures: list[tuple[str, str]] = []
         for row, item in enumerate(items):
-            for candidate in candidates(int(item), len(self.folder)):
+            for candidate in candidates(int(item), len(self.folder)) if self.replace else (int(item),):
                 try:
                     image = read_image(self.folder.path / self.folder.name(candidate), self.folder.side)
                 except Exception as error:  # Pillow raises a dozen types for corrupted files
@@ -186,6 +198,8 @@ class CropDataset(Dataset[CropBatch]):
                 else:
                     indices[row], images[row] = candidate, self._crops(image, candidate)
                     break
+        if not self.replace:
+            images, indices = images[indices >= 0], indices[indices >= 0]
         return CropBatch(indices, images, failures)
 
     def _crops(self, image: Resized, item: int) -> Tensor:

@@ -39,8 +39,19 @@ def images_by_class(path: Path) -> tuple[dict[str, list[str]], tuple[str, ...]]:
     return classes, tuple(skipped)
 
 
+def images_below(path: Path) -> tuple[list[str], tuple[str, ...]]:
+    """Find all images of a folder and its subfolders, sorted by folder and name.
+
+    Links, and the returned skipped entries and errors, as in :func:`images_by_class`.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    images, skipped = _walk(path, "")
+    return images, tuple(skipped)
+
+
 def _walk(path: Path, name: str) -> tuple[list[str], list[str]]:
-    """The images of a class, sorted by folder and name, and its skipped entries."""
+    """The images of a class, or of all of `path` for "", sorted by folder and name, and the skipped entries."""
     top = os.path.realpath(path / name)
     images: dict[str, list[str]] = {}
     skipped: list[str] = []
@@ -50,7 +61,7 @@ def _walk(path: Path, name: str) -> tuple[list[str], list[str]]:
         images[folder] = []
         folder_path = path / folder
         for entry in _entries(folder_path):
-            relative = f"{folder}/{entry.name}"
+            relative = f"{folder}/{entry.name}" if folder else entry.name
             if _is_ignored(entry):
                 skipped.append(relative)
             elif _is_folder(entry):
