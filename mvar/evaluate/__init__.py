@@ -1,5 +1,15 @@
-"""Metrics of sets of images: from given features, and for `mvar evaluate`, which generates the images as well."""
+"""Metrics of sets of images: from given features or pixels, and for `mvar evaluate`."""
 
 from mvar.evaluate.features import Moments, PrecisionRecall, frechet, frechet_distance, moments, precision_recall
+from mvar.evaluate.similarity import psnr, ssim
 
-__all__ = ["Moments", "PrecisionRecall", "frechet", "frechet_distance", "moments", "precision_recall"]
+__all__ = [
+    "Moments",
+    "PrecisionRecall",
+    "frechet",
+    "frechet_distance",
+    "moments",
+    "precision_recall",
+    "psnr",
+    "ssim",
+]

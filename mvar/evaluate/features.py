@@ -44,6 +44,30 @@ def moments(features: Tensor) -> Moments:
     return Moments(rows.mean(0), torch.atleast_2d(rows.T.cov()))
 
 
+class MomentAccumulator:
+    """:func:`moments` of features that come in batches and are not kept."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def update(self, features: Tensor) -> None:
+        """Add features (n, F), n ≥ 1. Batches are merged as in Chan, Golub & LeVeque (1979)."""
+        rows = features.double()
+        n, mean = len(rows), rows.mean(0)
+        scatter = (rows - mean).T @ (rows - mean)
+        if not self.count:
+            self.count, self._mean, self._scatter = n, mean, scatter
+            return
+        shift, total = mean - self._mean, self.count + n
+        self._scatter += scatter + torch.outer(shift, shift) * (self.count * n / total)
+        self._mean += shift * (n / total)
+        self.count = total
+
+    def result(self) -> Moments:
+        """Moments of at least two rows."""
+        return Moments(self._mean, self._scatter / (self.count - 1))
+
+
 def frechet(a: Moments, b: Moments) -> float:
     """Fréchet distance of two normal distributions: ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½)."""
     # tr (Σ_a Σ_b)^½ is the sum of the singular values of Σ_a^½ Σ_b^½, which are accurate for rank-deficient
