@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mvar.checkpoint import CheckpointError, load_model, load_tokenizer, save
     from mvar.inference.api import generate
+    from mvar.inference.edit import edit
+    from mvar.inference.likelihood import Classification, LogLikelihood, classify, log_likelihood
     from mvar.inference.results import Generated
     from mvar.models.config import SCHEDULES, ModelConfig
     from mvar.models.factory import build
@@ -22,6 +24,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "checkpoint": ("CheckpointError", "load_model", "load_tokenizer", "save"),
     "inference.api": ("generate",),
+    "inference.edit": ("edit",),
+    "inference.likelihood": ("Classification", "LogLikelihood", "classify", "log_likelihood"),
     "inference.results": ("Generated",),
     "models.config": ("SCHEDULES", "ModelConfig"),
     "models.factory": ("build",),
@@ -36,17 +40,22 @@ __all__ = [
     "SCHEDULES",
     "VAR",
     "CheckpointError",
+    "Classification",
     "Generated",
+    "LogLikelihood",
     "Model",
     "ModelConfig",
     "Tokenizer",
     "TokenizerConfig",
     "build",
+    "classify",
+    "edit",
     "from_config",
     "generate",
     "init_weights",
     "load_model",
     "load_tokenizer",
+    "log_likelihood",
     "save",
 ]
 

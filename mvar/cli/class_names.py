@@ -1,4 +1,4 @@
-"""Parse the classes of --classes: numbers, ranges and names."""
+"""Parse classes of the command line: numbers, ranges and names."""
 
 import csv
 import os
@@ -11,7 +11,7 @@ Name = tuple[str]
 """A class name, in a tuple so that its length is the number of classes, as for a range."""
 
 
-def parse(text: str) -> list[range | Name]:
+def parse(text: str, flag: str = "--classes") -> list[range | Name]:
     """Parse "1,7-9,cat" to [range(1, 2), range(7, 10), ("cat",)]. Names with commas are in double quotes.
 
     Raises:
@@ -30,11 +30,11 @@ def parse(text: str) -> list[range | Name]:
         match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
         parts.append(range(int(match[1]), int(match[2] or match[1]) + 1) if match else (part.strip(),))
         if not parts[-1] or parts[-1] == ("",):
-            raise ValueError(f"--classes: expected classes such as 3, 1,5,7-9 or cat,dog, got {text!r}")
+            raise ValueError(f"{flag}: expected classes such as 3, 1,5,7-9 or cat,dog, got {text!r}")
     return parts
 
 
-def class_indices(parts: Sequence[range | Name], model: Model) -> list[int]:
+def class_indices(parts: Sequence[range | Name], model: Model, flag: str = "--classes") -> list[int]:
     """Class indices in the given order. Raises ValueError for unknown or ambiguous names and indices out of range."""
     names, classes = model.class_names or (), list[int]()
     for part in parts:
@@ -43,10 +43,10 @@ def class_indices(parts: Sequence[range | Name], model: Model) -> list[int]:
             if names.count(name) != 1:
                 known = f"has {', '.join(names[:5])}{', …' * (len(names) > 5)}" if names else "has no class names"
                 problem = "ambiguous class" if name in names else "unknown class"
-                raise ValueError(f"--classes: {problem} {name!r}; the model {known}")
+                raise ValueError(f"{flag}: {problem} {name!r}; the model {known}")
             part = range(names.index(name), names.index(name) + 1)
         if part.stop > model.config.num_classes:
             expected = f"numbers from 0 to {model.config.num_classes - 1}"
-            raise ValueError(f"--classes: expected {expected}, got {part.stop - 1}")
+            raise ValueError(f"{flag}: expected {expected}, got {part.stop - 1}")
         classes += part
     return classes

@@ -10,7 +10,7 @@ from mvar import __version__
 from mvar.cli.terminal import non_raising_output
 from mvar.utils.errors import message
 
-COMMANDS = ("demo", "sample", "evaluate", "train", "convert", "tokenize", "check", "info")
+COMMANDS = ("demo", "sample", "edit", "classify", "evaluate", "train", "convert", "tokenize", "check", "info")
 """Each is a module of this package with HELP, EXAMPLES, add_arguments(parser) and run(options). `run` imports what
 needs torch, so that `--help` does not wait for it."""
 EXPECTED = (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, MemoryError)

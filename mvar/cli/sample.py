@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     shape = (len(labels), side, side, 3)
     with init_distributed() as context, shared_array(options.npz or options.grid, shape, context) as pixels:
         if context.is_main_process and options.out is not None:
-            _prepare_folder(options.out, overwrite=options.overwrite)
+            prepare_folder(options.out, overwrite=options.overwrite)
         context.barrier()
         starts = context.shard(range(0, len(labels), options.batch), desc="images", unit="batch")
         for start, batch in prefetched(launch_batch, starts):
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(labels)} images in {', '.join(map(str, outputs))}", file=log)
 
 
-def _prepare_folder(folder: Path, *, overwrite: bool) -> None:
+def prepare_folder(folder: Path, *, overwrite: bool) -> None:
     """Raise ValueError if the folder has images of an earlier run; with `overwrite`, remove them."""
     earlier = sorted(image for image in folder.glob("*.png") if IMAGE_NAME.fullmatch(image.name))
     if earlier and not overwrite:

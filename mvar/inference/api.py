@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mvar.inference.cuda_graphs import CaptureError, Graphs, has_graphs, padded_batch, warn_once
 from mvar.inference.prepare import custom_layer_of, has_version_counters, own_dtype, prepared_model, prepared_tokenizer
 from mvar.inference.results import Generated, PendingResult
-from mvar.inference.sampling import SamplingParams, sample_batch
+from mvar.inference.sampling import SamplingParams, SourceImages, sample_batch
 from mvar.models.config import unboxed
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model
@@ -103,12 +103,17 @@ def launch(
     dtype: torch.dtype | None = None,
     graph: bool | None = None,
     compile_decoder: bool = False,
+    source: SourceImages | None = None,
 ) -> PendingResult:
-    """:func:`generate` without waiting for the device."""
+    """:func:`generate` without waiting for the device.
+
+    Args:
+        source: images to edit, one per label; the labels may then include num_classes, the unconditional class.
+    """
     model, tokenizer = unwrapped(model, Model), unwrapped(tokenizer, Tokenizer)
     check_fit(model, tokenizer)
     device = model.lvl_1L.device
-    rows = _labels(labels, model.config.num_classes, device)
+    rows = class_rows(labels, model.config.num_classes + (source is not None), device)
     params = replace(params, **{name: unboxed(getattr(params, name)) for name in ("cfg", "top_k", "top_p")})
     seed, first_index = unboxed(seed), unboxed(first_index)
     if isinstance(params.cfg, bool) or not isinstance(params.cfg, int | float) or not 0 <= params.cfg <= MAX_CFG:
@@ -131,15 +136,15 @@ def launch(
     # Without version counters each call makes new copies, which no graph outlives.
     cacheable = not unprepared and has_version_counters(model) and has_version_counters(tokenizer)
     B = len(rows)
-    image_index = torch.arange(first_index, first_index + B, dtype=torch.int64, device=device)
+    per_image = [rows, torch.arange(first_index, first_index + B, dtype=torch.int64, device=device), *(source or ())]
     if has_graphs(device):
         # Padding repeats the last image, so that it is finite where that one is.
         missing = padded_batch(B) - B
-        rows, image_index = (torch.cat([t, t[-1:].expand(missing)]) for t in (rows, image_index))
-    inputs = (rows, image_index, torch.full((), seed, dtype=torch.int64, device=device))
+        per_image = [torch.cat([t, t[-1:].expand(missing, *t.shape[1:])]) for t in per_image]
+    inputs = (*per_image[:2], torch.full((), seed, dtype=torch.int64, device=device), *per_image[2:])
     use_graph = (has_graphs(device) and cacheable and not params.return_scales) if graph is None else graph
     sample = partial(sample_batch, prepared, decoder, params)
-    with _evaluation_mode(unprepared), true_float32(device), torch.autocast(device.type, enabled=False):
+    with evaluation_mode(unprepared), true_float32(device), torch.autocast(device.type, enabled=False):
         if use_graph:
             tokens, finite, *images = _replay((prepared, decoder), params, sample, inputs, required=bool(graph))
         else:
@@ -150,7 +155,7 @@ def launch(
 
 
 @contextmanager
-def _evaluation_mode(modules: Sequence[Model | Tokenizer]) -> Iterator[None]:
+def evaluation_mode(modules: Sequence[Model | Tokenizer]) -> Iterator[None]:
     """Evaluation mode for modules with custom layers; an error in here names these layers."""
     training = [layer for module in modules for layer in module.modules() if layer.training]
     for layer in training:
@@ -172,7 +177,7 @@ def _replay(
     owners: Sequence[nn.Module],
     params: SamplingParams,
     sample: Callable[..., tuple[Tensor, ...]],
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, ...],
     *,
     required: bool,
 ) -> tuple[Tensor, ...]:
@@ -199,7 +204,8 @@ def check_fit(model: Model, tokenizer: Tokenizer) -> None:
         raise ValueError(f"model and tokenizer do not fit together: on devices {devices[0]} and {devices[1]}")
 
 
-def _labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.device) -> Tensor:
+def class_rows(labels: Sequence[int] | Tensor, num_classes: int, device: torch.device) -> Tensor:
+    """Class indices (B,) int64 on the device. Raises ValueError unless they are whole numbers in [0, num_classes)."""
     try:
         if isinstance(labels, list | tuple):  # torch rejects lists of some NumPy scalars
             labels = [unboxed(label) for label in labels]

@@ -29,8 +29,21 @@ class SamplingParams:
     more_smooth: bool
     return_scales: bool
     backend: str
+    reencode: bool = True
+    """for editing, see :func:`mvar.edit`"""
     decode: bool = True
     """False: return feature maps (B, code_dim, h, w) instead of images, for benchmarks"""
+
+
+class SourceImages(NamedTuple):
+    """Images to edit.
+
+    features: (B, code_dim, h, w) float32, `tokenizer.features` of the images. generated: (B, L) bool, tokens to sample;
+    the others encode the features.
+    """
+
+    features: Tensor
+    generated: Tensor
 
 
 @torch.no_grad()
@@ -41,12 +54,14 @@ def sample_batch(
     labels: Tensor,
     image_index: Tensor,
     seed: Tensor,
+    *source: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Sample one image per row.
+    """Sample one image per row, or edit one.
 
     Args:
         model, tokenizer: from :mod:`mvar.inference.prepare`.
         labels, image_index: (B,) int64, on the model's device. seed: () int64, on the model's device.
+        source: to edit images, the tensors of :class:`SourceImages`.
 
     Returns:
         tokens (B, L) int64; () bool, whether images and logits (except for codes at −∞) are finite; images
@@ -65,6 +80,10 @@ def sample_batch(
     states: Sequence[State | None] = model.empty_states(len(x))
     tokens, images = [], []
     finite = torch.ones((), dtype=torch.bool, device=labels.device)
+    if source:
+        residual, generated = SourceImages(*source)
+        finite = residual.isfinite().all()
+        generated_of_scale = generated.split(config.scales, 1)
     for k, length in enumerate(config.scales):
         hidden, states = model.hidden(x, modulation, (length,), states, backend=params.backend)
         progress = k / last if last else 0.0
@@ -86,7 +105,15 @@ def sample_batch(
             )
         else:
             embedded = tokenizer.embed(tokens[-1])
-        f_hat = f_hat + tokenizer.scale_features(k, embedded)
+        if source:
+            own = tokenizer.quantize.nearest(tokenizer.next_input(k, residual))
+            is_new = generated_of_scale[k]
+            tokens[-1] = torch.where(is_new, tokens[-1], own)
+            embedded = torch.where(is_new[..., None], embedded, tokenizer.embed(own))
+        added = tokenizer.scale_features(k, embedded)
+        f_hat = f_hat + added
+        if source:
+            residual = residual - (added if params.reencode else tokenizer.scale_features(k, tokenizer.embed(own)))
         if params.return_scales or k == last:
             with record_function("decoder"):  # a range in profiles
                 images.append((tokenizer.decode_features(f_hat) + 1) * 0.5 if params.decode else f_hat)
