@@ -56,7 +56,7 @@ docs: .venv/docs
 demo: setup
 	$(BIN)/mvar demo
 
-BENCHMARKS := ops generation data_loading accelerate training_step training_run quality
+BENCHMARKS := ops generation data_loading accelerate training_step training_run quality editing
 
 bench: setup
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done

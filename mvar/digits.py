@@ -14,7 +14,7 @@ from mvar.evaluate import frechet_distance
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model
 
-__all__ = ["NUM_CLASSES", "SAMPLING", "Digits", "Quality", "features", "load", "pretrained", "quality"]
+__all__ = ["NUM_CLASSES", "SAMPLING", "Digits", "Quality", "agreement", "features", "load", "pretrained", "quality"]
 
 SIDE = 8
 
@@ -73,12 +73,17 @@ def quality(images: Tensor, labels: Tensor) -> Quality:
     ratios = [float(_variance(generated[labels == c]) / _variance(real[real_labels == c])) for c in labels.unique()]
     return Quality(
         classifier_accuracy=_accuracy(held, held_out.labels),
-        agreement=_accuracy(generated, labels),
+        agreement=agreement(images, labels),
         frechet=frechet_distance(generated, held),
         frechet_real=_frechet_of_halves(),
         variance=min(ratios),
         nearest=float(_nearest_distance(generated, trained).median() / _nearest_distance(held, trained).median()),
     )
+
+
+def agreement(images: Tensor, labels: Tensor) -> float:
+    """Fraction of images (n, 3, 32, 32) in [−1, 1] that the classifier of real digits assigns to their labels (n,)."""
+    return _accuracy(features(images), labels)
 
 
 def _accuracy(rows: Tensor, labels: Tensor) -> float:

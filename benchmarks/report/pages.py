@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.analysis import lower_bounds, scaling
 from benchmarks.common.markdown import table
 from benchmarks.common.results import RESULTS, ROOT
-from benchmarks.report import compiled_kernels, generation, kernel_costs, ops, plots, quality, training
+from benchmarks.report import compiled_kernels, editing, generation, kernel_costs, ops, plots, quality, training
 from mvar.utils.files import atomic_write
 from mvar_kernels.testing.registry import SPECS
 
@@ -72,6 +72,7 @@ def device(name: str, results: dict[str, Any]) -> dict[str, str]:
     if models := named("plug_in_"):
         found["accelerate in a VAR repository"] = accelerated(list(models.values()))
     found |= {f"Quality, {model}": quality.quality(rows) for model, rows in named("parity_").items()}
+    found |= {f"Editing, {model}": editing.editing(rows) for model, rows in named("editing_").items()}
     if op_rows := {op: results[op]["rows"] for op in SPECS if op in results}:
         matmuls = {row["dtype"]: row["gflops"] for row in results.get("products", {"rows": ()})["rows"]}
         roofline = image("roofline", ops.CAPTION, partial(plots.roofline, op_rows, matmuls))
