@@ -1,8 +1,8 @@
 """The quality of edits: `python -m benchmarks.bench_editing`.
 
 Held-out digits with the digits model of the package. In-painting: the right half is generated anew, given the digit's
-class, another class or none. It is blank in the images that are edited, except where the method says that it is visible.
-Variations: the coarsest scales are kept, and all finer tokens are sampled for the class or another one.
+class, another class or none. It is blank in the images that are edited, except where the method says that it is
+visible. Variations: the coarsest scales are kept, and all finer tokens are sampled for the class or another one.
 
 agreement: share of results that a support-vector classifier of real digits assigns to the class that was asked for, or
 without one to the class of the digit. seam: mean absolute difference of the two columns of pixels on both sides of the
@@ -10,7 +10,6 @@ mask's edge, that of the real digits being the value to reach. Baseline: an imag
 unmasked half pasted over it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,44 +43,37 @@ def measure(count: int, seed: int) -> dict[str, Any]:
     blank = torch.where(mask, 0.0, real)
     options: dict[str, Any] = {"seed": seed, "dtype": torch.float32}
 
-    def row(run: Callable[[], Tensor], expected: Tensor) -> dict[str, float]:
-        images = run().cpu()
-        return {"agreement": digits.agreement(images * 2 - 1, expected), "seam": seam(images)}
+    def edited(source: Tensor, mask: Tensor | None, labels: Tensor | None, **how: Any) -> Tensor:
+        return mvar.edit(model, tokenizer, source, mask, labels, **how, **options).images.cpu()
 
     inpainting: dict[str, dict[str, Any]] = {}
     for asked, labels in (("the digit's class", own), ("another class", other), ("no class", None)):
-        expected = own if labels is None else labels
-        rows = inpainting[asked] = {}
-        for name, how in METHODS.items():
-            source = real if "visible" in name else blank
-            rows[name] = row(
-                lambda: mvar.edit(model, tokenizer, source, mask, labels, **how, **options).images,  # noqa: B023
-                expected,
-            )
+        results = {
+            name: edited(real if "visible" in name else blank, mask, labels, **how) for name, how in METHODS.items()
+        }
         if labels is not None:
-            rows[PASTE] = row(
-                lambda: torch.where(mask, mvar.generate(model, tokenizer, labels, **options).images.cpu(), real),  # noqa: B023
-                expected,
-            )
-        print(asked, rows, flush=True)
-    variations = [
-        {"keep_scales": k}
-        | {
-            name: digits.agreement(
-                mvar.edit(model, tokenizer, real, None, labels, keep_scales=k, **options).images.cpu() * 2 - 1, labels
-            )
+            results[PASTE] = torch.where(mask, mvar.generate(model, tokenizer, labels, **options).images.cpu(), real)
+        inpainting[asked] = {name: row(images, own if labels is None else labels) for name, images in results.items()}
+        print(asked, inpainting[asked], flush=True)
+    variations = []
+    for k in range(len(model.config.scales)):
+        kept = {
+            name: digits.agreement(edited(real, None, labels, keep_scales=k) * 2 - 1, labels)
             for name, labels in (("the digit's class", own), ("another class", other))
         }
-        for k in range(len(model.config.scales))
-    ]
+        variations.append({"keep_scales": k, **kept})
     return {
         "model": "digits",
         "images": count,
         "options": "cfg=1.5, top_k=900, top_p=0.96, float32",
-        "real": {"agreement": digits.agreement(real * 2 - 1, own), "seam": seam(real)},
+        "real": row(real, own),
         "inpainting": inpainting,
         "variations": variations,
     }
+
+
+def row(images: Tensor, labels: Tensor) -> dict[str, float]:
+    return {"agreement": digits.agreement(images * 2 - 1, labels), "seam": seam(images)}
 
 
 def seam(images: Tensor) -> float:

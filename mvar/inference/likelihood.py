@@ -187,6 +187,8 @@ class _Scorer:
             with torch.autocast(device.type, enabled=False):
                 chunks = [tokenizer.encode(chunk.to(device) * 2 - 1) for chunk in pixels.split(self.batch)]
             self.tokens = torch.cat(chunks)
+        if not len(self.tokens):
+            raise ValueError("images: expected at least one, got none")
         self.inputs = tokenizer.teacher_forcing_inputs(self.tokens)
         with true_float32(device), torch.autocast(device.type, enabled=False):
             self.model: ScaleTransformer = prepared_model(model, dtype)
