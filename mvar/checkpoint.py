@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,15 +22,18 @@ from mvar.utils.state_dict import CheckpointError, read
 CONFIGS: Mapping[str, type[Any]] = {"model": ModelConfig, "tokenizer": TokenizerConfig}
 HUB = "hf://"
 CONFIG_KEY, CLASS_NAMES_KEY = "mvar_config", "mvar_class_names"  # in the metadata of safetensors
+WEIGHTS_FILE, CONFIG_FILE, CLASS_NAMES = "model.safetensors", "config.json", "class_names"
+"""The files of a folder or a repository of `save_pretrained`, and the key of class names in its configuration."""
 # Buffers of the published files that follow from the configuration and are not loaded.
 DERIVED_BUFFERS = ("attn_bias_for_masking",)
 
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 Module = TypeVar("Module", bound=nn.Module)
+AnyModel = TypeVar("AnyModel", bound=Model)
+AnyTokenizer = TypeVar("AnyTokenizer", bound=Tokenizer)
 
 
-@torch.inference_mode(False)  # inference tensors could not be trained
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model:
     """Load an M-VAR or VAR model in float32 and evaluation mode.
 
@@ -43,7 +46,8 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model
     `blocks.0.attn.patch_nums` or (VAR) `lvl_1L`, and sizes from shapes.
 
     Args:
-        path: a file, or hf://owner/repository/file on the Hugging Face Hub.
+        path: a file, or hf://owner/repository/file on the Hugging Face Hub; or a folder of `save_pretrained`, or
+            hf://owner/repository, whose config.json takes precedence over the configuration in the weights.
         device: device of the weights.
 
     Raises:
@@ -51,19 +55,34 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model
         CheckpointError: a truncated file, a pickle with other objects than weights, a missing or unknown name, a wrong
             shape, or a value that is not finite.
     """
-    state, stored, metadata = _read(path, "model")
+    return read_model(path, from_config, device)
 
-    def config(stored: dict[str, Any]) -> ModelConfig:
-        return ModelConfig(**stored) if stored else ModelConfig.from_state_dict(state)
 
-    model = _build(path, lambda stored: from_config(config(stored)), "model", stored)
-    model = _load_weights(path, model, state, device)
+@torch.inference_mode(False)  # inference tensors could not be trained
+def read_model(
+    path: str | Path,
+    make: Callable[[ModelConfig], AnyModel],
+    device: str | torch.device,
+    download: Mapping[str, Any] | None = None,
+) -> AnyModel:
+    """:func:`load_model` of another class.
+
+    Args:
+        make: builds the model from its configuration.
+        download: arguments of huggingface_hub.hf_hub_download.
+    """
+    stored = _read(path, "model", download or {})
+
+    def config(given: dict[str, Any]) -> ModelConfig:
+        return ModelConfig(**given) if given else ModelConfig.from_state_dict(stored.state)
+
+    model = _build(stored, lambda given: make(config(given)), "model")
+    model = _load_weights(path, model, stored.state, device)
     _check_schedule(path, model)
-    model.class_names = _class_names(path, metadata, model.config.num_classes)
+    model.class_names = _class_names(stored, model.config.num_classes)
     return model
 
 
-@torch.inference_mode(False)
 def load_tokenizer(
     path: str | Path,
     *,
@@ -82,16 +101,29 @@ def load_tokenizer(
     Raises:
         OSError, CheckpointError: as :func:`load_model`.
     """
-    if resolution is not None:
-        patch_nums = schedule(resolution, patch_nums)
-    state, stored, _ = _read(path, "tokenizer")
+    return read_tokenizer(path, Tokenizer, device, resolution=resolution, patch_nums=patch_nums)
 
-    def config(stored: dict[str, Any]) -> TokenizerConfig:
-        override = {} if patch_nums is None else {"patch_nums": tuple(patch_nums)}
-        return TokenizerConfig(**(stored | override)) if stored else TokenizerConfig.from_state_dict(state, patch_nums)
 
-    tokenizer = _build(path, lambda stored: Tokenizer(config(stored)), "tokenizer", stored)
-    return _load_weights(path, tokenizer, state, device)
+@torch.inference_mode(False)
+def read_tokenizer(
+    path: str | Path,
+    make: Callable[[TokenizerConfig], AnyTokenizer],
+    device: str | torch.device,
+    download: Mapping[str, Any] | None = None,
+    *,
+    resolution: int | None = None,
+    patch_nums: Sequence[int] | None = None,
+) -> AnyTokenizer:
+    """:func:`load_tokenizer` of another class, see :func:`read_model`."""
+    maps = patch_nums if resolution is None else schedule(resolution, patch_nums)
+    stored = _read(path, "tokenizer", download or {})
+
+    def config(given: dict[str, Any]) -> TokenizerConfig:
+        override = {} if maps is None else {"patch_nums": tuple(maps)}
+        return TokenizerConfig(**(given | override)) if given else TokenizerConfig.from_state_dict(stored.state, maps)
+
+    tokenizer = _build(stored, lambda given: make(config(given)), "tokenizer")
+    return _load_weights(path, tokenizer, stored.state, device)
 
 
 def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | None = None) -> None:
@@ -110,21 +142,35 @@ def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | No
         OSError: the file cannot be written.
     """
     module = unwrapped(module, Model, Tokenizer)
+    names = class_names(module)
     state = weights(module)
     if (extra := extra_weight(module)) is not None:
         raise ValueError(f"{extra} is not a weight of this configuration and would not be saved: remove it first")
     state = with_own_storage({name: t.cpu() for name, t in converted(state, dtype).items()})
     metadata = {CONFIG_KEY: json.dumps(asdict(module.config))}
-    if isinstance(module, Model) and module.class_names is not None:
-        if not _are_names(module.class_names, module.config.num_classes):
-            expected = f"a list or tuple of {module.config.num_classes} names"
-            raise ValueError(f"class_names: expected {expected}, got {module.class_names!r}")
-        metadata[CLASS_NAMES_KEY] = json.dumps(module.class_names)
+    if names is not None:
+        metadata[CLASS_NAMES_KEY] = json.dumps(names)
     with atomic_write(path) as temporary:
         try:
             save_file(state, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {message(error)}") from error
+
+
+def config_json(module: Model | Tokenizer) -> dict[str, Any]:
+    """The content of config.json: the configuration, and `class_names` if a model has them."""
+    names = class_names(module)
+    return asdict(module.config) | ({} if names is None else {CLASS_NAMES: names})
+
+
+def class_names(module: Model | Tokenizer) -> list[str] | tuple[str, ...] | None:
+    """The class names of a model, if it has them. Raises ValueError unless they are one string per class."""
+    if not isinstance(module, Model) or module.class_names is None:
+        return None
+    if not _are_names(module.class_names, module.config.num_classes):
+        expected = f"a list or tuple of {module.config.num_classes} names"
+        raise ValueError(f"class_names: expected {expected}, got {module.class_names!r}")
+    return module.class_names
 
 
 def save_published(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | None = None) -> None:
@@ -176,56 +222,101 @@ def schedule(resolution: int, patch_nums: Sequence[int] | None = None) -> tuple[
     return SCHEDULES[resolution]
 
 
-def _read(path: str | Path, part: str) -> tuple[dict[str, Tensor], object, Mapping[str, str]]:
-    """Read the tensors of one part of a file, the stored configuration (empty if there is none) and the metadata."""
-    file = _local_file(str(path))
+class _Stored(NamedTuple):
+    """The content of a file or folder."""
+
+    state: dict[str, Tensor]
+    config: object
+    """decoded JSON, {} if there is none"""
+    class_names: object
+    config_file: str
+    """for messages: config.json, or the file of the weights"""
+
+
+def _read(path: str | Path, part: str, download: Mapping[str, Any]) -> _Stored:
+    """Read the weights of one part, the configuration and the class names."""
+    file, config_file = _local_files(str(path), download)
     state, metadata = read(file, part)
+    if config_file is None:
+        config = _json(metadata.get(CONFIG_KEY, "{}"), f"{file}: stored configuration")
+        names = _json(metadata.get(CLASS_NAMES_KEY, "null"), f"{file}: stored class names")
+        return _Stored(state, config, names, str(path))
     try:
-        return state, json.loads(metadata.get(CONFIG_KEY, "{}")), metadata
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: stored configuration: invalid JSON: {error}") from error
+        text = config_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{config_file}: expected JSON in UTF-8: {error}") from error
+    config = _json(text, str(config_file))
+    names = config.pop(CLASS_NAMES, None) if isinstance(config, dict) else None
+    return _Stored(state, config, names, str(config_file))
 
 
-def _local_file(path: str) -> Path:
-    """Return the local file; for hf://owner/repository/file that in the Hugging Face cache, downloaded if missing."""
+def _json(text: str, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{source}: invalid JSON: {error}") from error
+
+
+def _local_files(path: str, download: Mapping[str, Any]) -> tuple[Path, Path | None]:
+    """Return the local files of the weights and, of a folder or a repository that has it, of the configuration.
+
+    Files of hf:// addresses are those in the Hugging Face cache, downloaded if missing.
+    """
     if not path.startswith(HUB):
-        return expanded(path)
+        file = expanded(path)
+        if not file.is_dir():
+            return file, None
+        if not (file / WEIGHTS_FILE).is_file():
+            raise FileNotFoundError(
+                f"{file}: a folder without {WEIGHTS_FILE}; expected a file, or a folder of save_pretrained"
+            )
+        return file / WEIGHTS_FILE, file / CONFIG_FILE if (file / CONFIG_FILE).is_file() else None
     owner, _, rest = path.removeprefix(HUB).partition("/")
     repository, _, name = rest.partition("/")
-    if not (owner and repository and name):
-        raise ValueError(f"{path}: expected {HUB}owner/repository/file")
+    if not (owner and repository):
+        raise ValueError(f"{path}: expected {HUB}owner/repository or {HUB}owner/repository/file")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def downloaded(name: str) -> Path:
+        return Path(hf_hub_download(f"{owner}/{repository}", name, **download))
 
     try:
-        return Path(hf_hub_download(f"{owner}/{repository}", name))
-    except (OSError, ValueError, RuntimeError) as error:
+        if name:
+            return downloaded(name), None
+        file = downloaded(WEIGHTS_FILE)
+        try:
+            return file, downloaded(CONFIG_FILE)
+        except EntryNotFoundError:
+            return file, None
+    except (OSError, ValueError, RuntimeError, EntryNotFoundError) as error:
         raise OSError(f"{path}: could not be downloaded: {message(error)}") from error
 
 
-def _build(path: str | Path, make: Callable[[dict[str, Any]], Module], kind: str, stored: object) -> Module:
+def _build(stored: _Stored, make: Callable[[dict[str, Any]], Module], kind: str) -> Module:
     """Build the module without storage, from the stored configuration or one inferred from the weights."""
+    given = stored.config
     try:
-        if not isinstance(stored, dict):
-            raise TypeError(f"stored configuration: expected a dict, got {stored!r}")
-        for other, config in CONFIGS.items():
-            if other != kind and stored and stored.keys() == {field.name for field in fields(config)}:
+        if not isinstance(given, dict):
+            raise TypeError(f"stored configuration: expected a dict, got {given!r}")
+        known = {kind: {field.name for field in fields(config)} for kind, config in CONFIGS.items()}
+        for other, names in known.items():
+            if other != kind and given and given.keys() == names:
                 raise ValueError(f"it is the file of a {other}")
+        if unknown := sorted(given.keys() - known[kind]):
+            raise ValueError(f"unknown key {unknown[0]!r}")
         with without_storage():
-            return make(stored)
+            return make(given)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: no valid configuration of a {kind}: {message(error)}") from error
+        raise CheckpointError(f"{stored.config_file}: no valid configuration of a {kind}: {message(error)}") from error
 
 
-def _class_names(path: str | Path, metadata: Mapping[str, str], num_classes: int) -> tuple[str, ...] | None:
-    if CLASS_NAMES_KEY not in metadata:
+def _class_names(stored: _Stored, num_classes: int) -> tuple[str, ...] | None:
+    if stored.class_names is None:
         return None
-    try:
-        names = json.loads(metadata[CLASS_NAMES_KEY])
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: stored class names: invalid JSON: {error}") from error
-    if not _are_names(names, num_classes):
-        raise CheckpointError(f"{path}: stored class names: expected a list of {num_classes} names")
-    return tuple(names)
+    if not _are_names(stored.class_names, num_classes):
+        raise CheckpointError(f"{stored.config_file}: stored class names: expected a list of {num_classes} names")
+    return tuple(stored.class_names)  # type: ignore[arg-type]
 
 
 def _are_names(names: object, count: int) -> bool:

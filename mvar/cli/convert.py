@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         type=source,
-        help="file of weights, checkpoint of VAR's or M-VAR's trainer, or checkpoint folder of mvar train",
+        help="file of weights, checkpoint of VAR's or M-VAR's trainer, checkpoint folder of mvar train, or folder of "
+        "save_pretrained",
     )
     parser.add_argument(
         "target", type=path, help=".pth for a state dict as published, .safetensors for the format of mvar.save"
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from mvar.checkpoint import load_model, load_tokenizer, save, save_published
+    from mvar.checkpoint import WEIGHTS_FILE, load_model, load_tokenizer, save, save_published
     from mvar.cli.resolve import DTYPES
     from mvar.train.checkpoint import read_model
     from mvar.utils.files import check_writable, expanded
@@ -54,7 +55,8 @@ def run(options: argparse.Namespace) -> None:
     if options.part == "tokenizer":
         module = load_tokenizer(options.source, patch_nums=options.pn)
     else:
-        module = read_model(folder) if folder.is_dir() else load_model(options.source)
+        is_checkpoint = folder.is_dir() and not (folder / WEIGHTS_FILE).exists()
+        module = read_model(folder) if is_checkpoint else load_model(options.source)
     write = save if options.target.suffix == ".safetensors" else save_published
     write(options.target, module, dtype=DTYPES[options.dtype])
     print(f"written: {options.target}")

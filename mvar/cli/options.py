@@ -7,6 +7,7 @@ from mvar.utils.files import expanded
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
 MAX_IMAGES = 10**8  # per run: 20 TB at 256×256
+WEIGHTS = "a file, a folder of save_pretrained, hf://owner/repository or hf://owner/repository/file"
 Group = argparse._ArgumentGroup
 
 
@@ -23,8 +24,8 @@ def path(text: str) -> Path:
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("weights", "give both or neither; the default is the digits model in the package")
-    group.add_argument("--weights", type=source, help="file of the model, or hf://owner/repository/file")
-    group.add_argument("--tokenizer", type=source, help="file of its tokenizer, or hf://owner/repository/file")
+    group.add_argument("--weights", type=source, help=f"the model: {WEIGHTS}")
+    group.add_argument("--tokenizer", type=source, help=f"its tokenizer: {WEIGHTS}")
 
 
 def add_sampling(parser: argparse.ArgumentParser, cfg: float | None, top_k: int | None, top_p: float | None) -> Group:

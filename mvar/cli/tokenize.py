@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from mvar.cli.options import add_device, path, source
+from mvar.cli.options import WEIGHTS, add_device, path, source
 
 HELP = "write the tokens of a data set once, for training without an encoder"
 EXAMPLES = """\
@@ -19,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder with train/class/image and, optionally, val/class/image",
     )
-    group.add_argument(
-        "--tokenizer", type=source, required=True, help="file of the tokenizer, or hf://owner/repository/file"
-    )
+    group.add_argument("--tokenizer", type=source, required=True, help=f"the tokenizer: {WEIGHTS}")
     group.add_argument(
         "--out",
         type=path,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mvar.models.autoencoder import NORM_GROUPS, Decoder, Encoder, conv3x3
 from mvar.models.config import SCHEDULES, check_patch_nums, is_positive_int, unbox, unboxed
+from mvar.models.hub import HubMixin
 from mvar.models.quantizer import Quantizer
 from mvar_kernels.precision import true_float32
 
@@ -118,12 +119,13 @@ class TokenizerOutput(NamedTuple):
     usage: Tensor
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(nn.Module, HubMixin):
     """Images (B, 3, R, R) in [−1, 1] ↔ tokens (B, L) int64, the scales concatenated, coarse to fine.
 
     Parameter and buffer names are those of the published weight files. Methods never write to their arguments
     and raise ValueError or TypeError for invalid ones. All except `forward` and `features` run without gradients and,
     on a CPU, with true float32 matmuls, independent of torch's settings. Autocast affects only encoder and decoder.
+    `from_pretrained`, `save_pretrained` and `push_to_hub` are those of :class:`mvar.models.hub.HubMixin`.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:

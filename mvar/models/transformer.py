@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import mvar_kernels as mk
 from mvar.models.blocks import LN_EPS, AfterBranch, Block, HeadNorm, MVARBlock, VARBlock
 from mvar.models.config import ModelConfig
+from mvar.models.hub import HubMixin
 from mvar.models.layers import State
 from mvar.models.modulation import Modulation, modulation_layer
 
@@ -153,8 +154,10 @@ class ScaleTransformer(nn.Module):
         return self.config.scales[: ends.index(end) + 1]
 
 
-class Model(ScaleTransformer):
+class Model(ScaleTransformer, HubMixin):
     """`model(labels, inputs)` computes logits under teacher forcing; :func:`mvar.generate` samples images.
+
+    `from_pretrained`, `save_pretrained` and `push_to_hub` are those of :class:`mvar.models.hub.HubMixin`.
 
     The subclasses are :class:`MVAR` and :class:`VAR`; :func:`from_config` builds the one named by a configuration.
     """

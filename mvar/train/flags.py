@@ -88,7 +88,10 @@ class Flags:
     )
     tokens: str | None = _flag(None, "folder written by `mvar tokenize`, instead of images", str, free=True)
     tokenizer: str | None = _flag(
-        "vae_ch160v4096z32.pth", "file of the tokenizer, or hf://owner/repository/file", str, free=True
+        "vae_ch160v4096z32.pth",
+        "the tokenizer: a file, a folder of save_pretrained, hf://owner/repository or hf://owner/repository/file",
+        str,
+        free=True,
     )
     pn: tuple[int, ...] | None = _flag(
         None,

@@ -87,8 +87,8 @@ def _check_files(flags: Flags) -> None:
         raise ValueError("--tokenizer: expected a file")
     if flags.tokenizer is not None and not flags.tokenizer.startswith(HUB):
         file = Path(flags.tokenizer)
-        got = f"{file}: no such file; VAR's is {VAR_TOKENIZER}"
-        require(file.is_file(), "tokenizer", "the file of a tokenizer", got)
+        got = f"{file}: no such file or folder; VAR's is {VAR_TOKENIZER}"
+        require(file.exists(), "tokenizer", "the file or folder of a tokenizer", got)
     if flags.data_path is not None:
         folder = Path(flags.data_path) / "train"
         require(folder.is_dir(), "data_path", "a folder with train/class/image", f"{folder}: no such folder")

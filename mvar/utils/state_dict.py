@@ -66,8 +66,7 @@ def read(file: Path, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         CheckpointError: it does not contain a state dict.
     """
     if not file.is_file():
-        other = "a folder, not a file" if file.is_dir() else "a pipe or device, not a file"
-        raise FileNotFoundError(f"{file}: {other if file.exists() else 'no such file'}")
+        raise FileNotFoundError(f"{file}: {'not a regular file' if file.exists() else 'no such file'}")
     with file.open("rb") as stream:
         head = stream.read(1024)
     if (reason := _not_weights(file, head)) is not None:

@@ -129,7 +129,7 @@ def test_bad_use(
         (["--backend=foo"], "--backend: expected one of auto, reference, cpu, triton, cuda"),
         (["--backend=cuda"], "--backend: "),
         (["--device=mps:9"], "--device: 'mps:9' cannot be used"),
-        (["--tokenizer=none.pth"], "--tokenizer: expected the file of a tokenizer, got none.pth: no such file"),
+        (["--tokenizer=none.pth"], "--tokenizer: expected the file or folder of a tokenizer, got none.pth: no such"),
         (["--width=100"], "--width: expected a multiple of 64, got 100"),
         (["--state_dim=0"], "--state_dim: expected a positive whole number, got 0"),
         (["--arch=var", "--bidirectional"], "--bidirectional: VAR has no mixer"),
