@@ -26,8 +26,8 @@ class Canvas:
         """Scale the shorter side to R = `resolution` and crop the center.
 
         Returns:
-            The image (3, R, R) float32 in [0, 1], the mask (R, R) bool, which covers every pixel that contains a masked
-            one, and a description of what was scaled and cropped.
+            The image (3, R, R) float32 in [0, 1]; the mask (R, R) bool, in which a masked pixel masks the one that it
+            is scaled to, however small its share; and a description of what was scaled and cropped.
 
         Raises:
             ValueError: nothing of the mask is left.

@@ -27,7 +27,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "sample", "evaluate", "train", "convert", "tokenize", "check", "info"):
+    for command in ("demo", "sample", "edit", "classify", "evaluate", "train", "convert", "tokenize", "check", "info"):
         with pytest.raises(SystemExit) as exit:
             main([command, "--help"])
         assert exit.value.code == 0
