@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
                     seen[parent] += 1
                     right[parent] += parent == names[label]
     table = io.StringIO()
-    csv.writer(table).writerows([("image", "class", "bits", "exact"), *rows])
+    csv.writer(table, lineterminator="\n").writerows([("image", "class", "bits", "exact"), *rows])
     if options.out is None:
         print(table.getvalue(), end="")
     else:
