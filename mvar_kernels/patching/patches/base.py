@@ -164,7 +164,8 @@ def has_hooks(module: Any) -> bool:
 
 
 def is_linear(layer: Any, inputs: int, outputs: int) -> bool:
-    """Whether the layer is nn.Linear with these sizes."""
+    """Whether the layer is nn.Linear with these sizes, or an adapter of peft around one."""
+    layer = getattr(layer, "base_layer", layer)
     return isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (inputs, outputs)
 
 
