@@ -43,10 +43,10 @@ def generate(
     """Generate one image per label.
 
     Generation runs on copies of the model and the tokenizer that are prepared at the first call, and again after a
-    change of weights or layers. Wrappers (torch.compile, DataParallel, DistributedDataParallel) are unwrapped;
-    parametrized, weight-normed, pruned and (by fully_shard) sharded weights are used as in a forward pass. A model or
-    tokenizer with layers of another class (adapters, quantized layers), changed settings, forward hooks, or methods
-    replaced on an instance is used without a copy: slower, in its own dtype, without a CUDA graph. Generation
+    change of weights or layers. Wrappers (torch.compile, DataParallel, DistributedDataParallel, peft's PeftModel) are
+    unwrapped; parametrized, weight-normed, pruned and (by fully_shard) sharded weights are used as in a forward pass. A
+    model or tokenizer with layers of another class (adapters, quantized layers), changed settings, forward hooks, or
+    methods replaced on an instance is used without a copy: slower, in its own dtype, without a CUDA graph. Generation
     calls neither `forward` of the model and the tokenizer nor their hooks.
 
     Args:

@@ -7,6 +7,7 @@ supported, and other differences are reported with the name of the layer.
 
 import copy
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import getattr_static
@@ -41,7 +42,8 @@ REMEDY = (
 
 
 def unwrapped(module: nn.Module, *kinds: type[Model] | type[Tokenizer]) -> Any:
-    """Return the model or tokenizer inside torch.compile, DataParallel, DistributedDataParallel or AveragedModel.
+    """Return the model or tokenizer inside torch.compile, DataParallel, DistributedDataParallel, AveragedModel or
+    peft's PeftModel, whose adapters are layers of the model.
 
     Raises:
         TypeError: any other class, such as FullyShardedDataParallel, which flattens weights.
@@ -160,8 +162,15 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             module = module.module
         elif "_orig_mod" in module._modules:  # torch.compile's OptimizedModule, a private class
             module = module._orig_mod  # type: ignore[assignment]
+        elif _is_peft_model(module):
+            module = module.get_base_model()  # type: ignore[operator]
         else:
             return module
+
+
+def _is_peft_model(module: nn.Module) -> bool:
+    peft = sys.modules.get("peft")  # an optional package, imported by whoever made the module
+    return peft is not None and isinstance(module, peft.PeftModel)
 
 
 def _named_layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

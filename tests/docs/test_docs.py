@@ -1,6 +1,7 @@
 """Tests of README.md and docs/: Python examples run, and links point to existing files."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,9 @@ NEEDS_FILES = re.compile(r"\.pth|accelerate\(model\)")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/accelerate.md"])
-def test_examples_run(page: str) -> None:
+def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the examples of a page in order in one namespace; compile only those that read weight files."""
+    monkeypatch.chdir(tmp_path)  # for the files that they write
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         compiled = compile(code, page, "exec")
