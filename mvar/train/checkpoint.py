@@ -11,6 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,13 @@ class Checkpoints:
         except ValueError as error:
             raise OSError(f"{path / STATE_FILE}: cannot be used: {error}") from error
         return loaded
+
+    def config(self) -> ModelConfig | None:
+        """The model's configuration in the newest checkpoint that has a valid one, or None."""
+        for path in self.paths():
+            with suppress(OSError, TypeError, ValueError):
+                return ModelConfig(**self.state(path)["model"])
+        return None
 
     def read(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Load a checkpoint into `tensors`. Raises OSError if it is damaged or of another model."""

@@ -6,17 +6,17 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from mvar.models.config import ARCHITECTURES, SCHEDULES
+from mvar.models.config import ARCHITECTURES, SCHEDULES, ModelConfig
 from mvar.utils.files import expanded
 
 COMPILE_MODES = {1: "reduce-overhead", 2: "max-autotune", 3: "default"}
 SECTIONS = {
     "preset": "preset",
     "data_path": "data",
-    "arch": "model",
+    "init_from": "model",
     "bs": "optimization",
     "pg": "progressive training",
     "device": "execution",
@@ -61,15 +61,18 @@ def _flag(
     *,
     free: bool = False,
     aliases: tuple[str, ...] = (),
+    config: str | None = None,
 ) -> Any:
     """A field of :class:`Flags`.
 
     Args:
         free: the flag may change when a run is resumed, since it does not affect the result.
         aliases: further names, those of other trainers.
+        config: the field of ModelConfig that the flag sets. With --init_from the file sets it: the flag is None until
+            the file has been read (:func:`with_architecture`), unless it is given.
     """
     metadata = {"help": help, "type": type, "choices": choices, "free": free, "aliases": aliases}
-    return field(default=default, metadata=metadata)
+    return field(default=None if config else default, metadata=metadata | {"default": default, "config": config})
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,24 @@ class Flags:
     hflip: bool = _flag(False, "flip training images at random")
     workers: int = _flag(0, "processes that read images; 0 or below: the training process reads them", free=True)
     # Model
-    arch: str = _flag("mvar", "M-VAR or VAR", choices=ARCHITECTURES)
-    depth: int = _flag(16, "number of blocks; the width is 64·depth")
-    width: int | None = _flag(None, "number of channels, a multiple of 64 (default: 64·depth)", int)
-    state_dim: int = _flag(64, "state size of the Mamba-2 layer")
-    bidirectional: bool = _flag(False, "also scan backward within each scale")
-    saln: bool = _flag(False, "one modulation layer for all blocks (VAR's d36-s)")
-    anorm: bool = _flag(True, "normalize queries and keys (the published d12, d16 and d20 of M-VAR have --anorm=0)")
+    init_from: str | None = _flag(
+        None,
+        "fine-tune: start from the weights of this file, hf://owner/repository/file or checkpoint folder, whose "
+        "architecture the flags from --arch to --anorm then have",
+        str,
+        free=True,  # a resumed run does not read it
+    )
+    arch: str | None = _flag("mvar", "M-VAR or VAR", choices=ARCHITECTURES, config="architecture")
+    depth: int | None = _flag(16, "number of blocks; the width is 64·depth", config="depth")
+    width: int | None = _flag(None, "number of channels, a multiple of 64 (default: 64·depth)", int, config="width")
+    state_dim: int | None = _flag(64, "state size of the Mamba-2 layer", config="state_dim")
+    bidirectional: bool | None = _flag(False, "also scan backward within each scale", config="bidirectional")
+    saln: bool | None = _flag(False, "one modulation layer for all blocks (VAR's d36-s)", config="shared_adaln")
+    anorm: bool | None = _flag(
+        True,
+        "normalize queries and keys (the published d12, d16 and d20 of M-VAR have --anorm=0)",
+        config="qk_norm",
+    )
     ini: float = _flag(-1.0, "standard deviation of the initial weights; a negative value selects √(1/(3C)), C: width")
     hd: float = _flag(0.02, "factor on the head's initial weights")
     aln: float = _flag(0.5, "factor on the modulation layers' initial weights")
@@ -172,12 +186,16 @@ class Flags:
     shorten: float = _flag(1.0, "fraction of the epochs to run, for a quick try")
 
     def __post_init__(self) -> None:
-        for name in ("data_path", "tokens", "tokenizer", "out"):
+        if self.init_from is None:
+            for name in ARCHITECTURE:
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, _FIELDS[name].metadata["default"])
+        for name in ("data_path", "tokens", "tokenizer", "init_from", "out"):
             path = getattr(self, name)
             require(path != "", name, "a path", "an empty text")
             if path is not None and "://" not in path:
                 object.__setattr__(self, name, str(expanded(path)))
-        for name in ("depth", "bs", "ac", "ep", "save_every", "log_every", "skips"):
+        for name in ("bs", "ac", "ep", "save_every", "log_every", "skips"):
             require(getattr(self, name) >= 1, name, "a whole number of at least 1", getattr(self, name))
         for name in ("twd", "twde", "wp", "wp0", "wpe", "pgwp", "pg0", "samples", "hd", "aln", "alng"):
             require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
@@ -197,6 +215,13 @@ class Flags:
         if not self.fuse:
             require(self.backend in ("auto", "reference"), "backend", "reference, with --fuse=0", self.backend)
             object.__setattr__(self, "backend", "reference")
+
+
+_FIELDS = {item.name: item for item in fields(Flags)}
+ARCHITECTURE: Mapping[str, str] = {
+    name: item.metadata["config"] for name, item in _FIELDS.items() if item.metadata["config"]
+}
+"""The flags of a model's architecture, and the fields of ModelConfig that they set."""
 
 
 def require(holds: bool, name: str, expected: str, got: object) -> None:
@@ -264,10 +289,11 @@ class _UnsupportedFlag(argparse.Action):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add all flags to a parser. Flags that are not given are not in its result, see :func:`parse_flags`."""
-    for item in fields(Flags):
-        kind = item.metadata["type"] or (boolean if isinstance(item.default, bool) else type(item.default))
+    for item in _FIELDS.values():
+        value = item.metadata["default"]
+        kind = item.metadata["type"] or (boolean if isinstance(value, bool) else type(value))
         choices = tuple(PRESETS) if item.name == "preset" else item.metadata["choices"]
-        default = "" if item.default is None else f" (default: {_formatted(item.default)})"
+        default = "" if value is None else f" (default: {_formatted(value)})"
         details: dict[str, Any] = {"nargs": "?", "const": True} if kind is boolean else {}
         if choices:
             details["choices"] = choices
@@ -286,10 +312,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_flags(options: argparse.Namespace) -> Flags:
-    """The flags of a parsed command line, which override the defaults of --preset."""
-    names = {item.name for item in fields(Flags)}
-    given = {name: value for name, value in vars(options).items() if name in names}
-    return Flags(**{**PRESETS.get(given.get("preset", ""), {}), **given})
+    """The flags of a parsed command line, which override the defaults of --preset.
+
+    --init_from overrides those of them that describe the model.
+    """
+    given = {name: value for name, value in vars(options).items() if name in _FIELDS}
+    preset = PRESETS.get(given.get("preset", ""), {})
+    if "init_from" in given:
+        preset = {name: value for name, value in preset.items() if name not in ARCHITECTURE}
+    return Flags(**{**preset, **given})
+
+
+def with_architecture(flags: Flags, config: ModelConfig, path: str) -> Flags:
+    """The flags of --init_from with the architecture of its file, or of the run's checkpoint, at `path`.
+
+    Raises:
+        ValueError: a flag was given that has another value there.
+    """
+    found = {name: getattr(config, field) for name, field in ARCHITECTURE.items()}
+    for name, value in found.items():
+        given = getattr(flags, name)
+        if given not in (None, value):
+            raise ValueError(f"--{name}: {path} has {_formatted(value)}, not {_formatted(given)}; leave it out")
+    return replace(flags, **found)
 
 
 def _formatted(value: object) -> str:

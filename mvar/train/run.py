@@ -18,11 +18,12 @@ from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model, from_config
 from mvar.train.digits_tokenizer import train_digits_tokenizer
 from mvar.train.distributed import TrainContext, init_training
-from mvar.train.flags import Flags
+from mvar.train.flags import Flags, with_architecture
+from mvar.train.init_from import Origin, adapt, read_origin
 from mvar.train.lock import locked
 from mvar.train.schedule import check_stages
 from mvar.train.trainer import Trainer
-from mvar.train.validate import check, model_config
+from mvar.train.validate import check, check_model, model_config
 from mvar.utils.files import check_writable
 from mvar.utils.images import grid, save_image
 from mvar_kernels.precision import float32_matmuls
@@ -39,16 +40,19 @@ class Data(NamedTuple):
 
 def train(flags: Flags, trainer_type: type[Trainer] = Trainer) -> None:
     """Train or resume a run, and write model.safetensors and samples.png to --out."""
-    with init_training(flags.device) as context:
+    with (
+        init_training(flags.device) as context,
+        _cpu_as_default_device(),
+        torch.inference_mode(False),
+        torch.random.fork_rng(devices=[]),  # modules draw from the global generator before they are initialized
+    ):
         check(flags, context)
-        with (
-            locked(Path(flags.out), context),
-            float32_matmuls(context.device, fast=flags.tf32),
-            _cpu_as_default_device(),
-            torch.inference_mode(False),
-            torch.random.fork_rng(devices=[]),  # modules draw from the global generator before they are initialized
-        ):
-            _run(flags, context, trainer_type)
+        origin = read_origin(flags, context)
+        if origin is not None:
+            flags = with_architecture(flags, origin.config, origin.path)
+        check_model(flags, context, origin.config if origin else None)
+        with locked(Path(flags.out), context), float32_matmuls(context.device, fast=flags.tf32):
+            _run(flags, context, trainer_type, origin)
             context.barrier()
 
 
@@ -58,14 +62,20 @@ def _cpu_as_default_device() -> AbstractContextManager[object]:
     return nullcontext() if torch.get_default_device() == cpu else cpu
 
 
-def _run(flags: Flags, context: TrainContext, trainer_type: type[Trainer]) -> None:
+def _run(flags: Flags, context: TrainContext, trainer_type: type[Trainer], origin: Origin | None) -> None:
     out = Path(flags.out)
     if context.is_main_process:
         for name in ("model.safetensors", "samples.png"):
             check_writable(out / name)
     data = digits_data(flags, context) if flags.preset == "digits" else read_data(flags, context)
     seed = context.broadcast(int.from_bytes(os.urandom(4), "little") if flags.seed is None else flags.seed)
-    model = new_model(flags, data, seed).to(context.device)
+    model = new_model(flags, data, seed, origin)
+    if origin is not None and origin.model is not None:
+        started = adapt(model, origin.model)
+        origin.model = None  # its memory is not needed any more
+        if context.is_main_process:
+            print(f"starts from {origin.path}: {started}", flush=True)
+    model = model.to(context.device)
     trainer = trainer_type(flags, model, data.tokenizer, data.train, context, seed=seed, validation=data.val)
     resumed = trainer.resume()
     if context.is_main_process:
@@ -141,15 +151,18 @@ def digits_data(flags: Flags, context: TrainContext) -> Data:
     return Data(tokenizer, source(train), source(held_out))
 
 
-def new_model(flags: Flags, data: Data, seed: int) -> Model:
-    """Create a model for the data and initialize its weights."""
-    config = model_config(
-        flags,
-        data.tokenizer.patch_nums,
-        num_classes=data.train.num_classes,
-        num_codes=data.tokenizer.num_codes,
-        code_dim=data.tokenizer.code_dim,
-    )
+def new_model(flags: Flags, data: Data, seed: int, origin: Origin | None = None) -> Model:
+    """Create a model for the data and initialize its weights.
+
+    Raises:
+        ValueError: the model of --init_from has other codes than the tokenizer.
+    """
+    tokenizer, base = data.tokenizer, origin.config if origin else None
+    codes = {"num_codes": tokenizer.num_codes, "code_dim": tokenizer.code_dim}
+    for name, value in codes.items():
+        if base is not None and (expected := getattr(base, name)) != value:
+            raise ValueError(f"--tokenizer: expected {name} {expected}, as in {flags.init_from}, got {value}")
+    config = model_config(flags, base, tokenizer.patch_nums, num_classes=data.train.num_classes, **codes)
     model = init_weights(from_config(config), ini=flags.ini, hd=flags.hd, aln=flags.aln, alng=flags.alng, seed=seed)
     model.class_names = data.train.classes if isinstance(data.train, ImageFolder | TokenStore) else None
     return model

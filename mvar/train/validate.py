@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,18 +14,18 @@ from mvar.data.tokens import MANIFEST
 from mvar.models.config import ModelConfig
 from mvar.models.transformer import from_config
 from mvar.train.distributed import TrainContext
-from mvar.train.flags import Flags, require
+from mvar.train.flags import ARCHITECTURE, Flags, require
 from mvar.train.objective import Objective, autocast
 from mvar.train.schedule import check_stages
 from mvar.train.tensorboard import summary_writer
 from mvar_kernels.dispatch import BackendError, check_name
 
 VAR_TOKENIZER = f"{HUB}FoundationVision/var/vae_ch160v4096z32.pth"
-FLAG_OF = {"architecture": "arch", "shared_adaln": "saln", "qk_norm": "anorm", "patch_nums": "pn"}
+FLAG_OF = {field: name for name, field in ARCHITECTURE.items()} | {"patch_nums": "pn"}
 
 
 def check(flags: Flags, context: TrainContext) -> None:
-    """Check the flags.
+    """Check the flags, except for those of the model (:func:`check_model`).
 
     Raises:
         ValueError: a flag is invalid; the message names the flag, the expected and the given value.
@@ -38,15 +39,19 @@ def check(flags: Flags, context: TrainContext) -> None:
         summary_writer()
     if flags.fsdp and not dist.is_initialized():
         raise ValueError("--fsdp: start the run with torchrun, even for a single process")
+    _check_files(flags)
+
+
+def check_model(flags: Flags, context: TrainContext, base: ModelConfig | None) -> None:
+    """Check the flags of the model. `base`: as for :func:`model_config`. Raises ValueError as :func:`check`."""
     if flags.fsdp and flags.saln:
         raise ValueError("--fsdp: blocks with a shared modulation layer (--saln) cannot be sharded")
-    _check_files(flags)
     maps = flags.pn
     if flags.preset == "digits" and flags.tokenizer is None:
         maps = DIGITS_TOKENIZER.patch_nums
         require(flags.pn in (None, maps), "pn", f"{maps}, the token maps of the digits tokenizer", flags.pn)
     try:
-        config = model_config(flags, maps or (1, 2), num_classes=1, num_codes=1, code_dim=1)
+        config = model_config(flags, base, maps or (1, 2), num_classes=1, num_codes=1, code_dim=1)
     except ValueError as error:
         field, _, expected = str(error).partition(": ")
         raise ValueError(f"--{FLAG_OF.get(field, field)}: {expected}") from error
@@ -56,23 +61,17 @@ def check(flags: Flags, context: TrainContext) -> None:
         _check_backend(flags, config, context.device)
 
 
-def model_config(
-    flags: Flags, patch_nums: tuple[int, ...], *, num_classes: int, num_codes: int, code_dim: int
-) -> ModelConfig:
-    """The model configuration from the flags and from the sizes of tokenizer and data."""
-    return ModelConfig(
-        depth=flags.depth,
-        width=flags.width,
-        patch_nums=patch_nums,
-        num_classes=num_classes,
-        num_codes=num_codes,
-        code_dim=code_dim,
-        qk_norm=flags.anorm,
-        bidirectional=flags.bidirectional,
-        state_dim=flags.state_dim,
-        architecture=flags.arch,
-        shared_adaln=flags.saln,
-    )
+def model_config(flags: Flags, base: ModelConfig | None, patch_nums: tuple[int, ...], **sizes: Any) -> ModelConfig:
+    """The model configuration from the flags and from the sizes of tokenizer and data.
+
+    Args:
+        base: the configuration of :class:`mvar.train.init_from.Origin` with --init_from, else None.
+        sizes: num_classes, num_codes and code_dim.
+    """
+    if base is not None:
+        return replace(base, patch_nums=patch_nums, **sizes)
+    given = {field: getattr(flags, name) for name, field in ARCHITECTURE.items()} | sizes
+    return ModelConfig(**given, patch_nums=patch_nums)
 
 
 def _check_files(flags: Flags) -> None:
@@ -81,6 +80,10 @@ def _check_files(flags: Flags) -> None:
     if flags.preset == "digits":
         if given:
             raise ValueError(f"--{given[0]}: --preset=digits has its own data; leave one of them out")
+        if flags.init_from is not None and flags.tokenizer is None:
+            raise ValueError(
+                "--tokenizer: expected the tokenizer of the model of --init_from, as a new one has other codes"
+            )
     elif len(given) != 1:
         raise ValueError("give one of --data_path, --tokens and --preset=digits")
     elif flags.tokenizer is None:
