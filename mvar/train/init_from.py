@@ -101,8 +101,8 @@ def _class_rows(source: Model, target: Model) -> tuple[list[int], str]:
     else:
         rows, how = [unconditional] * count, f"as there are no names to compare and the file has {unconditional}"
     new = rows.count(unconditional)
-    kept, new = f"{count - new} of {count} classes kept", rows.count(unconditional)
-    return rows, f"{kept} ({how})" + (f", {new} begun from the unconditional class" if new else "")
+    kept = f"{count - new} of {count} classes kept ({how})"
+    return rows, kept + (f", {new} begun from the unconditional class" if new else "")
 
 
 def _nearest_scales(sources: int, targets: int) -> list[int]:
