@@ -2,14 +2,7 @@
 
 import argparse
 
-from mvar.cli.options import (
-    add_compile_decoder,
-    add_execution,
-    add_sampling,
-    add_weights,
-    check_images,
-    path,
-)
+from mvar.cli.options import add_compile_decoder, add_execution, add_sampling, add_weights, check_images, path
 
 HELP = "generate parts of an image anew: in-painting, out-painting, class-conditional editing, variations"
 EXAMPLES = """\
@@ -115,7 +108,8 @@ def run(options: argparse.Namespace) -> None:
         (label,) = class_names.class_indices(requested, model, "--class")
     pixels, mask, steps = source.fitted(side)
     print(f"{options.image}: {steps}")
-    prepare_folder(options.out, overwrite=options.overwrite)
+    if not options.overwrite:
+        prepare_folder(options.out, overwrite=False)
 
     results = []
     for start in range(0, options.count, options.batch):
@@ -136,8 +130,9 @@ def run(options: argparse.Namespace) -> None:
             **resolve.generate_arguments(options),
         )
         results.append(out.images.cpu())
-        for i, result in enumerate(results[-1], start):
-            save_image(options.out / f"{i:06d}_{label:04d}.png", result)
+    prepare_folder(options.out, overwrite=options.overwrite)  # earlier results are removed once there are new ones
+    for i, result in enumerate(torch.cat(results)):
+        save_image(options.out / f"{i:06d}_{label:04d}.png", result)
     strip = torch.cat([pixels[None], mask.float().expand(1, 3, -1, -1), *results])
     save_image(options.out / "strip.png", grid(strip, len(strip)))
     print(f"{options.count} images and strip.png in {options.out}")

@@ -93,6 +93,13 @@ def run_models() -> dict[str, list[Tensor]]:
         found[f"{name} weights"] = [*model.state_dict().values(), *tokenizer.state_dict().values()]
         out = mvar.generate(model, tokenizer, [0, 3], more_smooth=True, dtype=torch.float32)
         found[f"{name} images"] = [out.images, out.tokens]
+        mask = torch.zeros(6, 6, dtype=torch.bool, device="cpu")
+        mask[:, 3:] = True
+        edited = mvar.edit(model, tokenizer, out.images, mask, None, fill=True, dtype=torch.float32)
+        found[f"{name} edits"] = [edited.images, edited.tokens]
+        scored = mvar.classify(model, tokenizer, out.images, scales=2, keep=2)
+        likelihood = mvar.log_likelihood(model, tokenizer, out.images)
+        found[f"{name} scores"] = [scored.labels, scored.log_likelihood, scored.exact, likelihood.bits_per_token]
         labels = out.tokens[:, 0] % 4
         tokens = tokenizer.encode(out.images * 2 - 1)
         logits = model(labels, tokenizer.teacher_forcing_inputs(tokens))
