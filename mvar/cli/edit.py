@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts.add_argument("--mask", type=path, help="image of the same size, white where it is generated anew")
     parts.add_argument("--box", type=four_numbers, metavar="X0,Y0,X1,Y1", help="box to generate anew, in its pixels")
     parts.add_argument(
-        "--outpaint", type=four_numbers, metavar="L,T,R,B", help="margins to add on each side, in its pixels"
+        "--outpaint",
+        type=four_numbers,
+        metavar="L,T,R,B",
+        help="margins to add on each side, in its pixels; more are added to make it square",
     )
     group.add_argument(
         "--keep-scales",

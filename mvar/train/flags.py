@@ -108,8 +108,9 @@ class Flags:
     # Model
     init_from: str | None = _flag(
         None,
-        "fine-tune: start from the weights of this file, hf://owner/repository/file or checkpoint folder, whose "
-        "architecture the flags from --arch to --anorm then have",
+        "fine-tune: start from the weights of this file, folder of save_pretrained, checkpoint folder, "
+        "hf://owner/repository or hf://owner/repository/file, whose architecture the flags from --arch to --anorm then "
+        "have",
         str,
         free=True,  # a resumed run does not read it
     )

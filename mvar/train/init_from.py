@@ -11,7 +11,7 @@ from torch import Tensor
 from mvar.checkpoint import load_model
 from mvar.models.config import ModelConfig
 from mvar.models.transformer import Model
-from mvar.train.checkpoint import Checkpoints, read_model
+from mvar.train.checkpoint import STATE_FILE, Checkpoints, read_model
 from mvar.train.distributed import TrainContext
 from mvar.train.flags import Flags
 from mvar.utils.errors import message
@@ -42,7 +42,7 @@ def read_origin(flags: Flags, context: TrainContext) -> Origin | None:
     if config is not None:
         return Origin(f"the run in {flags.out}", config, None)
     try:
-        model = read_model(Path(path)) if Path(path).is_dir() else load_model(path)
+        model = read_model(Path(path)) if (Path(path) / STATE_FILE).is_file() else load_model(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"--init_from: {message(error)}") from error
     return Origin(path, model.config, model)

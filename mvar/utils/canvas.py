@@ -11,6 +11,9 @@ from torch import Tensor
 from mvar.utils.errors import message
 from mvar.utils.files import is_environmental
 
+MAX_CANVAS_SIDE = 8192
+"""256 MiB with mask; the result has at most 1,024 pixels per side."""
+
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels"""
 
@@ -99,15 +102,27 @@ def with_box(image: Image.Image, box: Box) -> Canvas:
 
 
 def with_margins(image: Image.Image, margins: Box) -> Canvas:
-    """The image on a larger canvas, whose margins are masked. Raises ValueError for negative or no margins."""
+    """The image on a larger canvas, whose margins are masked and repeat the pixels at the image's edge.
+
+    As generated images are square, the shorter side of the canvas gets further margins, equal on both sides.
+
+    Raises:
+        ValueError: margins are negative, all 0, or too large.
+    """
     left, top, right, bottom = margins
     if min(margins) < 0 or not any(margins):
         raise ValueError(f"margins: expected pixels of at least 0, not all 0, got {','.join(map(str, margins))}")
-    size = image.width + left + right, image.height + top + bottom
-    canvas, mask = Image.new("RGB", size), Image.new("L", size, 255)
-    canvas.paste(image, (left, top))
+    width, height = image.width + left + right, image.height + top + bottom
+    side = max(width, height)
+    if side > MAX_CANVAS_SIDE:
+        raise ValueError(f"margins: expected a canvas of at most {MAX_CANVAS_SIDE} pixels per side, got {side}")
+    left, top = left + (side - width) // 2, top + (side - height) // 2
+    right, bottom = side - image.width - left, side - image.height - top
+    # Scaling mixes neighboring pixels: other ones than those at the edge would be visible in the image.
+    pixels = np.pad(np.asarray(image), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    mask = Image.new("L", (side, side), 255)
     mask.paste(0, (left, top, left + image.width, top + image.height))
-    return Canvas(canvas, mask)
+    return Canvas(Image.fromarray(pixels), mask)
 
 
 def everywhere(image: Image.Image) -> Canvas:

@@ -81,8 +81,9 @@ def test_ways_to_mask(tmp_path: Path) -> None:
     assert not torch.equal(box, edited("--box", "16,0,32,32", "--no-reencode"))
     assert not torch.equal(box[:, :16], edited("--box", "16,0,32,32", "--no-blend")[:, :16])
     margins = edited("--outpaint", "32,32,0,0", "--class", "3")
-    image = Image.open(source).convert("RGB")
-    assert (margins[16:, 16:].int() - torch.from_numpy(np.array(image.reduce(2))).int()).abs().max() < 40
+    image = Image.open(source).convert("RGB").resize((16, 16), Image.Resampling.LANCZOS)
+    # Away from the edge, beyond which Lanczos takes three pixels of the result from the margin.
+    assert (margins[19:, 19:].int() - torch.from_numpy(np.array(image))[3:, 3:].int()).abs().max() <= 1
     variations = [edited("--keep-scales", str(k), "--class", "3") for k in (1, 4)]
     assert not torch.equal(*variations)
 
@@ -111,6 +112,28 @@ def test_fitted(size: tuple[int, int], resolution: int, steps: str, corner: tupl
     assert 1 <= mask.sum() <= (unit + 2) ** 2
     middle = slice(resolution // 2 - 1, resolution // 2 + 2)
     assert mask[middle, middle].any()
+
+
+@pytest.mark.parametrize(
+    ("margins", "side", "kept"),
+    [
+        ((64, 64, 64, 64), 192, (11, 11, 21, 21)),
+        ((16, 0, 16, 0), 96, (6, 6, 26, 26)),
+        ((0, 32, 0, 0), 96, (6, 11, 26, 32)),
+        ((200, 0, 0, 0), 264, (25, 13, 32, 19)),
+    ],
+)
+def test_margins(margins: canvas.Box, side: int, kept: canvas.Box) -> None:
+    """All margins are in the result, which is square, and none of them influences the pixels of the image.
+
+    kept: the box of pixels of the result that show nothing but the image.
+    """
+    pixels, mask, said = canvas.with_margins(Image.new("RGB", (64, 64), "white"), margins).fitted(32)
+    left, top, right, bottom = kept
+    expected = torch.ones(32, 32, dtype=torch.bool)
+    expected[top:bottom, left:right] = False
+    assert torch.equal(mask, expected) and said == f"{side} × {side} pixels, scaled to 32 × 32"
+    assert float(pixels.min()) == 1
 
 
 def rotated(image: Image.Image, path: Path) -> None:
@@ -171,6 +194,7 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--image", str(source), "--box", "0,0,2,2"], "mask: nothing of it is in the center crop"),
         (["--image", str(source), "--outpaint", "0,0,0,0"], "margins: expected"),
         (["--image", str(source), "--outpaint=-1,2,0,0"], "margins: expected"),
+        (["--image", str(source), "--outpaint", "90000,0,0,0"], "margins: expected a canvas of at most 8192 pixels"),
         (["--image", str(source), "--mask", str(tmp_path / "small.png")], "expected the size of the image, 40 × 30"),
         (["--image", str(source), "--keep-scales", "9"], "keep_scales: expected a whole number from 0 to 4, got 9"),
         (["--image", str(source), "--keep-scales", "1", "--class", "1,2"], "--class: expected one class"),

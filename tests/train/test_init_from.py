@@ -123,6 +123,9 @@ def test_architecture_is_that_of_the_file(tmp_path: Path) -> None:
     assert origin is not None and origin.config == source.config and origin.model is not None
     found = with_architecture(flags, origin.config, origin.path)
     assert (found.depth, found.width, found.arch, found.anorm, found.saln) == (2, 64, "var", True, False)
+    source.save_pretrained(tmp_path / "folder")
+    of_folder = read_origin(parsed(f"--init_from={tmp_path}/folder", f"--out={tmp_path}"), CONTEXT)
+    assert of_folder is not None and of_folder.config == source.config
     assert parsed("--preset=d24").arch == "mvar" and read_origin(parsed(), CONTEXT) is None
     for given, said in (
         ("--depth=3", "--depth: W has 2, not 3; leave it out"),
