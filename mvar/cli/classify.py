@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="size of the shorter side before the center crop, relative to the resolution; training on folders has "
         "1.125 (default: 1)",
     )
-    group.add_argument("--out", type=path, help="CSV file for image, class, bits per image and whether it is exact")
+    group.add_argument(
+        "--out", type=path, help="CSV file: image, class, its bits on the scales compared last, exact or not"
+    )
     add_weights(parser)
     group = parser.add_argument_group("execution")
     group.add_argument("--batch", type=int, default=16, metavar="N", help="images read at a time (default: 16)")
@@ -56,6 +58,8 @@ def run(options: argparse.Namespace) -> None:
 
     if options.batch < 1:
         raise ValueError(f"--batch: expected at least 1, got {options.batch}")
+    if options.keep is not None and options.scales is None:
+        raise ValueError("--keep: give --scales, the scales on which all classes are compared first")
     if options.out is not None:
         check_writable(options.out)
     model, tokenizer = resolve.load(options.weights, options.tokenizer, local_device(options.device))

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mvar.data.order import Purpose, below, words
+from mvar.utils.images import to_rgb
 
 MAX_RESIZED_PIXELS = 2**26
 """256 MiB; larger images are resized crop by crop. A PNG of 1 × 20,000 pixels has 157 bytes; resized to a width of 288
@@ -40,7 +41,7 @@ class Resized(NamedTuple):
 def read_image(path: Path, side: int) -> Resized:
     """Read an image as RGB and resize its shorter side to `side` with a Lanczos filter. Raises what Pillow raises."""
     with Image.open(path) as file:
-        image = file.convert("RGB")
+        image = to_rgb(file)
     width, height = image.size
     shorter = min(width, height)
     size = side * width // shorter, side * height // shorter

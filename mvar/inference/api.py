@@ -116,8 +116,7 @@ def launch(
     rows = class_rows(labels, model.config.num_classes + (source is not None), device)
     params = replace(params, **{name: unboxed(getattr(params, name)) for name in ("cfg", "top_k", "top_p")})
     seed, first_index = unboxed(seed), unboxed(first_index)
-    if isinstance(params.cfg, bool) or not isinstance(params.cfg, int | float) or not 0 <= params.cfg <= MAX_CFG:
-        raise ValueError(f"cfg: expected a number from 0 to {MAX_CFG:g}, got {params.cfg!r}")
+    check_cfg(params.cfg)
     for name, value, bits in (("seed", seed, 63), ("first_index", first_index, 32)):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**bits:
             raise ValueError(f"{name}: expected a whole number from 0 to 2^{bits} − 1, got {value}")
@@ -189,6 +188,13 @@ def _replay(
             raise
         warn_once(error)
         return sample(*inputs)
+
+
+def check_cfg(cfg: float) -> None:
+    """Raise ValueError unless cfg is in range."""
+    cfg = unboxed(cfg)
+    if isinstance(cfg, bool) or not isinstance(cfg, int | float) or not 0 <= cfg <= MAX_CFG:
+        raise ValueError(f"cfg: expected a number from 0 to {MAX_CFG:g}, got {cfg!r}")
 
 
 def check_fit(model: Model, tokenizer: Tokenizer) -> None:

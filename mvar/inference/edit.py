@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvar.inference.api import check_fit, launch
+from mvar.inference.api import check_cfg, check_fit, class_rows, evaluation_mode, launch
 from mvar.inference.results import Generated
 from mvar.inference.sampling import SamplingParams, SourceImages
 from mvar.models.config import unboxed
@@ -86,14 +86,15 @@ def edit(
     kept = unboxed(keep_scales)
     if isinstance(kept, bool) or not isinstance(kept, int) or not 0 <= kept <= len(config.scales):
         raise ValueError(f"keep_scales: expected a whole number from 0 to {len(config.scales)}, got {keep_scales!r}")
-    rows = _class_rows(labels, len(pixels), config.num_classes)
+    rows = _class_rows(labels, len(pixels), config.num_classes, device)
     generated = [
         F.adaptive_max_pool2d(hidden.float(), side).flatten(1).bool() & (k >= kept)
         for k, side in enumerate(config.patch_nums)
     ]
-    with true_float32(device), torch.autocast(device.type, enabled=False):
+    with evaluation_mode([tokenizer]), true_float32(device), torch.autocast(device.type, enabled=False):
         features = tokenizer.features((filled(pixels, hidden) if fill else pixels) * 2 - 1)
-    unconditional = isinstance(rows, list) and set(rows) == {config.num_classes}
+    check_cfg(cfg)
+    unconditional = bool((rows == config.num_classes).all())
     result = launch(
         model,
         tokenizer,
@@ -153,15 +154,20 @@ def _mask(mask: Tensor | None, images: Tensor) -> Tensor:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask: expected a bool tensor, True where the image is generated anew, got {got}")
     if tuple(mask.shape) not in ((B, 1, R, R), (1, 1, R, R), (R, R)):
-        raise ValueError(f"mask: expected shape ({B}, 1, {R}, {R}) or ({R}, {R}), got {tuple(mask.shape)}")
+        raise ValueError(
+            f"mask: expected shape ({B}, 1, {R}, {R}), (1, 1, {R}, {R}) or ({R}, {R}), got {tuple(mask.shape)}"
+        )
     return mask.to(images.device).expand(B, 1, R, R)
 
 
-def _class_rows(labels: Sequence[int] | Tensor | int | None, count: int, num_classes: int) -> Sequence[int] | Tensor:
-    """A label for each image; one label, or None for the unconditional class, is repeated."""
+def _class_rows(
+    labels: Sequence[int] | Tensor | int | None, count: int, num_classes: int, device: torch.device
+) -> Tensor:
+    """A class for each image, (count,) int64; one class, or None for the unconditional one, is repeated."""
     label = num_classes if labels is None else unboxed(labels)
     if isinstance(label, int) and not isinstance(label, bool):
-        return [label] * count
-    if isinstance(label, Tensor | Sequence) and len(label) != count:
-        raise ValueError(f"labels: expected one class, or one for each of {count} images, got {len(label)}")
-    return label
+        label = [label] * count
+    rows = class_rows(label, num_classes + 1, device)
+    if len(rows) != count:
+        raise ValueError(f"labels: expected one class, or one for each of {count} images, got {len(rows)}")
+    return rows

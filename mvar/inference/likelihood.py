@@ -184,7 +184,7 @@ class _Scorer:
             self.tokens = images.to(device)
         else:
             pixels = checked_images(images, tokenizer.resolution)
-            with torch.autocast(device.type, enabled=False):
+            with evaluation_mode([tokenizer]), torch.autocast(device.type, enabled=False):
                 chunks = [tokenizer.encode(chunk.to(device) * 2 - 1) for chunk in pixels.split(self.batch)]
             self.tokens = torch.cat(chunks)
         if not len(self.tokens):

@@ -1,5 +1,6 @@
 """Models and tokenizers on the Hugging Face Hub and in folders: model.safetensors, config.json and a model card."""
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -68,10 +69,15 @@ class HubMixin(PyTorchModelHubMixin):
             "revision": revision,
         }
         kind: Any = cls
-        if issubclass(kind, checkpoint.Tokenizer):
-            return checkpoint.read_tokenizer(name, kind, map_location, download, **options)
-        make = checkpoint.from_config if kind is checkpoint.Model else kind
-        return checkpoint.read_model(name, make, map_location, download, **options)
+        try:
+            if issubclass(kind, checkpoint.Tokenizer):
+                return checkpoint.read_tokenizer(name, kind, map_location, download, **options)
+            make = checkpoint.from_config if kind is checkpoint.Model else kind
+            return checkpoint.read_model(name, make, map_location, download, **options)
+        except OSError as error:
+            if name == checkpoint.HUB + str(pretrained_model_name_or_path):  # may be a mistyped folder
+                raise OSError(f"{pretrained_model_name_or_path}: no such folder; {error}") from error
+            raise
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -93,7 +99,7 @@ class HubMixin(PyTorchModelHubMixin):
             license: of the weights, an identifier of the Hub such as "mit", for the model card. None: not stated.
             repo_id: name on the Hub, for the model card and `push_to_hub`; None for the folder's name.
             push_to_hub: also call :meth:`push_to_hub` with `push_to_hub_kwargs`.
-            model_card_kwargs: `dtype`, `license` and `repo_id`, by which :meth:`push_to_hub` passes them on.
+            model_card_kwargs: `dtype`, `license`, `repo_id` and `card`, by which :meth:`push_to_hub` passes them on.
             config: for the mixin, which passes None.
 
         Returns:
@@ -101,6 +107,7 @@ class HubMixin(PyTorchModelHubMixin):
 
         Raises:
             TypeError, ValueError, OSError: as :func:`mvar.save`.
+            ValueError: the folder has the configuration of a tokenizer instead of a model, or of a model.
         """
         from mvar import checkpoint
 
@@ -108,28 +115,40 @@ class HubMixin(PyTorchModelHubMixin):
             raise TypeError("config: expected None, as the configuration is that of the module")
         settings: dict[str, Any] = {"dtype": dtype, "license": license}
         card = settings | {"repo_id": repo_id} | (model_card_kwargs or {})
+        text = card.pop("card", None)
         folder, module = expanded(save_directory), cast(Any, self)
+        content = checkpoint.config_json(module)
+        _check_kind(folder / checkpoint.CONFIG_FILE, content)
         checkpoint.save(folder / checkpoint.WEIGHTS_FILE, module, dtype=card["dtype"])
-        write_json(folder / checkpoint.CONFIG_FILE, checkpoint.config_json(module))
+        write_json(folder / checkpoint.CONFIG_FILE, content)
         if not (folder / CARD_FILE).exists():  # as the mixin, since it may have been edited
             with atomic_write(folder / CARD_FILE) as temporary:
-                temporary.write_text(self.generate_model_card(**card).content, encoding="utf-8")
+                temporary.write_text(text or self.generate_model_card(**card).content, encoding="utf-8")
         if push_to_hub:
-            return self.push_to_hub(repo_id or folder.name, **settings, **push_to_hub_kwargs)
+            text = (folder / CARD_FILE).read_text(encoding="utf-8")
+            return self.push_to_hub(repo_id or folder.name, card=text, **settings, **push_to_hub_kwargs)
         return None
 
     def push_to_hub(
-        self, repo_id: str, *, dtype: torch.dtype | None = None, license: str | None = None, **options: Any
+        self,
+        repo_id: str,
+        *,
+        dtype: torch.dtype | None = None,
+        license: str | None = None,
+        card: str | None = None,
+        **options: Any,
     ) -> str:
         """Upload the files of :meth:`save_pretrained` in one commit. Returns its URL.
 
         Args:
             repo_id: owner/name.
             dtype, license: as in :meth:`save_pretrained`.
+            card: the text of README.md; None for a new model card. It replaces that of the repository, except with
+                `ignore_patterns="README.md"`.
             options: of huggingface_hub's mixin: `private`, `token`, `branch`, `create_pr`, `commit_message`, …
         """
-        card = {"dtype": dtype, "license": license, "repo_id": repo_id}
-        return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+        settings = {"dtype": dtype, "license": license, "repo_id": repo_id, "card": card}
+        return super().push_to_hub(repo_id, model_card_kwargs=settings, **options)
 
     def generate_model_card(
         self, *, dtype: torch.dtype | None = None, license: str | None = None, repo_id: str | None = None
@@ -138,3 +157,14 @@ class HubMixin(PyTorchModelHubMixin):
         from mvar.models.model_card import model_card
 
         return model_card(cast(Any, self), dtype, license, repo_id)
+
+
+def _check_kind(path: Path, content: dict[str, Any]) -> None:
+    """Raise ValueError if the file is the configuration of a module of the other kind, which would be overwritten."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    for kind, field in (("model", "depth"), ("tokenizer", "ch")):
+        if field in stored and field not in content:
+            raise ValueError(f"{path.parent}: has a {kind}, which would be overwritten; give another folder")

@@ -326,8 +326,10 @@ class Trainer:
         decided = [item.name for item in fields(Flags) if not item.metadata["free"] and item.name != "seed"]
         pairs = [(f"--{name}", state["flags"].get(name), current[name]) for name in decided]
         started_from = state["flags"].get("init_from")
-        if (started_from is None) != (self.flags.init_from is None):
-            pairs.insert(0, ("--init_from", started_from, self.flags.init_from))
+        if started_from is None and self.flags.init_from is not None:
+            raise ValueError(f"--init_from: the run in {self.flags.out} started without it; leave it out")
+        if started_from is not None and self.flags.init_from is None:
+            raise ValueError(f"--init_from: the run in {self.flags.out} started from {started_from}; give it again")
         if self.flags.seed is not None:  # otherwise the saved one is used
             pairs.append(("--seed", state["seed"], self.flags.seed))
         pairs.append(("the token maps", state["model"].get("patch_nums"), list(self.model.config.patch_nums)))

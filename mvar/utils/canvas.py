@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mvar.utils.errors import message
 from mvar.utils.files import is_environmental
+from mvar.utils.images import to_rgb
 
 MAX_CANVAS_SIDE = 8192
 """256 MiB with mask; the result has at most 1,024 pixels per side."""
@@ -58,23 +59,21 @@ class Canvas:
         return pixels, hidden, ", ".join(steps)
 
 
-def read(path: str | Path) -> Image.Image:
-    """Read an image as RGB: rotated as its EXIF data says, on white if it is transparent, 16-bit gray reduced to 8.
+def read(path: str | Path, background: str = "white") -> Image.Image:
+    """Read an image as RGB, rotated as its EXIF data says, and on a background if it is transparent.
 
     Raises:
         OSError: the file does not exist or cannot be read.
-        ValueError: it is not an image, or a damaged one.
+        ValueError: it is not an image, a damaged one, or has more than 16 bits per channel.
     """
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
             if image.has_transparency_data:
                 rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba)
+            return to_rgb(image)
+    except Exception as error:  # Pillow raises a dozen types for damaged files
         if isinstance(error, FileNotFoundError | IsADirectoryError) or is_environmental(error):
             raise
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else message(error)
@@ -82,11 +81,18 @@ def read(path: str | Path) -> Image.Image:
 
 
 def with_mask_file(image: Image.Image, path: str | Path) -> Canvas:
-    """Mask from a file of the image's size, white where the image is generated anew. Raises as :func:`read`."""
-    mask = read(path).convert("L").point(lambda value: 255 * (value >= 128))
+    """Mask from a file of the image's size, white where the image is generated anew, black or transparent elsewhere.
+
+    Raises:
+        OSError: as :func:`read`.
+        ValueError: as :func:`read`, or the mask has another size or no white pixel.
+    """
+    mask = read(path, background="black").convert("L").point(lambda value: 255 * (value >= 128))
     if mask.size != image.size:
         expected = f"expected the size of the image, {image.width} × {image.height}"
         raise ValueError(f"{path}: {expected}, got {mask.width} × {mask.height}")
+    if mask.getbbox() is None:
+        raise ValueError(f"{path}: expected white pixels where the image is generated anew, got none of at least 128")
     return Canvas(image, mask)
 
 

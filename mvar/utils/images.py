@@ -22,6 +22,19 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB as Pillow does, but 16-bit gray to 8 bits instead of clipping it.
+
+    Raises:
+        ValueError: pixels are 32-bit integers or floating point, whose range is not known.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"expected 8 or 16 bits per channel, got pixels of mode {image.mode}")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+    return image.convert("RGB")
+
+
 class _Format(NamedTuple):
     name: str
     """in Pillow"""

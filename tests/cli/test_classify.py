@@ -51,7 +51,16 @@ def test_folder_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert right > COUNT / 2 and f"accuracy on the {COUNT} images in folders of" in said
     assert f"{right / COUNT:.2%}" in said
 
-    main(["classify", str(tmp_path / "images"), "--scales", "2", "--keep", "3"])
+    main(["classify", str(tmp_path / "images"), "--scales", "2", "--keep", "3", "--mid_reso", "1.5", "--out", str(out)])
+    pruned = rows(out)
+    with Image.open(tmp_path / "images" / pruned[0]["image"]) as file:
+        larger = torch.from_numpy(np.array(file.resize((48, 48), Image.Resampling.LANCZOS).crop((8, 8, 40, 40))))
+    first = mvar.classify(*digits.pretrained(), larger.permute(2, 0, 1)[None].float() / 255, scales=2, keep=3)
+    bits = -float(first.log_likelihood[0, int(first.labels)]) / np.log(2)
+    assert pruned[0]["class"] == str(int(first.labels)) and abs(float(pruned[0]["bits"]) - bits) < 0.02
+    capsys.readouterr()
+
+    main(["classify", str(tmp_path / "images"), "--scales", "1"])
     printed = capsys.readouterr()
     assert printed.out.startswith("image,class,bits,exact\n") and printed.out.count("\n") == COUNT + 1
     assert "exact arg-max" in printed.err
@@ -63,6 +72,7 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no images" in fails(capsys, "classify", str(tmp_path / "empty"))
     assert "--batch: expected at least 1" in fails(capsys, "classify", str(tmp_path), "--batch", "0")
     write_digits(tmp_path / "images")
+    assert "--keep: give --scales" in fails(capsys, "classify", str(tmp_path / "images"), "--keep", "2")
     assert "scales: expected a whole number from 1 to 4" in fails(
         capsys, "classify", str(tmp_path / "images"), "--scales", "5"
     )

@@ -76,14 +76,23 @@ def test_ways_to_mask(tmp_path: Path) -> None:
         main(["edit", "--image", str(source), "--out", str(out), "--overwrite", "--dtype", "fp32", *arguments])
         return read(next(out.glob("0*.png")))
 
+    strokes = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    strokes.paste((255, 255, 255, 255), (16, 0, 32, 32))
+    strokes.save(tmp_path / "strokes.png")
     box = edited("--box", "16,0,32,32")
-    assert torch.equal(box, edited("--mask", str(tmp_path / "mask.png")))
+    for name in ("mask.png", "strokes.png"):
+        assert torch.equal(box, edited("--mask", str(tmp_path / name)))
+    assert not torch.equal(box, edited("--box", "16,0,32,32", "--smooth"))
     assert not torch.equal(box, edited("--box", "16,0,32,32", "--no-reencode"))
     assert not torch.equal(box[:, :16], edited("--box", "16,0,32,32", "--no-blend")[:, :16])
     margins = edited("--outpaint", "32,32,0,0", "--class", "3")
     image = Image.open(source).convert("RGB").resize((16, 16), Image.Resampling.LANCZOS)
     # Away from the edge, beyond which Lanczos takes three pixels of the result from the margin.
     assert (margins[19:, 19:].int() - torch.from_numpy(np.array(image))[3:, 3:].int()).abs().max() <= 1
+    kept = ["--outpaint", "32,32,0,0", "--class", "3", "--keep-scales", "1"]
+    assert torch.equal(edited(*kept), edited(*kept, "--fill")) and not torch.equal(
+        edited(*kept), edited(*kept, "--no-fill")
+    )
     variations = [edited("--keep-scales", str(k), "--class", "3") for k in (1, 4)]
     assert not torch.equal(*variations)
 
@@ -182,6 +191,8 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gradient(40, 30).save(source)
     (tmp_path / "cut.png").write_bytes(source.read_bytes()[:100])
     gradient(30, 30).save(tmp_path / "small.png")
+    Image.new("L", (40, 30), 1).save(tmp_path / "black.png")
+    Image.new("F", (40, 30), 0.5).save(tmp_path / "float.tiff")
     out = ["--out", str(tmp_path / "out")]
     for arguments, message in (
         (["--image", str(tmp_path / "none.png"), "--keep-scales", "1"], "none.png"),
@@ -196,6 +207,8 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--image", str(source), "--outpaint=-1,2,0,0"], "margins: expected"),
         (["--image", str(source), "--outpaint", "90000,0,0,0"], "margins: expected a canvas of at most 8192 pixels"),
         (["--image", str(source), "--mask", str(tmp_path / "small.png")], "expected the size of the image, 40 × 30"),
+        (["--image", str(source), "--mask", str(tmp_path / "black.png")], "black.png: expected white pixels"),
+        (["--image", str(tmp_path / "float.tiff"), "--keep-scales", "1"], "expected 8 or 16 bits per channel"),
         (["--image", str(source), "--keep-scales", "9"], "keep_scales: expected a whole number from 0 to 4, got 9"),
         (["--image", str(source), "--keep-scales", "1", "--class", "1,2"], "--class: expected one class"),
         (["--image", str(source), "--keep-scales", "1", "--class", "cat"], "--class: unknown class 'cat'"),

@@ -224,6 +224,17 @@ def test_pixel_range_and_grayscale_conversion(tmp_path: Path) -> None:
     assert (image[:, :, :4] == -1).all() and (image[:, :, 4:] == 1).all()
 
 
+def test_16_bit_images(tmp_path: Path) -> None:
+    """16-bit gray is reduced to 8 bits; of 32-bit pixels the range is not known."""
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.tile(np.array([0, 257 * 100, 65535, 257 * 7], np.uint16), (4, 1))).save(tmp_path / "a" / "0.png")
+    image = center(ImageFolder(tmp_path, 4, mid_resolution=1))[0]
+    assert torch.equal(image[0, 0], torch.tensor([0.0, 100, 255, 7]) / 255 * 2 - 1)
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "a" / "1.tiff")
+    with pytest.raises(UnreadableImages, match="1.tiff: expected 8 or 16 bits per channel, got pixels of mode F"):
+        list(ImageFolder(tmp_path, 4, mid_resolution=1).once(batch=2))
+
+
 def test_batches_do_not_depend_on_ranks_workers_and_start(small: ImageFolder) -> None:
     run = {"seed": 5, "epoch": 3}
     before = torch.get_rng_state()

@@ -9,6 +9,7 @@ from torch import Tensor
 import mvar
 from mvar.inference.cuda_graphs import Graphs
 from mvar.inference.edit import filled
+from mvar.inference.prepare import prepared_model
 from mvar.models.tokenizer import Tokenizer
 from tests.inference.test_cuda_graphs import FakeGraph, graphs, same
 
@@ -143,6 +144,15 @@ def test_labels() -> None:
     assert same(mvar.edit(*pair, 3, **OPTIONS), mvar.edit(*pair, [3, 3], **OPTIONS))
     none = mvar.edit(*pair, None, **OPTIONS)
     assert same(none, mvar.edit(*pair, 10, **OPTIONS)) and same(none, mvar.edit(*pair, **OPTIONS, cfg=0))
+    for unconditional in (torch.tensor([10, 10]), (10, 10)):  # without guidance, not with guidance of no effect
+        assert same(none, mvar.edit(*pair, unconditional, **OPTIONS))
+    rows: list[int] = []
+    embedding = prepared_model(model, torch.float32).class_emb.register_forward_hook(
+        lambda module, args, output: rows.append(len(output))
+    )
+    mvar.edit(*pair, torch.tensor([10, 10]), **OPTIONS)
+    assert rows == [2]
+    embedding.remove()
     mixed = mvar.edit(*pair, torch.tensor([10, 7]), **OPTIONS).tokens
     assert torch.equal(mixed[:1], none.tokens[:1])
     assert torch.equal(mixed[1:], mvar.edit(*pair, LABELS, **OPTIONS).tokens[1:])
@@ -215,6 +225,30 @@ def test_wrapped_and_custom_modules() -> None:
     assert torch.equal(right.tokens, mvar.edit(model.train(), tokenizer, *pair, **OPTIONS).tokens)
 
 
+def test_smooth_edits_embed_sampled_cells_softly() -> None:
+    model, tokenizer = small()
+    out = mvar.edit(model, tokenizer, images(), right_half(), LABELS, **OPTIONS, more_smooth=True, blend=False)
+    hard = (tokenizer.decode(out.tokens) + 1) / 2
+    assert (out.images - hard).abs().max() > 1e-3
+    plain = mvar.edit(model, tokenizer, images(), right_half(), LABELS, **OPTIONS, blend=False)
+    assert (plain.images - (tokenizer.decode(plain.tokens) + 1) / 2).abs().max() < 1e-5
+
+
+def test_autocast_and_training_mode_do_not_matter() -> None:
+    model, tokenizer = small()
+    pair = images(), right_half(), LABELS
+    right = mvar.edit(model, tokenizer, *pair, **OPTIONS)
+    scored = mvar.log_likelihood(model, tokenizer, images(), LABELS).by_scale
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(right, mvar.edit(model, tokenizer, *pair, **OPTIONS))
+        assert torch.equal(scored, mvar.log_likelihood(model, tokenizer, images(), LABELS).by_scale)
+    tokenizer.quant_conv = torch.nn.Sequential(tokenizer.quant_conv, torch.nn.Dropout(0.5))  # type: ignore[assignment]
+    tokenizer.train()
+    assert torch.equal(right.tokens, mvar.edit(model, tokenizer, *pair, **OPTIONS).tokens)
+    assert torch.equal(scored, mvar.log_likelihood(model, tokenizer, images(), LABELS).by_scale)
+    assert tokenizer.training and tokenizer.quant_conv[1].training
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
@@ -224,7 +258,7 @@ def test_wrapped_and_custom_modules() -> None:
         ({"images": images() * torch.nan}, ValueError, r"images: expected values in \[0, 1\], got nan"),
         ({"images": images()[:0]}, ValueError, "images: expected shape"),
         ({"mask": right_half().float()}, TypeError, "mask: expected a bool tensor"),
-        ({"mask": right_half()[1:]}, ValueError, r"mask: expected shape \(2, 1, 20, 20\) or \(20, 20\)"),
+        ({"mask": right_half()[1:]}, ValueError, r"mask: expected shape \(2, 1, 20, 20\), .* or \(20, 20\)"),
         ({"mask": right_half().expand(3, 1, R, R)}, ValueError, "mask: expected shape"),
         ({"labels": [1]}, ValueError, "labels: expected one class, or one for each of 2 images, got 1"),
         ({"labels": [1, 11]}, ValueError, "labels: expected classes from 0 to 10"),
@@ -234,6 +268,7 @@ def test_wrapped_and_custom_modules() -> None:
         ({"keep_scales": 5}, ValueError, "keep_scales: expected a whole number from 0 to 4, got 5"),
         ({"keep_scales": True}, ValueError, "keep_scales"),
         ({"cfg": -1.0}, ValueError, "cfg"),
+        ({"cfg": -1.0, "labels": None}, ValueError, "cfg"),
     ],
 )
 def test_bad_arguments(wrong: dict[str, Any], error: type[Exception], message: str) -> None:

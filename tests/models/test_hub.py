@@ -138,7 +138,9 @@ def test_wrong_class_or_no_folder(saved: Path, tmp_path: Path, monkeypatch: pyte
         mvar.Model.from_pretrained(saved / "mvar", strict=False)
 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match="^hf://owner/none: could not be downloaded: .*") as raised:
+    with pytest.raises(
+        OSError, match="^owner/none: no such folder; hf://owner/none: could not be downloaded: .*"
+    ) as raised:
         mvar.Model.from_pretrained("owner/none", local_files_only=True, cache_dir=tmp_path)
     assert "\n" not in str(raised.value)
 
@@ -265,6 +267,22 @@ def test_push_to_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, content in first["files"].items():
         (tmp_path / name).write_bytes(content)
     assert same(mvar.Model.from_pretrained(tmp_path), model.half().float())
+
+    (tmp_path / "digits" / "README.md").write_text("with results")
+    model.save_pretrained(tmp_path / "digits", repo_id="owner/digits", push_to_hub=True)
+    assert MockApi.uploads[-1]["files"]["README.md"] == b"with results"
+
+
+def test_folder_of_the_other_kind_is_kept(saved: Path, tmp_path: Path) -> None:
+    model, tokenizer = built()
+    for module, other, kind in ((model, tokenizer, "model"), (tokenizer, model, "tokenizer")):
+        folder = tmp_path / kind
+        module.save_pretrained(folder)
+        module.save_pretrained(folder)
+        before = (folder / "model.safetensors").read_bytes()
+        with pytest.raises(ValueError, match=f"{kind}: has a {kind}, which would be overwritten"):
+            other.save_pretrained(folder)
+        assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_mixin_adds_no_state(saved: Path, tmp_path: Path) -> None:

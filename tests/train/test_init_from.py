@@ -75,12 +75,15 @@ def test_class_embeddings(
 
 @pytest.mark.parametrize("kind", ["mvar", "var"])
 def test_other_token_maps(kind: str) -> None:
-    """Positions that are linear in row and column stay linear away from the border, where no tap is missing."""
+    """Positions that are quadratic in row and column stay so away from the border, where no tap is missing.
+
+    Cubic convolution reproduces polynomials of degree 2 (Keys, 1981), linear interpolation only of degree 1.
+    """
     source, target = small(patch_nums=(2, 3, 8), **KINDS[kind]), small(1, patch_nums=(2, 4, 16), **KINDS[kind])
     channel = torch.arange(64.0)
     row, column = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     with torch.no_grad():
-        grid = row[..., None] * channel + column[..., None] * (3 - channel) + 1
+        grid = row[..., None] * channel + column[..., None] ** 2 * (3 - channel) + 1
         source.pos_1LC[0, -64:] = grid.flatten(0, 1)
     assert adapt(target, source).endswith("; positions of 1 scales kept, of 2 interpolated")
     assert torch.equal(target.pos_1LC[:, :4], source.pos_1LC[:, :4])
@@ -91,9 +94,9 @@ def test_other_token_maps(kind: str) -> None:
     inner = target.pos_1LC[0, -256:].view(16, 16, 64)[4:-4, 4:-4]
     at = (torch.arange(4.0, 12.0) + 0.5) / 2 - 0.5
     row, column = torch.meshgrid(at, at, indexing="ij")
-    expected = row[..., None] * channel + column[..., None] * (3 - channel) + 1
-    # Two sums of four products, of numbers up to 7 · 63 + 7 · 60: 8 · 2⁻²⁴ · 900 = 4·10⁻⁴.
-    torch.testing.assert_close(inner, expected, rtol=0, atol=4e-4)
+    expected = row[..., None] * channel + column[..., None] ** 2 * (3 - channel) + 1
+    # Two sums of four products, of numbers up to 7 · 63 + 49 · 60: 8 · 2⁻²⁴ · 3400 = 1.6·10⁻³.
+    torch.testing.assert_close(inner, expected, rtol=0, atol=1.6e-3)
     logits = target.eval()(torch.tensor([0]), torch.randn(1, 272, 8))
     assert bool(logits.isfinite().all())
 
@@ -170,7 +173,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     mvar.save("other.safetensors", small())
     for changed, said in (
         ([*tune, "--depth=2"], "--depth: the run in tuned has 1, not 2; leave it out"),
-        ([*run, "--depth=1", "--out=tuned"], "--init_from: the run in tuned has source.safetensors, not None; keep it"),
+        (
+            [*run, "--depth=1", "--out=tuned"],
+            "--init_from: the run in tuned started from source.safetensors; give it again",
+        ),
         ([*run, "--init_from=none.pth", "--out=new"], "--init_from: none.pth: no such file"),
         ([*run, "--init_from=other.safetensors", "--out=new"], "--tokenizer: expected num_codes 16, as in other.saf"),
         (["train", "--preset=digits", "--init_from=other.safetensors", "--out=new"], "--tokenizer: expected the"),
