@@ -75,8 +75,8 @@ def reconstruct(
 
     Raises:
         UnreadableImages: more than 1 % of the images cannot be read. Fewer are left out.
-        ValueError: the images are smaller than the window of SSIM, another size than the tokenizer's, or fewer than
-            two can be read.
+        ValueError: the images are smaller than the window of SSIM, another size than the tokenizer's, or none
+            can be read (with a network fewer than two).
     """
     if not WINDOW <= folder.resolution == tokenizer.resolution:
         expected = f"{tokenizer.resolution} pixels, the tokenizer's, and at least {WINDOW}, the window of SSIM"
@@ -111,8 +111,9 @@ def reconstruct(
             if sum(map(len, shown[::2])) < SHOWN:
                 shown += [torch.from_numpy(pixels[:SHOWN]).permute(0, 3, 1, 2).float() / 255 for pixels in on_cpu]
     count = sum(map(len, errors))
-    if count < 2:
-        raise ValueError(f"{folder.path}: expected at least 2 images that can be read, got {count}")
+    needed = 1 if network is None else 2
+    if count < needed:
+        raise ValueError(f"{folder.path}: expected at least {needed} images that can be read, got {count}")
     error = torch.cat(errors)
     metrics: dict[str, Any] = {
         "psnr": _finite(decibels(error[error > 0]).mean()),

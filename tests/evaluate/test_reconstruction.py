@@ -167,6 +167,23 @@ def test_unreadable_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         reconstruct(images, tokenizer)
 
 
+def test_psnr_leaves_out_exact_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = digits.pretrained()[1]
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(tokenizer, "encode", lambda images: given.append(images) or torch.zeros(len(images), 30).long())
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens: given[-1] + torch.tensor([0, 2 / 255])[:, None, None, None])
+    (tmp_path / "a").mkdir()
+    for name in ("exact.png", "off.png"):
+        Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "a" / name)
+    metrics = reconstruct(ImageFolder(tmp_path, 32, mid_resolution=1, labeled=False), tokenizer).metrics
+    # An error of 1 in all pixels of one image: 20·log₁₀ 255 dB, and 10·log₁₀ 2 more for the mean of both.
+    assert metrics["exact_images"] == 1 and metrics["psnr"] == pytest.approx(48.1308, abs=1e-4)
+    assert metrics["psnr_of_mean_mse"] == pytest.approx(48.1308 + 3.0103, abs=1e-4)
+    (tmp_path / "a" / "off.png").unlink()
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens: given[-1])
+    assert reconstruct(ImageFolder(tmp_path, 32, mid_resolution=1, labeled=False), tokenizer).images == 1
+
+
 def test_errors(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     base = ["evaluate", "--out", str(tmp_path / "out")]
     here = [*base, "--reconstruct", str(folder)]
