@@ -34,6 +34,23 @@ def test_replay_matches_generation_without_graph(
         assert same(mvar.generate(*pair, **asked, graph=True), mvar.generate(*pair, **asked, graph=False))
 
 
+@pytest.mark.parametrize("sizes", [{}, {"architecture": "var"}], ids=["mvar", "var"])
+def test_edits_replay_one_graph(sizes: dict[str, Any]) -> None:
+    pair = on_gpu(**sizes)
+    images = torch.rand(3, 3, 3, 3, generator=torch.Generator().manual_seed(2)).cuda()
+    masks = [torch.rand(3, 1, 3, 3, generator=torch.Generator().manual_seed(i)) < 0.4 for i in range(3)]
+    before = len(generating.GRAPHS)
+    for seed, mask in enumerate(masks):
+        asked: dict[str, Any] = {"seed": seed, "dtype": torch.float32, "top_k": 20, "keep_scales": seed}
+        out = mvar.edit(*pair, images, mask, [1, 2, 3], **asked, graph=True)
+        assert same(out, mvar.edit(*pair, images, mask, [1, 2, 3], **asked, graph=False))
+        assert torch.equal(out.images.where(~mask.cuda(), images), images)
+    assert len(generating.GRAPHS) == before + 1
+    encoded = pair[1].encode(images * 2 - 1)
+    nothing = torch.zeros(3, 3, dtype=torch.bool)
+    assert torch.equal(mvar.edit(*pair, images, nothing, 1, dtype=torch.float32).tokens, encoded)
+
+
 def test_shared_memory_pool() -> None:
     """Alternates two models and two batch sizes on two streams, then checks that graphs are freed with the models."""
     pairs = [on_gpu(), on_gpu(architecture="var")]
