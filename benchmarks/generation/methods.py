@@ -101,7 +101,7 @@ def generate(
 ) -> Tensor:
     """Generate a batch of images with guidance 1.5; returns the tokens (B, L). chunk: of the public scan."""
     if method.algorithm != PUBLIC:
-        how = SamplingParams(1.5, top_k, top_p, False, False, method.backend, method.decoded)
+        how = SamplingParams(1.5, top_k, top_p, False, False, method.backend, decode=method.decoded)
         options: dict[str, Any] = {"graph": method.graph, "compile_decoder": method.compiled}
         return launch(*pair, labels, how, dtype=dtype, **options).result().tokens
     with public_precision(dtype, method.matmul_precision):

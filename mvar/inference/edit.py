@@ -95,11 +95,12 @@ def edit(
         features = tokenizer.features((filled(pixels, hidden) if fill else pixels) * 2 - 1)
     check_cfg(cfg)
     unconditional = bool((rows == config.num_classes).all())
+    guidance = 0.0 if unconditional else cfg
     result = launch(
         model,
         tokenizer,
         rows,
-        SamplingParams(0.0 if unconditional else cfg, top_k, top_p, more_smooth, return_scales, backend, reencode),
+        SamplingParams(guidance, top_k, top_p, more_smooth, return_scales, backend, reencode=reencode),
         seed=seed,
         first_index=first_index,
         dtype=dtype,

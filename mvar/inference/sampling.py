@@ -29,10 +29,10 @@ class SamplingParams:
     more_smooth: bool
     return_scales: bool
     backend: str
-    reencode: bool = True
-    """for editing, see :func:`mvar.edit`"""
     decode: bool = True
     """False: return feature maps (B, code_dim, h, w) instead of images, for benchmarks"""
+    reencode: bool = True
+    """for editing, see :func:`mvar.edit`"""
 
 
 class SourceImages(NamedTuple):
