@@ -70,11 +70,13 @@ def _run(flags: Flags, context: TrainContext, trainer_type: type[Trainer], origi
     data = digits_data(flags, context) if flags.preset == "digits" else read_data(flags, context)
     seed = context.broadcast(int.from_bytes(os.urandom(4), "little") if flags.seed is None else flags.seed)
     model = new_model(flags, data, seed, origin)
-    if origin is not None and origin.model is not None:
-        started = adapt(model, origin.model)
-        origin.model = None  # its memory is not needed any more
+    if origin is not None:
+        started = f"{flags.init_from} is not read, as there is a checkpoint in {flags.out}"
+        if origin.model is not None:
+            started = f"starts from {origin.path}: {adapt(model, origin.model)}"
+            origin.model = None  # its memory is not needed any more
         if context.is_main_process:
-            print(f"starts from {origin.path}: {started}", flush=True)
+            print(started, flush=True)
     model = model.to(context.device)
     trainer = trainer_type(flags, model, data.tokenizer, data.train, context, seed=seed, validation=data.val)
     resumed = trainer.resume()

@@ -167,6 +167,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     main(tune)  # resumes without the file
     out = capsys.readouterr().out
     assert "resumed after iteration 2" in out and "starts from" not in out
+    assert "source.safetensors is not read, as there is a checkpoint in tuned\n" in out
     main([*run, "--init_from=tuned/checkpoints/00000002", "--out=again"])
     assert "starts from tuned/checkpoints/00000002: 3 of 3 classes kept (by name);" in capsys.readouterr().out
 
