@@ -78,7 +78,10 @@ def test_adapters(kind: str, order: str, layers: list[str]) -> None:
     adapted = with_adapters(model, layers)
     if order == "adapters first":
         mk.accelerate(adapted)
-    assert {name.rpartition(".")[2] for name in accelerated(model)} >= {"attn", "head_nm" if kind == "VAR" else "mamba"}
+    patched = {name.rpartition(".")[2] for name in accelerated(model)}
+    assert ("head_nm" if kind == "VAR" else "mamba") in patched
+    # An adapter on mat_qkv, of which only the weight is used, leaves attention to the original.
+    assert ("attn" in patched) == (layers is CALLED or order == "accelerate first")
     got = output_and_grads(adapted, *arguments)
     assert got.keys() == expected.keys() and all(close(got[name], value) for name, value in expected.items())
 

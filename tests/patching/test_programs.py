@@ -188,8 +188,13 @@ def test_unusual_models() -> None:
         parent, _, child = name.rpartition(".")
         block = model.blocks[0]
         setattr(block.get_submodule(parent), child, Lora(block.get_submodule(name)))  # type: ignore[arg-type]
-        part = "blocks.0.attn" if name == "attn.proj" else "blocks.0"
-        assert "linear layer" in mk.accelerate(model).left[part]
+        expected = model(LABELS, normal(2, 4, 32))
+        report = mk.accelerate(model)
+        if name == "attn.proj":  # called as a module
+            assert "blocks.0.attn" in report.replaced
+        else:
+            assert "linear layer" in report.left["blocks.0"]
+        assert close(model(LABELS, normal(2, 4, 32)), expected)
 
 
 def test_compiled_submodule() -> None:

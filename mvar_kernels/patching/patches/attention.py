@@ -27,6 +27,9 @@ class FusedAttention(Patch):
         H, D, C = module.num_heads, module.head_dim, module.q_bias.numel()
         if not is_linear(getattr(module, cls.projection), C, 3 * C) or not is_linear(module.proj, C, C) or H * D != C:
             return f"{cls.projection} and proj: expected linear layers C→3C and C→C with C={C} of {H} heads of {D}"
+        if hasattr(getattr(module, cls.projection), "base_layer"):
+            # A new adapter of peft adds 0, so that a comparison would not show whether the original calls it.
+            return f"{cls.projection}: expected a linear layer without an adapter, since its weight is used directly"
         normalized = has_qk_norm(module)
         temperature = getattr(module, "scale_mul_1H11", None)
         if normalized is None:
