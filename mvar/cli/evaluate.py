@@ -1,12 +1,13 @@
 """`mvar evaluate`: images with the published settings, or reconstructions, their metrics, and a record of both."""
 
 import argparse
-import os
 
 from mvar.cli.options import (
+    WORKERS,
     add_compile_decoder,
     add_execution,
     add_sampling,
+    add_token_maps,
     add_weights,
     check_images,
     path,
@@ -60,11 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="size of the shorter side before the center crop, relative to the resolution (default: 1)",
     )
-    maps = group.add_mutually_exclusive_group()
-    maps.add_argument("--resolution", type=int, help="256, 512 or 1024 (default: as stored in the tokenizer's file)")
-    maps.add_argument("--patch_nums", type=int, nargs="+", metavar="N", help="side lengths of other token maps")
-    workers = min(8, os.cpu_count() or 1)
-    group.add_argument("--workers", type=int, metavar="N", help=f"processes that read images (default: {workers})")
+    add_token_maps(group)
+    group.add_argument("--workers", type=int, metavar="N", help=f"processes that read images (default: {WORKERS})")
     add_weights(parser)
     add_sampling(parser, cfg=1.5, top_k=900, top_p=0.96)
     add_compile_decoder(add_execution(parser))
@@ -185,7 +183,7 @@ def _reconstruct(options: argparse.Namespace) -> None:
         tokenizer = digits.pretrained()[1].to(device)
     mid_resolution = 1.0 if options.mid_reso is None else options.mid_reso
     folder = ImageFolder(options.reconstruct, tokenizer.resolution, mid_resolution=mid_resolution, labeled=False)
-    workers = min(8, os.cpu_count() or 1) if options.workers is None else options.workers
+    workers = WORKERS if options.workers is None else options.workers
     network = None if missing else inception.Inception(sources.weights, device)
     found = reconstruct(folder, tokenizer, batch=options.batch, dtype=dtype, workers=workers, network=network)
     content = {

@@ -1,6 +1,7 @@
 """Command-line arguments that several commands share."""
 
 import argparse
+import os
 from pathlib import Path
 
 from mvar.utils.files import expanded
@@ -8,6 +9,8 @@ from mvar.utils.files import expanded
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
 MAX_IMAGES = 10**8  # per run: 20 TB at 256×256
 WEIGHTS = "a file, a folder of save_pretrained, hf://owner/repository or hf://owner/repository/file"
+WORKERS = min(8, os.cpu_count() or 1)
+"""Default number of processes that read images."""
 Group = argparse._ArgumentGroup
 
 
@@ -26,6 +29,12 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("weights", "give both or neither; the default is the digits model in the package")
     group.add_argument("--weights", type=source, help=f"the model: {WEIGHTS}")
     group.add_argument("--tokenizer", type=source, help=f"its tokenizer: {WEIGHTS}")
+
+
+def add_token_maps(group: Group) -> None:
+    maps = group.add_mutually_exclusive_group()
+    maps.add_argument("--resolution", type=int, help="256, 512 or 1024 (default: as stored in the tokenizer's file)")
+    maps.add_argument("--patch_nums", type=int, nargs="+", metavar="N", help="side lengths of other token maps")
 
 
 def add_sampling(parser: argparse.ArgumentParser, cfg: float | None, top_k: int | None, top_p: float | None) -> Group:

@@ -1,9 +1,8 @@
 """`mvar tokenize`: the tokens of a data set, so that training needs no encoder."""
 
 import argparse
-import os
 
-from mvar.cli.options import WEIGHTS, add_device, path, source
+from mvar.cli.options import WEIGHTS, WORKERS, add_device, add_token_maps, path, source
 
 HELP = "write the tokens of a data set once, for training without an encoder"
 EXAMPLES = """\
@@ -39,14 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="size of the shorter side before the crop, relative to the resolution (default: 1.125)",
     )
     group.add_argument("--seed", type=int, default=0, help="seed of the crops (default: 0)")
-    maps = group.add_mutually_exclusive_group()
-    maps.add_argument("--resolution", type=int, help="256, 512 or 1024 (default: as stored in the tokenizer's file)")
-    maps.add_argument("--patch_nums", type=int, nargs="+", metavar="N", help="side lengths of other token maps")
+    add_token_maps(group)
     group = parser.add_argument_group("execution")
     group.add_argument("--batch", type=int, default=64, metavar="N", help="crops per batch (default: 64)")
-    workers = min(8, os.cpu_count() or 1)
     group.add_argument(
-        "--workers", type=int, default=workers, metavar="N", help=f"processes that read images (default: {workers})"
+        "--workers", type=int, default=WORKERS, metavar="N", help=f"processes that read images (default: {WORKERS})"
     )
     group.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the encoder (default: fp32)")
     add_device(group)

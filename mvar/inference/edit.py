@@ -15,7 +15,7 @@ from torch import Tensor
 from mvar.inference.api import check_cfg, check_fit, class_rows, evaluation_mode, launch
 from mvar.inference.results import Generated
 from mvar.inference.sampling import SamplingParams, SourceImages
-from mvar.models.config import unboxed
+from mvar.models.config import checked_int, unboxed
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model
 from mvar.models.weights import unwrapped
@@ -83,9 +83,7 @@ def edit(
     device, config = model.lvl_1L.device, model.config
     pixels = checked_images(images, tokenizer.resolution).to(device)
     hidden = _mask(mask, pixels)
-    kept = unboxed(keep_scales)
-    if isinstance(kept, bool) or not isinstance(kept, int) or not 0 <= kept <= len(config.scales):
-        raise ValueError(f"keep_scales: expected a whole number from 0 to {len(config.scales)}, got {keep_scales!r}")
+    kept = checked_int("keep_scales", keep_scales, 0, len(config.scales))
     rows = _class_rows(labels, len(pixels), config.num_classes, device)
     generated = [
         F.adaptive_max_pool2d(hidden.float(), side).flatten(1).bool() & (k >= kept)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mvar.inference.api import check_fit, class_rows, evaluation_mode
 from mvar.inference.edit import checked_images
 from mvar.inference.prepare import prepared_model
-from mvar.models.config import unboxed
+from mvar.models.config import checked_int
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model, ScaleTransformer
 from mvar.models.weights import unwrapped
@@ -146,7 +146,7 @@ def classify(
     scorer = _Scorer(model, tokenizer, images, batch, dtype, backend)
     first, B, classes = scorer.checked_scales(scales), len(scorer.tokens), scorer.config.num_classes
     if keep is not None:
-        keep = _checked("keep", keep, classes)
+        keep = checked_int("keep", keep, 1, classes)
     rows, index = _pairs(B, classes, scorer.tokens.device)
     likelihood = scorer.score(index, rows, first).sum(-1).view(B, classes)
     complete = torch.full_like(likelihood, first == len(scorer.config.scales), dtype=torch.bool)
@@ -179,7 +179,7 @@ class _Scorer:
         self.config, self.original, self.backend = model.config, model, backend
         device = model.lvl_1L.device
         default = max(TOKENS_PER_PASS // model.config.num_tokens, 1)
-        self.batch = default if batch is None else _checked("batch", batch, None)
+        self.batch = default if batch is None else checked_int("batch", batch, 1)
         if isinstance(images, Tensor) and images.dtype == torch.int64:
             self.tokens = images.to(device)
         else:
@@ -194,7 +194,8 @@ class _Scorer:
             self.model: ScaleTransformer = prepared_model(model, dtype)
 
     def checked_scales(self, scales: int | None) -> int:
-        return len(self.config.scales) if scales is None else _checked("scales", scales, len(self.config.scales))
+        count = len(self.config.scales)
+        return count if scales is None else checked_int("scales", scales, 1, count)
 
     def score(self, index: Tensor, labels: Tensor, scales: int) -> Tensor:
         """Log-likelihood of the first scales of pairs of image index and label, both (n,): (n, scales) float64."""
@@ -222,11 +223,3 @@ def _pairs(count: int, classes: int, device: torch.device) -> tuple[Tensor, Tens
     """All classes of every image: labels and image indices, (count·classes,) int64."""
     labels = torch.arange(classes, dtype=torch.int64, device=device).repeat(count)
     return labels, torch.arange(count, dtype=torch.int64, device=device).repeat_interleave(classes)
-
-
-def _checked(name: str, value: int, largest: int | None) -> int:
-    value = unboxed(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (largest is not None and value > largest):
-        expected = "of at least 1" if largest is None else f"from 1 to {largest}"
-        raise ValueError(f"{name}: expected a whole number {expected}, got {value!r}")
-    return value

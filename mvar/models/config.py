@@ -194,5 +194,15 @@ def unbox(config: Any) -> None:
         object.__setattr__(config, field.name, unboxed(getattr(config, field.name)))
 
 
+def checked_int(name: str, value: Any, lowest: int, highest: int | None = None) -> int:
+    """Return a whole number as int. Raises ValueError unless it is one from `lowest` to `highest`."""
+    number = unboxed(value)
+    valid = isinstance(number, int) and not isinstance(number, bool) and number >= lowest
+    if not valid or (highest is not None and number > highest):
+        expected = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ValueError(f"{name}: expected a whole number {expected}, got {number!r}")
+    return int(number)
+
+
 def is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
