@@ -70,8 +70,8 @@ class QuantizerOutput(NamedTuple):
     """(B, Cv, H, W) float32: f̂, with a straight-through gradient to the encoder's features."""
     vq_loss: Tensor
     """Scalar: mean over scales of β·‖f − sg(f̂)‖² + ‖sg(f) − f̂‖², each averaged over the elements."""
-    usage: Tensor
-    """(S,) float32: fraction of the codes used by the batch, per scale."""
+    hits: Tensor
+    """(S, V) int64: number of tokens of the batch with each code, per scale."""
 
 
 class Quantizer(nn.Module):
@@ -147,51 +147,57 @@ class Quantizer(nn.Module):
             commitment = F.mse_loss(features, f_hat.detach())
             losses.append(self.beta * commitment + F.mse_loss(f_hat, features.detach()))
             hits.append(tokens.flatten().bincount(minlength=self.num_codes))
-        hits_sv = torch.stack(hits).to(self.ema_vocab_hit_SV.dtype)  # (S, V)
+        hits_sv = torch.stack(hits)
         if self.training:
-            self._update_hits(hits_sv)
+            self._update_hits(hits_sv.to(self.ema_vocab_hit_SV.dtype))
         return QuantizerOutput(
             features=features + (f_hat - features).detach(),
             vq_loss=torch.stack(losses).mean(),
-            usage=(hits_sv > 0).float().mean(dim=1),
+            hits=hits_sv,
         )
 
     @torch.no_grad()
     def _update_hits(self, hits_sv: Tensor) -> None:
-        if distributed.is_available() and distributed.is_initialized():
+        if _processes()[1] > 1:
             distributed.all_reduce(hits_sv)
         initialized = self.ema_vocab_hit_SV.any(dim=1, keepdim=True)  # the first batch initializes the average
         average = self.ema_vocab_hit_SV.lerp(hits_sv, 1 - HITS_DECAY)
         self.ema_vocab_hit_SV.copy_(torch.where(initialized, average, hits_sv))
 
     @torch.no_grad()
-    def revive(self, features: Tensor, threshold: float) -> int:
+    def revive(self, features: Tensor, threshold: float, generator: torch.Generator | None = None) -> Tensor:
         """Replace codes with fewer than `threshold` hits per batch by random residual vectors of these features.
 
+        In distributed training the vectors are those of all processes' batches, so that N processes replace the same
+        codes by the same vectors as one process with all images.
+
         Args:
-            features: (B, Cv, H, W) float32.
+            features: (B, Cv, H, W) float32, with the same B in all processes.
+            generator: on the CPU and in the same state in all processes; None for torch's default generator.
 
         Returns:
-            The number of replaced codes.
+            (V,) bool, the replaced codes.
         """
         residual, rows = features, []
         for k, (_, f_hat) in enumerate(self.quantize(features)):
             rows.append(self.scale_rows(k, residual).flatten(0, 1))  # (B·p_k², Cv)
             residual = features - f_hat
-        dead = (self.ema_vocab_hit_SV.sum(dim=0) < threshold).nonzero().flatten()
+        dead = self.ema_vocab_hit_SV.sum(dim=0) < threshold
+        count = int(dead.sum())
+        rank, world_size = _processes()
         # The same number of candidates per scale, although coarse scales have few rows
-        candidates = torch.stack(
-            [r[torch.randint(len(r), dead.shape, dtype=torch.int64, device=r.device)] for r in rows]
-        )
-        scale = torch.randint(len(rows), dead.shape, dtype=torch.int64, device=dead.device)
-        codebook = self.embedding.weight.data
-        codebook[dead] = candidates[scale, torch.arange(len(dead), dtype=torch.int64, device=dead.device)].to(
-            codebook.dtype
-        )
+        scale = torch.randint(len(rows), (count,), generator=generator, dtype=torch.int64, device="cpu")
+        fraction = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+        vectors = features.new_zeros(count, features.shape[1])
+        for k, own in enumerate(rows):
+            row = (fraction * len(own) * world_size).long() - rank * len(own)  # of the rows of all processes
+            chosen = ((scale == k) & (row >= 0) & (row < len(own))).to(vectors.device)
+            vectors[chosen] = own[row.to(vectors.device)[chosen]]
+        if world_size > 1:
+            distributed.all_reduce(vectors)  # each is zero in all processes but one
+        self.embedding.weight.data[dead] = vectors.to(self.embedding.weight.dtype)
         self.ema_vocab_hit_SV[:, dead] = 1 / len(rows)  # 1 hit in total: not replaced again before it is used
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.broadcast(codebook, src=0)
-        return len(dead)
+        return dead
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The published file is used with several schedules. Its statistics belong to one; others start at zero.
@@ -200,3 +206,10 @@ class Quantizer(nn.Module):
         if stored is not None and stored.shape[0] != len(self.patch_nums):
             state_dict[name] = stored.new_zeros(self.ema_vocab_hit_SV.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _processes() -> tuple[int, int]:
+    """Rank and number of processes of distributed training."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1

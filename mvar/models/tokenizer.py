@@ -111,12 +111,12 @@ class TokenizerConfig:
 
 
 class TokenizerOutput(NamedTuple):
-    """Output of a training step; vq_loss and usage as in :class:`mvar.models.quantizer.QuantizerOutput`."""
+    """Output of a training step; vq_loss and hits as in :class:`mvar.models.quantizer.QuantizerOutput`."""
 
     images: Tensor
     """(B, 3, R, R) float32: reconstruction, not clamped."""
     vq_loss: Tensor
-    usage: Tensor
+    hits: Tensor
 
 
 class Tokenizer(nn.Module, HubMixin):
@@ -206,10 +206,12 @@ class Tokenizer(nn.Module, HubMixin):
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Reconstruct (B, 3, R, R) in [−1, 1] for training. Updates the hit statistics in training mode."""
         quantized = self.quantize(self.features(images))
-        return TokenizerOutput(self._images(quantized.features), quantized.vq_loss, quantized.usage)
+        return TokenizerOutput(self._images(quantized.features), quantized.vq_loss, quantized.hits)
 
     @torch.no_grad()
-    def revive_dead_codes(self, images: Tensor, threshold: float = 0.1) -> int:
+    def revive_dead_codes(
+        self, images: Tensor, threshold: float = 0.1, generator: torch.Generator | None = None
+    ) -> Tensor:
         """For training: replace rarely used codes by random residual vectors of these images.
 
         Called before the first step (when no code has been hit), this initializes the complete codebook; called every
@@ -218,12 +220,13 @@ class Tokenizer(nn.Module, HubMixin):
         Args:
             images: (B, 3, R, R) in [−1, 1].
             threshold: minimum average number of hits per batch, summed over the scales.
+            generator: see :meth:`mvar.models.quantizer.Quantizer.revive`.
 
         Returns:
-            The number of replaced codes.
+            (V,) bool, the replaced codes.
         """
         with self._true_float32():
-            return self.quantize.revive(self.features(images), threshold)
+            return self.quantize.revive(self.features(images), threshold, generator)
 
     def features(self, images: Tensor) -> Tensor:
         """Input of the quantizer, with gradients: (B, 3, R, R) in [−1, 1] → (B, Cv, H, W) float32."""

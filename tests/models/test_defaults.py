@@ -110,7 +110,7 @@ def run_models() -> dict[str, list[Tensor]]:
         loss.backward()
         found[f"{name} gradients"] = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     trained = tokenizer.train()(out.images * 2 - 1)
-    found["tokenizer training"] = [trained.images.detach(), trained.vq_loss.detach(), trained.usage]
+    found["tokenizer training"] = [trained.images.detach(), trained.vq_loss.detach(), trained.hits]
     loaded, its_tokenizer = pretrained()
     found["loaded"] = [*loaded.state_dict().values(), *its_tokenizer.state_dict().values()]
     return found

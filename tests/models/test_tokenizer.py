@@ -279,18 +279,18 @@ def test_forward_matches_encode_and_decode():
     torch.testing.assert_close(output.images.clamp(-1, 1), tokenizer.decode(tokenizer.encode(images)))
 
 
-def test_loss_and_usage():
+def test_loss_and_hits():
     tokenizer = small_tokenizer(beta=0.5)
     images = random_images(tokenizer)
     output, tokens = tokenizer(images), tokenizer.encode(images)
     features = tokenizer.quant_conv(tokenizer.encoder(images)).detach()
-    f_hat, losses, usage = torch.zeros_like(features), [], []
+    f_hat, losses, hits = torch.zeros_like(features), [], []
     for k, tokens_k in enumerate(tokens.split(tokenizer.scales, dim=1)):
         f_hat = f_hat + tokenizer.scale_features(k, tokenizer.embed(tokens_k))
         losses.append(1.5 * (features - f_hat).square().mean())
-        usage.append(len(tokens_k.unique()) / tokenizer.num_codes)
+        hits.append(tokens_k.flatten().bincount(minlength=tokenizer.num_codes))
     torch.testing.assert_close(output.vq_loss, torch.stack(losses).mean())
-    torch.testing.assert_close(output.usage, torch.tensor(usage))
+    assert torch.equal(output.hits, torch.stack(hits))
 
 
 def test_straight_through_gradient():
@@ -341,21 +341,27 @@ def test_hits_are_summed_over_processes(tmp_path, monkeypatch):
     tokenizer = small_tokenizer()
     images = random_images(tokenizer)
     alone = tokenizer(images)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr("mvar.models.quantizer._processes", lambda: (0, 2))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
     tokenizer.train()
     output = tokenizer(images)
     assert tokenizer.quantize.ema_vocab_hit_SV.sum(dim=1).tolist() == [2 * 3 * scale for scale in tokenizer.scales]
-    assert torch.equal(output.usage, alone.usage)
+    assert torch.equal(output.hits, alone.hits), "those of this process"
 
 
-def test_revived_codes_are_broadcast_from_rank_0(monkeypatch):
-    """Processes have different images and revived codes, so those of rank 0 are broadcast."""
-    tokenizer = small_tokenizer()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(7.0 + src))
-    tokenizer.revive_dead_codes(random_images(tokenizer))
-    assert (tokenizer.quantize.embedding.weight == 7).all()
+def test_processes_revive_codes_as_one(monkeypatch):
+    """Each of two simulated processes fills in the vectors of its own images; their sum is that of one process."""
+    images, revived = random_images(small_tokenizer(), batch=4), []
+    one = small_tokenizer()
+    one.revive_dead_codes(images, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    for rank in range(2):
+        tokenizer = small_tokenizer()
+        monkeypatch.setattr("mvar.models.quantizer._processes", lambda rank=rank: (rank, 2))
+        tokenizer.revive_dead_codes(images[2 * rank : 2 * rank + 2], generator=torch.Generator().manual_seed(3))
+        revived.append(tokenizer.quantize.embedding.weight)
+    assert all(own.any() for own in revived) and not (revived[0] * revived[1]).any()
+    torch.testing.assert_close(revived[0] + revived[1], one.quantize.embedding.weight)
 
 
 def test_dead_codes_are_replaced_by_residuals():
@@ -368,21 +374,21 @@ def test_dead_codes_are_replaced_by_residuals():
 
     tokenizer.quantize.ema_vocab_hit_SV[0, :24] = 1.0
     alive = codebook[:24].detach().clone()
-    assert tokenizer.revive_dead_codes(images, threshold=0.5) == 40
+    assert tokenizer.revive_dead_codes(images, threshold=0.5).sum() == 40
     assert torch.equal(codebook[:24], alive)
     distances = [torch.cdist(codebook[24:], rows).min(dim=1).values for rows in candidates]
     assert torch.stack(distances).min(dim=0).values.max() < 1e-3
     assert all(to_scale.min() < 1e-3 for to_scale in distances), "every scale has its share"
-    assert tokenizer.revive_dead_codes(images, threshold=0.5) == 0, "a new code is given time"
+    assert tokenizer.revive_dead_codes(images, threshold=0.5).sum() == 0, "a new code is given time"
 
 
 def test_revive_initializes_codebook():
     tokenizer = small_tokenizer()
     images = random_images(tokenizer, batch=8)
     before = tokenizer(images)
-    assert tokenizer.revive_dead_codes(images) == tokenizer.num_codes
+    assert tokenizer.revive_dead_codes(images).all()
     after = tokenizer(images)
-    assert after.vq_loss < before.vq_loss and after.usage.sum() > before.usage.sum()
+    assert after.vq_loss < before.vq_loss and (after.hits > 0).sum() > (before.hits > 0).sum()
 
 
 # Errors
