@@ -35,8 +35,8 @@ from mvar import digits
 from mvar.models.transformer import Model
 from mvar.train import run
 from mvar.train.digits_tokenizer import train_digits_tokenizer
-from mvar.train.flags import PRESETS, add_flags, parse_flags
-from mvar.train.metrics import flops_per_image
+from mvar.train.flags import PRESETS, add_arguments, parse_flags
+from mvar.train.metrics import MetricLogger, flops_per_image
 from mvar.train.trainer import Trainer
 from mvar_kernels.precision import float32_matmuls
 
@@ -93,9 +93,9 @@ def trainer_type(name: str, phases: Phases) -> type[Trainer]:
             with phases.phase(FIRST):
                 super()._forward_backward(*args)
 
-        def _validate(self) -> dict[str, float]:
+        def _validate(self, logger: MetricLogger) -> None:
             with phases.phase("validation"):
-                return super()._validate()
+                super()._validate(logger)
 
         def _save(self) -> None:
             with phases.phase("checkpoints"):
@@ -110,7 +110,7 @@ def train(name: str, folder: str, *arguments: str) -> None:
     arguments: of `mvar train`; without --tokenizer one is trained first, as there.
     """
     out, parser, phases = Path(folder), argparse.ArgumentParser(), Phases()
-    add_flags(parser)
+    add_arguments(parser)
     options = [f"--out={out}", *["--backend=reference"] * (name == EXACT), *arguments]
     flags = parse_flags(parser.parse_args(options))
     if flags.tokenizer is None:

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mvar.cli.options import DTYPE_NAMES, path, source
-from mvar.train.flags import token_maps
+from mvar.train.run_flags import token_maps
 
 if TYPE_CHECKING:
     from mvar.models.tokenizer import Tokenizer

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import (
     save,
 )
 
+from mvar.checkpoint import CONFIGS
 from mvar.models.config import ModelConfig
 from mvar.models.transformer import Model, from_config
 from mvar.train.distributed import TrainContext
@@ -34,26 +35,32 @@ from mvar.utils.files import make_folder
 
 MAX_KEPT = 2
 STATE_FILE = "state.json"
-STATE_TYPES: Mapping[str, type] = {
+_COMMON: Mapping[str, type] = {
     "iteration": int,
     "seed": int,
     "items": int,
     "images": int,
-    "tokenizer": str,
     "data": str,
     "optimizer": dict,
     "flags": dict,
-    "model": dict,
 }
-"""Keys and types of state.json, see :meth:`Trainer._save`."""
+STATE_TYPES: Mapping[str, Mapping[str, type]] = {
+    "model": {**_COMMON, "model": dict, "tokenizer": str},
+    "tokenizer": {**_COMMON, "tokenizer": dict},
+}
+"""Keys and types of state.json by what is trained, whose key is that of its configuration; see :meth:`Loop._save`."""
 FAILURES = (OSError, ValueError, KeyError, SafetensorError, CheckpointException)
 
 
 class Checkpoints:
-    """The checkpoints of one run. :meth:`write` and :meth:`read` are collective: every process calls them."""
+    """The checkpoints of one run. :meth:`write` and :meth:`read` are collective: every process calls them.
 
-    def __init__(self, out: Path, context: TrainContext) -> None:
-        self.folder, self.context = out / "checkpoints", context
+    Args:
+        kind: what the run trains, "model" or "tokenizer".
+    """
+
+    def __init__(self, out: Path, context: TrainContext, kind: str = "model") -> None:
+        self.folder, self.context, self.kind = out / "checkpoints", context, kind
 
     def paths(self) -> list[Path]:
         """Complete checkpoints, the newest first."""
@@ -110,18 +117,18 @@ class Checkpoints:
         """Read state.json. Raises OSError if it is damaged."""
         try:
             loaded: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
-            for name, kind in STATE_TYPES.items():
+            for name, kind in STATE_TYPES[self.kind].items():
                 if not isinstance(loaded, dict) or not isinstance(loaded.get(name), kind):
                     raise ValueError(f"{name!r}: missing, or not of type {kind.__name__}")
         except ValueError as error:
             raise OSError(f"{path / STATE_FILE}: cannot be used: {error}") from error
         return loaded
 
-    def config(self) -> ModelConfig | None:
-        """The model's configuration in the newest checkpoint that has a valid one, or None."""
+    def config(self) -> Any:
+        """The configuration of the model or tokenizer in the newest checkpoint that has a valid one, or None."""
         for path in self.paths():
             with suppress(OSError, TypeError, ValueError):
-                return ModelConfig(**self.state(path)["model"])
+                return CONFIGS[self.kind](**self.state(path)[self.kind])
         return None
 
     def read(self, path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import accumulate
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mvar.models.transformer import Model
 from mvar.train.distributed import TrainContext
 from mvar.train.objective import TokenLosses
-from mvar.train.tensorboard import TensorBoardWriter
+from mvar.train.tensorboard import Tag, TensorBoardWriter
 from mvar.utils.files import atomic_write, make_folder
 
 # Dense 16-bit matmuls with float32 accumulation, TFLOP/s, from NVIDIA's data sheets; by device name without NVIDIA.
@@ -157,6 +157,21 @@ class Throughput:
         return (total - iteration) * elapsed / (iteration - self.first_iteration)
 
 
+TRAINING_METRICS = (  # a narrow terminal cuts off the last ones
+    "loss",
+    "loss_last",
+    "accuracy",
+    "gradient_norm",
+    "learning_rate",
+    "images_per_s",
+    "mfu",
+    "skipped",
+    "not_finite",
+    "unreadable",
+)
+VALIDATION_METRICS = ("loss", "loss_last", "accuracy", "accuracy_last")
+
+
 class MetricLogger:
     """Writes metrics to `log.jsonl` in the run's folder, to TensorBoard, and to a progress bar or the terminal.
 
@@ -165,7 +180,8 @@ class MetricLogger:
     Args:
         tensorboard: write TensorBoard events; None if it is installed.
         iteration: completed iterations; later rows of an earlier log are removed.
-        resolutions: image side length in pixels that corresponds to each scale's token map.
+        tags: TensorBoard's tags of metrics.
+        training, validation: the metrics of a line for the terminal.
 
     Raises ImportError if `tensorboard` is True and TensorBoard is not installed.
     """
@@ -179,8 +195,11 @@ class MetricLogger:
         name: str,
         iteration: int,
         total: int,
-        resolutions: tuple[int, ...] = (),
+        tags: Mapping[str, Tag] | None = None,
+        training: Sequence[str] = TRAINING_METRICS,
+        validation: Sequence[str] = VALIDATION_METRICS,
     ) -> None:
+        self.training, self.validation = training, validation
         self.is_main_process, self.path, self.name, self.total = is_main_process, out / "log.jsonl", name, total
         self.tensorboard: TensorBoardWriter | None = None
         self.warned = False
@@ -192,7 +211,7 @@ class MetricLogger:
             self._truncate(iteration)
         if tensorboard is not False:
             with self._warning(), suppress(*([] if tensorboard else [ImportError])):
-                self.tensorboard = TensorBoardWriter(out / "tensorboard", iteration, resolutions)
+                self.tensorboard = TensorBoardWriter(out / "tensorboard", iteration, tags or {})
 
     def advance(self) -> None:
         if self.is_main_process:
@@ -203,7 +222,7 @@ class MetricLogger:
         if not self.is_main_process:
             return
         self.row(iteration, values)
-        formatted = _formatted(values, TERMINAL_METRICS)
+        formatted = _formatted(values, self.training)
         self.bar.set_postfix(formatted)
         if self.bar.disable:
             left = timedelta(seconds=round(remaining_seconds))
@@ -214,7 +233,7 @@ class MetricLogger:
         if not self.is_main_process:
             return
         self.row(iteration, {f"val_{name}": value for name, value in values.items()})
-        line = _line(_formatted(values, VALIDATION_METRICS))
+        line = _line(_formatted(values, self.validation))
         self.print(f"{self.name}: validation after iteration {iteration}: {line}")
 
     def row(self, iteration: int, values: dict[str, Any]) -> None:
@@ -227,6 +246,12 @@ class MetricLogger:
         if self.tensorboard is not None:
             with self._warning():
                 self.tensorboard.add(iteration, values)
+
+    def image(self, iteration: int, name: str, image: Tensor) -> None:
+        """Write an image, (3, H, W) in [0, 1], to TensorBoard."""
+        if self.is_main_process and self.tensorboard is not None:
+            with self._warning():
+                self.tensorboard.add_image(iteration, name, image)
 
     def print(self, text: str) -> None:
         if self.is_main_process:
@@ -276,18 +301,3 @@ def _formatted(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, str
 
 def _line(formatted: Mapping[str, str]) -> str:
     return " ".join(f"{name} {value}" for name, value in formatted.items())
-
-
-TERMINAL_METRICS = (  # a narrow terminal cuts off the last ones
-    "loss",
-    "loss_last",
-    "accuracy",
-    "gradient_norm",
-    "learning_rate",
-    "images_per_s",
-    "mfu",
-    "skipped",
-    "not_finite",
-    "unreadable",
-)
-VALIDATION_METRICS = ("loss", "loss_last", "accuracy", "accuracy_last")

@@ -88,6 +88,15 @@ class OptimizerStep:
             average = {"average": self.average[i]} if self.average else {}
             yield parameter, {"model": parameter, **moments, **average}
 
+    def named_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """:meth:`tensors` of the module's parameters as "kind.name", the names of a checkpoint."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+        return {
+            f"{kind}.{names[parameter]}": tensor.detach()
+            for parameter, tensors in self.tensors()
+            for kind, tensor in tensors.items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """The state other than :meth:`tensors`, serializable as JSON."""
         return {

@@ -1,8 +1,6 @@
 """A training run: build data, tokenizer and model, train, save the model, generate a grid of samples."""
 
-import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +15,16 @@ from mvar.models.init_weights import init_weights
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model, from_config
 from mvar.train.digits_tokenizer import train_digits_tokenizer
-from mvar.train.distributed import TrainContext, init_training
-from mvar.train.flags import Flags, with_architecture
+from mvar.train.distributed import TrainContext
+from mvar.train.flags import Flags
 from mvar.train.init_from import Origin, adapt, read_origin
-from mvar.train.lock import locked
+from mvar.train.process import run_seed, running, training_process
+from mvar.train.run_flags import with_architecture
 from mvar.train.schedule import check_stages
 from mvar.train.trainer import Trainer
 from mvar.train.validate import check, check_model, model_config
 from mvar.utils.files import check_writable
 from mvar.utils.images import grid, save_image
-from mvar_kernels.precision import float32_matmuls
 
 ENCODE_BATCH = 256
 SAMPLES_PER_CLASS = 8
@@ -40,26 +38,14 @@ class Data(NamedTuple):
 
 def train(flags: Flags, trainer_type: type[Trainer] = Trainer) -> None:
     """Train or resume a run, and write model.safetensors and samples.png to --out."""
-    with (
-        init_training(flags.device) as context,
-        _cpu_as_default_device(),
-        torch.inference_mode(False),
-        torch.random.fork_rng(devices=[]),  # modules draw from the global generator before they are initialized
-    ):
+    with training_process(flags.device) as context:
         check(flags, context)
         origin = read_origin(flags, context)
         if origin is not None:
             flags = with_architecture(flags, origin.config, origin.path)
         check_model(flags, context, origin.config if origin else None)
-        with locked(Path(flags.out), context), float32_matmuls(context.device, fast=flags.tf32):
+        with running(flags, context):
             _run(flags, context, trainer_type, origin)
-            context.barrier()
-
-
-def _cpu_as_default_device() -> AbstractContextManager[object]:
-    """AdamW creates its step counters on torch's default device. No context if that is the CPU, to avoid overhead."""
-    cpu = torch.device("cpu")
-    return nullcontext() if torch.get_default_device() == cpu else cpu
 
 
 def _run(flags: Flags, context: TrainContext, trainer_type: type[Trainer], origin: Origin | None) -> None:
@@ -68,7 +54,7 @@ def _run(flags: Flags, context: TrainContext, trainer_type: type[Trainer], origi
         for name in ("model.safetensors", "samples.png"):
             check_writable(out / name)
     data = digits_data(flags, context) if flags.preset == "digits" else read_data(flags, context)
-    seed = context.broadcast(int.from_bytes(os.urandom(4), "little") if flags.seed is None else flags.seed)
+    seed = run_seed(flags, context)
     model = new_model(flags, data, seed, origin)
     if origin is not None:
         started = f"{flags.init_from} is not read, as there is a checkpoint in {flags.out}"

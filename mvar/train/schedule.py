@@ -9,7 +9,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mvar.train.flags import Flags, require
+from mvar.train.flags import Flags
+from mvar.train.run_flags import RunFlags, require
 
 
 class Stage(NamedTuple):
@@ -28,25 +29,22 @@ def check_stages(flags: Flags, scales: int) -> None:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The schedules of a run.
+class RunSchedule:
+    """Iterations, optimizer steps, learning rate and weight decay of a run.
 
     Args:
         per_epoch: iterations per epoch.
         images: images per iteration, over all processes.
-        scales: number of scales of the model.
-
-    Raises:
-        ValueError: --pg0 is not the index of a scale.
     """
 
-    flags: Flags
+    flags: RunFlags
     per_epoch: int
     images: int
-    scales: int
 
-    def __post_init__(self) -> None:
-        check_stages(self.flags, self.scales)
+    @property
+    def decay(self) -> str:
+        """The decay of the learning rate after the warm-up, a value of --sche."""
+        return self.flags.sche
 
     @property
     def epochs(self) -> int:
@@ -76,15 +74,36 @@ class Schedule:
         if iteration < warm_up:
             return self.peak * (self.flags.wp0 + (1 - self.flags.wp0) * iteration / warm_up)
         progress = (iteration - warm_up) / max(last - warm_up, 1)
-        # As in VAR, progressive training overrides `sche`: the decay is piecewise linear with its bend at pg.
-        kind = f"lin{self.flags.pg:g}" if self.flags.pg else self.flags.sche
-        return self.peak * _decay_factor(kind, progress, self.flags.wpe)
+        return self.peak * _decay_factor(self.decay, progress, self.flags.wpe)
 
     def weight_decay(self, iteration: int) -> float:
         """Cosine schedule from twd to twde."""
         end = self.flags.twde or self.flags.twd
         progress = iteration / max(self.iterations - 1, 1)
         return end + (self.flags.twd - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Schedule(RunSchedule):
+    """The schedules of the training of a model, and of its scales.
+
+    Args:
+        scales: number of scales of the model.
+
+    Raises:
+        ValueError: --pg0 is not the index of a scale.
+    """
+
+    flags: Flags
+    scales: int
+
+    def __post_init__(self) -> None:
+        check_stages(self.flags, self.scales)
+
+    @property
+    def decay(self) -> str:
+        # As in VAR, progressive training overrides `sche`: the decay is piecewise linear with its bend at pg.
+        return f"lin{self.flags.pg:g}" if self.flags.pg else self.flags.sche
 
     def stage(self, iteration: int) -> Stage:
         """Progressive training: scales are added one by one; the loss of a new one is ramped up over `pgwp` epochs."""

@@ -6,6 +6,8 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 Tag = tuple[str, Callable[[float], float]]
 """A tag, and the conversion from our unit to VAR's."""
 
@@ -45,6 +47,15 @@ def summary_writer() -> Any:
     return SummaryWriter
 
 
+def tags(resolutions: tuple[int, ...]) -> Mapping[str, Tag]:
+    """TAGS and those of single scales; `resolutions`: image side in pixels that corresponds to each token map."""
+    found = dict(TAGS)
+    for k, resolution in enumerate(resolutions):
+        found[f"loss_scale{k}"] = (f"AR_iter_loss/L_{resolution}", _same)
+        found[f"accuracy_scale{k}"] = (f"AR_iter_loss/acc_{resolution}", _percent)
+    return found
+
+
 class TensorBoardWriter:
     """Event files in a folder.
 
@@ -52,18 +63,13 @@ class TensorBoardWriter:
 
     Args:
         iteration: completed iterations; events of an interrupted run after them are hidden.
-        resolutions: image side length in pixels that corresponds to each scale's token map.
+        tags: the tags of metrics that are not written under their own name.
     """
 
-    def __init__(self, folder: Path, iteration: int, resolutions: tuple[int, ...]) -> None:
+    def __init__(self, folder: Path, iteration: int, tags: Mapping[str, Tag]) -> None:
         writer = summary_writer()
         threading.excepthook = _ignore_tensorboards_thread
-        self.tags = dict(TAGS)
-        for k, resolution in enumerate(resolutions):
-            self.tags |= {
-                f"loss_scale{k}": (f"AR_iter_loss/L_{resolution}", _same),
-                f"accuracy_scale{k}": (f"AR_iter_loss/acc_{resolution}", _percent),
-            }
+        self.tags = tags
         self.writer = writer(str(folder), purge_step=iteration + 1)
 
     def add(self, iteration: int, values: Mapping[str, Any]) -> None:
@@ -72,6 +78,10 @@ class TensorBoardWriter:
             if value is not None:
                 tag, unit = self.tags.get(name, (name, _same))
                 self.writer.add_scalar(tag, unit(value), iteration)
+
+    def add_image(self, iteration: int, name: str, image: Tensor) -> None:
+        """Write an image, (3, H, W) in [0, 1]. Raises as :meth:`add`."""
+        self.writer.add_image(name, image, iteration)
 
     def close(self) -> None:
         self.writer.close()

@@ -9,15 +9,15 @@ import torch.distributed as dist
 
 from mvar.checkpoint import HUB
 from mvar.data.digits import TOKENIZER as DIGITS_TOKENIZER
-from mvar.data.order import MAX_WORD
 from mvar.data.tokens import MANIFEST
 from mvar.models.config import ModelConfig
 from mvar.models.transformer import from_config
 from mvar.train.distributed import TrainContext
-from mvar.train.flags import ARCHITECTURE, Flags, require
+from mvar.train.flags import ARCHITECTURE, Flags
 from mvar.train.objective import Objective, autocast
+from mvar.train.process import check_run
+from mvar.train.run_flags import require
 from mvar.train.schedule import check_stages
-from mvar.train.tensorboard import summary_writer
 from mvar_kernels.dispatch import BackendError, check_name
 
 VAR_TOKENIZER = f"{HUB}FoundationVision/var/vae_ch160v4096z32.pth"
@@ -31,12 +31,7 @@ def check(flags: Flags, context: TrainContext) -> None:
         ValueError: a flag is invalid; the message names the flag, the expected and the given value.
         ImportError: a package is not installed.
     """
-    if flags.seed is not None:
-        require(0 <= flags.seed <= MAX_WORD, "seed", "a whole number from 0 to 2⁶³−1", flags.seed)
-    minimum = flags.ac * context.world_size
-    require(round(flags.bs / minimum) > 0, "bs", f"at least {minimum} (--ac times the number of processes)", flags.bs)
-    if flags.tb:
-        summary_writer()
+    check_run(flags, context)
     if flags.fsdp and not dist.is_initialized():
         raise ValueError("--fsdp: start the run with torchrun, even for a single process")
     _check_files(flags)

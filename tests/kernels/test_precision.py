@@ -15,7 +15,7 @@ from mvar.cli.main import main
 from mvar.models.tokenizer import Tokenizer
 from mvar.train import run
 from mvar.train.digits_tokenizer import STEPS, train_digits_tokenizer
-from mvar.train.trainer import Interrupted
+from mvar.train.loop import Interrupted
 from mvar_kernels import precision
 from mvar_kernels.dispatch import Implementation, guarded
 from mvar_kernels.precision import MAX_ERROR, float32_matmuls, is_true_float32, onednn_is_true, true_float32

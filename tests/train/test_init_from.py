@@ -11,8 +11,9 @@ import mvar
 from mvar.checkpoint import save_published
 from mvar.cli.main import main
 from mvar.train.distributed import TrainContext
-from mvar.train.flags import Flags, add_flags, parse_flags, with_architecture
+from mvar.train.flags import Flags, add_arguments, parse_flags
 from mvar.train.init_from import adapt, read_origin
+from mvar.train.run_flags import with_architecture
 from tests.helpers import training
 from tests.helpers.images import write_images
 
@@ -112,7 +113,7 @@ def test_other_number_of_scales() -> None:
 
 def parsed(*arguments: str) -> Flags:
     parser = argparse.ArgumentParser()
-    add_flags(parser)
+    add_arguments(parser)
     return parse_flags(parser.parse_args(arguments))
 
 

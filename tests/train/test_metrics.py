@@ -18,6 +18,7 @@ from mvar.models.transformer import from_config
 from mvar.train.distributed import TrainContext
 from mvar.train.metrics import MetricAccumulator, MetricLogger, flops_per_image, peak_flops
 from mvar.train.objective import TokenLosses
+from mvar.train.tensorboard import tags
 from tests.helpers import training
 from tests.helpers.images import write_images
 
@@ -147,7 +148,7 @@ def test_tensorboard_tags_and_units_match_var(tmp_path: Path, monkeypatch: pytes
         def close(self) -> None: ...
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    logger = MetricLogger(tmp_path, True, tensorboard=True, name="run", iteration=3, total=5, resolutions=(16, 32))
+    logger = MetricLogger(tmp_path, True, tensorboard=True, name="run", iteration=3, total=5, tags=tags((16, 32)))
     logger.row(1, {"loss": 2.0, "accuracy_last": 0.25, "loss_scale1": 3.0, "accuracy_scale0": 0.5, "loss_scale": 4.0})
     logger.log_validation(2, {"loss": 2.5, "accuracy": 0.125})
     logger.close()

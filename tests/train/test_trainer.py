@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import mvar
 from mvar.cli.main import main
-from mvar.train.trainer import Interrupted, Trainer
+from mvar.train.loop import Interrupted
+from mvar.train.trainer import Trainer
 from tests.helpers import training
 from tests.helpers.images import write_images
 
@@ -72,8 +73,8 @@ def send_signal(number: int, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send a signal to this process in the middle of iteration `at`."""
     forward_backward = Trainer._forward_backward
 
-    def forward_backward_and_send(self: Trainer, batch: object, stage: object) -> None:
-        forward_backward(self, batch, stage)  # type: ignore[arg-type]
+    def forward_backward_and_send(self: Trainer, batch: object) -> None:
+        forward_backward(self, batch)  # type: ignore[arg-type]
         if self.iteration == at:
             os.kill(os.getpid(), number)
 
@@ -107,7 +108,7 @@ def test_repeated_signal(number: int, tmp_path: Path, monkeypatch: pytest.Monkey
     send_signal(number, 2, monkeypatch)
     with pytest.raises(Interrupted, match="after iteration 3 of 22"):
         training.trainer(training.flags(tmp_path / "saved", save_every=100)).run()
-    monkeypatch.setattr("mvar.train.trainer.GRACE_SECONDS", -1.0)
+    monkeypatch.setattr("mvar.train.loop.GRACE_SECONDS", -1.0)
     resumed = training.trainer(training.flags(tmp_path / "ended", save_every=100))
     with pytest.raises(Interrupted if number == signal.SIGTERM else KeyboardInterrupt):
         resumed.run()
