@@ -10,7 +10,19 @@ from mvar import __version__
 from mvar.cli.terminal import non_raising_output
 from mvar.utils.errors import message
 
-COMMANDS = ("demo", "sample", "edit", "classify", "evaluate", "train", "convert", "tokenize", "check", "info")
+COMMANDS = (
+    "demo",
+    "sample",
+    "edit",
+    "classify",
+    "evaluate",
+    "train",
+    "train-tokenizer",
+    "convert",
+    "tokenize",
+    "check",
+    "info",
+)
 """Each is a module of this package with HELP, EXAMPLES, add_arguments(parser) and run(options). `run` imports what
 needs torch, so that `--help` does not wait for it."""
 EXPECTED = (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, MemoryError)
@@ -63,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mvar {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
     for name in COMMANDS:
-        command = import_module(f"mvar.cli.{name}")
+        command = import_module(f"mvar.cli.{name.replace('-', '_')}")
         sub = commands.add_parser(
             name,
             help=command.HELP,

@@ -21,7 +21,12 @@ from torch import Tensor
 from mvar.utils.errors import message
 from mvar.utils.files import is_environmental
 
-MARKERS = {"model": "word_embed.weight", "tokenizer": "quantize.embedding.weight"}
+MARKERS = {
+    "model": "word_embed.weight",
+    "tokenizer": "quantize.embedding.weight",
+    "VGG16": "features.0.weight",
+    "LPIPS": "lin0.model.1.weight",
+}
 """A weight that only this part has. It identifies the part's state dict and the prefix of its names."""
 AVERAGES = re.compile(r"ema|shadow|averag")
 OPTIMIZERS = re.compile(r"optim|exp_avg|moment|grad")  # their dicts can have the same names as the weights
@@ -59,7 +64,7 @@ def read(file: Path, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
 
     Args:
         file: .pth or .safetensors.
-        part: "model" or "tokenizer".
+        part: "model" or "tokenizer"; "VGG16" and "LPIPS" for :mod:`mvar.train_tokenizer.perceptual`.
 
     Raises:
         OSError: the file does not exist.

@@ -1,0 +1,133 @@
+"""A tokenizer's training run: build data and tokenizer, train, save the tokenizer and pictures of reconstructions."""
+
+from pathlib import Path
+
+import torch
+
+from mvar.checkpoint import load_tokenizer, save
+from mvar.data import ImageFolder
+from mvar.data.source import skipped_summary
+from mvar.models.tokenizer import Tokenizer, TokenizerConfig
+from mvar.train.checkpoint import Checkpoints
+from mvar.train.distributed import TrainContext
+from mvar.train.process import check_run, run_seed, running, training_process
+from mvar.train.run_flags import architecture, require, with_architecture
+from mvar.train_tokenizer.flags import TokenizerFlags
+from mvar.train_tokenizer.perceptual import load_lpips
+from mvar.train_tokenizer.trainer import RECONSTRUCTIONS, TokenizerTrainer
+from mvar.utils.errors import message
+from mvar.utils.files import check_writable
+
+FILE = "tokenizer.safetensors"
+FLAG_OF = {field: name for name, field in architecture(TokenizerFlags).items()} | {"patch_nums": "pn"}
+
+
+def train(flags: TokenizerFlags) -> None:
+    """Train or resume a run, and write tokenizer.safetensors and reconstructions.png to --out."""
+    with training_process(flags.device) as context:
+        check_run(flags, context)
+        flags, origin = _with_origin(flags, context)
+        config = tokenizer_config(flags)
+        train_folder, val_folder = read_data(flags, config)
+        with running(flags, context):
+            if context.is_main_process:
+                for name in (FILE, RECONSTRUCTIONS):
+                    check_writable(Path(flags.out) / name)
+            seed = run_seed(flags, context)
+            tokenizer = new_tokenizer(config, seed) if origin is None else origin
+            lpips = None if flags.lpips is None else load_lpips(flags.lpips, context.device)
+            trainer = TokenizerTrainer(
+                flags,
+                tokenizer.to(context.device),
+                train_folder,
+                context,
+                seed=seed,
+                validation=val_folder,
+                lpips=lpips,
+            )
+            resumed = trainer.resume()
+            if context.is_main_process:
+                print(_summary(trainer, train_folder, resumed), flush=True)
+            trainer.run()
+            if context.is_main_process:
+                trained = Tokenizer(config)
+                trained.load_state_dict(trainer.weights())
+                save(Path(flags.out) / FILE, trained.eval())
+                print(f"written: {Path(flags.out) / FILE}", flush=True)
+
+
+def _with_origin(flags: TokenizerFlags, context: TrainContext) -> tuple[TokenizerFlags, Tokenizer | None]:
+    """The flags with the architecture of --init_from, and its tokenizer, None without it or if the run is resumed."""
+    if flags.init_from is None:
+        return flags, None
+    config = Checkpoints(Path(flags.out), context, "tokenizer").config()
+    if config is not None:
+        return _like(flags, config, f"the run in {flags.out}"), None
+    try:
+        tokenizer = load_tokenizer(flags.init_from, patch_nums=flags.pn)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--init_from: {message(error)}") from error
+    return _like(flags, tokenizer.config, flags.init_from), tokenizer
+
+
+def _like(flags: TokenizerFlags, config: TokenizerConfig, path: str) -> TokenizerFlags:
+    flags = with_architecture(flags, config, path)
+    if flags.pn is None:
+        object.__setattr__(flags, "pn", config.patch_nums)
+    return flags
+
+
+def tokenizer_config(flags: TokenizerFlags) -> TokenizerConfig:
+    """The configuration that the flags give. Raises ValueError with the name of the flag."""
+    assert flags.pn is not None
+    given = {field: getattr(flags, name) for name, field in architecture(TokenizerFlags).items()}
+    try:
+        config = TokenizerConfig(patch_nums=flags.pn, beta=flags.beta, **given)
+    except ValueError as error:
+        field, _, expected = str(error).partition(": ")
+        raise ValueError(f"--{FLAG_OF.get(field, field)}: {expected}") from error
+    side, factor = config.patch_nums[-1], 2 ** (len(config.ch_mult) - 1)
+    expected = f"{side * factor}, the last of --pn ({side}) times 2^(levels of --ch_mult − 1) ({factor})"
+    require(flags.resolution in (None, side * factor), "resolution", expected, flags.resolution)
+    return config
+
+
+def read_data(flags: TokenizerFlags, config: TokenizerConfig) -> tuple[ImageFolder, ImageFolder | None]:
+    """The images below --data_path, or below its folders train and val."""
+    if flags.data_path is None:
+        raise ValueError("--data_path: expected a folder of images")
+    resolution = config.patch_nums[-1] * 2 ** (len(config.ch_mult) - 1)
+    root = Path(flags.data_path)
+    require(root.is_dir(), "data_path", "a folder of images", f"{root}: no such folder")
+    has_parts = (root / "train").is_dir()
+    train = ImageFolder(
+        root / "train" if has_parts else root,
+        resolution,
+        mid_resolution=flags.mid_reso,
+        flip=flags.hflip,
+        labeled=False,
+    )
+    if not has_parts or not (root / "val").is_dir():
+        return train, None
+    return train, ImageFolder(root / "val", resolution, mid_resolution=flags.mid_reso, labeled=False)
+
+
+def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
+    """A tokenizer with random weights, which depend on the seed alone; torch's global random state is restored."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # CPU only: torch.manual_seed would also seed all GPUs
+        return Tokenizer(config)
+
+
+def _summary(trainer: TokenizerTrainer, folder: ImageFolder, resumed: bool) -> str:
+    schedule, context, tokenizer = trainer.schedule, trainer.context, trainer.tokenizer
+    parameters = sum(p.numel() for p in tokenizer.parameters()) / 1e6
+    perceptual = "" if trainer.lpips is not None else "; no perceptual loss, which needs --lpips"
+    return (
+        f"{parameters:.1f}M parameters, {tokenizer.resolution}×{tokenizer.resolution} pixels → {tokenizer.num_tokens} "
+        f"tokens of {tokenizer.num_codes} codes, {len(folder)} images{skipped_summary(folder)}, "
+        f"{schedule.epochs} epochs of {schedule.per_epoch} iterations of {schedule.images} images on "
+        f"{context.world_size} × {context.device}, peak learning rate {schedule.peak:.3g}, seed {trainer.seed}"
+        + perceptual
+        + (f"; resumed after iteration {trainer.iteration}" if resumed else "")
+    )
