@@ -54,4 +54,4 @@ class CodebookHealth:
 def entropy_bits(hits: Tensor) -> float:
     """Entropy in bits of the distribution with these counts, (V,)."""
     shares = hits.double() / hits.sum().clamp(min=1)
-    return float(-torch.xlogy(shares, shares).sum() / math.log(2))
+    return max(0.0, -float(torch.xlogy(shares, shares).sum()) / math.log(2))

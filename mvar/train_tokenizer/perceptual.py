@@ -86,9 +86,9 @@ def load_lpips(path: str | Path, device: torch.device) -> LPIPS:
         OSError: the file does not exist.
         ValueError: it does not contain VGG16's weights.
     """
-    linear = _linear_weights()
     path = expanded(path)
     state, _ = read(path, "VGG16")
+    linear = _linear_weights()
     with without_storage():
         features = _vgg16()
     expected = {name: tuple(value.shape) for name, value in features.state_dict(prefix="features.").items()}

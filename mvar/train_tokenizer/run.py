@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mvar.checkpoint import load_tokenizer, save
 from mvar.data import ImageFolder
@@ -12,6 +13,7 @@ from mvar.train.checkpoint import Checkpoints
 from mvar.train.distributed import TrainContext
 from mvar.train.process import check_run, run_seed, running, training_process
 from mvar.train.run_flags import architecture, require, with_architecture
+from mvar.train_tokenizer.discriminator import Discriminator
 from mvar.train_tokenizer.flags import TokenizerFlags
 from mvar.train_tokenizer.perceptual import load_lpips
 from mvar.train_tokenizer.trainer import RECONSTRUCTIONS, TokenizerTrainer
@@ -28,6 +30,7 @@ def train(flags: TokenizerFlags) -> None:
         check_run(flags, context)
         flags, origin = _with_origin(flags, context)
         config = tokenizer_config(flags)
+        lpips = _loss_networks(flags, context, config)
         train_folder, val_folder = read_data(flags, config)
         with running(flags, context):
             if context.is_main_process:
@@ -35,7 +38,6 @@ def train(flags: TokenizerFlags) -> None:
                     check_writable(Path(flags.out) / name)
             seed = run_seed(flags, context)
             tokenizer = new_tokenizer(config, seed) if origin is None else origin
-            lpips = None if flags.lpips is None else load_lpips(flags.lpips, context.device)
             trainer = TokenizerTrainer(
                 flags,
                 tokenizer.to(context.device),
@@ -86,17 +88,36 @@ def tokenizer_config(flags: TokenizerFlags) -> TokenizerConfig:
     except ValueError as error:
         field, _, expected = str(error).partition(": ")
         raise ValueError(f"--{FLAG_OF.get(field, field)}: {expected}") from error
-    side, factor = config.patch_nums[-1], 2 ** (len(config.ch_mult) - 1)
-    expected = f"{side * factor}, the last of --pn ({side}) times 2^(levels of --ch_mult − 1) ({factor})"
-    require(flags.resolution in (None, side * factor), "resolution", expected, flags.resolution)
+    side, resolution = config.patch_nums[-1], _resolution(config)
+    expected = f"{resolution}, the last of --pn ({side}) times 2^(levels of --ch_mult − 1) ({resolution // side})"
+    require(flags.resolution in (None, resolution), "resolution", expected, flags.resolution)
     return config
+
+
+def _loss_networks(flags: TokenizerFlags, context: TrainContext, config: TokenizerConfig) -> nn.Module | None:
+    """LPIPS, or None without --lpips. Raises ValueError for its flag, or those of the discriminator."""
+    if flags.disc:
+        try:
+            Discriminator(flags.disc_channels, flags.disc_layers, resolution=_resolution(config))
+        except ValueError as error:
+            name, _, expected = str(error).partition(": ")
+            flag = "disc_channels" if name == "channels" else "disc_layers"
+            raise ValueError(f"--{flag}: {expected}") from error
+    try:
+        return None if flags.lpips is None else load_lpips(flags.lpips, context.device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--lpips: {message(error)}") from error
+
+
+def _resolution(config: TokenizerConfig) -> int:
+    return config.patch_nums[-1] * 2 ** (len(config.ch_mult) - 1)
 
 
 def read_data(flags: TokenizerFlags, config: TokenizerConfig) -> tuple[ImageFolder, ImageFolder | None]:
     """The images below --data_path, or below its folders train and val."""
     if flags.data_path is None:
         raise ValueError("--data_path: expected a folder of images")
-    resolution = config.patch_nums[-1] * 2 ** (len(config.ch_mult) - 1)
+    resolution = _resolution(config)
     root = Path(flags.data_path)
     require(root.is_dir(), "data_path", "a folder of images", f"{root}: no such folder")
     has_parts = (root / "train").is_dir()
