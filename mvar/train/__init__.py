@@ -1,9 +1,12 @@
 """Training: `mvar train`, `torchrun -m mvar train`, with the flags of VAR's and M-VAR's trainers.
 
-flags             command-line flags and presets
+run_flags         flags of all training commands, and their parser
+flags             flags and presets of `mvar train`
 validate          checks before anything is read, built or written
 run               a run from its flags to the saved model
-trainer           the loop
+process           process group and torch's settings of a run
+loop              the loop: steps, logging, checkpoints, signals
+trainer           the training of a model
 objective         the loss
 optimizer         AdamW, clipping, loss scaling, skipped steps
 schedule          learning rate, weight decay and scales by iteration

@@ -122,7 +122,7 @@ class TokenizerTrainer(Loop):
         with gradient_sync(self.module, steps):
             with autocast(flags.fp16, self.context.device):
                 out = self.module(images)
-            parts = reconstruction_losses(images, out.images, self.lpips)
+                parts = reconstruction_losses(images, out.images, self.lpips)
             reconstruction = parts.total(flags)
             loss = reconstruction + out.vq_loss
             if self._adversarial:
