@@ -8,6 +8,7 @@
 namespace mvar {
 
 void bind_adaln(py::module_& m);
+void bind_group_norm_silu(py::module_& m);
 void bind_mamba2(py::module_& m);
 void bind_sample_tokens(py::module_& m);
 void bind_scale_attention(py::module_& m);
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_set", [] { return mvar::kInstructionSetNames[mvar::current]; });
   m.def("use_instruction_set", &mvar::use_instruction_set, py::arg("name"));
   mvar::bind_adaln(m);
+  mvar::bind_group_norm_silu(m);
   mvar::bind_mamba2(m);
   mvar::bind_sample_tokens(m);
   mvar::bind_scale_attention(m);

@@ -20,6 +20,8 @@ CASES = (
     ("gated_adaln", "odd"),
     ("gated_adaln", "affine"),
     ("gated_adaln", "per_token_odd"),
+    ("group_norm_silu", "odd"),
+    ("group_norm_silu", "odd_last"),
     ("scale_attention", "diagonal_norm"),
     ("ssd_scan", "bidirectional_odd"),
     ("mamba2_mixer", "odd"),

@@ -11,13 +11,13 @@ from mvar_kernels.custom_op import RegisteredOp
 from mvar_kernels.dispatch import Op, check_name
 from mvar_kernels.ops.group_norm_silu.inputs import GroupNormSiLU, flattened, unflattened
 
-_OP = Op("group_norm_silu", __package__, {"triton": "triton", "reference": "reference"})
+_OP = Op("group_norm_silu", __package__, {"cpu": "native", "triton": "triton", "reference": "reference"})
 
 
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, *, backend: str = "auto"
 ) -> Tensor:
-    """SiLU(GroupNorm(x)). Gradients are the reference's; of another backend requested by name there are none.
+    """SiLU(GroupNorm(x)). Gradients on a GPU are the reference's, and "triton" by name has none.
 
     Args:
         x: (B, C, H, W), float16, bfloat16, float32 or float64. Contiguous and channels-last samples are read in place.
@@ -55,4 +55,4 @@ def _fake(call: GroupNormSiLU) -> tuple[Tensor]:
     return (call.x.new_empty(call.x.shape),)
 
 
-_group_norm_silu = RegisteredOp(_OP, GroupNormSiLU, _fake, outputs=1, differentiable=False, reference_gradients=True)
+_group_norm_silu = RegisteredOp(_OP, GroupNormSiLU, _fake, outputs=1)

@@ -1,11 +1,14 @@
 """GroupNorm and SiLU in PyTorch: the specification."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mvar_kernels.dispatch import Implementation
 from mvar_kernels.ops.group_norm_silu.inputs import GroupNormSiLU
+from mvar_kernels.validation import accumulator
 
 
 def group_norm_silu(call: GroupNormSiLU) -> tuple[Tensor]:
@@ -18,4 +21,31 @@ def group_norm_silu(call: GroupNormSiLU) -> tuple[Tensor]:
     return (out[:, :, 0].transpose(1, 2) if channels_last else out,)
 
 
-group_norm_silu_reference = Implementation(lambda call: None, group_norm_silu, None)
+def group_norm_silu_backward(grads: Sequence[Tensor], call: GroupNormSiLU) -> tuple[Tensor, ...]:
+    """With y = norm(x), r = 1/σ and w the gradient at y: dx = r·(w − mean(w) − y·mean(w·y))."""
+    acc = accumulator(call.x.dtype)
+
+    def grouped(t: Tensor) -> Tensor:
+        """(B, groups, C/groups, L)"""
+        return (t.transpose(1, 2) if call.channels_last else t).to(acc).contiguous().unflatten(1, (call.groups, -1))
+
+    x, grad = grouped(call.x), grouped(grads[0])
+    weight, bias = (t.to(acc).view(call.groups, -1, 1) for t in (call.weight, call.bias))
+    centred = x - x.mean((2, 3), keepdim=True)
+    centred = centred - centred.mean((2, 3), keepdim=True)  # what the mean's rounding left
+    rstd = (centred.square().mean((2, 3), keepdim=True) + call.eps).rsqrt()
+    y = centred * rstd
+    v = y * weight + bias
+    s = v.sigmoid()
+    dv = grad * (s + v * s * (1 - s))
+    w = dv * weight
+    dx = (rstd * (w - w.mean((2, 3), keepdim=True) - y * (w * y).mean((2, 3), keepdim=True))).flatten(1, 2)
+    dweight, dbias = ((dv * y).sum((0, 3)), dv.sum((0, 3)))
+    return (
+        (dx.transpose(1, 2) if call.channels_last else dx).to(call.x.dtype),
+        dweight.flatten().to(call.weight.dtype),
+        dbias.flatten().to(call.bias.dtype),
+    )
+
+
+group_norm_silu_reference = Implementation(lambda call: None, group_norm_silu, group_norm_silu_backward)

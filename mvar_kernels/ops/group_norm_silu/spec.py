@@ -63,6 +63,11 @@ def _work(case: Case, itemsize: int) -> tuple[int, int]:
     return 2 * C * (B * H * W + 1) * itemsize, 12 * B * C * H * W
 
 
+def _work_backward(case: Case, itemsize: int) -> tuple[int, int]:
+    B, C, H, W = (case.sizes[d] for d in "BCHW")
+    return C * (3 * B * H * W + 4) * itemsize, 28 * B * C * H * W
+
+
 GROUP_NORM_SILU = Spec(
     op="group_norm_silu",
     cases=CASES,
@@ -72,9 +77,11 @@ GROUP_NORM_SILU = Spec(
     ),
     reference=_reference,
     outputs=("out",),
+    grads=("x", "weight", "bias"),
     bench=BENCH,
     bench_cuda=BENCH_CUDA,
     work=_work,
+    work_backward=_work_backward,
 )
 
 SPECS = (GROUP_NORM_SILU,)
