@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mvar_kernels as mk
+from mvar_kernels.dispatch import native
 
 NORM_GROUPS = 32
 """Number of groups of every GroupNorm; must divide all widths."""
@@ -32,19 +33,27 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, padding: int =
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    """SiLU(norm(x)): one op without gradients, outside of torch.compile and autocast, unless `norm` was changed."""
+    """SiLU(norm(x)): one op outside of torch.compile, unless `norm` was changed.
+
+    Without the C++ kernels, on a GPU above all, only without gradients, as PyTorch's backward is the faster one, and
+    outside of autocast, in which a GPU's norms, unlike a CPU's, are float32.
+    """
+    cpp = x.device.type == "cpu" and native() is not None
     if (
         type(norm) is not nn.GroupNorm
         or not norm.affine
         or "forward" in vars(norm)
         or norm._forward_hooks
         or norm._forward_pre_hooks
-        or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+        or (not cpp and (torch.is_grad_enabled() or _is_autocast(x.device.type)))
     ):
         return F.silu(norm(x), inplace=True)
     return mk.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class ResidualBlock(nn.Module):

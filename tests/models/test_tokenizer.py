@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import mvar_kernels as mk
 from mvar.inference.prepare import prepared_tokenizer
+from mvar.models import autoencoder
 from mvar.models.quantizer import phi_index
 from mvar.models.tokenizer import BY_NUMBER_OF_SCALES, Tokenizer, TokenizerConfig
-from mvar_kernels.dispatch import unavailable
+from mvar_kernels.dispatch import native, unavailable
 from tests.helpers.paths import ROOT
 
 CASE = ROOT / "tests" / "upstream_case"
@@ -449,23 +450,49 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return called
 
 
-def test_group_norm_and_silu_are_one_op_without_gradients(fused: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same result as PyTorch's own, which is used with gradients, under autocast and in torch.compile."""
+@pytest.mark.parametrize("cpp", [native() is not None, False])
+def test_group_norm_and_silu_are_one_op(cpp: bool, fused: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients and under autocast where there are C++ kernels, never in torch.compile; PyTorch's own computes the
+    same, in the same dtypes."""
+    if not cpp:
+        monkeypatch.setattr(autoencoder, "native", lambda: None)
     tokenizer = small_tokenizer(attention=True)
-    images = random_images(tokenizer)
-    with torch.no_grad():
-        for module, given in ((tokenizer.encoder, images), (tokenizer.decoder, torch.randn(2, 8, 4, 4))):
-            got, norms = module(given), norms_with_silu(module)
-            assert {id(t) for t in fused} == {id(m.weight) for m in norms} and len(fused) == len(norms) > 5
-            fused.clear()
-            with torch.enable_grad():
-                assert torch.equal(got, module(given).detach())
-            with torch.autocast("cpu", torch.bfloat16):
-                module(given)
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.compiler, "is_compiling", lambda: True)
-                assert torch.equal(got, module(given))
-            assert not fused
+
+    def run(module: nn.Module, given: Tensor, bfloat16: bool = False) -> tuple[Tensor, int]:
+        fused.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            out = module(given)
+        assert {id(t) for t in fused} in (set(), {id(m.weight) for m in norms_with_silu(module)})
+        return out, len(fused)
+
+    for module, given in ((tokenizer.encoder, random_images(tokenizer)), (tokenizer.decoder, torch.randn(2, 8, 4, 4))):
+        norms = len(norms_with_silu(module))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            with_grad, none = run(module, given)
+            in_bfloat16, none_in_bfloat16 = run(module, given, bfloat16=True)
+            assert none == none_in_bfloat16 == 0
+        want = gradient(with_grad, module)
+        with torch.no_grad():
+            without, count = run(module, given)
+        got, count_with_grad = run(module, given)
+        got_in_bfloat16, count_in_bfloat16 = run(module, given, bfloat16=True)
+        assert norms > 5 and count == norms and count_with_grad == count_in_bfloat16 == cpp * norms
+        assert torch.equal(without, got) or not cpp
+        close(without, with_grad, 2e-5)
+        close(got, with_grad, 2e-5)
+        assert got_in_bfloat16.dtype == in_bfloat16.dtype
+        error, of_pytorch = (float((t - with_grad).norm()) for t in (got_in_bfloat16, in_bfloat16))
+        assert error <= 1.5 * of_pytorch
+        close(gradient(got, module), want, 2e-5)
+
+
+def gradient(out: Tensor, module: nn.Module) -> Tensor:
+    return torch.cat([t.flatten() for t in torch.autograd.grad(out.sin().sum(), list(module.parameters()))])
+
+
+def close(got: Tensor, want: Tensor, relative: float) -> None:
+    assert (got - want).norm() <= relative * want.norm()
 
 
 def test_changed_norm_is_called(fused: list[Tensor]) -> None:
