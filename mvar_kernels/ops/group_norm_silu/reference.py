@@ -27,7 +27,8 @@ def group_norm_silu_backward(grads: Sequence[Tensor], call: GroupNormSiLU) -> tu
 
     def grouped(t: Tensor) -> Tensor:
         """(B, groups, C/groups, L)"""
-        return (t.transpose(1, 2) if call.channels_last else t).to(acc).contiguous().unflatten(1, (call.groups, -1))
+        t = (t.transpose(1, 2) if call.channels_last else t).to(acc).contiguous()
+        return t.view(t.shape[0], call.groups, t.shape[1] // call.groups, t.shape[2])
 
     x, grad = grouped(call.x), grouped(grads[0])
     weight, bias = (t.to(acc).view(call.groups, -1, 1) for t in (call.weight, call.bias))
@@ -39,12 +40,12 @@ def group_norm_silu_backward(grads: Sequence[Tensor], call: GroupNormSiLU) -> tu
     s = v.sigmoid()
     dv = grad * (s + v * s * (1 - s))
     w = dv * weight
-    dx = (rstd * (w - w.mean((2, 3), keepdim=True) - y * (w * y).mean((2, 3), keepdim=True))).flatten(1, 2)
-    dweight, dbias = ((dv * y).sum((0, 3)), dv.sum((0, 3)))
+    dx = rstd * (w - w.mean((2, 3), keepdim=True) - y * (w * y).mean((2, 3), keepdim=True))
+    dx = dx.view(x.shape[0], call.weight.shape[0], x.shape[3])
     return (
         (dx.transpose(1, 2) if call.channels_last else dx).to(call.x.dtype),
-        dweight.flatten().to(call.weight.dtype),
-        dbias.flatten().to(call.bias.dtype),
+        (dv * y).sum((0, 3)).view(call.weight.shape).to(call.weight.dtype),
+        dv.sum((0, 3)).view(call.weight.shape).to(call.bias.dtype),
     )
 
 
