@@ -28,6 +28,7 @@ from mvar.utils.files import atomic_write
 from mvar_kernels import tiling
 from mvar_kernels.dispatch import architecture
 from mvar_kernels.testing.check import device_works
+from mvar_kernels.testing.contract import differentiable
 from mvar_kernels.testing.registry import SPECS
 from mvar_kernels.tiling import Tile
 
@@ -126,7 +127,7 @@ def main() -> None:
             if time.monotonic() > end:
                 break
             try:
-                for backward in (False, True)[: 1 + bool(spec.grads)]:
+                for backward in (False, True)[: 1 + bool(differentiable(spec, "triton"))]:
                     compare(call_of(Run(spec, case, DTYPE, backward), "triton"), found, end)
                     write(found)
             except Exception as error:

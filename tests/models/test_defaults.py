@@ -14,6 +14,7 @@ import mvar
 from mvar.digits import pretrained
 from mvar.train.objective import Objective
 from mvar_kernels.dispatch import OPS, unavailable
+from mvar_kernels.testing.contract import differentiable
 from mvar_kernels.testing.registry import SPECS
 from mvar_kernels.testing.spec import Spec
 from tests.helpers.paths import ROOT
@@ -63,7 +64,8 @@ def case_of(spec: Spec, backend: str) -> object:
 def outputs_and_grads(op: str, backend: str) -> list[Tensor]:
     """Outputs and gradients of an op."""
     spec = SPECS[op]
-    leaves = {name: t.clone().requires_grad_(name in spec.grads) for name, t in inputs(op, backend).items()}
+    grads = differentiable(spec, backend)
+    leaves = {name: t.clone().requires_grad_(name in grads) for name, t in inputs(op, backend).items()}
     outs = spec.call(leaves, case_of(spec, backend), backend)  # type: ignore[arg-type]
     wanted = [t for t in leaves.values() if t.requires_grad]
     grads = torch.autograd.grad(outs, wanted, [torch.ones_like(o) for o in outs]) if wanted else ()
