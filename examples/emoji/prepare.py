@@ -229,7 +229,7 @@ def members(archive: Path, role: str, verify: bool) -> Iterator[tuple[str, bytes
     if verify and digest != SHA512[role]:
         raise ValueError(
             f"{archive}: expected the archive with SHA-512 {SHA512[role][:16]}…, got {digest[:16]}…; is it another "
-            "version, or incomplete? --any_version skips this check"
+            "version, or incomplete? --any-version skips this check"
         )
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         for member in tar:
@@ -266,13 +266,13 @@ def distinct(images: dict[Emoji, Image.Image]) -> dict[Emoji, Image.Image]:
 
 
 def held_out(emoji: list[Emoji]) -> set[str]:
-    """The keys of a tenth of the emoji of each class, at least two (one of fewer than six), by hash."""
+    """The keys of a tenth of the emoji of each class, by hash; at least two (one of two to five, none of one)."""
     keys: dict[str, set[str]] = {}
     for e in emoji:
         keys.setdefault(e.label, set()).add(e.key)
     chosen = set()
     for of_class in keys.values():
-        number = max(round(HELD_OUT * len(of_class)), 2 if len(of_class) >= 6 else 1)
+        number = max(round(HELD_OUT * len(of_class)), 2 if len(of_class) >= 6 else min(1, len(of_class) - 1))
         chosen.update(sorted(of_class, key=lambda key: hashlib.sha256(key.encode()).digest())[:number])
     return chosen
 
@@ -342,7 +342,7 @@ def main() -> int:
     parser.add_argument(
         "--side", type=int, default=72, help="width and height of the images in pixels, 1.125·R (default: 72, R = 64)"
     )
-    parser.add_argument("--any_version", action="store_true", help="accept archives with another SHA-512")
+    parser.add_argument("--any-version", action="store_true", help="accept archives with another SHA-512")
     args = parser.parse_args()
     try:
         prepare(args.pictures, args.names, args.out, args.side, verify=not args.any_version)
