@@ -204,9 +204,16 @@ class Tokenizer(nn.Module, HubMixin):
             return self._images(f_hat).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Reconstruct (B, 3, R, R) in [−1, 1] for training. Updates the hit statistics in training mode."""
+        """Reconstruct (B, 3, R, R) in [−1, 1] for training. Updates the hit statistics in training mode.
+
+        The convolutions run in the memory format of the images.
+        """
         quantized = self.quantize(self.features(images))
-        return TokenizerOutput(self._images(quantized.features), quantized.vq_loss, quantized.hits)
+        channels_last = images.is_contiguous(memory_format=torch.channels_last)
+        f_hat = quantized.features.contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        return TokenizerOutput(self._images(f_hat), quantized.vq_loss, quantized.hits)
 
     @torch.no_grad()
     def revive_dead_codes(

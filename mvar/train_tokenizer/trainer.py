@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mvar.data import Batch, Source, num_batches
-from mvar.models.tokenizer import HITS_KEY, Tokenizer
+from mvar.models.tokenizer import Tokenizer
 from mvar.train.distributed import TrainContext, gradient_sync, parallelize
 from mvar.train.loop import Loop, local_batch
 from mvar.train.metrics import MetricLogger
@@ -76,7 +76,6 @@ class TokenizerTrainer(Loop):
         # A step at 64×64 in bfloat16 takes 1.7 s of CPU time instead of 2.2 s (AMD EPYC family 25 model 17); on a GPU
         # neither format has been measured.
         self.memory_format = torch.channels_last if context.device.type == "cpu" else torch.contiguous_format
-        tokenizer.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing in torch's types
         _freeze(tokenizer, flags.freeze)
         self.module = parallelize(tokenizer.train(), (), context, fsdp=False)
         optimizer = OptimizerStep(
@@ -270,9 +269,9 @@ class TokenizerTrainer(Loop):
             self.tokenizer.train()
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Weights, optimizer state, moving averages, code statistics; the same of the discriminator."""
+        """Weights (also frozen ones), code statistics, optimizer state, moving averages; those of the discriminator."""
         tensors = self.optimizer.named_tensors(self.tokenizer)
-        tensors[f"model.{HITS_KEY}"] = self.tokenizer.quantize.ema_vocab_hit_SV
+        tensors |= {f"model.{name}": tensor for name, tensor in self.tokenizer.state_dict().items()}
         if self.discriminator is not None:
             found = self.discriminator_optimizer.named_tensors(self.discriminator)
             tensors |= {f"discriminator.{name}": tensor for name, tensor in found.items()}
@@ -282,7 +281,8 @@ class TokenizerTrainer(Loop):
         discriminator = self.discriminator_optimizer.state_dict() if self.discriminator is not None else None
         return {"tokenizer": asdict(self.tokenizer.config), "discriminator": discriminator}
 
-    def _resumed(self, state: Mapping[str, Any]) -> None:
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        super()._load_state(state)
         if self.discriminator is not None:
             self.discriminator_optimizer.load_state_dict(state["discriminator"])
 
