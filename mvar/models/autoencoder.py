@@ -38,18 +38,23 @@ def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     Without the C++ kernels, on a GPU above all, only without gradients, as PyTorch's backward is the faster one, and
     outside of autocast, in which a GPU's norms, unlike a CPU's, are float32.
     """
-    cpp = x.device.type == "cpu" and native() is not None
     if (
-        type(norm) is not nn.GroupNorm
+        torch.compiler.is_compiling()
+        or type(norm) is not nn.GroupNorm
         or not norm.affine
         or "forward" in vars(norm)
         or norm._forward_hooks
         or norm._forward_pre_hooks
-        or torch.compiler.is_compiling()
-        or (not cpp and (torch.is_grad_enabled() or _is_autocast(x.device.type)))
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+        or (not _has_cpp_kernel(x) and (torch.is_grad_enabled() or _is_autocast(x.device.type)))
     ):
         return F.silu(norm(x), inplace=True)
     return mk.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def _has_cpp_kernel(x: Tensor) -> bool:
+    return x.device.type == "cpu" and native() is not None
 
 
 def _is_autocast(device_type: str) -> bool:

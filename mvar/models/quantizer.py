@@ -166,13 +166,14 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, features: Tensor, threshold: float, generator: torch.Generator | None = None) -> Tensor:
-        """Replace codes with fewer than `threshold` hits per batch by random residual vectors of these features.
+        """Replace unused codes by random residual vectors of these features; all codes if none has been hit yet.
 
         In distributed training the vectors are those of all processes' batches, so that N processes replace the same
         codes by the same vectors as one process with all images.
 
         Args:
             features: (B, Cv, H, W) float32, with the same B in all processes.
+            threshold: a code is unused if its hits are at most this fraction of an even share.
             generator: on the CPU and in the same state in all processes; None for torch's default generator.
 
         Returns:
@@ -182,21 +183,20 @@ class Quantizer(nn.Module):
         for k, (_, f_hat) in enumerate(self.quantize(features)):
             rows.append(self.scale_rows(k, residual).flatten(0, 1))  # (B·p_k², Cv)
             residual = features - f_hat
-        dead = self.ema_vocab_hit_SV.sum(dim=0) < threshold
-        count = int(dead.sum())
+        hits = self.ema_vocab_hit_SV.sum(dim=0)
+        share = hits.mean()
+        dead = hits <= threshold * share
         rank, world_size = _processes()
-        # The same number of candidates per scale, although coarse scales have few rows
-        scale = torch.randint(len(rows), (count,), generator=generator, dtype=torch.int64, device="cpu")
-        fraction = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
-        vectors = features.new_zeros(count, features.shape[1])
+        scale, row = _distinct_rows(int(dead.sum()), [len(own) * world_size for own in rows], generator)
+        vectors = features.new_zeros(len(scale), features.shape[1])
         for k, own in enumerate(rows):
-            row = (fraction * len(own) * world_size).long() - rank * len(own)  # of the rows of all processes
-            chosen = ((scale == k) & (row >= 0) & (row < len(own))).to(vectors.device)
-            vectors[chosen] = own[row.to(vectors.device)[chosen]]
+            first = rank * len(own)  # of this process, in the rows of all processes
+            chosen = (scale == k) & (row >= first) & (row < first + len(own))
+            vectors[chosen.to(vectors.device)] = own[(row[chosen] - first).to(own.device)]
         if world_size > 1:
             distributed.all_reduce(vectors)  # each is zero in all processes but one
         self.embedding.weight.data[dead] = vectors.to(self.embedding.weight.dtype)
-        self.ema_vocab_hit_SV[:, dead] = 1 / len(rows)  # 1 hit in total: not replaced again before it is used
+        self.ema_vocab_hit_SV[:, dead] = share / len(rows)  # not replaced again before it has been tried
         return dead
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -213,3 +213,22 @@ def _processes() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def _distinct_rows(count: int, rows: list[int], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Scale and row of `count` vectors, (count,) int64 each, of scales with so many rows.
+
+    The scales have equal shares, up to the number of their rows; the rest is of the last one. A row is drawn twice only
+    if there are fewer rows than vectors: equal codes would remain unused.
+    """
+    last = len(rows) - 1
+    scale = torch.randint(last + 1, (count,), generator=generator, dtype=torch.int64, device="cpu")
+    row = torch.zeros_like(scale)
+    for k, available in enumerate(rows):
+        (chosen,) = (scale == k).nonzero(as_tuple=True)
+        if k < last:
+            scale[chosen[available:]] = last
+            chosen = chosen[:available]
+        order = torch.randperm(available, generator=generator, dtype=torch.int64, device="cpu")
+        row[chosen] = order[torch.arange(len(chosen), dtype=torch.int64, device="cpu") % available]
+    return scale, row

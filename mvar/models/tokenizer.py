@@ -217,7 +217,7 @@ class Tokenizer(nn.Module, HubMixin):
 
     @torch.no_grad()
     def revive_dead_codes(
-        self, images: Tensor, threshold: float = 0.1, generator: torch.Generator | None = None
+        self, images: Tensor, threshold: float = 0.05, generator: torch.Generator | None = None
     ) -> Tensor:
         """For training: replace rarely used codes by random residual vectors of these images.
 
@@ -226,8 +226,7 @@ class Tokenizer(nn.Module, HubMixin):
 
         Args:
             images: (B, 3, R, R) in [−1, 1].
-            threshold: minimum average number of hits per batch, summed over the scales.
-            generator: see :meth:`mvar.models.quantizer.Quantizer.revive`.
+            threshold, generator: see :meth:`mvar.models.quantizer.Quantizer.revive`.
 
         Returns:
             (V,) bool, the replaced codes.

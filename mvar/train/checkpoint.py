@@ -114,14 +114,20 @@ class Checkpoints:
             raise OSError(_last_line(failure) if failure else "failed in another process") from failure
 
     def state(self, path: Path) -> dict[str, Any]:
-        """Read state.json. Raises OSError if it is damaged."""
+        """Read state.json. Raises OSError if it is damaged, ValueError if it is of a run of another kind."""
         try:
             loaded: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
-            for name, kind in STATE_TYPES[self.kind].items():
-                if not isinstance(loaded, dict) or not isinstance(loaded.get(name), kind):
-                    raise ValueError(f"{name!r}: missing, or not of type {kind.__name__}")
+            if not isinstance(loaded, dict):
+                raise ValueError("not an object")
+            wrong = [name for name, kind in STATE_TYPES[self.kind].items() if not isinstance(loaded.get(name), kind)]
         except ValueError as error:
             raise OSError(f"{path / STATE_FILE}: cannot be used: {error}") from error
+        other = next(kind for kind in STATE_TYPES if kind != self.kind)
+        if wrong and isinstance(loaded.get(other), dict):
+            raise ValueError(f"--out: the run in {self.folder.parent} trains a {other}; choose another folder")
+        if wrong:
+            expected = STATE_TYPES[self.kind][wrong[0]].__name__
+            raise OSError(f"{path / STATE_FILE}: cannot be used: {wrong[0]!r}: missing, or not of type {expected}")
         return loaded
 
     def config(self) -> Any:

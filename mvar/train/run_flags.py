@@ -1,6 +1,6 @@
 """Command-line flags that all training commands have, and the parser of a class of flags.
 
-Names, meaning and defaults are those of VAR's trainer (FoundationVision/VAR, utils/arg_util.py).
+Flags that VAR's trainer (FoundationVision/VAR, utils/arg_util.py) has as well have its names, meaning and defaults.
 """
 
 import argparse
@@ -164,6 +164,12 @@ def architecture(kind: type[RunFlags]) -> Mapping[str, str]:
 def require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
         raise ValueError(f"--{name}: expected {expected}, got {got}")
+
+
+def flag_error(error: ValueError, flag_of: Mapping[str, str]) -> ValueError:
+    """An error "field: expected …" with the name of the flag that sets the field."""
+    field, _, expected = str(error).partition(": ")
+    return ValueError(f"--{flag_of.get(field, field)}: {expected}")
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[RunFlags]) -> None:

@@ -16,7 +16,7 @@ from mvar.train.distributed import TrainContext
 from mvar.train.flags import ARCHITECTURE, Flags
 from mvar.train.objective import Objective, autocast
 from mvar.train.process import check_run
-from mvar.train.run_flags import require
+from mvar.train.run_flags import flag_error, require
 from mvar.train.schedule import check_stages
 from mvar_kernels.dispatch import BackendError, check_name
 
@@ -48,8 +48,7 @@ def check_model(flags: Flags, context: TrainContext, base: ModelConfig | None) -
     try:
         config = model_config(flags, base, maps or (1, 2), num_classes=1, num_codes=1, code_dim=1)
     except ValueError as error:
-        field, _, expected = str(error).partition(": ")
-        raise ValueError(f"--{FLAG_OF.get(field, field)}: {expected}") from error
+        raise flag_error(error, FLAG_OF) from error
     if maps is not None:
         check_stages(flags, len(maps))
     if flags.backend != "auto":

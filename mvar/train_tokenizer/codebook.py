@@ -29,8 +29,8 @@ class CodebookHealth:
         """hits: (S, V) int64, the tokens of this process's batch."""
         self.hits += hits
 
-    def report(self) -> tuple[dict[str, Any], list[str]]:
-        """Metrics over all processes, and a description of each scale that has collapsed; begins anew. Collective.
+    def report(self) -> tuple[dict[str, Any], dict[int, str]]:
+        """Metrics over all processes, and the scales that have collapsed with a description; begins anew. Collective.
 
         code_usage: fraction of the codes that occur; code_usage_scale{k}: at this scale. entropy_scale{k}: entropy of
         the codes at this scale, in bits; log2(V) if all are equally frequent.
@@ -38,16 +38,16 @@ class CodebookHealth:
         hits = self.context.all_reduce_sum(self.hits.clone()).cpu()
         self.hits.zero_()
         metrics: dict[str, Any] = {"code_usage": float((hits.sum(0) > 0).double().mean())}
-        collapsed = []
+        collapsed = {}
         for k, (side, row) in enumerate(zip(self.sides, hits, strict=True)):
             tokens, entropy = int(row.sum()), entropy_bits(row)
             metrics[f"code_usage_scale{k}"] = float((row > 0).double().mean())
             metrics[f"entropy_scale{k}"] = entropy
-            if tokens >= MIN_TOKENS and 2**entropy < COLLAPSED * min(len(row), tokens):
+            usable = min(len(row), tokens)
+            if usable > 1 and tokens >= MIN_TOKENS and 2**entropy <= max(COLLAPSED * usable, 1 + 1e-9):
                 used = int((row > 0).sum())
-                collapsed.append(
-                    f"{side}×{side} ({used} of {len(row)} codes, {entropy:.1f} of {math.log2(len(row)):.1f} bits)"
-                )
+                bits = f"{entropy:.1f} of {math.log2(len(row)):.1f} bits"
+                collapsed[k] = f"{side}×{side} ({used} of {len(row)} codes, {bits})"
         return metrics, collapsed
 
 

@@ -75,7 +75,10 @@ class TokenizerFlags(RunFlags):
     l1: float = flag(1.0, "weight of the absolute error")
     l2: float = flag(1.0, "weight of the squared error")
     lpips: str | None = flag(
-        None, "VGG-16 weights of torchvision (vgg16-397923af.pth) for LPIPS; without them the loss is left out", str
+        None,
+        "VGG-16 weights of torchvision (vgg16-397923af.pth) for LPIPS; without them the loss is left out",
+        str,
+        free=True,
     )
     perceptual: float = flag(1.0, "weight of LPIPS")
     disc: float = flag(0.5, "weight of the adversarial loss, times VQGAN's adaptive weight; 0 for no discriminator")
@@ -84,7 +87,7 @@ class TokenizerFlags(RunFlags):
     disc_layers: int = flag(3, "convolutions of stride 2 in the discriminator")
     # Codebook
     revive: int = flag(100, "optimizer steps between replacements of unused codes; 0 for none")
-    revive_below: float = flag(0.1, "a code is unused if it has fewer hits per iteration than this")
+    revive_below: float = flag(0.05, "a code is unused if it has at most this fraction of an even share of the tokens")
     revive_until: float = flag(0.8, "fraction of the training after which no code is replaced")
     # Optimization
     bs: int = flag(128, "global batch size, over all processes and accumulated steps")

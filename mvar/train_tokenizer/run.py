@@ -1,6 +1,7 @@
 """A tokenizer's training run: build data and tokenizer, train, save the tokenizer and pictures of reconstructions."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,15 +13,16 @@ from mvar.models.tokenizer import Tokenizer, TokenizerConfig
 from mvar.train.checkpoint import Checkpoints
 from mvar.train.distributed import TrainContext
 from mvar.train.process import check_run, run_seed, running, training_process
-from mvar.train.run_flags import architecture, require, with_architecture
+from mvar.train.run_flags import architecture, flag_error, require, with_architecture
 from mvar.train_tokenizer.discriminator import Discriminator
 from mvar.train_tokenizer.flags import TokenizerFlags
-from mvar.train_tokenizer.perceptual import load_lpips
+from mvar.train_tokenizer.perceptual import MIN_RESOLUTION, load_lpips
 from mvar.train_tokenizer.trainer import RECONSTRUCTIONS, TokenizerTrainer
 from mvar.utils.errors import message
 from mvar.utils.files import check_writable
 
 FILE = "tokenizer.safetensors"
+PARTS = {"train", "val", "test"}
 FLAG_OF = {field: name for name, field in architecture(TokenizerFlags).items()} | {"patch_nums": "pn"}
 
 
@@ -28,6 +30,7 @@ def train(flags: TokenizerFlags) -> None:
     """Train or resume a run, and write tokenizer.safetensors and reconstructions.png to --out."""
     with training_process(flags.device) as context:
         check_run(flags, context)
+        _check_folder(flags)
         flags, origin = _with_origin(flags, context)
         config = tokenizer_config(flags)
         lpips = _loss_networks(flags, context, config)
@@ -49,6 +52,9 @@ def train(flags: TokenizerFlags) -> None:
             )
             resumed = trainer.resume()
             if context.is_main_process:
+                if flags.init_from is not None:
+                    not_read = f"is not read, as there is a checkpoint in {flags.out}"
+                    print(f"{flags.init_from} {not_read}" if resumed else f"starts from {flags.init_from}", flush=True)
                 print(_summary(trainer, train_folder, resumed), flush=True)
             trainer.run()
             if context.is_main_process:
@@ -86,8 +92,7 @@ def tokenizer_config(flags: TokenizerFlags) -> TokenizerConfig:
     try:
         config = TokenizerConfig(patch_nums=flags.pn, beta=flags.beta, **given)
     except ValueError as error:
-        field, _, expected = str(error).partition(": ")
-        raise ValueError(f"--{FLAG_OF.get(field, field)}: {expected}") from error
+        raise flag_error(error, FLAG_OF) from error
     side, resolution = config.patch_nums[-1], _resolution(config)
     expected = f"{resolution}, the last of --pn ({side}) times 2^(levels of --ch_mult − 1) ({resolution // side})"
     require(flags.resolution in (None, resolution), "resolution", expected, flags.resolution)
@@ -100,11 +105,19 @@ def _loss_networks(flags: TokenizerFlags, context: TrainContext, config: Tokeniz
         try:
             Discriminator(flags.disc_channels, flags.disc_layers, resolution=_resolution(config))
         except ValueError as error:
-            name, _, expected = str(error).partition(": ")
-            flag = "disc_channels" if name == "channels" else "disc_layers"
-            raise ValueError(f"--{flag}: {expected}") from error
+            if not str(error).startswith("resolution"):
+                raise flag_error(error, {"channels": "disc_channels", "num_layers": "disc_layers"}) from error
+            side = _resolution(config)
+            raise ValueError(
+                f"--disc_layers: {flags.disc_layers} layers need at least {3 << flags.disc_layers}×"
+                f"{3 << flags.disc_layers} pixels, the images have {side}×{side}; give fewer, or --disc=0"
+            ) from error
+    if flags.lpips is None or not flags.perceptual:
+        return None
+    side = _resolution(config)
+    require(side >= MIN_RESOLUTION, "lpips", f"images of at least {MIN_RESOLUTION} pixels", side)
     try:
-        return None if flags.lpips is None else load_lpips(flags.lpips, context.device)
+        return load_lpips(flags.lpips, context.device)
     except (OSError, ValueError) as error:
         raise ValueError(f"--lpips: {message(error)}") from error
 
@@ -114,23 +127,27 @@ def _resolution(config: TokenizerConfig) -> int:
 
 
 def read_data(flags: TokenizerFlags, config: TokenizerConfig) -> tuple[ImageFolder, ImageFolder | None]:
-    """The images below --data_path, or below its folders train and val."""
+    """The images below --data_path, or below its folders train and val if it has no folders but those and test."""
+    root, resolution = _check_folder(flags), _resolution(config)
+    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    has_parts = "train" in folders and folders <= PARTS
+    options: dict[str, Any] = {"mid_resolution": flags.mid_reso, "labeled": False}
+    try:
+        train = ImageFolder(root / "train" if has_parts else root, resolution, flip=flags.hflip, **options)
+        if not has_parts or "val" not in folders:
+            return train, None
+        return train, ImageFolder(root / "val", resolution, **options)
+    except ValueError as error:
+        raise ValueError(f"--data_path: {error}") from error
+
+
+def _check_folder(flags: TokenizerFlags) -> Path:
     if flags.data_path is None:
         raise ValueError("--data_path: expected a folder of images")
-    resolution = _resolution(config)
     root = Path(flags.data_path)
-    require(root.is_dir(), "data_path", "a folder of images", f"{root}: no such folder")
-    has_parts = (root / "train").is_dir()
-    train = ImageFolder(
-        root / "train" if has_parts else root,
-        resolution,
-        mid_resolution=flags.mid_reso,
-        flip=flags.hflip,
-        labeled=False,
-    )
-    if not has_parts or not (root / "val").is_dir():
-        return train, None
-    return train, ImageFolder(root / "val", resolution, mid_resolution=flags.mid_reso, labeled=False)
+    got = f"{root}: {'not a folder' if root.exists() else 'no such folder'}"
+    require(root.is_dir(), "data_path", "a folder of images", got)
+    return root
 
 
 def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
@@ -143,7 +160,7 @@ def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
 def _summary(trainer: TokenizerTrainer, folder: ImageFolder, resumed: bool) -> str:
     schedule, context, tokenizer = trainer.schedule, trainer.context, trainer.tokenizer
     parameters = sum(p.numel() for p in tokenizer.parameters()) / 1e6
-    perceptual = "" if trainer.lpips is not None else "; no perceptual loss, which needs --lpips"
+    perceptual = "" if trainer.lpips is not None else "; without LPIPS, which needs --lpips"
     return (
         f"{parameters:.1f}M parameters, {tokenizer.resolution}×{tokenizer.resolution} pixels → {tokenizer.num_tokens} "
         f"tokens of {tokenizer.num_codes} codes, {len(folder)} images{skipped_summary(folder)}, "

@@ -92,7 +92,7 @@ class TokenizerTrainer(Loop):
             )
         self.health = CodebookHealth(tokenizer.patch_nums, tokenizer.num_codes, context)
         self.sums: dict[str, Tensor] = {}
-        self.collapsed = 0
+        self.collapsed: set[int] = set()
         self.revived = 0
         self.discriminated = False  # whether the discriminator has gradients
         super().__init__(
@@ -134,7 +134,11 @@ class TokenizerTrainer(Loop):
         if self._adversarial:
             self._discriminate(images, out.images.detach(), steps, share)
         self.health.add(out.hits)
-        self._add(loss=loss, codebook_loss=out.vq_loss, psnr=psnr(images, out.images.detach()), **parts._asdict())
+        self._add(
+            loss=loss, codebook_loss=out.vq_loss, psnr=psnr(images, out.images.detach()), l1=parts.l1, l2=parts.l2
+        )
+        if self.lpips is not None:
+            self._add(perceptual=parts.perceptual)
 
     def _generator_loss(self, reconstructions: Tensor, reconstruction_loss: Tensor) -> Tensor:
         assert self.discriminator is not None
@@ -173,6 +177,8 @@ class TokenizerTrainer(Loop):
         flags = self.flags
         step, accumulated = divmod(self.iteration, flags.ac)
         due = flags.revive and not accumulated and step % flags.revive == 0 and self._progress < flags.revive_until
+        if step == 0 and flags.init_from is not None:
+            due = False  # its codes are to be kept, although a file may be without statistics
         if not due or flags.freeze == "tokens":
             return
         key = hashlib.blake2b(f"revive {self.seed} {self.iteration}".encode(), digest_size=8).digest()
@@ -193,22 +199,25 @@ class TokenizerTrainer(Loop):
 
     @torch.no_grad()
     def _add(self, **values: Tensor) -> None:
-        """Add the mean of each value, a scalar or (B,), to the metrics until the next log line."""
+        """Add the mean of each value, a scalar or (B,), to the metrics until the next log line, if it is finite."""
         for name, value in values.items():
-            row = torch.stack([value.detach().mean().float(), value.new_ones(()).float()])
+            mean = value.detach().mean().float()
+            row = torch.stack([mean.nan_to_num(0.0, 0.0, 0.0), mean.isfinite().float()])
             self.sums[name] = self.sums[name] + row if name in self.sums else row
 
     def _metrics(self, logger: MetricLogger) -> Mapping[str, Any]:
         names = sorted(self.sums)
         sums = self.context.all_reduce_sum(torch.stack([self.sums[name] for name in names])).cpu()
-        means = {name: float(total / count) for name, (total, count) in zip(names, sums, strict=True)}
+        means = {
+            name: float(total / count) if count else None for name, (total, count) in zip(names, sums, strict=True)
+        }
         self.sums = {}
         usage, collapsed = self.health.report()
-        if len(collapsed) > self.collapsed:
-            maps = ", ".join(collapsed)
+        if collapsed.keys() - self.collapsed:
+            maps = ", ".join(collapsed.values())
             logger.print(f"warning: iteration {self.iteration}: codebook collapse in the token maps {maps}")
-        revived, self.revived, self.collapsed = self.revived, 0, len(collapsed)
-        return {**means, **usage, "revived": revived, "collapsed": self.collapsed}
+        revived, self.revived, self.collapsed = self.revived, 0, set(collapsed)
+        return {**means, **usage, "revived": revived, "collapsed": len(collapsed)}
 
     @torch.no_grad()
     def _validate(self, logger: MetricLogger) -> None:
@@ -221,7 +230,8 @@ class TokenizerTrainer(Loop):
 
     def _log_validation(self, logger: MetricLogger, validation: Source) -> None:
         health = CodebookHealth(self.tokenizer.patch_nums, self.tokenizer.num_codes, self.context)
-        sums = torch.zeros(5, dtype=torch.float64, device="cpu")  # psnr, l1, l2, perceptual, images
+        names = ("psnr", "l1", "l2", *([] if self.lpips is None else ["perceptual"]))
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device="cpu")  # and the number of images
         for batch in validation.once(
             batch=self.local_batch,
             rank=self.context.rank,
@@ -233,11 +243,13 @@ class TokenizerTrainer(Loop):
             images = self._to_device(batch)
             with autocast(self.flags.fp16, self.context.device):
                 out = self.tokenizer(images)
-            rows = [psnr(images, out.images), *reconstruction_losses(images, out.images, self.lpips)]
-            sums += torch.stack([*rows, torch.ones_like(rows[0])]).double().sum(1).cpu()
+            losses = reconstruction_losses(images, out.images, self.lpips)._asdict()
+            losses["psnr"] = psnr(images, out.images)
+            rows = torch.stack([*(losses[name] for name in names), torch.ones_like(losses["psnr"])])
+            sums += rows.double().sum(1).cpu()
             health.add(out.hits)
         *totals, count = self.context.all_reduce_sum(sums).tolist()
-        means = dict(zip(("psnr", "l1", "l2", "perceptual"), (total / count for total in totals), strict=True))
+        means = {name: total / count for name, total in zip(names, totals, strict=True)}
         logger.log_validation(self.iteration, {**means, **health.report()[0]})
 
     def _show(self, logger: MetricLogger) -> None:
@@ -287,6 +299,7 @@ class TokenizerTrainer(Loop):
             self.discriminator_optimizer.load_state_dict(state["discriminator"])
 
     def _identity(self, state: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+        yield "--lpips", state["flags"].get("lpips") is not None, self.flags.lpips is not None
         config = json.loads(json.dumps(asdict(self.tokenizer.config)))
         for name, value in config.items():
             yield f"the tokenizer's {name}", state["tokenizer"].get(name), value

@@ -57,7 +57,6 @@ def arguments(**changed: Any) -> list[str]:
 
 @cache
 def sources() -> tuple[Source, Source]:
-    train, held_out = digits.load()
     train, held_out = (tensor_source(images(part), part.labels[:ITEMS], 10) for part in digits.load())
     return train, held_out
 

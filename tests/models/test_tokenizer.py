@@ -383,6 +383,21 @@ def test_dead_codes_are_replaced_by_residuals():
     assert tokenizer.revive_dead_codes(images, threshold=0.5).sum() == 0, "a new code is given time"
 
 
+def test_revived_codes_are_distinct():
+    """Scale 0 has 8 rows for a third of 64 codes; the rest is of the finest scale, which has 128."""
+    tokenizer = small_tokenizer()
+    tokenizer.revive_dead_codes(random_images(tokenizer, batch=8))
+    assert len(tokenizer.quantize.embedding.weight.unique(dim=0)) == 64
+    assert not tokenizer.quantize.ema_vocab_hit_SV.any(), "the first batch initializes the statistics"
+
+
+def test_evenly_used_codes_are_not_dead():
+    """However few tokens a batch has."""
+    tokenizer = small_tokenizer()
+    tokenizer.quantize.ema_vocab_hit_SV.fill_(1e-3)
+    assert not tokenizer.revive_dead_codes(random_images(tokenizer)).any()
+
+
 def test_revive_initializes_codebook():
     tokenizer = small_tokenizer()
     images = random_images(tokenizer, batch=8)

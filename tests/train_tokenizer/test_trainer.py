@@ -25,10 +25,11 @@ from mvar.models.tokenizer import Tokenizer, TokenizerConfig
 from mvar.train.distributed import TrainContext, init_training
 from mvar.train_tokenizer.codebook import CodebookHealth
 from mvar.train_tokenizer.flags import TokenizerFlags
-from mvar.train_tokenizer.run import new_tokenizer, tokenizer_config
+from mvar.train_tokenizer.run import new_tokenizer, read_data, tokenizer_config
 from mvar.train_tokenizer.trainer import TokenizerTrainer
 from mvar.utils.images import save_image
 from tests.helpers import tokenizer_training as training
+from tests.helpers import training as model_training
 
 pytestmark = pytest.mark.slow
 
@@ -123,8 +124,34 @@ def test_two_processes_match_single_process(tmp_path: Path) -> None:
         torch.testing.assert_close(first[name], value, rtol=0.05, atol=2e-3)
 
 
+def send_signal(number: int, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send a signal to this process in the middle of iteration `at`."""
+    forward_backward = TokenizerTrainer._forward_backward
+
+    def forward_backward_and_send(self: TokenizerTrainer, batch: Batch) -> None:
+        forward_backward(self, batch)
+        if self.iteration == at:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(TokenizerTrainer, "_forward_backward", forward_backward_and_send)
+
+
+def test_resumed_run_has_the_discriminators_loss_scale(tmp_path: Path) -> None:
+    flags = training.flags(tmp_path, fp16=1, ep=1, disc=0.5, disc_start=0.0)
+    run = training.trainer(flags)
+    run.run()
+    run.discriminator_optimizer.scaler.update(2.0**7)
+    run.saved_iteration = 0
+    run._save()
+    resumed = training.trainer(flags)
+    assert resumed.resume() and resumed.discriminator_optimizer.scaler.get_scale() == 2.0**7
+
+
 @pytest.mark.parametrize("freeze", ["encoder", "tokens"])
-def test_frozen_parts_keep_their_weights(freeze: str, folder: Path, tmp_path: Path) -> None:
+def test_frozen_parts_keep_their_weights(
+    freeze: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a run that is resumed."""
     start = tmp_path / "start.safetensors"
     config = TokenizerConfig(
         (1, 2, 4), num_codes=64, code_dim=8, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attention=False, num_phi=2
@@ -134,7 +161,11 @@ def test_frozen_parts_keep_their_weights(freeze: str, folder: Path, tmp_path: Pa
     architecture = {"ch_mult", "ch", "blocks", "attention", "codes", "code_dim", "phi", "pn"}
     chosen = [a for a in training.arguments(ep=1) if a[2:].partition("=")[0] not in architecture]
     run = [f"--init_from={start}", f"--freeze={freeze}", f"--data_path={folder}", f"--out={tmp_path / 'run'}"]
-    main(["train-tokenizer", *chosen, *run])
+    with monkeypatch.context() as patch:
+        send_signal(signal.SIGTERM, 2, patch)
+        with pytest.raises(SystemExit):
+            main(["train-tokenizer", *chosen, *run])
+    main(["train-tokenizer", *chosen, *run, "--seed=0"])  # resumed: --init_from is not read again
     trained = mvar.load_tokenizer(tmp_path / "run" / "tokenizer.safetensors")
     changed = {
         name.split(".")[0]
@@ -178,10 +209,13 @@ def test_collapse_is_named() -> None:
     hits[0, 5], hits[1] = 500, 3
     health.add(hits)
     metrics, collapsed = health.report()
-    assert collapsed == ["1×1 (1 of 1024 codes, 0.0 of 10.0 bits)"]
+    assert collapsed == {0: "1×1 (1 of 1024 codes, 0.0 of 10.0 bits)"}
     assert metrics["code_usage"] == metrics["code_usage_scale1"] == 1
     assert metrics["code_usage_scale0"] == 1 / 1024 and metrics["entropy_scale1"] == pytest.approx(10)
-    assert health.report()[1] == []
+    assert health.report()[1] == {}
+    few = CodebookHealth((1, 4), 2, TrainContext(0, 1, torch.device("cpu")))
+    few.add(torch.tensor([[100, 0], [99, 1]]))
+    assert list(few.report()[1]) == [0]
 
 
 def test_published_sizes_take_a_step(tmp_path: Path) -> None:
@@ -210,7 +244,7 @@ def test_published_sizes_take_a_step(tmp_path: Path) -> None:
         ("--disc_start=1.5", "--disc_start: expected a number from 0 to 1"),
         ("--init_from=absent.pth", "--init_from: .*absent.pth"),
         ("--lpips=absent.pth", "absent.pth"),
-        ("--disc=1 --disc_layers=5", "--disc_layers: "),
+        ("--disc=1 --disc_layers=5", "--disc_layers: 5 layers need at least 96×96 pixels, the images have 16×16"),
         ("--disc=1 --disc_channels=5", "--disc_channels: "),
         ("--data_path=absent", "--data_path: expected a folder of images, got absent: no such folder"),
     ],
@@ -224,3 +258,47 @@ def test_wrong_flags(
     assert exited.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_other_folders_than_train_and_val_are_images_too(folder: Path, tmp_path: Path) -> None:
+    """A folder with a class "train" next to other classes has no parts."""
+    run = training.flags(tmp_path, data_path=str(folder))
+    config = tokenizer_config(run)
+    train, val = read_data(run, config)
+    assert len(train) == training.ITEMS and val is not None and len(val) == training.ITEMS
+    classes = tmp_path / "classes"
+    for name in ("car", "train"):
+        (classes / name).mkdir(parents=True)
+        save_image(classes / name / "one.png", torch.zeros(3, 20, 20))
+    train, val = read_data(training.flags(tmp_path, data_path=str(classes)), config)
+    assert len(train) == 2 and val is None
+
+
+def test_codes_of_init_from_are_kept(folder: Path, tmp_path: Path) -> None:
+    """Also with other token maps, for which the file has no code statistics."""
+    config = TokenizerConfig(
+        (1, 2, 4), num_codes=64, code_dim=8, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attention=False
+    )
+    tokenizer = Tokenizer(config).eval()
+    torch.nn.init.normal_(tokenizer.quantize.embedding.weight)
+    mvar.save(tmp_path / "start.safetensors", tokenizer)
+    run = f"--init_from={tmp_path / 'start.safetensors'} --data_path={folder} --out={tmp_path / 'run'} --pn=1_4"
+    main(
+        ["train-tokenizer", *run.split(), *"--bs=16 --ep=1 --tblr=1e-9 --disc=0 --tb=0 --samples=0 --average=0".split()]
+    )
+    trained = mvar.load_tokenizer(tmp_path / "run" / "tokenizer.safetensors")
+    assert trained.patch_nums == (1, 4)
+    torch.testing.assert_close(
+        trained.quantize.embedding.weight, tokenizer.quantize.embedding.weight, rtol=0, atol=1e-3
+    )
+
+
+def test_folder_of_another_kind_of_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    training.trainer(training.flags(tmp_path / "tokenizer", ep=1)).run()
+    model_training.trainer(model_training.flags(tmp_path / "model", ep=1)).run()
+    for command, other in (("train", "tokenizer"), ("train-tokenizer", "model")):
+        options = model_training.arguments if command == "train" else training.arguments
+        given = [*options(out=tmp_path / other)] + ([f"--data_path={folder}"] if command == "train-tokenizer" else [])
+        with pytest.raises(SystemExit):
+            main([command, *given])
+        assert f"trains a {other}; choose another folder" in capsys.readouterr().err
