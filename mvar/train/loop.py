@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +24,10 @@ from mvar.utils.signals import handling
 
 VALIDATION_EPOCHS = 10  # between two validations, as in VAR
 GRACE_SECONDS = 2.0  # a launcher may forward within this time a signal that the process group received as well
+
+
+AnyFlags = TypeVar("AnyFlags", bound=RunFlags)
+AnySchedule = TypeVar("AnySchedule", bound=RunSchedule)
 
 
 class Interrupted(Exception):
@@ -49,7 +53,7 @@ def local_batch(flags: RunFlags, context: TrainContext) -> int:
     return round(flags.bs / flags.ac / context.world_size)
 
 
-class Loop(ABC):
+class Loop(ABC, Generic[AnyFlags, AnySchedule]):
     """One training run: :meth:`resume` loads the newest checkpoint, :meth:`run` trains to the end.
 
     Args:
@@ -65,19 +69,19 @@ class Loop(ABC):
 
     def __init__(
         self,
-        flags: RunFlags,
+        flags: AnyFlags,
         source: Source,
         validation: Source | None,
         context: TrainContext,
         *,
         seed: int,
-        schedule: RunSchedule,
+        schedule: AnySchedule,
         optimizer: OptimizerStep,
         kind: str,
         peak_tflops: float | None = None,
     ) -> None:
-        self.run_flags, self.source, self.validation, self.context, self.seed = flags, source, validation, context, seed
-        self.run_schedule, self.optimizer = schedule, optimizer
+        self.flags, self.source, self.validation, self.context, self.seed = flags, source, validation, context, seed
+        self.schedule, self.optimizer = schedule, optimizer
         self.digest = source.digest()
         self.local_batch = local_batch(flags, context)
         self.checkpoints = Checkpoints(Path(flags.out), context, kind)
@@ -122,7 +126,7 @@ class Loop(ABC):
 
     def run(self) -> None:
         """Train to the end. Raises Interrupted after SIGTERM or SIGINT, FloatingPointError after too many skips."""
-        flags, schedule = self.run_flags, self.run_schedule
+        flags, schedule = self.flags, self.schedule
         logger = MetricLogger(
             Path(flags.out),
             self.context.is_main_process,
@@ -191,44 +195,44 @@ class Loop(ABC):
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _batches(self) -> Iterator[Batch]:
-        for epoch in range(self.iteration // self.run_schedule.per_epoch, self.run_schedule.epochs):
+        for epoch in range(self.iteration // self.schedule.per_epoch, self.schedule.epochs):
             yield from self.source.batches(
                 batch=self.local_batch,
                 seed=self.seed,
                 epoch=epoch,
                 rank=self.context.rank,
                 world_size=self.context.world_size,
-                start=self.iteration % self.run_schedule.per_epoch,
-                workers=self.run_flags.workers,
+                start=self.iteration % self.schedule.per_epoch,
+                workers=self.flags.workers,
             )
 
     def _check_skips(self, optimizer: OptimizerStep) -> None:
-        if optimizer.consecutive_skips >= self.run_flags.skips:
+        if optimizer.consecutive_skips >= self.flags.skips:
             raise FloatingPointError(
                 f"iteration {self.iteration}: {optimizer.consecutive_skips} consecutive steps without a finite "
                 f"gradient; the last checkpoint is of iteration {self.saved_iteration}"
             )
 
     def _log(self, logger: MetricLogger, step: StepResult, rate: float, decay: float) -> None:
-        remaining = self.throughput.remaining_seconds(self.iteration, self.run_schedule.iterations)
-        speed = self.throughput.since_last(self.iteration, self.run_schedule.images)
+        remaining = self.throughput.remaining_seconds(self.iteration, self.schedule.iterations)
+        speed = self.throughput.since_last(self.iteration, self.schedule.images)
         values: dict[str, Any] = {
             **self._metrics(logger),
             "gradient_norm": step.gradient_norm,
             "learning_rate": rate,
             "weight_decay": decay,
-            "epoch": self.iteration / self.run_schedule.per_epoch,
+            "epoch": self.iteration / self.schedule.per_epoch,
             **speed,
             "skipped": self.optimizer.skipped,
             "unreadable": len(self.context.union(self.source.unreadable)),
-            "loss_scale": self.optimizer.scaler.get_scale() if self.run_flags.fp16 == 1 else None,
+            "loss_scale": self.optimizer.scaler.get_scale() if self.flags.fp16 == 1 else None,
         }
         logger.log(self.iteration, values, remaining)
 
     def _validates(self) -> bool:
         """Whether validation is due after this iteration: at the end of every tenth epoch, and of the last one."""
-        epoch, rest = divmod(self.iteration, self.run_schedule.per_epoch)
-        return rest == 0 and (epoch % VALIDATION_EPOCHS == 0 or self.iteration == self.run_schedule.iterations)
+        epoch, rest = divmod(self.iteration, self.schedule.per_epoch)
+        return rest == 0 and (epoch % VALIDATION_EPOCHS == 0 or self.iteration == self.schedule.iterations)
 
     def _save(self) -> None:
         if self.saved_iteration == self.iteration:
@@ -237,10 +241,10 @@ class Loop(ABC):
             "iteration": self.iteration,
             "seed": self.seed,
             "items": len(self.source),
-            "images": self.run_schedule.images,
+            "images": self.schedule.images,
             "data": self.digest,
             "optimizer": self.optimizer.state_dict(),
-            "flags": asdict(self.run_flags),
+            "flags": asdict(self.flags),
             **self._state(),
         }
         self.checkpoints.write(self.iteration, self._tensors(), state)
@@ -257,7 +261,7 @@ class Loop(ABC):
 
     def _require_same(self, state: dict[str, Any]) -> None:
         """Raise ValueError unless the checkpoint belongs to a run with these flags and data."""
-        flags = self.run_flags
+        flags = self.flags
         current = json.loads(json.dumps(asdict(flags)))
         decided = [item.name for item in fields(flags) if not item.metadata["free"] and item.name != "seed"]
         pairs = [(f"--{name}", state["flags"].get(name), current[name]) for name in decided]
@@ -269,7 +273,7 @@ class Loop(ABC):
         if flags.seed is not None:  # otherwise the saved one is used
             pairs.append(("--seed", state["seed"], flags.seed))
         pairs.append(("the number of training items", state["items"], len(self.source)))
-        pairs.append(("the images per iteration", state["images"], self.run_schedule.images))
+        pairs.append(("the images per iteration", state["images"], self.schedule.images))
         pairs.extend(self._identity(state))
         pairs.append(("the digest of the training items' names", state["data"], self.digest))
         for name, saved, now in pairs:

@@ -22,7 +22,7 @@ from mvar.train.schedule import Schedule
 from mvar.train.tensorboard import tags
 
 
-class Trainer(Loop):
+class Trainer(Loop[Flags, Schedule]):
     """The training of a model.
 
     Args:
@@ -44,12 +44,11 @@ class Trainer(Loop):
         seed: int,
         validation: Source | None = None,
     ) -> None:
-        self.flags, self.model, self.tokenizer = flags, model, tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.fingerprint = fingerprint(tokenizer)
         batch = local_batch(flags, context)
         per_epoch = num_batches(len(source), batch, context.world_size)
         scales = len(model.config.scales)
-        self.schedule = Schedule(flags, per_epoch, batch * context.world_size, scales)
         blocks = model.typed_blocks()
         if flags.recompute:
             checkpoint_activations(blocks)
@@ -75,7 +74,7 @@ class Trainer(Loop):
             validation,
             context,
             seed=seed,
-            schedule=self.schedule,
+            schedule=Schedule(flags, per_epoch, batch * context.world_size, scales),
             optimizer=optimizer,
             kind="model",
             peak_tflops=flags.peak_tflops,

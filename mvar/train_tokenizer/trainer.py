@@ -44,7 +44,7 @@ TRAINING_METRICS = (
 VALIDATION_METRICS = ("psnr", "l1", "perceptual", "code_usage")
 
 
-class TokenizerTrainer(Loop):
+class TokenizerTrainer(Loop[TokenizerFlags, RunSchedule]):
     """The training of a tokenizer.
 
     Each optimizer step updates the tokenizer; after --disc_start it then updates the discriminator, with the
@@ -68,11 +68,9 @@ class TokenizerTrainer(Loop):
         validation: Source | None = None,
         lpips: nn.Module | None = None,
     ) -> None:
-        self.flags, self.tokenizer, self.lpips = flags, tokenizer, lpips
+        self.tokenizer, self.lpips = tokenizer, lpips
         batch = local_batch(flags, context)
-        self.schedule = RunSchedule(
-            flags, num_batches(len(source), batch, context.world_size), batch * context.world_size
-        )
+        schedule = RunSchedule(flags, num_batches(len(source), batch, context.world_size), batch * context.world_size)
         # A step at 64×64 in bfloat16 takes 1.7 s of CPU time instead of 2.2 s (AMD EPYC family 25 model 17); on a GPU
         # neither format has been measured.
         self.memory_format = torch.channels_last if context.device.type == "cpu" else torch.contiguous_format
@@ -96,7 +94,7 @@ class TokenizerTrainer(Loop):
         self.revived = 0
         self.discriminated = False  # whether the discriminator has gradients
         super().__init__(
-            flags, source, validation, context, seed=seed, schedule=self.schedule, optimizer=optimizer, kind="tokenizer"
+            flags, source, validation, context, seed=seed, schedule=schedule, optimizer=optimizer, kind="tokenizer"
         )
 
     def weights(self) -> dict[str, Tensor]:
@@ -217,7 +215,10 @@ class TokenizerTrainer(Loop):
             maps = ", ".join(collapsed.values())
             logger.print(f"warning: iteration {self.iteration}: codebook collapse in the token maps {maps}")
         revived, self.revived, self.collapsed = self.revived, 0, set(collapsed)
-        return {**means, **usage, "revived": revived, "collapsed": len(collapsed)}
+        values = {**means, **usage, "revived": revived, "collapsed": len(collapsed)}
+        if self.discriminator is not None:
+            values["discriminator_skipped"] = self.discriminator_optimizer.skipped
+        return values
 
     @torch.no_grad()
     def _validate(self, logger: MetricLogger) -> None:
