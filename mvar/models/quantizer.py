@@ -78,6 +78,7 @@ class Quantizer(nn.Module):
     """Codebook, φ and code statistics. Methods take float32 features and do not check their arguments.
 
     `ema_vocab_hit_SV` (S, V) float32: moving average of the hits per training batch of each code at each scale.
+    `synchronized`: with torch.distributed, statistics and :meth:`revive` are over the batches of all processes.
     """
 
     ema_vocab_hit_SV: Tensor
@@ -87,6 +88,7 @@ class Quantizer(nn.Module):
         self.patch_nums = patch_nums
         self.num_codes = num_codes
         self.beta = beta
+        self.synchronized = True
         self.embedding = nn.Embedding(num_codes, code_dim, dtype=torch.float32)
         # As in the public code: near zero, so that the initial f̂ is near zero
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
@@ -156,9 +158,15 @@ class Quantizer(nn.Module):
             hits=hits_sv,
         )
 
+    def _processes(self) -> tuple[int, int]:
+        """Rank and number of the processes that train this tokenizer."""
+        if self.synchronized and distributed.is_available() and distributed.is_initialized():
+            return distributed.get_rank(), distributed.get_world_size()
+        return 0, 1
+
     @torch.no_grad()
     def _update_hits(self, hits_sv: Tensor) -> None:
-        if _processes()[1] > 1:
+        if self._processes()[1] > 1:
             distributed.all_reduce(hits_sv)
         initialized = self.ema_vocab_hit_SV.any(dim=1, keepdim=True)  # the first batch initializes the average
         average = self.ema_vocab_hit_SV.lerp(hits_sv, 1 - HITS_DECAY)
@@ -186,7 +194,7 @@ class Quantizer(nn.Module):
         hits = self.ema_vocab_hit_SV.sum(dim=0)
         share = hits.mean()
         dead = hits <= threshold * share
-        rank, world_size = _processes()
+        rank, world_size = self._processes()
         scale, row = _distinct_rows(int(dead.sum()), [len(own) * world_size for own in rows], generator)
         vectors = features.new_zeros(len(scale), features.shape[1])
         for k, own in enumerate(rows):
@@ -206,13 +214,6 @@ class Quantizer(nn.Module):
         if stored is not None and stored.shape[0] != len(self.patch_nums):
             state_dict[name] = stored.new_zeros(self.ema_vocab_hit_SV.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _processes() -> tuple[int, int]:
-    """Rank and number of processes of distributed training."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
 
 
 def _distinct_rows(count: int, rows: list[int], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

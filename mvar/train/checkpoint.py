@@ -124,7 +124,7 @@ class Checkpoints:
             raise OSError(f"{path / STATE_FILE}: cannot be used: {error}") from error
         other = next(kind for kind in STATE_TYPES if kind != self.kind)
         if wrong and isinstance(loaded.get(other), dict):
-            raise ValueError(f"--out: the run in {self.folder.parent} trains a {other}; choose another folder")
+            raise ValueError(f"{path}: expected the checkpoint of a {self.kind}, got that of a {other}")
         if wrong:
             expected = STATE_TYPES[self.kind][wrong[0]].__name__
             raise OSError(f"{path / STATE_FILE}: cannot be used: {wrong[0]!r}: missing, or not of type {expected}")
@@ -164,6 +164,7 @@ def read_model(path: Path) -> Model:
 
     Raises:
         OSError: the folder is not a checkpoint, or it is damaged.
+        ValueError: it is a tokenizer's checkpoint.
     """
     if not (path / STATE_FILE).is_file():
         raise FileNotFoundError(f"{path}: no {STATE_FILE} there; expected a folder in a run's checkpoints/")

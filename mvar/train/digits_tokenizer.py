@@ -1,4 +1,4 @@
-"""Training of the digits tokenizer, which takes about a minute. Other tokenizers cannot be trained here."""
+"""Training of the digits tokenizer, which takes about a minute; :mod:`mvar.train_tokenizer` trains any other one."""
 
 import math
 import sys
@@ -16,6 +16,7 @@ from mvar.models.tokenizer import Tokenizer
 
 STEPS, BATCH, RATE, WARM_UP, AVERAGE = 700, 64, 6e-3, 50, 0.98
 REVIVE_EVERY = 25
+REVIVE_BELOW = 1 / 75  # of an even share, which is 7.5 hits per batch
 # WARM_UP is not scaled by `shorten`: with 2 warm-up steps the loss jumps from 0.8 to up to 1.6, and the loss after 7
 # steps depends on rounding (0.33 to 0.83 for twelve seeds). With this warm-up it is 0.33 to 0.46 after 7 steps.
 
@@ -40,6 +41,7 @@ def train_digits_tokenizer(path: Path, *, seed: int = 0, shorten: float = 1.0) -
 def _train(seed: int, shorten: float) -> Tokenizer:
     images, steps = digits.load()[0].images, max(round(STEPS * shorten), 1)
     tokenizer = Tokenizer(digits.TOKENIZER).train()
+    tokenizer.quantize.synchronized = False  # under torchrun, one process trains it
     parameters = list(tokenizer.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0)
     average = [p.detach().clone() for p in parameters]
@@ -51,7 +53,7 @@ def _train(seed: int, shorten: float) -> Tokenizer:
             group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * decay
         batch = images[next(order)]
         if step % REVIVE_EVERY == 0 and step < 0.8 * steps:
-            tokenizer.revive_dead_codes(batch)
+            tokenizer.revive_dead_codes(batch, REVIVE_BELOW)
         out = tokenizer(batch)
         loss = F.mse_loss(out.images, batch) + out.vq_loss
         if not math.isfinite(value := loss.item()):

@@ -139,6 +139,8 @@ class Loop(ABC, Generic[AnyFlags, AnySchedule]):
         self.throughput.start(self.iteration)
         last_save_attempt = self.iteration
         with closing(logger), self._stop_on_signals():
+            if self.iteration and self._validates() and not self.context.any(logger.has_validation(self.iteration)):
+                self._validate(logger)  # which was due after the last checkpoint, and interrupted
             for batch in self._batches():
                 iteration = self.iteration
                 self._forward_backward(batch)
@@ -173,7 +175,7 @@ class Loop(ABC, Generic[AnyFlags, AnySchedule]):
         tensors, paths = self._tensors(), self.checkpoints.paths()
         for path in paths:
             try:
-                state = self.checkpoints.state(path)
+                state = self._saved_state(path)
                 self._require_same(state)
                 self.checkpoints.read(path, tensors)
             except OSError as error:
@@ -187,6 +189,12 @@ class Loop(ABC, Generic[AnyFlags, AnySchedule]):
             self._load_state(state)
             return True
         return False
+
+    def _saved_state(self, path: Path) -> dict[str, Any]:
+        try:
+            return self.checkpoints.state(path)
+        except ValueError as error:
+            raise ValueError(f"--out: {error}; choose another folder") from error
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Load a checkpoint's state, other than its tensors."""

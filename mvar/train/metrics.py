@@ -236,6 +236,13 @@ class MetricLogger:
         line = _line(_formatted(values, self.validation))
         self.print(f"{self.name}: validation after iteration {iteration}: {line}")
 
+    def has_validation(self, iteration: int) -> bool:
+        """Whether log.jsonl has a row of validation metrics of this iteration; False if it does not exist."""
+        if not self.is_main_process or not self.path.is_file():
+            return False
+        rows = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return any(row["iteration"] == iteration and any(name.startswith("val_") for name in row) for row in rows)
+
     def row(self, iteration: int, values: dict[str, Any]) -> None:
         """Write a row of log.jsonl and TensorBoard; values that are not finite are null, which JSON lacks."""
         if not self.is_main_process:

@@ -29,7 +29,7 @@ class TokenizerFlags(RunFlags):
     # Data
     data_path: str | None = flag(
         None,
-        "folder of images, in subfolders or not; or with train/ and, optionally, val/ of such images",
+        "folder of images, in subfolders or not; if it has train/ and val/, or train/ alone, these are used",
         str,
         free=True,
     )
@@ -49,7 +49,10 @@ class TokenizerFlags(RunFlags):
         choices=FREEZE,
     )
     resolution: int | None = flag(
-        None, "of the images; must be the last of --pn times 2^(number of --ch_mult − 1), which it is without it", int
+        None,
+        "of the images; must be the last of --pn times 2^(number of --ch_mult − 1), which it is without it",
+        int,
+        free=True,
     )
     pn: tuple[int, ...] | None = flag(
         None,

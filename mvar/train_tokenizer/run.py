@@ -1,5 +1,6 @@
-"""A tokenizer's training run: build data and tokenizer, train, save the tokenizer and pictures of reconstructions."""
+"""A tokenizer's training run: build data and tokenizer, train, save the tokenizer and images of reconstructions."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def _with_origin(flags: TokenizerFlags, context: TrainContext) -> tuple[Tokenize
         tokenizer = load_tokenizer(flags.init_from, patch_nums=flags.pn)
     except (OSError, ValueError) as error:
         raise ValueError(f"--init_from: {message(error)}") from error
+    tokenizer.config = replace(tokenizer.config, beta=flags.beta)
+    tokenizer.quantize.beta = flags.beta
     return _like(flags, tokenizer.config, flags.init_from), tokenizer
 
 
@@ -127,18 +130,23 @@ def _resolution(config: TokenizerConfig) -> int:
 
 
 def read_data(flags: TokenizerFlags, config: TokenizerConfig) -> tuple[ImageFolder, ImageFolder | None]:
-    """The images below --data_path, or below its folders train and val if it has no folders but those and test."""
-    root, resolution = _check_folder(flags), _resolution(config)
-    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    has_parts = "train" in folders and folders <= PARTS
+    """The images of --data_path for training and validation."""
+    train_path, val_path = _parts(_check_folder(flags))
+    resolution = _resolution(config)
     options: dict[str, Any] = {"mid_resolution": flags.mid_reso, "labeled": False}
     try:
-        train = ImageFolder(root / "train" if has_parts else root, resolution, flip=flags.hflip, **options)
-        if not has_parts or "val" not in folders:
-            return train, None
-        return train, ImageFolder(root / "val", resolution, **options)
+        train = ImageFolder(train_path, resolution, flip=flags.hflip, **options)
+        return train, None if val_path is None else ImageFolder(val_path, resolution, **options)
     except ValueError as error:
         raise ValueError(f"--data_path: {error}") from error
+
+
+def _parts(root: Path) -> tuple[Path, Path | None]:
+    """The folders train and val of `root`; or `root` alone, in which train, next to others, is a class of trains."""
+    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if {"train", "val"} <= folders:
+        return root / "train", root / "val"
+    return root / "train" if "train" in folders and folders <= PARTS else root, None
 
 
 def _check_folder(flags: TokenizerFlags) -> Path:
@@ -147,6 +155,10 @@ def _check_folder(flags: TokenizerFlags) -> Path:
     root = Path(flags.data_path)
     got = f"{root}: {'not a folder' if root.exists() else 'no such folder'}"
     require(root.is_dir(), "data_path", "a folder of images", got)
+    out = Path(flags.out).resolve()
+    for part in filter(None, _parts(root)):
+        inside = part.resolve() in (out, *out.parents)
+        require(not inside, "out", f"a folder outside of the images in {part}", flags.out)
     return root
 
 
@@ -160,10 +172,10 @@ def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
 def _summary(trainer: TokenizerTrainer, folder: ImageFolder, resumed: bool) -> str:
     schedule, context, tokenizer = trainer.schedule, trainer.context, trainer.tokenizer
     parameters = sum(p.numel() for p in tokenizer.parameters()) / 1e6
-    perceptual = "" if trainer.lpips is not None else "; without LPIPS, which needs --lpips"
+    perceptual = "; without LPIPS, which needs --lpips" if trainer.flags.lpips is None else ""
     return (
         f"{parameters:.1f}M parameters, {tokenizer.resolution}×{tokenizer.resolution} pixels → {tokenizer.num_tokens} "
-        f"tokens of {tokenizer.num_codes} codes, {len(folder)} images{skipped_summary(folder)}, "
+        f"tokens of {tokenizer.num_codes} codes, {len(folder)} images in {folder.path}{skipped_summary(folder)}, "
         f"{schedule.epochs} epochs of {schedule.per_epoch} iterations of {schedule.images} images on "
         f"{context.world_size} × {context.device}, peak learning rate {schedule.peak:.3g}, seed {trainer.seed}"
         + perceptual

@@ -222,7 +222,7 @@ class TokenizerTrainer(Loop[TokenizerFlags, RunSchedule]):
 
     @torch.no_grad()
     def _validate(self, logger: MetricLogger) -> None:
-        """Metrics of the validation set with the moving averages, and pictures of reconstructions."""
+        """Metrics of the validation set with the moving averages, and images of reconstructions."""
         with self._weights_for_inference():
             if self.validation is not None:
                 self._log_validation(logger, self.validation)
@@ -259,10 +259,10 @@ class TokenizerTrainer(Loop[TokenizerFlags, RunSchedule]):
         images = self._to_device(next(source.once(batch=self.flags.samples)))
         with autocast(self.flags.fp16, self.context.device):
             pairs = torch.cat([images, self.tokenizer(images).images])
-        picture = grid((pairs.clamp(-1, 1).cpu() + 1) / 2, len(images))
-        logger.image(self.iteration, "reconstructions", picture)
+        image = grid((pairs.clamp(-1, 1).cpu() + 1) / 2, len(images))
+        logger.image(self.iteration, "reconstructions", image)
         try:
-            save_image(Path(self.flags.out) / RECONSTRUCTIONS, picture)
+            save_image(Path(self.flags.out) / RECONSTRUCTIONS, image)
         except OSError as error:
             logger.print(f"warning: {error}; training continues without {RECONSTRUCTIONS}")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mvar import digits
 from mvar.data import Source, tensor_source
@@ -74,10 +75,13 @@ class _Trainer(TokenizerTrainer):
             super().run()
 
 
-def trainer(run: TokenizerFlags, context: TrainContext | None = None) -> TokenizerTrainer:
+def trainer(
+    run: TokenizerFlags, context: TrainContext | None = None, lpips: nn.Module | None = None
+) -> TokenizerTrainer:
     train, val = sources()
     context = context or TrainContext(0, 1, torch.device("cpu"))
-    return _Trainer(run, new_tokenizer(tokenizer_config(run), 0), train, context, seed=0, validation=val)
+    tokenizer = new_tokenizer(tokenizer_config(run), 0)
+    return _Trainer(run, tokenizer, train, context, seed=0, validation=val, lpips=lpips)
 
 
 def rows(out: Path, key: str = "loss") -> list[dict[str, Any]]:

@@ -145,14 +145,19 @@ def test_tensorboard_tags_and_units_match_var(tmp_path: Path, monkeypatch: pytes
         def add_scalar(self, name: str, value: float, step: int) -> None:
             shown[name] = value
 
+        def add_image(self, name: str, image: Tensor, step: int) -> None:
+            shown[name] = (tuple(image.shape), step)
+
         def close(self) -> None: ...
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     logger = MetricLogger(tmp_path, True, tensorboard=True, name="run", iteration=3, total=5, tags=tags((16, 32)))
     logger.row(1, {"loss": 2.0, "accuracy_last": 0.25, "loss_scale1": 3.0, "accuracy_scale0": 0.5, "loss_scale": 4.0})
     logger.log_validation(2, {"loss": 2.5, "accuracy": 0.125})
+    logger.image(2, "reconstructions", torch.zeros(3, 4, 6))
     logger.close()
     assert shown == {
+        "reconstructions": ((3, 4, 6), 2),
         "hidden from": 4,  # resumed after iteration 3, which is kept
         "AR_ep_loss/L_mean": 2.0,
         "AR_ep_loss/acc_tail": 25.0,

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import mvar
 from mvar.cli.main import main
+from mvar.models import quantizer
+from mvar.train.digits_tokenizer import STEPS, train_digits_tokenizer
 from mvar.train.loop import Interrupted
 from mvar.train.trainer import Trainer
 from tests.helpers import training
@@ -329,3 +331,20 @@ def test_training_from_image_folder_and_token_store(tmp_path: Path, capsys: pyte
         with pytest.raises(SystemExit):
             main(["train", *shared, f"--tokens={tmp_path}/t", f"--out={tmp_path}/o", "--device=cpu", "--hflip", odd])
         assert said in capsys.readouterr().err
+
+
+def test_one_process_of_a_group_trains_the_digits_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the others wait: it must not take part in a collective operation, which would never end."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("collective operation")
+
+    alone, in_group = tmp_path / "alone.safetensors", tmp_path / "group.safetensors"
+    train_digits_tokenizer(alone, shorten=1 / STEPS)
+    group = {"is_initialized": lambda: True, "get_rank": lambda: 0, "get_world_size": lambda: 2, "all_reduce": never}
+    for name, value in group.items():
+        monkeypatch.setattr(quantizer.distributed, name, value)
+    train_digits_tokenizer(in_group, shorten=1 / STEPS)
+    assert in_group.read_bytes() == alone.read_bytes()
+    with pytest.raises(AssertionError, match="collective"):
+        quantizer.Quantizer((1, 2), 8, 4, 1, 0.25)(torch.zeros(1, 4, 2, 2))

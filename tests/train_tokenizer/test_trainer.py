@@ -59,8 +59,8 @@ def test_learns_and_its_result_is_a_tokenizer(folder: Path, tmp_path: Path) -> N
     assert last["revived"] == 0 and sum(row["revived"] for row in training.rows(tmp_path / "run")) >= 64
     for k in range(3):
         assert 0 < last[f"code_usage_scale{k}"] <= last["code_usage"] <= 1 and 0 <= last[f"entropy_scale{k}"] <= 6
-    with Image.open(tmp_path / "run" / "reconstructions.png") as picture:
-        assert picture.size == (8 * 18 + 2, 2 * 18 + 2)
+    with Image.open(tmp_path / "run" / "reconstructions.png") as strip:
+        assert strip.size == (8 * 18 + 2, 2 * 18 + 2)
     file = tmp_path / "run" / "tokenizer.safetensors"
     tokenizer = mvar.load_tokenizer(file)
     assert tokenizer.patch_nums == (1, 2, 4) and tokenizer.num_codes == 64
@@ -136,6 +136,42 @@ def send_signal(number: int, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TokenizerTrainer, "_forward_backward", forward_backward_and_send)
 
 
+def test_interrupted_validation_is_repeated(tmp_path: Path) -> None:
+    """A run that ends between its last checkpoint and its last validation."""
+    flags = training.flags(tmp_path, ep=1, samples=4)
+    training.trainer(flags).run()
+    rows, log, strip = training.rows(tmp_path, "val_psnr"), tmp_path / "log.jsonl", tmp_path / "reconstructions.png"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if "val_psnr" not in line))
+    strip.unlink()
+    for _ in range(2):  # the second time there is nothing to do
+        resumed = training.trainer(flags)
+        assert resumed.resume()
+        resumed.run()
+        (row,) = training.rows(tmp_path, "val_psnr")
+        assert row.pop("time") and row == {key: value for key, value in rows[0].items() if key != "time"}
+    assert strip.is_file()
+
+
+def test_perceptual_loss_is_part_of_the_loss(tmp_path: Path) -> None:
+    """Three times the squared error as `lpips`."""
+
+    class Lpips(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return 3 * (a - b).square().mean((1, 2, 3))
+
+    flags = training.flags(tmp_path, ep=1, l1=0.0, perceptual=2.0)
+    run = training.trainer(flags, lpips=Lpips())
+    run.run()
+    (validation,) = training.rows(tmp_path, "val_psnr")
+    assert validation["val_perceptual"] == pytest.approx(3 * validation["val_l2"], rel=1e-5)
+    for row in training.rows(tmp_path):
+        assert row["perceptual"] == pytest.approx(3 * row["l2"], rel=1e-5)
+        assert row["loss"] == pytest.approx(7 * row["l2"] + row["codebook_loss"], rel=1e-4)
+    with pytest.raises(ValueError, match=r"--lpips: the run in .* has False, not True"):
+        training.trainer(training.flags(tmp_path, ep=1, l1=0.0, perceptual=2.0, lpips="vgg16.pth")).resume()
+
+
 def test_resumed_run_has_the_discriminators_loss_scale(tmp_path: Path) -> None:
     flags = training.flags(tmp_path, fp16=1, ep=1, disc=0.5, disc_start=0.0)
     run = training.trainer(flags)
@@ -160,13 +196,20 @@ def test_frozen_parts_keep_their_weights(
     mvar.save(start, tokenizer)
     architecture = {"ch_mult", "ch", "blocks", "attention", "codes", "code_dim", "phi", "pn"}
     chosen = [a for a in training.arguments(ep=1) if a[2:].partition("=")[0] not in architecture]
-    run = [f"--init_from={start}", f"--freeze={freeze}", f"--data_path={folder}", f"--out={tmp_path / 'run'}"]
+    run = [
+        f"--init_from={start}",
+        f"--freeze={freeze}",
+        f"--data_path={folder}",
+        f"--out={tmp_path / 'run'}",
+        "--beta=2",
+    ]
     with monkeypatch.context() as patch:
         send_signal(signal.SIGTERM, 2, patch)
         with pytest.raises(SystemExit):
             main(["train-tokenizer", *chosen, *run])
     main(["train-tokenizer", *chosen, *run, "--seed=0"])  # resumed: --init_from is not read again
     trained = mvar.load_tokenizer(tmp_path / "run" / "tokenizer.safetensors")
+    assert trained.config.beta == 2
     changed = {
         name.split(".")[0]
         for (name, before), after in zip(tokenizer.named_parameters(), trained.parameters(), strict=True)
@@ -272,6 +315,13 @@ def test_other_folders_than_train_and_val_are_images_too(folder: Path, tmp_path:
         save_image(classes / name / "one.png", torch.zeros(3, 20, 20))
     train, val = read_data(training.flags(tmp_path, data_path=str(classes)), config)
     assert len(train) == 2 and val is None
+    (classes / "val").mkdir()  # now they are parts, whatever else is there
+    save_image(classes / "val" / "one.png", torch.zeros(3, 20, 20))
+    train, val = read_data(training.flags(tmp_path, data_path=str(classes)), config)
+    assert len(train) == 1 and val is not None and len(val) == 1
+    read_data(training.flags(classes / "runs", data_path=str(classes)), config)
+    with pytest.raises(ValueError, match="--out: expected a folder outside of the images in .*train, got"):
+        read_data(training.flags(classes / "train" / "runs", data_path=str(classes)), config)
 
 
 def test_codes_of_init_from_are_kept(folder: Path, tmp_path: Path) -> None:
@@ -301,4 +351,9 @@ def test_folder_of_another_kind_of_run(folder: Path, tmp_path: Path, capsys: pyt
         given = [*options(out=tmp_path / other)] + ([f"--data_path={folder}"] if command == "train-tokenizer" else [])
         with pytest.raises(SystemExit):
             main([command, *given])
-        assert f"trains a {other}; choose another folder" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"--out: {tmp_path / other}" in error and f", got that of a {other}; choose another folder" in error
+    (checkpoint, *_) = (tmp_path / "tokenizer" / "checkpoints").iterdir()
+    with pytest.raises(SystemExit):
+        main(["convert", str(checkpoint), str(tmp_path / "m.pth")])
+    assert "expected the checkpoint of a model, got that of a tokenizer" in capsys.readouterr().err
