@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -124,6 +125,15 @@ def read_tokenizer(
 
     tokenizer = _build(stored, lambda given: make(config(given)), "tokenizer")
     return _load_weights(path, tokenizer, stored.state, device)
+
+
+def load_packaged(model: str, tokenizer: str) -> tuple[Model, Tokenizer]:
+    """Load a model and a tokenizer that are included in the package, by their names in mvar/assets."""
+    assets = files("mvar") / "assets"
+    with as_file(assets / f"{model}.safetensors") as file:
+        loaded = load_model(file)
+    with as_file(assets / f"{tokenizer}.safetensors") as file:
+        return loaded, load_tokenizer(file)
 
 
 def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | None = None) -> None:

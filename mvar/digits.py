@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import as_file, files
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvar.checkpoint import load_model, load_tokenizer
+from mvar.checkpoint import load_packaged
 from mvar.data.digits import NUM_CLASSES, Digits, load
 from mvar.evaluate import frechet_distance
 from mvar.models.tokenizer import Tokenizer
@@ -126,8 +125,4 @@ SAMPLING = {"cfg": 0.0, "top_k": 0, "top_p": 1.0}
 
 def pretrained(*, bidirectional: bool = False) -> tuple[Model, Tokenizer]:
     """Load the model and the tokenizer of the package, trained by `mvar train --preset digits`."""
-    assets = files("mvar") / "assets"
-    with as_file(assets / f"digits{'_bidirectional' if bidirectional else ''}.safetensors") as weights:
-        model = load_model(weights)
-    with as_file(assets / "digits_tokenizer.safetensors") as weights:
-        return model, load_tokenizer(weights)
+    return load_packaged(f"digits{'_bidirectional' if bidirectional else ''}", "digits_tokenizer")

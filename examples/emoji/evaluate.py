@@ -1,5 +1,6 @@
 """Measure generated emoji against the real ones: are they of the class asked for, and are they new?
 
+    python examples/emoji/evaluate.py emoji --out emoji-quality                       # the model in the package
     python examples/emoji/evaluate.py emoji --weights ar.safetensors --tokenizer vae.safetensors --out emoji-quality
     python examples/emoji/evaluate.py emoji --images samples --out emoji-quality      # from `mvar sample --out samples`
 
@@ -9,7 +10,7 @@ images, sorted by class) and `copies.png` (the eight images that are closest to 
 **Classifier.** A small convolutional network, trained on the real training images with the crops of mvar's training. It
 sees images at 32×32. Its accuracy is reported on held-out images, on their reconstructions by the tokenizer and on
 generated images; each accuracy also as the mean of the accuracies of the classes, as most held-out images are people.
-Training images are reported too: the network has learned them by heart, and a copy of one counts as right.
+Training images are reported too: the network has memorized them, and a copy of one counts as right.
 
 **Copies.** The distance of an image to a training image is the RMS difference of their pixels (from 0 to 255), the
 smallest over all crops of the training image. The held-out images show how far an image that is no copy is from the
@@ -32,6 +33,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mvar
+from mvar import emoji
 from mvar.data.crops import center_crop, read_image
 from mvar.data.folder import ImageFolder
 from mvar.data.listing import images_by_class
@@ -323,26 +325,32 @@ def report(result: dict[str, Any], classes: Sequence[str]) -> str:
 
 def run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
-    if (options.images is None) == (options.weights is None):
-        raise ValueError("expected either --images, or --weights and --tokenizer")
-    if options.weights is not None and options.tokenizer is None:
-        raise ValueError("--tokenizer: expected one, as --weights is given")
+    if options.images is not None and options.weights is not None:
+        raise ValueError("--images and --weights: give at most one of them")
+    if options.images is None and (options.weights is None) != (options.tokenizer is None):
+        raise ValueError("--weights and --tokenizer: give both, or neither for the model in the package")
     make_folder(options.out)
     check_writable(options.out / "evaluation.json")
-    tokenizer = None if options.tokenizer is None else mvar.load_tokenizer(options.tokenizer)
+    tokenizer: mvar.Tokenizer | None
     if options.images is not None:
+        tokenizer = None if options.tokenizer is None else mvar.load_tokenizer(options.tokenizer)
         samples = read_samples(options.images)
     else:
-        assert tokenizer is not None
-        samples = generate(options, mvar.load_model(options.weights), tokenizer)
+        if options.weights is None:
+            model, tokenizer = emoji.pretrained()
+        else:
+            model, tokenizer = mvar.load_model(options.weights), mvar.load_tokenizer(options.tokenizer)
+        samples = generate(options, model, tokenizer)
     side = samples.pixels.shape[-1]
     stored = round(MARGIN * side)
     train, classes = read(options.folder / "train", stored)
     held_out, _ = read(options.folder / "val", stored, classes)
     held_out = Images(center(held_out.pixels, side), held_out.labels)
-    if int(samples.labels.max()) >= len(classes):
+    found = set(samples.labels.tolist())
+    if found != set(range(len(classes))):
         raise ValueError(
-            f"--images: expected {len(classes)} classes, got an image of class {int(samples.labels.max())}"
+            f"--images: expected images of the classes 0 to {len(classes) - 1}, got {len(found)} classes from "
+            f"{min(found)} to {max(found)}"
         )
     reconstructed = None if tokenizer is None else reconstruct(held_out.pixels, tokenizer)
     classifier = train_classifier(train, len(classes), side, seed=options.seed, steps=options.steps)
@@ -372,9 +380,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, which are replaced")
     parser.add_argument("--count", type=int, default=25, help="generated images per class (default: 25)")
     parser.add_argument("--seed", type=int, default=0, help="of the generation and of the classifier (default: 0)")
-    parser.add_argument("--cfg", type=float, default=1.5, help="classifier-free guidance (default: 1.5)")
-    parser.add_argument("--top-k", type=int, default=900, help="keep the k most likely codes (default: 900)")
-    parser.add_argument("--top-p", type=float, default=0.96, help="keep this cumulative probability (default: 0.96)")
+    for name, kind, meaning in (
+        ("cfg", float, "classifier-free guidance"),
+        ("top_k", int, "keep the k most likely codes; 0 for all"),
+        ("top_p", float, "keep the most likely codes up to this cumulative probability"),
+    ):
+        default = emoji.SAMPLING[name]
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=default, help=f"{meaning} (default: {default})")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the classifier (default: 400)")
     try:
         run(parser.parse_args())

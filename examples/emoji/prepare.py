@@ -286,7 +286,8 @@ def prepare(pictures: Path, names: Path, out: Path, side: int = 72, verify: bool
     if side < 9:
         raise ValueError(f"--side: expected at least 9 pixels, got {side}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out: expected a new or empty folder, got {out}, which is not empty")
+        problem = "is not empty" if out.is_dir() else "is a file"
+        raise ValueError(f"--out: expected a new or empty folder, got {out}, which {problem}")
     tables = [json.loads(content) for name, content in members(names, "names", verify) if name.endswith("/emoji.json")]
     if len(tables) != 1:
         raise ValueError(f"{names}: expected one emoji.json, got {len(tables)}")

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(arguments: Sequence[str] | None) -> None:
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         options.run(options)
     except Exception as error:
@@ -70,7 +70,7 @@ def _main(arguments: Sequence[str] | None) -> None:
         sys.exit(130)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mvar", description="M-VAR: scale-wise autoregressive image generation on optimized kernels.")
     parser.add_argument("--version", action="version", version=f"mvar {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)

@@ -26,8 +26,8 @@ def path(text: str) -> Path:
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("weights", "give both or neither; the default is the digits model in the package")
-    group.add_argument("--weights", type=source, help=f"the model: {WEIGHTS}")
+    group = parser.add_argument_group("weights", "give both, or --weights alone for a model in the package")
+    group.add_argument("--weights", type=source, help=f"the model: digits (default), emoji, or {WEIGHTS}")
     group.add_argument("--tokenizer", type=source, help=f"its tokenizer: {WEIGHTS}")
 
 

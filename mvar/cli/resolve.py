@@ -1,13 +1,13 @@
 """Build the model, the tokenizer and the arguments of generation from parsed options."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mvar import digits
+from mvar import digits, emoji
 from mvar.checkpoint import load_model, load_tokenizer
 from mvar.inference.api import launch
 from mvar.inference.results import PendingResult
@@ -16,15 +16,18 @@ from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # "auto": none
+PACKAGED: Mapping[str, Callable[[], tuple[Model, Tokenizer]]] = {"digits": digits.pretrained, "emoji": emoji.pretrained}
 
 
 def load(weights: str | None, tokenizer: str | None, device: torch.device) -> tuple[Model, Tokenizer]:
     """Load the model of --weights and the tokenizer of --tokenizer to the device."""
-    if (weights is None) != (tokenizer is None):
-        raise ValueError("--weights and --tokenizer: give both, or neither for the digits inside the package")
-    if weights is None or tokenizer is None:
-        model, images = digits.pretrained()
+    if tokenizer is None and weights in (None, *PACKAGED):
+        model, images = PACKAGED[weights or "digits"]()
         return model.to(device), images.to(device)
+    if weights is None or tokenizer is None:
+        raise ValueError(
+            "--weights and --tokenizer: give both, or neither for the digits model in the package, or --weights emoji"
+        )
     model = load_model(weights, device=device)
     return model, load_tokenizer(tokenizer, patch_nums=model.config.patch_nums, device=device)
 

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 import mvar
-from mvar import digits
-from mvar.cli.main import main
+from mvar.cli.main import COMMANDS, main
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -27,7 +26,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "sample", "edit", "classify", "evaluate", "train", "convert", "tokenize", "check", "info"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as exit:
             main([command, "--help"])
         assert exit.value.code == 0
@@ -101,6 +100,17 @@ def test_sample_writes_requested_files(tmp_path: Path, capsys: pytest.CaptureFix
 
     main([*arguments, "--npz", f"{tmp_path}/again.npz", "--batch", "1"])
     assert np.abs(np.load(tmp_path / "again.npz")["arr_0"].astype(int) - content["arr_0"]).max() <= 1
+
+
+def test_sample_from_emoji_in_the_package(tmp_path: Path) -> None:
+    """By class name. The emoji of the training are on white, with their colors."""
+    arguments = "--weights emoji --classes face,purple_button --count 4 --dtype fp32".split()
+    main(["sample", *arguments, "--npz", str(tmp_path / "out.npz")])
+    images = np.load(tmp_path / "out.npz")["arr_0"].astype(int)
+    assert images.shape == (8, 64, 64, 3)
+    assert images[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean() > 240
+    red, green, blue = images[:, 16:48, 16:48].mean((1, 2)).T
+    assert (red[:4] > blue[:4] + 40).all() and (blue[4:] > green[4:] + 20).all(), "yellow faces, purple buttons"
 
 
 def test_sample_from_given_weights(tmp_path: Path) -> None:
@@ -179,7 +189,7 @@ def test_sample_from_given_weights(tmp_path: Path) -> None:
         (("train", "--preset", "digits", "--out", "x", "--shorten", "2"), "--shorten"),
         (("train", "--preset", "digits", "--out", "/proc/mvar"), "--out: cannot write into /proc/mvar"),
         (("train", "--preset", "digits", "--out", "x", "--seed", "-5"), "--seed"),
-        (("demo", "--out", "/proc/mvar"), "cannot write /proc/mvar/samples.png"),
+        (("demo", "--out", "/proc/mvar"), "cannot write /proc/mvar/emoji.png"),
         (("sample", "--classes", "1", "--grid", "."), "cannot write .: a folder is in its place"),
         (("demo", "--checked", "3"), "--checked: expected from 20 to 100000, got 3"),
     ],
@@ -200,9 +210,20 @@ def test_bad_use(
 def test_demo_writes_images_and_passes_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["demo", "--out", str(tmp_path), "--dtype", "fp32"])
     out = capsys.readouterr().out
-    assert out.count("ok  ") == 4 and "FAIL" not in out and "ms per image" in out and "backend: auto" in out
-    assert Image.open(tmp_path / "samples.png").size == (10 * 66 + 2, 10 * 66 + 2)
-    assert Image.open(tmp_path / "scales.png").size[0] == len(digits.pretrained()[1].scales) * 130 + 2
+    assert out.count("ok  ") == 4 and "FAIL" not in out and out.count("seconds per image") == 2
+    assert "backend: auto" in out
+    sizes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
+    assert sizes == {
+        "digits.png": (10 * 66 + 2, 10 * 66 + 2),
+        "emoji.png": (12 * 66 + 2, 10 * 66 + 2),
+        "scales.png": (6 * 130 + 2, 132),
+        "edit.png": (10 * 130 + 2, 132),
+    }
+    edit = np.asarray(Image.open(tmp_path / "edit.png")).astype(int)
+    kept, new = (edit[rows, 2:1300].reshape(-1, 1298, 3) for rows in (slice(2, 66), slice(66, 130)))
+    results = [kept[:, 130 * i : 130 * i + 128] for i in range(10)]
+    assert all(np.array_equal(results[0], other) for other in results[1:]), "the upper half is kept"
+    assert not np.array_equal(new[:, 260:388], new[:, 390:518])
 
 
 @pytest.mark.slow
@@ -212,8 +233,10 @@ def test_demo_with_bidirectional_model(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_shipped_weights_are_small() -> None:
-    assets = Path(mvar.__file__).parent / "assets"
-    assert sum(p.stat().st_size for p in assets.iterdir()) <= 8 * 2**20
+    sizes = {"digits": 0, "emoji": 0}
+    for path in (Path(mvar.__file__).parent / "assets").iterdir():
+        sizes[path.stem.partition("_")[0]] += path.stat().st_size
+    assert sizes["digits"] <= 8 * 2**20 and sizes["emoji"] <= 16 * 10**6
 
 
 @pytest.mark.slow

@@ -127,13 +127,45 @@ def test_images_of_the_wrong_class_do_not_pass(
     assert "at least 0.85: NO" in capsys.readouterr().out
 
 
+def test_images_of_some_classes_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their figures could not be compared with those of held-out images of all classes."""
+    samples = as_samples(folder, "val", tmp_path / "samples")
+    for path in samples.glob("*_0001.png"):
+        path.unlink()
+    assert run(monkeypatch, folder, "--images", samples) == 1
+    assert "--images: expected images of the classes 0 to 2, got 2 classes from 0 to 2" in capsys.readouterr().err
+
+
 def test_a_model_of_other_classes_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assets = files("mvar") / "assets"
     weights = ("--weights", assets / "digits.safetensors", "--tokenizer", assets / "digits_tokenizer.safetensors")
-    assert run(monkeypatch, folder, *weights) == 1
-    assert "--weights: expected a model of the 3 classes in" in capsys.readouterr().err
+    for given in (weights, ()):  # without weights: the emoji model in the package
+        assert run(monkeypatch, folder, *given) == 1
+        assert "--weights: expected a model of the 3 classes in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--weights", "m.safetensors"), "--weights and --tokenizer: give both, or neither"),
+        (("--tokenizer", "t.safetensors"), "--weights and --tokenizer: give both, or neither"),
+        (("--weights", "m.safetensors", "--images", "samples"), "--images and --weights: give at most one"),
+    ],
+)
+def test_wrong_combinations(
+    given: tuple[str, ...],
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, folder, *given) == 1
+    assert message in capsys.readouterr().err
+    assert not (folder.parent / "out").exists()
 
 
 def test_a_model_and_its_tokenizer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
