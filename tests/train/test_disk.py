@@ -159,15 +159,23 @@ def test_folder_is_locked_by_one_run(tmp_path: Path, capsys: pytest.CaptureFixtu
         pass
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"iteration": 16}'])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{}", "missing, or not of type"),
+        ("[]", "not an object"),
+        ('{"iteration": 16}', "missing, or not of type"),
+    ],
+)
 def test_checkpoint_with_missing_state_keys_is_skipped(
-    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_checkpoints(tmp_path, 8, 16)
     (tmp_path / "checkpoints" / "00000016" / "state.json").write_text(content)
     run = training.trainer(training.flags(tmp_path))
     assert run.resume() and run.iteration == 8
-    assert "missing, or not of type" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "state.json: cannot be used: " in out and problem in out
 
 
 def test_checkpoint_is_synced_before_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
