@@ -342,7 +342,7 @@ def test_hits_are_summed_over_processes(tmp_path, monkeypatch):
     tokenizer = small_tokenizer()
     images = random_images(tokenizer)
     alone = tokenizer(images)
-    monkeypatch.setattr("mvar.models.quantizer._processes", lambda: (0, 2))
+    monkeypatch.setattr("mvar.models.quantizer.Quantizer._processes", lambda _: (0, 2))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
     tokenizer.train()
     output = tokenizer(images)
@@ -358,7 +358,7 @@ def test_processes_revive_codes_as_one(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     for rank in range(2):
         tokenizer = small_tokenizer()
-        monkeypatch.setattr("mvar.models.quantizer._processes", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("mvar.models.quantizer.Quantizer._processes", lambda _, rank=rank: (rank, 2))
         tokenizer.revive_dead_codes(images[2 * rank : 2 * rank + 2], generator=torch.Generator().manual_seed(3))
         revived.append(tokenizer.quantize.embedding.weight)
     assert all(own.any() for own in revived) and not (revived[0] * revived[1]).any()
