@@ -96,13 +96,12 @@ def _emoji(options: argparse.Namespace, device: "torch.device") -> None:
     import torch
 
     from mvar import emoji
+    from mvar.cli import resolve
     from mvar.inference.api import generate
     from mvar.inference.edit import edit
     from mvar.utils.images import grid, save_image
 
-    model, tokenizer = emoji.pretrained()
-    model.to(device)
-    tokenizer.to(device)
+    model, tokenizer = resolve.load("emoji", None, device)
     assert model.class_names is not None
     arguments = _arguments(options, emoji.SAMPLING)
     classes = model.config.num_classes

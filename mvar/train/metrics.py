@@ -240,8 +240,10 @@ class MetricLogger:
         """Whether log.jsonl has a row of validation metrics of this iteration; False if it does not exist."""
         if not self.is_main_process or not self.path.is_file():
             return False
-        rows = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
-        return any(row["iteration"] == iteration and any(name.startswith("val_") for name in row) for row in rows)
+        with self._warning():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            return any(b'"val_' in line and _iteration(line) == iteration for line in lines)
+        return False
 
     def row(self, iteration: int, values: dict[str, Any]) -> None:
         """Write a row of log.jsonl and TensorBoard; values that are not finite are null, which JSON lacks."""

@@ -31,11 +31,11 @@ def train(flags: TokenizerFlags) -> None:
     """Train or resume a run, and write tokenizer.safetensors and reconstructions.png to --out."""
     with training_process(flags.device) as context:
         check_run(flags, context)
-        _check_folder(flags)
+        folders = image_folders(flags)
         flags, origin = _with_origin(flags, context)
         config = tokenizer_config(flags)
         lpips = _loss_networks(flags, context, config)
-        train_folder, val_folder = read_data(flags, config)
+        train_folder, val_folder = read_data(flags, config, folders)
         with running(flags, context):
             if context.is_main_process:
                 for name in (FILE, RECONSTRUCTIONS):
@@ -129,9 +129,11 @@ def _resolution(config: TokenizerConfig) -> int:
     return config.patch_nums[-1] * 2 ** (len(config.ch_mult) - 1)
 
 
-def read_data(flags: TokenizerFlags, config: TokenizerConfig) -> tuple[ImageFolder, ImageFolder | None]:
-    """The images of --data_path for training and validation."""
-    train_path, val_path = _parts(_check_folder(flags))
+def read_data(
+    flags: TokenizerFlags, config: TokenizerConfig, folders: tuple[Path, Path | None]
+) -> tuple[ImageFolder, ImageFolder | None]:
+    """The images for training and validation."""
+    train_path, val_path = folders
     resolution = _resolution(config)
     options: dict[str, Any] = {"mid_resolution": flags.mid_reso, "labeled": False}
     try:
@@ -149,17 +151,19 @@ def _parts(root: Path) -> tuple[Path, Path | None]:
     return root / "train" if "train" in folders and folders <= PARTS else root, None
 
 
-def _check_folder(flags: TokenizerFlags) -> Path:
+def image_folders(flags: TokenizerFlags) -> tuple[Path, Path | None]:
+    """The folders of --data_path for training and validation. Raises ValueError with the name of the flag."""
     if flags.data_path is None:
         raise ValueError("--data_path: expected a folder of images")
     root = Path(flags.data_path)
     got = f"{root}: {'not a folder' if root.exists() else 'no such folder'}"
     require(root.is_dir(), "data_path", "a folder of images", got)
     out = Path(flags.out).resolve()
-    for part in filter(None, _parts(root)):
+    parts = _parts(root)
+    for part in filter(None, parts):
         inside = part.resolve() in (out, *out.parents)
         require(not inside, "out", f"a folder outside of the images in {part}", flags.out)
-    return root
+    return parts
 
 
 def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:

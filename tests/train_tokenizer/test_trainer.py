@@ -19,13 +19,13 @@ from torch import multiprocessing
 import mvar
 from mvar import digits
 from mvar.cli.main import main
-from mvar.data import Batch, tensor_source
+from mvar.data import Batch, Source, tensor_source
 from mvar.models.config import SCHEDULES
 from mvar.models.tokenizer import Tokenizer, TokenizerConfig
 from mvar.train.distributed import TrainContext, init_training
 from mvar.train_tokenizer.codebook import CodebookHealth
 from mvar.train_tokenizer.flags import TokenizerFlags
-from mvar.train_tokenizer.run import new_tokenizer, read_data, tokenizer_config
+from mvar.train_tokenizer.run import image_folders, new_tokenizer, read_data, tokenizer_config
 from mvar.train_tokenizer.trainer import TokenizerTrainer
 from mvar.utils.images import save_image
 from tests.helpers import tokenizer_training as training
@@ -306,22 +306,25 @@ def test_wrong_flags(
 def test_other_folders_than_train_and_val_are_images_too(folder: Path, tmp_path: Path) -> None:
     """A folder with a class "train" next to other classes has no parts."""
     run = training.flags(tmp_path, data_path=str(folder))
-    config = tokenizer_config(run)
-    train, val = read_data(run, config)
+
+    def read(flags: TokenizerFlags) -> tuple[Source, Source | None]:
+        return read_data(flags, tokenizer_config(run), image_folders(flags))
+
+    train, val = read(run)
     assert len(train) == training.ITEMS and val is not None and len(val) == training.ITEMS
     classes = tmp_path / "classes"
     for name in ("car", "train"):
         (classes / name).mkdir(parents=True)
         save_image(classes / name / "one.png", torch.zeros(3, 20, 20))
-    train, val = read_data(training.flags(tmp_path, data_path=str(classes)), config)
+    train, val = read(training.flags(tmp_path, data_path=str(classes)))
     assert len(train) == 2 and val is None
     (classes / "val").mkdir()  # now they are parts, whatever else is there
     save_image(classes / "val" / "one.png", torch.zeros(3, 20, 20))
-    train, val = read_data(training.flags(tmp_path, data_path=str(classes)), config)
+    train, val = read(training.flags(tmp_path, data_path=str(classes)))
     assert len(train) == 1 and val is not None and len(val) == 1
-    read_data(training.flags(classes / "runs", data_path=str(classes)), config)
+    read(training.flags(classes / "runs", data_path=str(classes)))
     with pytest.raises(ValueError, match="--out: expected a folder outside of the images in .*train, got"):
-        read_data(training.flags(classes / "train" / "runs", data_path=str(classes)), config)
+        read(training.flags(classes / "train" / "runs", data_path=str(classes)))
 
 
 def test_codes_of_init_from_are_kept(folder: Path, tmp_path: Path) -> None:
