@@ -29,7 +29,7 @@ class Features(NamedTuple):
 
 def block(layers: MVARBlock, x: Tensor, cond: Tensor, scales: tuple[int, ...], keep: Tensor | None) -> Tensor:
     """keep: (B, 3), stochastic depth's factors on the branches of each image; None for no drops."""
-    g1, g2, g3, s1, s2, s3, t1, t2, t3 = (v[:, None].to(x.dtype) for v in layers.modulation(cond))
+    g1, g2, g3, s1, s2, s3, t1, t2, t3 = (v[:, None].to(x.dtype) for v in layers.modulation(cond).chunk(9, -1))
     if keep is not None:
         g1, g2, g3 = (g * k[:, None, None] for g, k in zip((g1, g2, g3), keep.to(x.dtype).unbind(1), strict=True))
     x = x + g1 * attention_by_scale(layers.attn, norm(x) * (1 + s1) + t1, scales)

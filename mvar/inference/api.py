@@ -1,6 +1,6 @@
 """`generate`: images from a model, a tokenizer and labels."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mvar.inference.cuda_graphs import CaptureError, Graphs, has_graphs, padded_batch, warn_once
+from mvar.inference.labels import class_rows
+from mvar.inference.model import InferenceModel
 from mvar.inference.prepare import custom_layer_of, has_version_counters, own_dtype, prepared_model, prepared_tokenizer
 from mvar.inference.results import Generated, PendingResult
 from mvar.inference.sampling import SamplingParams, SourceImages, sample_batch
-from mvar.models.config import unboxed
+from mvar.inference.tokenizer import InferenceTokenizer
+from mvar.models.config import checked_int, unboxed
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model
 from mvar.models.weights import unwrapped
@@ -24,7 +27,7 @@ GRAPHS = Graphs()
 
 
 def generate(
-    model: Model,
+    model: Model | InferenceModel,
     tokenizer: Tokenizer,
     labels: Sequence[int] | Tensor,
     *,
@@ -34,6 +37,9 @@ def generate(
     seed: int = 0,
     first_index: int = 0,
     more_smooth: bool = False,
+    refiner: Model | InferenceModel | None = None,
+    refine_from: int | None = None,
+    guidance_until: int | None = None,
     return_scales: bool = False,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -46,7 +52,8 @@ def generate(
     change of weights or layers. Wrappers (torch.compile, DataParallel, DistributedDataParallel, peft's PeftModel) are
     unwrapped; parametrized, weight-normed, pruned and (by fully_shard) sharded weights are used as in a forward pass. A
     model or tokenizer with layers of another class (adapters, quantized layers), changed settings, forward hooks, or
-    methods replaced on an instance is used without a copy: slower, in its own dtype, without a CUDA graph. Generation
+    methods replaced on an instance is used without a copy: slower, in its own dtype, without a CUDA graph. Modules that
+    were loaded with a dtype are used as they are. Generation
     calls neither `forward` of the model and the tokenizer nor their hooks.
 
     Args:
@@ -58,6 +65,11 @@ def generate(
         seed, first_index: image i uses the random numbers of (seed, first_index + i), in any batch. (In 16-bit
             dtypes the model's rounding can depend on the batch size, and so can a token.)
         more_smooth: average codes by Gumbel-softmax instead of sampling one (VAR's more_smooth); not for FID.
+        refiner, refine_from: a smaller model, M-VAR or VAR, for the scales from index `refine_from` on (CoDe, arXiv
+            2411.17787). The model generates the coarser ones, of which the refiner then computes its own states in one
+            pass. A model that refines itself generates the same images.
+        guidance_until: number of coarsest scales with guidance; from then on the unconditional rows, half of the
+            computation, are omitted. None for all scales.
         return_scales: also return the image after each scale.
         dtype: float32, bfloat16, float16, or None for the device's fastest, also under autocast. The quantizer and
             sampling stay in float32. On a CPU float32 matmuls are true float32, independent of torch's settings, which
@@ -76,12 +88,14 @@ def generate(
         FloatingPointError: logits or images are not finite (NaN in the weights, or overflow).
         RuntimeError: graph=True without a GPU or where the capture failed; or a custom layer that fails, by its name.
     """
-    params = SamplingParams(cfg, top_k, top_p, more_smooth, return_scales, backend)
+    params = SamplingParams(cfg, top_k, top_p, more_smooth, return_scales, backend, guidance_until)
     return launch(
         model,
         tokenizer,
         labels,
         params,
+        refiner=refiner,
+        refine_from=refine_from,
         seed=seed,
         first_index=first_index,
         dtype=dtype,
@@ -93,11 +107,13 @@ def generate(
 @torch.inference_mode(False)  # cached tensors must be usable outside of inference mode
 @torch.no_grad()
 def launch(
-    model: Model,
+    model: Model | InferenceModel,
     tokenizer: Tokenizer,
     labels: Sequence[int] | Tensor,
     params: SamplingParams,
     *,
+    refiner: Model | InferenceModel | None = None,
+    refine_from: int | None = None,
     seed: int = 0,
     first_index: int = 0,
     dtype: torch.dtype | None = None,
@@ -110,13 +126,23 @@ def launch(
     Args:
         source: images to edit, one per label; the labels may then include num_classes, the unconditional class.
     """
-    model, tokenizer = unwrapped(model, Model), unwrapped(tokenizer, Tokenizer)
-    check_fit(model, tokenizer)
+    tokenizer = unwrapped(tokenizer, Tokenizer)
+    models = models_by_scale(model, refiner, refine_from)
+    for first, one in models.items():
+        check_fit(one, tokenizer, "refiner" if first else "model")
+    model = models[0]
     device = model.lvl_1L.device
     rows = class_rows(labels, model.config.num_classes + (source is not None), device)
+    for one in models.values():
+        if isinstance(one, InferenceModel):
+            one.check_labels(rows)
     params = replace(params, **{name: unboxed(getattr(params, name)) for name in ("cfg", "top_k", "top_p")})
     seed, first_index = unboxed(seed), unboxed(first_index)
     check_cfg(params.cfg)
+    guided = len(model.config.scales)
+    if params.guidance_until is not None:
+        guided = checked_int("guidance_until", params.guidance_until, 0, guided)
+    params = replace(params, guidance_until=guided)
     for name, value, bits in (("seed", seed, 63), ("first_index", first_index, 32)):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**bits:
             raise ValueError(f"{name}: expected a whole number from 0 to 2^{bits} − 1, got {value}")
@@ -124,16 +150,18 @@ def launch(
         raise RuntimeError(f"graph: CUDA graphs need a GPU, and the model is on {device}")
 
     with true_float32(device), torch.autocast(device.type, enabled=False):
-        prepared, decoder = prepared_model(model, dtype), prepared_tokenizer(tokenizer, dtype, compile_decoder)
-    unprepared: list[Model | Tokenizer] = []
-    if prepared is model:
-        unprepared.append(model)
-    if decoder is tokenizer:
-        unprepared.append(tokenizer)
+        prepared = {first: prepared_model(one, dtype) for first, one in models.items()}
+        decoder = prepared_tokenizer(tokenizer, dtype, compile_decoder)
+    originals, owners = (*models.values(), tokenizer), (*prepared.values(), decoder)
+    unprepared = [
+        module
+        for module, copy in zip(originals, owners, strict=True)
+        if copy is module and not isinstance(module, InferenceModel | InferenceTokenizer)
+    ]
     if graph and unprepared:
         raise RuntimeError(f"graph: only copies can be captured: {custom_layer_of(unprepared[0])}")
     # Without version counters each call makes new copies, which no graph outlives.
-    cacheable = not unprepared and has_version_counters(model) and has_version_counters(tokenizer)
+    cacheable = not unprepared and all(map(has_version_counters, originals))
     B = len(rows)
     per_image = [rows, torch.arange(first_index, first_index + B, dtype=torch.int64, device=device), *(source or ())]
     if has_graphs(device):
@@ -145,12 +173,37 @@ def launch(
     sample = partial(sample_batch, prepared, decoder, params)
     with evaluation_mode(unprepared), true_float32(device), torch.autocast(device.type, enabled=False):
         if use_graph:
-            tokens, finite, *images = _replay((prepared, decoder), params, sample, inputs, required=bool(graph))
+            tokens, finite, *images = _replay(owners, (params, *models), sample, inputs, required=bool(graph))
         else:
             tokens, finite, *images = sample(*inputs)
     scales = tuple(t[:B] for t in images)
     generated = Generated(scales[-1], tokens[:B], scales if params.return_scales else None)
-    return PendingResult(generated, finite, own_dtype(prepared))
+    return PendingResult(generated, finite, own_dtype(prepared[0]))
+
+
+def models_by_scale(
+    model: Model | InferenceModel, refiner: Model | InferenceModel | None, refine_from: int | None
+) -> dict[int, Model | InferenceModel]:
+    """The unwrapped models, each by the index of the first scale that it generates.
+
+    Raises:
+        TypeError: not models.
+        ValueError: `refiner` without `refine_from` or the reverse, `refine_from` out of range, or a refiner with other
+            classes.
+    """
+    model = unwrapped(model, Model, InferenceModel)
+    if (refiner is None) != (refine_from is None):
+        raise ValueError("refiner and refine_from: expected both or neither")
+    if refiner is None:
+        return {0: model}
+    refiner = unwrapped(refiner, Model, InferenceModel)
+    if refiner.config.num_classes != model.config.num_classes:
+        counts = f"{model.config.num_classes} classes of the model, got {refiner.config.num_classes}"
+        raise ValueError(f"refiner: expected the {counts}")
+    if refiner.class_names and model.class_names and tuple(refiner.class_names) != tuple(model.class_names):
+        raise ValueError("refiner: expected the class names of the model, got others")
+    first = checked_int("refine_from", refine_from, 0, len(model.config.scales))
+    return {0: model, first: refiner} if first < len(model.config.scales) else {0: model}
 
 
 @contextmanager
@@ -174,7 +227,7 @@ def evaluation_mode(modules: Sequence[Model | Tokenizer]) -> Iterator[None]:
 
 def _replay(
     owners: Sequence[nn.Module],
-    params: SamplingParams,
+    options: Hashable,
     sample: Callable[..., tuple[Tensor, ...]],
     inputs: tuple[Tensor, ...],
     *,
@@ -182,7 +235,7 @@ def _replay(
 ) -> tuple[Tensor, ...]:
     """`sample(*inputs)` by a CUDA graph, or without one where it cannot be captured and is not required."""
     try:
-        return GRAPHS.run(owners, params, sample, inputs)
+        return GRAPHS.run(owners, options, sample, inputs)
     except CaptureError as error:
         if required:
             raise
@@ -197,32 +250,18 @@ def check_cfg(cfg: float) -> None:
         raise ValueError(f"cfg: expected a number from 0 to {MAX_CFG:g}, got {cfg!r}")
 
 
-def check_fit(model: Model, tokenizer: Tokenizer) -> None:
-    """Raise ValueError unless model and tokenizer agree on codes, code width, token maps and device."""
-    for name in ("num_codes", "code_dim", "patch_nums"):
-        of_model, of_tokenizer = getattr(model.config, name), getattr(tokenizer, name)
+def check_fit(model: Model | InferenceModel, tokenizer: Tokenizer, name: str = "model") -> None:
+    """Raise ValueError unless model and tokenizer agree on codes, code width, token maps and device.
+
+    Args:
+        name: of the model, for messages.
+    """
+    for size in ("num_codes", "code_dim", "patch_nums"):
+        of_model, of_tokenizer = getattr(model.config, size), getattr(tokenizer, size)
         if of_model != of_tokenizer:
-            raise ValueError(f"model and tokenizer do not fit together: {name} {of_model} against {of_tokenizer}")
+            raise ValueError(f"{name} and tokenizer do not fit together: {size} {of_model} against {of_tokenizer}")
     devices = model.lvl_1L.device, next(tokenizer.quantize.parameters()).device
     if "meta" in (devices[0].type, devices[1].type):
-        raise ValueError("model and tokenizer: expected weights, got modules without storage, on the meta device")
+        raise ValueError(f"{name} and tokenizer: expected weights, got modules without storage, on the meta device")
     if devices[0] != devices[1]:
-        raise ValueError(f"model and tokenizer do not fit together: on devices {devices[0]} and {devices[1]}")
-
-
-def class_rows(labels: Sequence[int] | Tensor, num_classes: int, device: torch.device) -> Tensor:
-    """Class indices (B,) int64 on the device. Raises ValueError unless they are whole numbers in [0, num_classes)."""
-    try:
-        if isinstance(labels, list | tuple):  # torch rejects lists of some NumPy scalars
-            labels = [unboxed(label) for label in labels]
-        rows = torch.as_tensor(labels, device=labels.device if isinstance(labels, Tensor) else "cpu")
-        valid = rows.dim() == 1 and len(rows) > 0 and not (rows.is_floating_point() or rows.is_complex())
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        valid = False
-    if not valid or rows.dtype == torch.bool:
-        raise ValueError(f"labels: expected a non-empty 1-D sequence of whole numbers, got {labels!r}")
-    rows = rows.to(torch.int64)  # torch has no aminmax of unsigned integers
-    lowest, highest = torch.stack(rows.aminmax()).tolist()  # one synchronization for labels on a GPU
-    if lowest < 0 or highest >= num_classes:
-        raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, got {lowest} to {highest}")
-    return rows.to(device, torch.int64, non_blocking=True)  # a blocking copy would wait for earlier work
+        raise ValueError(f"{name} and tokenizer do not fit together: on devices {devices[0]} and {devices[1]}")

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvar.inference.api import check_cfg, check_fit, class_rows, evaluation_mode, launch
+from mvar.inference.api import check_cfg, check_fit, evaluation_mode, launch
+from mvar.inference.labels import class_rows
+from mvar.inference.model import InferenceModel
 from mvar.inference.results import Generated
 from mvar.inference.sampling import SamplingParams, SourceImages
 from mvar.models.config import checked_int, unboxed
@@ -25,7 +27,7 @@ from mvar_kernels.precision import true_float32
 @torch.inference_mode(False)
 @torch.no_grad()
 def edit(
-    model: Model,
+    model: Model | InferenceModel,
     tokenizer: Tokenizer,
     images: Tensor,
     mask: Tensor | None,
@@ -38,6 +40,9 @@ def edit(
     seed: int = 0,
     first_index: int = 0,
     more_smooth: bool = False,
+    refiner: Model | InferenceModel | None = None,
+    refine_from: int | None = None,
+    guidance_until: int | None = None,
     blend: bool = True,
     fill: bool = False,
     reencode: bool = True,
@@ -68,8 +73,9 @@ def edit(
         reencode: encode the residual of what has been generated so far. False: keep the tokens of the image's own
             encoding, as VAR's zero-shot editing does (arXiv 2404.02905); finer tokens then do not correct the coarser
             ones that were sampled.
-        cfg, top_k, top_p, seed, first_index, more_smooth, return_scales, dtype, backend, graph, compile_decoder: as
-            for :func:`mvar.generate`. One CUDA graph serves all images, masks and values of `keep_scales`.
+        cfg, top_k, top_p, seed, first_index, more_smooth, refiner, refine_from, guidance_until, return_scales, dtype,
+            backend, graph, compile_decoder: as for :func:`mvar.generate`. One CUDA graph serves all images, masks and
+            values of `keep_scales`.
 
     Returns:
         The edited images and their tokens; with `return_scales` also the images after each scale, blended as well.
@@ -78,7 +84,7 @@ def edit(
         ValueError, TypeError, FloatingPointError, RuntimeError: as for :func:`mvar.generate`, and for images and masks
             of other shapes, dtypes or values.
     """
-    model, tokenizer = unwrapped(model, Model), unwrapped(tokenizer, Tokenizer)
+    model, tokenizer = unwrapped(model, Model, InferenceModel), unwrapped(tokenizer, Tokenizer)
     check_fit(model, tokenizer)
     device, config = model.lvl_1L.device, model.config
     pixels = checked_images(images, tokenizer.resolution).to(device)
@@ -98,7 +104,9 @@ def edit(
         model,
         tokenizer,
         rows,
-        SamplingParams(guidance, top_k, top_p, more_smooth, return_scales, backend, reencode=reencode),
+        SamplingParams(guidance, top_k, top_p, more_smooth, return_scales, backend, guidance_until, reencode=reencode),
+        refiner=refiner,
+        refine_from=refine_from,
         seed=seed,
         first_index=first_index,
         dtype=dtype,

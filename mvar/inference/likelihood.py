@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvar.inference.api import check_fit, class_rows, evaluation_mode
+from mvar.inference.api import check_fit, evaluation_mode
 from mvar.inference.edit import checked_images
+from mvar.inference.labels import class_rows
+from mvar.inference.model import InferenceModel
 from mvar.inference.prepare import prepared_model
 from mvar.models.config import checked_int
 from mvar.models.tokenizer import Tokenizer
@@ -72,7 +74,7 @@ class Classification:
 @torch.inference_mode(False)
 @torch.no_grad()
 def log_likelihood(
-    model: Model,
+    model: Model | InferenceModel,
     tokenizer: Tokenizer,
     images: Tensor,
     labels: Sequence[int] | Tensor | None = None,
@@ -119,7 +121,7 @@ def log_likelihood(
 @torch.inference_mode(False)
 @torch.no_grad()
 def classify(
-    model: Model,
+    model: Model | InferenceModel,
     tokenizer: Tokenizer,
     images: Tensor,
     *,
@@ -167,14 +169,14 @@ class _Scorer:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | InferenceModel,
         tokenizer: Tokenizer,
         images: Tensor,
         batch: int | None,
         dtype: torch.dtype | None,
         backend: str,
     ) -> None:
-        model, tokenizer = unwrapped(model, Model), unwrapped(tokenizer, Tokenizer)
+        model, tokenizer = unwrapped(model, Model, InferenceModel), unwrapped(tokenizer, Tokenizer)
         check_fit(model, tokenizer)
         self.config, self.original, self.backend = model.config, model, backend
         device = model.lvl_1L.device
@@ -200,7 +202,7 @@ class _Scorer:
     def score(self, index: Tensor, labels: Tensor, scales: int) -> Tensor:
         """Log-likelihood of the first scales of pairs of image index and label, both (n,): (n, scales) float64."""
         device = self.tokens.device
-        unprepared = [self.original] if self.model is self.original else []
+        unprepared = [self.original] if isinstance(self.original, Model) and self.model is self.original else []
         with evaluation_mode(unprepared), true_float32(device), torch.autocast(device.type, enabled=False):
             chunks = zip(index.split(self.batch), labels.split(self.batch), strict=True)
             result = torch.cat([self._score(*chunk, self.config.scales[:scales]) for chunk in chunks])

@@ -1,49 +1,122 @@
-"""A model for inference: weights in one dtype, modulation layers joined, biases fused, weights prepacked for oneDNN.
+"""A model for inference: weights in one dtype, biases fused, weights prepacked for oneDNN.
 
 The parameters of the recurrence and of q/k norm stay in float32: rounding them would change every decay.
 """
 
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mvar.inference.labels import class_rows
 from mvar.inference.onednn import PrepackedFeedForward, PrepackedLinear, can_prepack
 from mvar.models.blocks import Block, MVARBlock
 from mvar.models.layers import Attention, CausalAttention, FeedForward, IntraScaleAttention, Mamba2, State, separate_dt
-from mvar.models.modulation import JoinedModulation, Modulation
 from mvar.models.transformer import Model, ScaleTransformer
 
 
 class InferenceModel(ScaleTransformer):
-    """Version of :class:`mvar.Model` for inference, without dropout and gradients.
+    """A model for inference alone, in one dtype: returned by :func:`mvar.load_model` with a dtype.
+
+    :func:`mvar.generate` uses it as it is, and so do :func:`mvar.edit`, :func:`mvar.log_likelihood` and
+    :func:`mvar.classify`, without a copy.
 
     Args:
         model: whose submodules are taken over and converted, so that it must not be used afterwards. Tensors that need
             no conversion are shared.
         dtype: of weights and activations.
+        labels: the only classes that will be used, besides the unconditional one: the vectors of their modulation are
+            computed here and replace the modulation layers, a third of M-VAR's weights, if they take less memory. None
+            for all classes.
+        blocks: the blocks of the model, if they are to be loaded one after another; None for `model.blocks`.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+    modulation_table: Tensor | None
+    table_rows: Tensor
+
+    def __init__(
+        self,
+        model: Model,
+        dtype: torch.dtype,
+        *,
+        labels: Sequence[int] | Tensor | None = None,
+        blocks: Iterable[Block] | None = None,
+    ) -> None:
         super().__init__()
-        self.config = model.config
+        self.config, self.class_names, self.dtype = model.config, model.class_names, dtype
+        classes = None if labels is None else _tabulated_classes(model, labels)
         self.class_emb, self.lvl_embed = model.class_emb.to(dtype), model.lvl_embed.to(dtype)
         self.pos_start, self.pos_1LC = _frozen(model.pos_start, dtype), _frozen(model.pos_1LC, dtype)
         self.register_buffer("lvl_1L", model.lvl_1L)
-        self.joined_modulation = _joined_modulation(model, dtype)
-        self.word_embed = _linear(model.word_embed, dtype)
-        self.blocks = nn.ModuleList(InferenceBlock(block, dtype) for block in model.typed_blocks())
-        self.head = _linear(model.head, dtype)
+        self.word_embed, self.head = _linear(model.word_embed, dtype), _linear(model.head, dtype)
+        self.head_nm = model.head_nm
+        self.head_nm.ada_lin = _modulation_layer(model.head_nm.ada_lin, dtype)
+        self.shared_ada_lin = _modulation_layer(model.shared_ada_lin, dtype)
+        self.modulation_table = None
+        self.blocks = nn.ModuleList()
+        if classes is None:
+            self.blocks.extend(InferenceBlock(block, dtype) for block in blocks or model.typed_blocks())
+        else:
+            self._tabulate_modulation(classes, blocks or model.typed_blocks())
+        self.eval().requires_grad_(False)
 
-    def modulation(self, cond: Tensor, expand: Callable[[Tensor], Tensor] = lambda rows: rows) -> Modulation:
-        vectors: Modulation = self.joined_modulation(cond, expand)
-        return vectors
+    def _tabulate_modulation(self, classes: Tensor, blocks: Iterable[Block]) -> None:
+        """Convert the blocks and replace the modulation layers by their outputs for these classes."""
+        cond = self.class_emb(classes)
+        shared, vectors = self.shared_ada_lin(cond), []
+        for block in blocks:
+            converted = InferenceBlock(block, self.dtype)
+            vectors.append(converted.modulation(shared))
+            converted.drop_modulation()
+            self.blocks.append(converted)
+        vectors.append(self.head_nm.ada_lin(cond))
+        self.vector_sizes = [part.shape[-1] for part in vectors]
+        self.register_buffer("modulation_table", torch.cat(vectors, -1))
+        # The index of other classes is out of range, so that they raise an error instead of using a wrong row.
+        rows = torch.full((self.config.num_classes + 1,), len(classes), dtype=torch.int64, device=cond.device)
+        rows[classes] = torch.arange(len(classes), dtype=torch.int64, device=cond.device)
+        self.register_buffer("table_rows", rows)
+        del self.shared_ada_lin, self.head_nm
+
+    def modulation_vectors(self, labels: Tensor, cond: Tensor) -> Sequence[Tensor]:
+        if self.modulation_table is None:
+            return super().modulation_vectors(labels, cond)
+        return self.modulation_table[self.table_rows[labels]].split(self.vector_sizes, -1)
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise ValueError for a class that is not among those that the model was loaded for."""
+        if self.modulation_table is None:
+            return
+        missing = labels[self.table_rows[labels] == len(self.modulation_table)]
+        if len(missing):
+            raise ValueError(f"labels: the model was loaded for other classes only, got {int(missing[0])}")
+
+    def train(self, mode: bool = True) -> "InferenceModel":
+        if mode:
+            raise RuntimeError("the model is for inference: to train it, load it without dtype")
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InferenceModel":
+        converted = fn(self.pos_start)
+        if (converted.device, converted.dtype) != (self.pos_start.device, self.pos_start.dtype):
+            raise RuntimeError("an InferenceModel cannot be moved or converted: load it with that device and dtype")
+        return self
+
+
+def _tabulated_classes(model: Model, labels: Sequence[int] | Tensor) -> Tensor | None:
+    """The classes of the table, with the unconditional one; None if it would be larger than the modulation layers."""
+    unconditional, device = model.config.num_classes, model.lvl_1L.device
+    classes = class_rows(labels, unconditional + 1, device).unique()
+    classes = torch.cat([classes[classes < unconditional], classes.new_tensor([unconditional])])
+    blocks = model.typed_blocks()
+    vectors = sum(3 * block.branches for block in blocks) + 2
+    layers = sum(p.numel() for name, p in model.named_parameters() if "ada_" in name)
+    smaller = len(classes) * vectors * model.config.channels < layers
+    return classes if smaller else None
 
 
 class InferenceBlock(Block):
-    """A block without its modulation layer."""
-
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         super().__init__()
         attn = block.attn
@@ -53,6 +126,17 @@ class InferenceBlock(Block):
             self.attn = InferenceAttention(attn, dtype)
         self.mamba = InferenceMamba2(block.mamba, dtype) if isinstance(block, MVARBlock) else None
         self.ffn = _feed_forward(block.ffn, dtype)
+        if hasattr(block, "ada_gss"):
+            self.ada_gss = _frozen(block.ada_gss, dtype)
+        else:
+            self.ada_lin = _modulation_layer(block.ada_lin, dtype)
+
+    def drop_modulation(self) -> None:
+        """Remove the modulation layer, or the offset to a shared one."""
+        if hasattr(self, "ada_gss"):
+            del self.ada_gss
+        else:
+            del self.ada_lin
 
     def empty_state(self, batch: int) -> State:
         carries: Mamba2 | CausalAttention = self.mamba or cast(CausalAttention, self.attn)
@@ -110,16 +194,12 @@ class InferenceMamba2(Mamba2):
         return self.in_proj(x), self.dt_proj(x.float()).unflatten(-1, self.dt_bias.shape)
 
 
-def _joined_modulation(model: Model, dtype: torch.dtype) -> JoinedModulation:
-    shared = model.config.shared_adaln
-    layers = [model.shared_ada_lin] if shared else [block.ada_lin for block in model.typed_blocks()]
-    offsets = [_frozen(block.ada_gss.flatten(0, 2), dtype) for block in model.typed_blocks()] if shared else []
-    *linears, head = (
-        cast(nn.Linear, cast(nn.Sequential, layer)[-1]).to(dtype) for layer in (*layers, model.head_nm.ada_lin)
-    )
-    joined = JoinedModulation(linears, head, offsets)
-    joined.linear = _linear(joined.linear, dtype)
-    return joined
+def _modulation_layer(layer: nn.Module, dtype: torch.dtype) -> Any:
+    """A modulation layer in `dtype`; the identity, in place of a shared one, unchanged."""
+    if isinstance(layer, nn.Identity):
+        return layer
+    activation, linear = cast(nn.Sequential, layer)
+    return nn.Sequential(activation, _linear(cast(nn.Linear, linear), dtype))
 
 
 def _frozen(t: Tensor, dtype: torch.dtype) -> nn.Parameter:

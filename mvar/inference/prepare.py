@@ -1,5 +1,6 @@
 """Cached copies of models and tokenizers for inference: dtype, memory layout, prepacked weights."""
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mvar.inference.model import InferenceModel
-from mvar.models.autoencoder import UpLevel
+from mvar.inference.tokenizer import InferenceTokenizer
 from mvar.models.sharding import is_sharded
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model, ScaleTransformer
@@ -22,34 +23,48 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SETTING_TYPES = (int, float, str, tuple, type(None))
 
 
-def prepared_model(model: Model, dtype: torch.dtype | None) -> ScaleTransformer:
+def prepared_model(model: Model | InferenceModel, dtype: torch.dtype | None) -> ScaleTransformer:
     """Return a copy of the model for inference in `dtype`, cached until the model's weights or layers change.
 
     Changes are detected by torch's version counters, which optimizers, load_state_dict and in-place operations
     increment; writes through `.data` do not.
 
-    A model with custom layers (:func:`mvar.models.weights.custom_layer`) is returned unchanged.
+    An :class:`InferenceModel`, and a model with custom layers (:func:`mvar.models.weights.custom_layer`), is returned
+    unchanged.
 
     Args:
-        dtype: None for the device's fastest, or for a model with custom layers its own.
+        dtype: None for the device's fastest, or for a model that is returned unchanged its own.
 
     Raises:
-        ValueError: a model with custom layers has another dtype or is sharded.
+        ValueError: a model that is returned unchanged has another dtype or, with custom layers, is sharded.
     """
-    copy: ScaleTransformer = _cached(model, dtype, _prepare_model)
-    return copy
+    if isinstance(model, InferenceModel):
+        _check_dtype(model, dtype)
+        return model
+    prepared: ScaleTransformer = _cached(model, dtype, _prepare_model)
+    return prepared
 
 
 def prepared_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype | None, compiled: bool = False) -> Tokenizer:
-    """Return a copy of the tokenizer for decoding in `dtype` and channels last, cached as in :func:`prepared_model`.
+    """Return an :class:`InferenceTokenizer` in `dtype` without encoder, cached as in :func:`prepared_model`.
 
-    The quantizer stays in float32. The encoder is on the meta device.
+    The quantizer stays in float32. An :class:`InferenceTokenizer` is returned unchanged, unless `compiled`.
 
     Args:
         compiled: run the decoder through torch.compile.
     """
-    copy: Tokenizer = _cached(tokenizer, dtype, _prepare_compiled_tokenizer if compiled else _prepare_tokenizer)
-    return copy
+    if isinstance(tokenizer, InferenceTokenizer):
+        _check_dtype(tokenizer, dtype)
+        if not compiled:
+            return tokenizer
+    prepared: Tokenizer = _cached(tokenizer, dtype, _prepare_compiled_tokenizer if compiled else _prepare_tokenizer)
+    return prepared
+
+
+def _check_dtype(module: InferenceModel | InferenceTokenizer, dtype: torch.dtype | None) -> None:
+    if dtype not in (None, module.dtype):
+        kind = "tokenizer" if isinstance(module, InferenceTokenizer) else "model"
+        raise ValueError(f"dtype: the {kind} was loaded in {module.dtype} for inference, got {dtype}")
 
 
 def release(module: nn.Module) -> None:
@@ -84,7 +99,7 @@ class _Copies:
     def __init__(self, module: Model | Tokenizer) -> None:
         self.weights = [(weakref.ref(t), *_version(t)) for t in _tensors(module)]
         self.layers = _layers(module)
-        self.custom_layer = custom_layer(module)
+        self.custom_layer = None if isinstance(module, InferenceTokenizer) else custom_layer(module)
         self.copies: dict[tuple[Callable[..., nn.Module], torch.dtype], Any] = {}
 
     def are_current(self, module: nn.Module) -> bool:
@@ -171,7 +186,7 @@ def _check_usable(module: Model | Tokenizer, dtype: torch.dtype, reason: str) ->
 def _prepare_model(model: Model, dtype: torch.dtype) -> InferenceModel:
     plain = plain_module(model)
     plain.load_state_dict({name: _normal_tensor(t) for name, t in weights(model, plain).items()}, assign=True)
-    return InferenceModel(plain, dtype).eval().requires_grad_(False)
+    return InferenceModel(plain, dtype)
 
 
 def _normal_tensor(t: Tensor) -> Tensor:
@@ -179,46 +194,16 @@ def _normal_tensor(t: Tensor) -> Tensor:
     return t.clone() if t.is_inference() else t
 
 
-def _prepare_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
-    copy = plain_module(tokenizer)
-    state = {
-        name: _normal_tensor(t if name.startswith("quantize.") or not t.is_floating_point() else t.to(dtype))
-        for name, t in weights(tokenizer, copy, omit=ENCODER).items()
-    }
-    missing, unexpected = copy.load_state_dict(state, assign=True, strict=False)
-    if unexpected or any(not name.startswith(ENCODER + ".") for name in missing):
-        raise RuntimeError(f"tokenizer: state dict: missing {missing}, unexpected {unexpected}")
-    for module in (copy.post_quant_conv, copy.decoder):
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for level in copy.decoder.modules():
-        if isinstance(level, UpLevel) and isinstance(level.upsample, nn.Sequential):
-            level.upsample = fuse_upsample_conv(level.upsample.conv)  # type: ignore[assignment, arg-type]
-    return copy
+def _prepare_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype) -> InferenceTokenizer:
+    state = weights(tokenizer, omit=ENCODER)
+    return InferenceTokenizer(tokenizer.config, {name: _normal_tensor(t) for name, t in state.items()}, dtype)
 
 
-def _prepare_compiled_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
-    copy = _prepare_tokenizer(tokenizer, dtype)
-    copy.decoder.compile(dynamic=False)
-    return copy
-
-
-def fuse_upsample_conv(conv: nn.Conv2d) -> nn.ConvTranspose2d:
-    """Fuse nearest-neighbor upsampling by 2 and `conv` (3×3) into one transposed convolution of stride 2.
-
-    In one dimension the upsampled row is s₀ s₀ s₁ s₁ …, so that two of the three taps w read the same source pixel:
-
-        out[2i]   = w₀·s[i−1] + (w₁+w₂)·s[i]
-        out[2i+1] = (w₀+w₁)·s[i] + w₂·s[i+1]
-
-    4 multiplications per pixel instead of 9. VAR's upsampling layers at 256×256 take 46 % of their time in float32 and
-    49 % in bfloat16 (two AMD Zen 5 cores).
-    """
-    fold = conv.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # (taps of the result, taps of conv)
-    weight = torch.einsum("ocij,ki,lj->cokl", conv.weight, fold, fold)
-    in_channels, out_channels = weight.shape[:2]
-    fused = nn.ConvTranspose2d(
-        in_channels, out_channels, kernel_size=4, stride=2, padding=1, dtype=weight.dtype, device="meta"
-    )
-    fused.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
-    fused.bias = conv.bias
-    return fused
+def _prepare_compiled_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype) -> InferenceTokenizer:
+    if isinstance(tokenizer, InferenceTokenizer):
+        compiled = copy.copy(tokenizer)
+        compiled._modules = tokenizer._modules | {"decoder": copy.copy(tokenizer.decoder)}
+    else:
+        compiled = _prepare_tokenizer(tokenizer, dtype)
+    compiled.decoder.compile(dynamic=False)
+    return compiled

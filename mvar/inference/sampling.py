@@ -4,7 +4,7 @@ Nothing synchronizes with the device and control flow does not depend on tensor 
 (cuda_graphs.py) can capture all of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import mvar_kernels as mk
-from mvar.models.layers import State
+from mvar.models.layers import State, first_rows
+from mvar.models.modulation import Modulation
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import ScaleTransformer
 
@@ -29,6 +30,8 @@ class SamplingParams:
     more_smooth: bool
     return_scales: bool
     backend: str
+    guidance_until: int | None = None
+    """number of coarsest scales with guidance; None for all"""
     decode: bool = True
     """False: return feature maps (B, code_dim, h, w) instead of images, for benchmarks"""
     reencode: bool = True
@@ -48,7 +51,7 @@ class SourceImages(NamedTuple):
 
 @torch.no_grad()
 def sample_batch(
-    model: ScaleTransformer,
+    models: Mapping[int, ScaleTransformer],
     tokenizer: Tokenizer,
     params: SamplingParams,
     labels: Tensor,
@@ -59,35 +62,38 @@ def sample_batch(
     """Sample one image per row, or edit one.
 
     Args:
-        model, tokenizer: from :mod:`mvar.inference.prepare`.
-        labels, image_index: (B,) int64, on the model's device. seed: () int64, on the model's device.
+        models: each by the index of the first scale that it generates; one of them by 0.
+        tokenizer: it and the models are from :mod:`mvar.inference.prepare`.
+        labels, image_index: (B,) int64, on the models' device. seed: () int64, on the models' device.
         source: to edit images, the tensors of :class:`SourceImages`.
 
     Returns:
         tokens (B, L) int64; () bool, whether images and logits (except for codes at −∞) are finite; images
         (B, 3, R, R) in [0, 1] float32, with `params.return_scales` one such tensor for each scale.
     """
-    config = model.config
+    config = models[0].config
     B, last = len(labels), len(config.scales) - 1
-    rows = _Rows(B, guided=params.cfg > 0)
-    cond = model.class_emb(F.pad(labels, (0, int(rows.guided)), value=config.num_classes))
-    modulation = model.modulation(cond, rows.expand)
-    positions = model.positions().split(config.scales, 1)
-    x = rows.expand(model.start(cond)) + positions[0]
-
+    guided_scales = _guided_scales(params, last + 1)
     codebook = tokenizer.quantize.embedding.weight
     f_hat = codebook.new_zeros(B, config.code_dim, *2 * config.patch_nums[-1:], dtype=torch.float32)
-    states: Sequence[State | None] = model.empty_states(len(x))
-    tokens, images = [], []
+    inputs: list[Tensor] = []  # one per scale after the first
+    tokens: list[Tensor] = []
+    images: list[Tensor] = []
     finite = torch.ones((), dtype=torch.bool, device=labels.device)
     if source:
         residual, generated = SourceImages(*source)
         finite = residual.isfinite().all()
         generated_of_scale = generated.split(config.scales, 1)
     for k, length in enumerate(config.scales):
-        hidden, states = model.hidden(x, modulation, (length,), states, backend=params.backend)
         progress = k / last if last else 0.0
-        logits = model.head(rows.guide(hidden, params.cfg * progress))  # (B, l, V)
+        first = k
+        if k in models:
+            # Its states come from teacher forcing of all coarser scales, in one pass together with this scale.
+            transformer, first = _Transformer(models[k], labels, params.backend, guided=k < guided_scales), 0
+        elif k == guided_scales:
+            transformer.drop_unconditional()
+        hidden = transformer.hidden(inputs[max(first - 1, 0) :], first)[:, -length:]
+        logits = transformer.logits(hidden, params.cfg * progress)  # (B, l, V)
         finite = finite & logits.amax(-1).isfinite().all()  # −∞ excludes a code; all codes at −∞ are an error
         options: dict[str, Any] = {
             "top_k": params.top_k,
@@ -118,25 +124,61 @@ def sample_batch(
             with record_function("decoder"):  # a range in profiles
                 images.append((tokenizer.decode_features(f_hat) + 1) * 0.5 if params.decode else f_hat)
         if k < last:
-            step = model.word_embed(tokenizer.next_input(k + 1, f_hat).to(x.dtype)) + positions[k + 1]
-            x = rows.repeat(step)
+            inputs.append(tokenizer.next_input(k + 1, f_hat))
     finite = finite & images[-1].isfinite().all()
     return torch.cat(tokens, 1), finite, *images
 
 
-class _Rows(NamedTuple):
-    """Rows of the batch: B conditional ones and, with guidance, B unconditional ones."""
+def _guided_scales(params: SamplingParams, scales: int) -> int:
+    """Number of first scales with unconditional rows; the first scale's guidance is 0, so that it alone needs none."""
+    guided = scales if params.guidance_until is None else params.guidance_until
+    return guided if params.cfg > 0 and guided > 1 else 0
 
-    batch: int
-    guided: bool
 
-    def expand(self, t: Tensor) -> Tensor:
+class _Transformer:
+    """A model with the embeddings, modulation and states of a batch: B conditional rows and, with guidance, B
+    unconditional ones."""
+
+    def __init__(self, model: ScaleTransformer, labels: Tensor, backend: str, *, guided: bool) -> None:
+        self.model, self.batch, self.guided, self.backend = model, len(labels), guided, backend
+        rows = F.pad(labels, (0, int(guided)), value=model.config.num_classes)
+        cond = model.class_emb(rows)
+        self.modulation = model.modulation(rows, cond, self._expand)
+        self.start = self._expand(model.start(cond))
+        self.positions = model.positions().split(model.config.scales, 1)
+        self.states: Sequence[State | None] = model.empty_states(len(self.start))
+
+    def hidden(self, inputs: Sequence[Tensor], first: int) -> Tensor:
+        """The head's input for consecutive scales from index `first` on, and a step of the states: (rows, tokens, C).
+
+        Args:
+            inputs: (B, tokens, code_dim) float32 of each of these scales; the scale with index 0 has none.
+        """
+        parts = [] if first else [self.start]
+        last = first + len(parts) + len(inputs)
+        if inputs:
+            joined = torch.cat([*inputs], 1) if len(inputs) > 1 else inputs[0]
+            embedded = self.model.word_embed(joined.to(self.start.dtype))
+            parts.append(embedded.repeat(2, 1, 1) if self.guided else embedded)
+        x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        x = x + torch.cat(self.positions[first:last], 1)
+        scales = self.model.config.scales[first:last]
+        hidden, self.states = self.model.hidden(x, self.modulation, scales, self.states, backend=self.backend)
+        return hidden
+
+    def logits(self, hidden: Tensor, c: float) -> Tensor:
+        """Logits (B, l, V) with guidance, (1+c)·cond − c·uncond, of the head's input: the head is affine."""
+        if self.guided:
+            hidden = (1 + c) * hidden[: self.batch] - c * hidden[self.batch :]
+        logits: Tensor = self.model.head(hidden)
+        return logits
+
+    def drop_unconditional(self) -> None:
+        """Go on without guidance, with the states of the conditional rows."""
+        self.guided = False
+        self.modulation = Modulation(*([rows[: self.batch] for rows in vectors] for vectors in self.modulation))
+        self.states = [state and first_rows(state, self.batch) for state in self.states]
+
+    def _expand(self, t: Tensor) -> Tensor:
         """B conditional rows and one unconditional row → 2B rows; without guidance unchanged."""
         return torch.cat([t[:-1], t[-1:].expand(self.batch, *t.shape[1:])]) if self.guided else t
-
-    def repeat(self, t: Tensor) -> Tensor:
-        return t.repeat(2, 1, 1) if self.guided else t
-
-    def guide(self, hidden: Tensor, c: float) -> Tensor:
-        """(1+c)·cond − c·uncond on the head's input: the head is affine, so this equals guidance of its logits."""
-        return (1 + c) * hidden[: self.batch] - c * hidden[self.batch :] if self.guided else hidden

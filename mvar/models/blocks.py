@@ -57,8 +57,8 @@ class Block(nn.Module):
         else:
             self.ada_lin = modulation_layer(C, vectors)
 
-    def modulation(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """Gates, scales and shifts of all branches, in this order, each (B, C).
+    def modulation(self, cond: Tensor) -> Tensor:
+        """Gates, scales and shifts of all branches, in this order: (B, 3·branches·C).
 
         Args:
             cond: class embedding (B, C), or with `config.shared_adaln` output of the shared layer (B, vectors·C).
@@ -69,7 +69,8 @@ class Block(nn.Module):
                 "ada_lin: expected a separately sharded layer, as it is called before its block: call "
                 "fully_shard(block.ada_lin) before fully_shard(block); got DTensor"
             )
-        return (cond + self.ada_gss.flatten() if shared else self.ada_lin(cond)).chunk(3 * self.branches, -1)
+        vectors: Tensor = cond + self.ada_gss.flatten() if shared else self.ada_lin(cond)
+        return vectors
 
     def empty_state(self, batch: int) -> State:
         """State before the first scale."""

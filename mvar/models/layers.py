@@ -28,6 +28,13 @@ State = mk.Mamba2State | KeyValues
 """A block's state after all coarser scales."""
 
 
+def first_rows(state: State, batch: int) -> State:
+    """The state of the first `batch` rows."""
+    if isinstance(state, KeyValues):
+        return state._replace(buffer=state.buffer[:batch])
+    return mk.Mamba2State(state.conv[:batch], state.ssm[:batch])
+
+
 class Linear(nn.Linear):
     """Linear layer with an optional bias argument in forward."""
 

@@ -29,7 +29,9 @@ class ScaleTransformer(nn.Module):
     pos_1LC: Tensor
     lvl_embed: nn.Embedding
     lvl_1L: Tensor
+    shared_ada_lin: nn.Module
     blocks: nn.ModuleList
+    head_nm: HeadNorm
     head: nn.Linear
 
     def forward(self, labels: Tensor, inputs: Tensor, *, backend: str = "auto") -> Tensor:
@@ -61,7 +63,7 @@ class ScaleTransformer(nn.Module):
         x = rows + self.positions()[:, : rows.shape[1]]
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream in 16 bits, as in VAR's trainer
-        modulation = self.modulation(cond)
+        modulation = self.modulation(labels, cond)
         if self.training:
             assert draws is not None
             modulation = self._with_stochastic_depth(modulation, draws[:, 1:])
@@ -83,13 +85,23 @@ class ScaleTransformer(nn.Module):
         """Level plus position embedding: (1, L, C)."""
         return self.lvl_embed(self.lvl_1L) + self.pos_1LC
 
-    def modulation(self, cond: Tensor, expand: Callable[[Tensor], Tensor] = lambda rows: rows) -> Modulation:
-        """Compute the modulation of class embeddings (B, C), which is the same at all scales.
+    def modulation(
+        self, labels: Tensor, cond: Tensor, expand: Callable[[Tensor], Tensor] = lambda rows: rows
+    ) -> Modulation:
+        """Compute the modulation of classes, which is the same at all scales.
 
         Args:
-            expand: applied to all vectors, for a batch that repeats rows of `cond`.
+            labels: (B,) int64 in [0, num_classes].
+            cond: their embeddings (B, C).
+            expand: applied to all vectors, for a batch that repeats rows.
         """
-        raise NotImplementedError
+        *blocks, head = map(expand, self.modulation_vectors(labels, cond))
+        return Modulation.of(blocks, head)
+
+    def modulation_vectors(self, labels: Tensor, cond: Tensor) -> Sequence[Tensor]:
+        """Outputs of the modulation layers of all blocks and of the head, see :meth:`Modulation.of`."""
+        shared = self.shared_ada_lin(cond)
+        return [*(block.modulation(shared) for block in self.typed_blocks()), self.head_nm.ada_lin(cond)]
 
     def empty_states(self, batch: int) -> list[State]:
         """States before the first scale, one per block, for :meth:`hidden` at inference.
@@ -186,20 +198,6 @@ class Model(ScaleTransformer, HubMixin):
         self.head_nm = HeadNorm(C)
         self.head = nn.Linear(C, config.num_codes, dtype=torch.float32)
         self.class_names: tuple[str, ...] | None = None  # saved by mvar.save
-
-    def modulation(self, cond: Tensor, expand: Callable[[Tensor], Tensor] = lambda rows: rows) -> Modulation:
-        gates: list[Tensor] = []
-        scales: list[Tensor] = []
-        shifts: list[Tensor] = []
-        shared, n = self.shared_ada_lin(cond), self.block.branches
-        for block in self.typed_blocks():
-            vectors = block.modulation(shared)
-            gates += vectors[:n]
-            scales += vectors[n : 2 * n]
-            shifts += vectors[2 * n :]
-        scale, shift = self.head_nm.ada_lin(cond).chunk(2, -1)
-        lists = (gates, [*scales, scale], [*shifts, shift])
-        return Modulation(*([expand(rows) for rows in rows_list] for rows_list in lists))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The published mask follows from the configuration; as a buffer it would take L² (357 MB at 1024×1024).

@@ -41,7 +41,7 @@ REMEDY = (
 )
 
 
-def unwrapped(module: nn.Module, *kinds: type[Model] | type[Tokenizer]) -> Any:
+def unwrapped(module: nn.Module, *kinds: type[nn.Module]) -> Any:
     """Return the model or tokenizer inside torch.compile, DataParallel, DistributedDataParallel, AveragedModel or
     peft's PeftModel, whose adapters are layers of the model.
 
@@ -53,7 +53,9 @@ def unwrapped(module: nn.Module, *kinds: type[Model] | type[Tokenizer]) -> Any:
         return inner
     expected = " or ".join(f"mvar.{kind.__name__}" for kind in kinds)
     name = type(inner).__name__
-    if name == "FullyShardedDataParallel":  # compared by name, as torch can be built without torch.distributed
+    if name == "InferenceModel":  # compared by name, as inference imports models
+        advice = ", which is for inference alone: load it without dtype"
+    elif name == "FullyShardedDataParallel":  # compared by name, as torch can be built without torch.distributed
         advice = ", which flattens weights: use fully_shard, or load its full state dict into an unwrapped model"
     else:
         advice = ": unwrap it, or merge its adapters" if isinstance(inner, nn.Module) else ""

@@ -36,16 +36,18 @@ class FakeGraph:
         if self.refuses:
             raise CaptureError("operation not permitted when stream is capturing")
         assert isinstance(function, partial)
-        self.draw, self.how, self.inputs, self.shared = function.func, function.args[2], inputs, pool
-        self.models = [weakref.ref(model) for model in function.args[:2]]
+        models, tokenizer, self.how = function.args
+        self.draw, self.inputs, self.shared = function.func, inputs, pool
+        self.models = {first: weakref.ref(model) for first, model in models.items()}
+        self.tokenizer = weakref.ref(tokenizer)
         self.outputs: Outputs = function(*inputs)
         return self.outputs
 
     def replay(self) -> None:
         self.replays += 1
-        models = [ref() for ref in self.models]
-        assert None not in models, "the weights are gone"
-        for output, new in zip(self.outputs, self.draw(*models, self.how, *self.inputs), strict=True):
+        models, tokenizer = {first: ref() for first, ref in self.models.items()}, self.tokenizer()
+        assert None not in (*models.values(), tokenizer), "the weights are gone"
+        for output, new in zip(self.outputs, self.draw(models, tokenizer, self.how, *self.inputs), strict=True):
             output.copy_(new)
 
     def pool(self) -> Any:
@@ -123,7 +125,15 @@ def test_cache_evicts_least_recently_used(graphs: Graphs) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"cfg": 2.0}, {"top_k": 3}, {"top_p": 0.5}, {"more_smooth": True}, {"backend": "reference"}]
+    "other",
+    [
+        {"cfg": 2.0},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"more_smooth": True},
+        {"backend": "reference"},
+        {"guidance_until": 2},
+    ],
 )
 def test_options_are_part_of_cache_key(graphs: Graphs, other: dict[str, Any]) -> None:
     pair = small()
@@ -131,6 +141,22 @@ def test_options_are_part_of_cache_key(graphs: Graphs, other: dict[str, Any]) ->
     out = mvar.generate(*pair, [1], **OPTIONS | other)
     assert len(graphs) == 2
     assert same(out, mvar.generate(*pair, [1], **OPTIONS | other, graph=False))
+
+
+def test_refiner_is_part_of_cache_key(graphs: Graphs) -> None:
+    """Each refiner and first scale has its own recording, which is dropped with the refiner."""
+    pair, refiner = small(), small(width=128)[0]
+    plain = mvar.generate(*pair, [1], **OPTIONS)
+    for k in (1, 2):
+        asked = OPTIONS | {"refiner": refiner, "refine_from": k}
+        for label in ([1], [2]):
+            assert same(mvar.generate(*pair, label, **asked), mvar.generate(*pair, label, **asked, graph=False))
+    assert len(graphs) == 3
+    assert same(mvar.generate(*pair, [1], **OPTIONS | {"refiner": refiner, "refine_from": 3}), plain)
+    assert len(graphs) == 3  # the refiner generates no scale
+    del refiner, asked
+    gc.collect()
+    assert len(graphs) == 1
 
 
 def test_matmul_precision_is_part_of_cache_key(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import mvar_kernels as mk
 from mvar.inference.prepare import prepared_model
 from mvar.models.tokenizer import Tokenizer
 from tests.helpers import upstream
+from tests.helpers.generation import generate_from_prefix, small, with_guided_logits
 
 LABELS = torch.tensor([3, 7, 1])
 
@@ -29,15 +30,6 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[mvar.MVAR, Toke
         torch.save(upstream.weights(kind), folder / f"{kind}.pth")
     model = mvar.load_model(folder / "model.pth")
     return model, mvar.load_tokenizer(folder / "tokenizer.pth", patch_nums=upstream.PATCH_NUMS)
-
-
-def small(**sizes: object) -> tuple[mvar.MVAR, Tokenizer]:
-    """A small random model and tokenizer, with gates large enough that every branch contributes."""
-    tokenizer = mvar.TokenizerConfig(
-        (1, 2, 3, 5), num_codes=64, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False
-    )
-    model, images = mvar.build(2, num_classes=10, tokenizer=tokenizer, **sizes)
-    return mvar.init_weights(model, alng=1.0, hd=1.0, seed=4), images
 
 
 def test_logits_match_public_implementation(published: tuple[mvar.MVAR, Tokenizer]) -> None:
@@ -54,44 +46,6 @@ def test_greedy_images_match_public_implementation(published: tuple[mvar.MVAR, T
     assert np.abs(out.images[:, :, ::8, ::8].numpy() - upstream.ARRAYS["greedy_images_every_8th"]).max() < 1e-3
 
 
-@torch.no_grad()
-def generate_from_prefix(model: mvar.MVAR, tokenizer: Tokenizer, labels: Tensor, cfg: float) -> tuple[Tensor, Tensor]:
-    """Greedy generation with the public algorithm, which runs all layers over the full prefix at every scale.
-
-    Guidance is applied after the head. Returns tokens (B, L) and guided logits (B, L, V).
-    """
-    B, scales = len(labels), model.config.scales
-    both = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
-    cond = model.class_emb(both)
-    x = model.start(cond) + model.positions()[:, : scales[0]]
-    f_hat = torch.zeros(B, model.config.code_dim, *2 * model.config.patch_nums[-1:])
-    tokens, logits, end = [], [], 0
-    for k, length in enumerate(scales):
-        end += length
-        hidden, _ = model.hidden(x, model.modulation(cond), scales[: k + 1])
-        out = model.head(hidden[:, -length:])
-        c = cfg * k / (len(scales) - 1)
-        logits.append((1 + c) * out[:B] - c * out[B:])
-        tokens.append(logits[-1].argmax(-1))
-        f_hat = f_hat + tokenizer.scale_features(k, tokenizer.embed(tokens[-1]))
-        if k + 1 < len(scales):
-            rows = model.word_embed(tokenizer.next_input(k + 1, f_hat))
-            x = torch.cat([x, (rows + model.positions()[:, end : end + scales[k + 1]]).repeat(2, 1, 1)], 1)
-    return torch.cat(tokens, 1), torch.cat(logits, 1)
-
-
-def with_guided_logits(model: mvar.MVAR, run: object) -> tuple[mvar.Generated, Tensor]:
-    """The generated images and the outputs of the head, concatenated over the scales."""
-    seen: list[Tensor] = []
-    head = prepared_model(model, torch.float32).head
-    handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
-        out = run()  # type: ignore[operator]
-    finally:
-        handle.remove()
-    return out, torch.cat(seen, 1)
-
-
 @pytest.mark.parametrize(
     "sizes", [{}, {"bidirectional": True}, {"qk_norm": True}], ids=["plain", "bidirectional", "qk_norm"]
 )
@@ -99,7 +53,7 @@ def test_carried_state_matches_full_prefix(sizes: dict[str, bool]) -> None:
     model, tokenizer = small(**sizes)
     expected_tokens, expected_logits = generate_from_prefix(model, tokenizer, LABELS, cfg=1.5)
     out, logits = with_guided_logits(
-        model, lambda: mvar.generate(model, tokenizer, LABELS, cfg=1.5, top_k=1, dtype=torch.float32)
+        lambda: mvar.generate(model, tokenizer, LABELS, cfg=1.5, top_k=1, dtype=torch.float32), model
     )
     assert torch.equal(out.tokens, expected_tokens)
     assert (logits - expected_logits).abs().max() < 1e-5 * max(1.0, float(expected_logits.abs().max()))
@@ -109,7 +63,7 @@ def test_carried_state_matches_full_prefix_on_upstream_case(published: tuple[mva
     model, tokenizer = published
     expected_tokens, expected_logits = generate_from_prefix(model, tokenizer, LABELS, cfg=1.5)
     out, logits = with_guided_logits(
-        model, lambda: mvar.generate(model, tokenizer, LABELS, cfg=1.5, top_k=1, dtype=torch.float32)
+        lambda: mvar.generate(model, tokenizer, LABELS, cfg=1.5, top_k=1, dtype=torch.float32), model
     )
     assert torch.equal(out.tokens, expected_tokens)
     assert (logits - expected_logits).abs().max() < 1e-5
@@ -141,9 +95,10 @@ def test_modulation_runs_once() -> None:
     model, tokenizer = small()
     rows: list[int] = []
     prepared = prepared_model(model, torch.float32)
-    prepared.joined_modulation.linear.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for layer in (*(block.ada_lin for block in prepared.blocks), prepared.head_nm.ada_lin):
+        layer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     mvar.generate(model, tokenizer, LABELS, dtype=torch.float32)
-    assert rows == [4]
+    assert rows == [4, 4, 4]
 
 
 @pytest.mark.parametrize("more_smooth", [False, True])
@@ -202,7 +157,7 @@ def test_sampling_options() -> None:
     model, tokenizer = small()
     asked: dict[str, Any] = {"top_k": 20, "top_p": 0.7, "seed": 9}
     out, logits = with_guided_logits(
-        model, lambda: mvar.generate(model, tokenizer, LABELS, first_index=5, dtype=torch.float32, **asked)
+        lambda: mvar.generate(model, tokenizer, LABELS, first_index=5, dtype=torch.float32, **asked), model
     )
     by_scale = (t.split(model.config.scales, 1) for t in (logits, out.tokens))
     for k, (of_scale, tokens) in enumerate(zip(*by_scale, strict=True)):
@@ -285,6 +240,10 @@ def test_half_precision_copy(dtype: torch.dtype) -> None:
         ({"dtype": torch.int8}, ValueError, "dtype: expected one of"),
         ({"backend": "quick"}, ValueError, "backend: expected one of"),
         ({"backend": "cuda"}, RuntimeError, "backend 'cuda' requested"),
+        ({"guidance_until": -1}, ValueError, "guidance_until: expected a whole number from 0 to 4, got -1"),
+        ({"guidance_until": 5}, ValueError, "guidance_until"),
+        ({"guidance_until": 1.5}, ValueError, "guidance_until"),
+        ({"guidance_until": True}, ValueError, "guidance_until"),
     ],
 )
 def test_bad_arguments(wrong: dict[str, object], error: type[Exception], message: str) -> None:

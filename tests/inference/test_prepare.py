@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mvar
-from mvar.inference.model import FusedFeedForward
+from mvar.inference.model import FusedFeedForward, InferenceModel
 from mvar.inference.onednn import PrepackedFeedForward, PrepackedLinear, can_prepack
-from mvar.inference.prepare import fuse_upsample_conv, prepared_model, prepared_tokenizer
+from mvar.inference.prepare import prepared_model, prepared_tokenizer
+from mvar.inference.tokenizer import fuse_upsample_conv
 from mvar.models.layers import FeedForward
+from mvar.models.weights import plain_module
 
 CPU = torch.device("cpu")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -138,18 +140,21 @@ def test_inference_mode_weights_are_not_stale() -> None:
 
 @pytest.mark.parametrize("sizes", [{}, {"architecture": "var"}, {"architecture": "var", "shared_adaln": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_joined_modulation(sizes: dict[str, Any], dtype: torch.dtype) -> None:
-    """The joined layer returns the vectors of all layers in order, with rows expanded after the product."""
+@pytest.mark.parametrize("tabulated", [False, True])
+def test_modulation(sizes: dict[str, Any], dtype: torch.dtype, tabulated: bool) -> None:
+    """The copy's modulation equals the model's, with rows expanded after the product; so does a table of classes."""
     tokenizer = mvar.TokenizerConfig((1, 2), num_codes=16, ch=32, ch_mult=(1,), num_res_blocks=1)
     model, _ = mvar.build(3, num_classes=4, tokenizer=tokenizer, **sizes)
     mvar.init_weights(model, alng=1.0, seed=1)
-    copy = prepared_model(model, dtype)
-    assert copy.joined_modulation is not None and not any("ada_" in name for name, _ in copy.named_parameters())
     labels = torch.tensor([0, 3, 4])
     with torch.no_grad():
-        exact = model.modulation(model.class_emb(labels))
-        joined = copy.modulation(copy.class_emb(labels), lambda rows: rows[[0, 1, 2, 2]])
-    for kind, expected in zip(joined, exact, strict=True):
+        taken_over = plain_module(model)
+        taken_over.load_state_dict(model.state_dict(), assign=True)
+        prepared = InferenceModel(taken_over, dtype, labels=[3, 0, 3] if tabulated else None)
+        assert (prepared.modulation_table is not None) == tabulated
+        exact = model.modulation(labels, model.class_emb(labels))
+        copied = prepared.modulation(labels, prepared.class_emb(labels), lambda rows: rows[[0, 1, 2, 2]])
+    for kind, expected in zip(copied, exact, strict=True):
         assert len(kind) == len(expected)
         for got, want in zip(kind, expected, strict=True):
             assert got.shape == (4, 192) and torch.equal(got[2], got[3])

@@ -48,9 +48,10 @@ def state_dominated_model() -> Model:
 @torch.no_grad()
 def logits(model: ScaleTransformer, inputs: Tensor) -> Tensor:
     """Logits under teacher forcing, scale by scale with carried states: (1, L, V) float64."""
-    cond = model.class_emb(torch.tensor([3]))
+    label = torch.tensor([3])
+    cond = model.class_emb(label)
     x = torch.cat([model.start(cond), model.word_embed(inputs.to(cond.dtype))], 1) + model.positions()
-    modulation, states, out = model.modulation(cond), model.empty_states(1), []
+    modulation, states, out = model.modulation(label, cond), model.empty_states(1), []
     for tokens in x.split(model.config.scales, 1):
         hidden, states = model.hidden(tokens, modulation, (tokens.shape[1],), states, backend="reference")
         out.append(model.head(hidden).double())

@@ -84,7 +84,8 @@ def test_states_are_updated_in_place() -> None:
     states = model.empty_states(4)
     before = [state.buffer for state in states]
     assert all(buffer.shape == (4, 14, 2, 2, 64) for buffer in before)
-    modulation = model.modulation(model.class_emb(torch.zeros(4, dtype=torch.int64)))
+    labels = torch.zeros(4, dtype=torch.int64)
+    modulation = model.modulation(labels, model.class_emb(labels))
     with torch.no_grad():
         for length in (1, 4, 9):
             _, states = model.hidden(torch.randn(4, length, 128), modulation, (length,), states)

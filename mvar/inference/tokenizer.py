@@ -1,0 +1,70 @@
+"""A tokenizer for inference: decoder in one dtype and channels last, upsampling fused with its convolutions."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mvar.models.autoencoder import UpLevel
+from mvar.models.tokenizer import Tokenizer, TokenizerConfig
+from mvar.models.weights import ENCODER, without_storage
+
+FLOAT32 = ("quantize.", "quant_conv.", "encoder.")
+"""Parts that stay in float32."""
+
+
+class InferenceTokenizer(Tokenizer):
+    """A tokenizer for decoding: returned by :func:`mvar.load_tokenizer` with a dtype.
+
+    Args:
+        config: its configuration.
+        state: its weights; without those of the encoder, which stays without storage, it does not encode images.
+            Tensors that need no conversion are shared.
+        dtype: of the decoder's weights and activations.
+    """
+
+    def __init__(self, config: TokenizerConfig, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        with without_storage():
+            super().__init__(config)
+        self.dtype = dtype
+        converted = {
+            name: t if name.startswith(FLOAT32) or not t.is_floating_point() else t.to(dtype)
+            for name, t in state.items()
+        }
+        missing, unexpected = self.load_state_dict(converted, assign=True, strict=False)
+        if unexpected or any(not name.startswith(ENCODER + ".") for name in missing):
+            raise RuntimeError(f"tokenizer: state dict: missing {missing}, unexpected {unexpected}")
+        self.encodes = not missing
+        for module in (self.post_quant_conv, self.decoder):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for level in self.decoder.modules():
+            if isinstance(level, UpLevel) and isinstance(level.upsample, nn.Sequential):
+                level.upsample = fuse_upsample_conv(level.upsample.conv)  # type: ignore[assignment, arg-type]
+        self.eval().requires_grad_(False)
+
+    def features(self, images: Tensor) -> Tensor:
+        if not self.encodes:
+            raise RuntimeError("the tokenizer was loaded without its encoder, for decoding only")
+        return super().features(images)
+
+
+def fuse_upsample_conv(conv: nn.Conv2d) -> nn.ConvTranspose2d:
+    """Fuse nearest-neighbor upsampling by 2 and `conv` (3×3) into one transposed convolution of stride 2.
+
+    In one dimension the upsampled row is s₀ s₀ s₁ s₁ …, so that two of the three taps w read the same source pixel:
+
+        out[2i]   = w₀·s[i−1] + (w₁+w₂)·s[i]
+        out[2i+1] = (w₀+w₁)·s[i] + w₂·s[i+1]
+
+    4 multiplications per pixel instead of 9. VAR's upsampling layers at 256×256 take 46 % of their time in float32 and
+    49 % in bfloat16 (two AMD Zen 5 cores).
+    """
+    fold = conv.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # (taps of the result, taps of conv)
+    weight = torch.einsum("ocij,ki,lj->cokl", conv.weight, fold, fold)
+    in_channels, out_channels = weight.shape[:2]
+    fused = nn.ConvTranspose2d(
+        in_channels, out_channels, kernel_size=4, stride=2, padding=1, dtype=weight.dtype, device="meta"
+    )
+    fused.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+    fused.bias = conv.bias
+    return fused
