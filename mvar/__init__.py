@@ -8,30 +8,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mvar.checkpoint import CheckpointError, load_model, load_tokenizer, save
+    from mvar.checkpoint import load_model, load_tokenizer, save
     from mvar.inference.api import generate
     from mvar.inference.edit import edit
     from mvar.inference.likelihood import Classification, LogLikelihood, classify, log_likelihood
+    from mvar.inference.model import InferenceModel
     from mvar.inference.results import Generated
+    from mvar.inference.tokenizer import InferenceTokenizer
     from mvar.models.config import SCHEDULES, ModelConfig
     from mvar.models.factory import build
     from mvar.models.init_weights import init_weights
     from mvar.models.tokenizer import Tokenizer, TokenizerConfig
     from mvar.models.transformer import MVAR, VAR, Model, from_config
+    from mvar.utils.state_dict import CheckpointError
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "checkpoint": ("CheckpointError", "load_model", "load_tokenizer", "save"),
+    "checkpoint": ("load_model", "load_tokenizer", "save"),
     "inference.api": ("generate",),
     "inference.edit": ("edit",),
     "inference.likelihood": ("Classification", "LogLikelihood", "classify", "log_likelihood"),
+    "inference.model": ("InferenceModel",),
     "inference.results": ("Generated",),
+    "inference.tokenizer": ("InferenceTokenizer",),
     "models.config": ("SCHEDULES", "ModelConfig"),
     "models.factory": ("build",),
     "models.init_weights": ("init_weights",),
     "models.tokenizer": ("Tokenizer", "TokenizerConfig"),
     "models.transformer": ("MVAR", "VAR", "Model", "from_config"),
+    "utils.state_dict": ("CheckpointError",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -42,6 +48,8 @@ __all__ = [
     "CheckpointError",
     "Classification",
     "Generated",
+    "InferenceModel",
+    "InferenceTokenizer",
     "LogLikelihood",
     "Model",
     "ModelConfig",

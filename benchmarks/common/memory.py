@@ -25,8 +25,20 @@ def peak_gib(run: Callable[[], Any]) -> float:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
     run()
+    return _status_gib("VmHWM")
+
+
+def held_gib() -> float:
+    """Memory that this process, or its GPU, holds now."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.memory_allocated() / 2**30
+    gc.collect()
+    return _status_gib("VmRSS")
+
+
+def _status_gib(name: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+    return int(status.split(f"{name}:")[1].split()[0]) / 2**20
 
 
 def in_subprocess(function: Callable[..., T], *arguments: Any) -> T:

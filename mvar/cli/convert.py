@@ -42,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from mvar.checkpoint import WEIGHTS_FILE, load_model, load_tokenizer, save, save_published
+    from mvar.checkpoint import load_model, load_tokenizer, save, save_published
     from mvar.cli.resolve import DTYPES
+    from mvar.stored import WEIGHTS_FILE
     from mvar.train.checkpoint import read_model
     from mvar.utils.files import check_writable, expanded
 

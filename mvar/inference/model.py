@@ -1,6 +1,6 @@
 """A model for inference: weights in one dtype, biases fused, weights prepacked for oneDNN.
 
-The parameters of the recurrence and of q/k norm stay in float32: rounding them would change every decay.
+The parameters of the recurrence and of q/k norm stay in float32 (:data:`FLOAT32`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +14,16 @@ from mvar.inference.onednn import PrepackedFeedForward, PrepackedLinear, can_pre
 from mvar.models.blocks import Block, MVARBlock
 from mvar.models.layers import Attention, CausalAttention, FeedForward, IntraScaleAttention, Mamba2, State, separate_dt
 from mvar.models.transformer import Model, ScaleTransformer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32 = ("A_log", "dt_bias", ".D", "scale_mul_1H11", "in_proj.weight")
+"""Ends of the names of weights whose rounding would change every decay or temperature; dt is a part of in_proj."""
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless it is None or a dtype of inference."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
 
 
 class InferenceModel(ScaleTransformer):
@@ -53,7 +63,7 @@ class InferenceModel(ScaleTransformer):
         self.head_nm = model.head_nm
         self.head_nm.ada_lin = _modulation_layer(model.head_nm.ada_lin, dtype)
         self.shared_ada_lin = _modulation_layer(model.shared_ada_lin, dtype)
-        self.modulation_table = None
+        self.register_buffer("modulation_table", None)
         self.blocks = nn.ModuleList()
         if classes is None:
             self.blocks.extend(InferenceBlock(block, dtype) for block in blocks or model.typed_blocks())

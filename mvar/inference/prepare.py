@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mvar.inference.model import InferenceModel
+from mvar.inference.model import InferenceModel, check_dtype
 from mvar.inference.tokenizer import InferenceTokenizer
 from mvar.models.sharding import is_sharded
 from mvar.models.tokenizer import Tokenizer
@@ -19,7 +19,6 @@ from mvar.models.weights import ENCODER, REMEDY, custom_layer, plain_module, wei
 from mvar.utils.errors import message
 from mvar_kernels.dispatch import fastest_dtype
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SETTING_TYPES = (int, float, str, tuple, type(None))
 
 
@@ -155,8 +154,7 @@ def _copies_of(module: Model | Tokenizer) -> _Copies:
 
 
 def _cached(module: Any, dtype: torch.dtype | None, make: Callable[[Any, torch.dtype], nn.Module]) -> Any:
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
+    check_dtype(dtype)
     # The lock ensures that only one thread makes the copy.
     with _lock, torch.inference_mode(False), torch.no_grad():
         cached = _copies_of(module)

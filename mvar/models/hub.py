@@ -53,14 +53,14 @@ class HubMixin(PyTorchModelHubMixin):
             OSError: there is no such folder, file or repository, or it could not be downloaded.
             CheckpointError: a file is not valid, or belongs to another class.
         """
-        from mvar import checkpoint
+        from mvar import checkpoint, stored
 
         name = str(pretrained_model_name_or_path)
-        if not name.startswith(checkpoint.HUB) and not expanded(name).exists():
+        if not name.startswith(stored.HUB) and not expanded(name).exists():
             if name.count("/") != 1 or name.startswith((".", "/", "~")):
                 expected = "a folder of save_pretrained, or owner/name on the Hugging Face Hub"
                 raise FileNotFoundError(f"{name}: no such folder; expected {expected}")
-            name = checkpoint.HUB + name
+            name = stored.HUB + name
         download: dict[str, Any] = {
             "force_download": force_download,
             "token": token,
@@ -71,11 +71,13 @@ class HubMixin(PyTorchModelHubMixin):
         kind: Any = cls
         try:
             if issubclass(kind, checkpoint.Tokenizer):
-                return checkpoint.read_tokenizer(name, kind, map_location, download, **options)
+                return stored.StoredTokenizer(name, kind, download, checkpoint.token_maps(**options)).tokenizer(
+                    map_location
+                )
             make = checkpoint.from_config if kind is checkpoint.Model else kind
-            return checkpoint.read_model(name, make, map_location, download, **options)
+            return stored.StoredModel(name, make, download, **options).model(map_location)
         except OSError as error:
-            if name == checkpoint.HUB + str(pretrained_model_name_or_path):  # may be a mistyped folder
+            if name == stored.HUB + str(pretrained_model_name_or_path):  # may be a mistyped folder
                 raise OSError(f"{pretrained_model_name_or_path}: no such folder; {error}") from error
             raise
 
@@ -109,7 +111,7 @@ class HubMixin(PyTorchModelHubMixin):
             TypeError, ValueError, OSError: as :func:`mvar.save`.
             ValueError: the folder has the configuration of a tokenizer instead of a model, or of a model.
         """
-        from mvar import checkpoint
+        from mvar import checkpoint, stored
 
         if config is not None:
             raise TypeError("config: expected None, as the configuration is that of the module")
@@ -118,9 +120,9 @@ class HubMixin(PyTorchModelHubMixin):
         text = card.pop("card", None)
         folder, module = expanded(save_directory), cast(Any, self)
         content = checkpoint.config_json(module)
-        _check_kind(folder / checkpoint.CONFIG_FILE, content)
-        checkpoint.save(folder / checkpoint.WEIGHTS_FILE, module, dtype=card["dtype"])
-        write_json(folder / checkpoint.CONFIG_FILE, content)
+        _check_kind(folder / stored.CONFIG_FILE, content)
+        checkpoint.save(folder / stored.WEIGHTS_FILE, module, dtype=card["dtype"])
+        write_json(folder / stored.CONFIG_FILE, content)
         if not (folder / CARD_FILE).exists():  # as the mixin, since it may have been edited
             with atomic_write(folder / CARD_FILE) as temporary:
                 temporary.write_text(text or self.generate_model_card(**card).content, encoding="utf-8")

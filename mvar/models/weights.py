@@ -8,7 +8,7 @@ supported, and other differences are reported with the name of the layer.
 import copy
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import getattr_static
 from types import FunctionType
@@ -132,8 +132,13 @@ def weights(module: Model | Tokenizer, plain: nn.Module | None = None, *, omit: 
 
 def fingerprint(module: Model | Tokenizer) -> str:
     """SHA-256 of all weights: names, shapes, dtypes and bits."""
+    return digest_of(sorted(weights(module).items()))
+
+
+def digest_of(items: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, shapes, dtypes and bits."""
     digest = hashlib.sha256()
-    for name, value in sorted(weights(module).items()):
+    for name, value in items:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
         digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -27,9 +27,9 @@ from torch.distributed.checkpoint import (
     save,
 )
 
-from mvar.checkpoint import CONFIGS
 from mvar.models.config import ModelConfig
 from mvar.models.transformer import Model, from_config
+from mvar.stored import CONFIGS
 from mvar.train.distributed import TrainContext
 from mvar.utils.files import make_folder
 

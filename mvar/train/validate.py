@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mvar.checkpoint import HUB
 from mvar.data.digits import TOKENIZER as DIGITS_TOKENIZER
 from mvar.data.tokens import MANIFEST
 from mvar.models.config import ModelConfig
 from mvar.models.transformer import from_config
+from mvar.stored import HUB
 from mvar.train.distributed import TrainContext
 from mvar.train.flags import ARCHITECTURE, Flags
 from mvar.train.objective import Objective, autocast

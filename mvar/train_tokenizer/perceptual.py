@@ -99,7 +99,7 @@ def load_lpips(path: str | Path, device: torch.device) -> LPIPS:
                 f"{path}: expected the weights of torchvision's VGG16 ({VGG16_FILE}): {name}: "
                 f"expected shape {expected.get(name)}, got {found.get(name)}"
             )
-    weights = {name.removeprefix("features."): state[name].to(device, torch.float32) for name in expected}
+    weights = {name.removeprefix("features."): state[name].to(device, torch.float32, copy=True) for name in expected}
     features.load_state_dict(weights, assign=True)
     return LPIPS(features, linear.to(device))
 

@@ -61,6 +61,8 @@ def read(file: Path, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Read the state dict of one part of a file, and the metadata of safetensors.
 
     Nested checkpoints are searched, prefixes of wrappers and trainers are removed, averaged weights take precedence.
+    The tensors are views of the memory-mapped file, which must not be written to; those of torch's legacy format are
+    in memory.
 
     Args:
         file: .pth or .safetensors.
@@ -158,7 +160,7 @@ def _allowed_globals() -> list[Any]:
 def _unpickle(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_allowed_globals()):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         # torch's message recommends weights_only=False, which would run code from the file.
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 import mvar
-from mvar.checkpoint import CLASS_NAMES_KEY, CONFIG_KEY
 from mvar.cli.main import main
 from mvar.inference.prepare import custom_layer_of
+from mvar.stored import CLASS_NAMES_KEY, CONFIG_KEY
 from mvar.utils.files import atomic_write
 from tests.helpers import upstream
 from tests.helpers.paths import ROOT

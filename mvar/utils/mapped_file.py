@@ -1,0 +1,44 @@
+"""Pages of memory-mapped files."""
+
+import ctypes
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class MappedPages:
+    """The pages of a file that tensors are views of.
+
+    Pages that were read count as memory of the process until the system needs it for something else.
+
+    Args:
+        file: the file that was mapped. Without it in /proc/self/maps there is nothing to release.
+        tensors: views of the mapping, which nobody writes to. Others, with memory of their own, are not touched.
+    """
+
+    def __init__(self, file: Path, tensors: Iterable[Tensor]) -> None:
+        addresses = [t.data_ptr() for t in tensors if t.device.type == "cpu" and t.layout == torch.strided]
+        self._ranges = [
+            (start, end) for start, end in _ranges(file) if any(start <= address < end for address in addresses)
+        ]
+
+    def release(self) -> None:
+        """Give the pages back; the next access reads them again."""
+        for start, end in self._ranges:
+            # Where the system refuses, the pages only stay in memory.
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _ranges(file: Path) -> list[tuple[int, int]]:
+    """Address ranges of this process that map the file."""
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return []
+    name = str(file.resolve())
+    fields = [line.split(maxsplit=5) for line in lines]  # address, permissions, offset, device, inode, path
+    found = [entry[0].split("-") for entry in fields if len(entry) == 6 and entry[5] == name]
+    return [(int(start, 16), int(end, 16)) for start, end in found]
