@@ -87,11 +87,11 @@ def _generate(options: argparse.Namespace) -> None:
     from mvar.cli import resolve
     from mvar.evaluate import inception
     from mvar.evaluate.images import Recipe, generate_images, write_pngs
+    from mvar.inference.dtypes import fastest_dtype
     from mvar.models.weights import fingerprint
     from mvar.utils.distributed import init_distributed, local_device
     from mvar.utils.files import write_json
     from mvar.utils.machine import device_and_backends, versions
-    from mvar_kernels.dispatch import fastest_dtype
 
     check_images(options, 1)
     sources = inception.find_sources(options.inception, options.reference)

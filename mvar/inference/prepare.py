@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mvar.inference.dtypes import fastest_dtype
 from mvar.inference.model import InferenceModel
 from mvar.models.autoencoder import UpLevel
 from mvar.models.sharding import is_sharded
@@ -16,7 +17,6 @@ from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model, ScaleTransformer
 from mvar.models.weights import ENCODER, REMEDY, custom_layer, plain_module, weights
 from mvar.utils.errors import message
-from mvar_kernels.dispatch import fastest_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SETTING_TYPES = (int, float, str, tuple, type(None))
