@@ -34,7 +34,7 @@ from benchmarks.common.timing import interleaved
 from benchmarks.generation.methods import random_pair
 from mvar.check.jobs import Job, run
 from mvar.check.plan import key, plan_jobs, record_rows, table
-from mvar.utils import machine
+from mvar.cli import info
 from mvar.utils.files import make_folder
 from mvar_kernels.testing.check import Result
 from mvar_kernels.testing.registry import SPECS
@@ -142,7 +142,7 @@ def main() -> None:
     def until(share: float) -> float:
         return start + share * options.seconds
 
-    print(*machine.lines(), "", sep="\n")
+    print(*info.lines(), "", sep="\n")
     print(
         f"{options.seconds:.0f} s at most: {cases} cases by {len(jobs)} processes, then diagnosis, shapes, generation"
     )

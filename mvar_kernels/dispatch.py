@@ -224,21 +224,6 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}; got {backend!r}")
 
 
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The fastest dtype for matmuls that the device has natively.
-
-    bfloat16 where the device multiplies it natively (GPUs from Ampere on, CPUs with avx512_bf16),
-    float16 on older GPUs, else float32.
-    """
-    if device.type == "cuda":
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if ampere else torch.float16
-    module = native()
-    if device.type == "cpu" and module is not None and module.instruction_set() == "avx512":
-        return torch.bfloat16  # the extension's "avx512" requires avx512_bf16
-    return torch.float32
-
-
 def guarded(kernel: Implementation, device: torch.device) -> Implementation:
     """The kernel as an op may call it: with the inputs' GPU as the current one, and in true float32.
 

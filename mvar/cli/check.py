@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
 
     from mvar.check.jobs import run as run_jobs
     from mvar.check.plan import plan_jobs, processes, record_rows, table
-    from mvar.utils import machine
+    from mvar.cli import info
     from mvar.utils.files import check_writable
     from mvar_kernels.testing.registry import SPECS
 
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"no failed cases in {options.only_failed}")
         return
     cases = sum(len(job.cases) for job in jobs)
-    print(*machine.lines(), "", sep="\n")
+    print(*info.lines(), "", sep="\n")
     print(f"{cases} cases of {len({job.op for job in jobs})} ops: a minute or two", flush=True)
     results = record_rows(jobs, run_jobs(jobs, processes=processes(), seconds=CASE_SECONDS), options.out)
     rows = [row for _, row in tqdm(results, total=cases, unit="case", disable=None)]

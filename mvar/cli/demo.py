@@ -47,9 +47,10 @@ def run(options: argparse.Namespace) -> None:
     """Write the images, print speed and checks. Exits with 1 if a check fails."""
     from mvar import digits
     from mvar.cli.resolve import DTYPES
+    from mvar.inference.dtypes import fastest_dtype
     from mvar.utils.distributed import local_device
     from mvar.utils.files import check_writable
-    from mvar_kernels.dispatch import backends, fastest_dtype
+    from mvar_kernels.dispatch import backends
 
     if not 2 * digits.NUM_CLASSES <= options.checked <= MAX_CHECKED:
         expected = f"from {2 * digits.NUM_CLASSES} to {MAX_CHECKED}"
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     check_writable(options.out / "emoji.png")
     device = local_device(options.device)
     available = ", ".join(name for name, reason in backends().items() if reason is None)
-    dtype = DTYPES.get(options.dtype, fastest_dtype(device))
+    dtype = DTYPES.get(options.dtype) or fastest_dtype(device)
     print(f"backend: {options.backend} on {device} (available: {available}), {dtype}", flush=True)
     _emoji(options, device)
     if not _digits(options, device):

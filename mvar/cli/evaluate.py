@@ -81,17 +81,17 @@ def _generate(options: argparse.Namespace) -> None:
     """Generate the images that --out does not have yet, compute the metrics, write evaluation.json."""
     import json
     from dataclasses import asdict
+    from functools import partial
 
     import torch
 
     from mvar.cli import resolve
     from mvar.evaluate import inception
-    from mvar.evaluate.images import Recipe, generate_images, write_pngs
+    from mvar.evaluate.images import Recipe, generate_images, stored_dtype, write_pngs
     from mvar.models.weights import fingerprint
     from mvar.utils.distributed import init_distributed, local_device
     from mvar.utils.files import write_json
     from mvar.utils.machine import device_and_backends, versions
-    from mvar_kernels.dispatch import fastest_dtype
 
     check_images(options, 1)
     sources = inception.find_sources(options.inception, options.reference)
@@ -99,7 +99,8 @@ def _generate(options: argparse.Namespace) -> None:
     model, tokenizer = resolve.load(options.weights, options.tokenizer, device)
     check_images(options, model.config.num_classes)
     params = resolve.sampling_params(options)
-    recipe = Recipe(
+    recipe_with = partial(
+        Recipe,
         model=fingerprint(model),
         tokenizer=fingerprint(tokenizer),
         classes=model.config.num_classes,
@@ -110,16 +111,17 @@ def _generate(options: argparse.Namespace) -> None:
         top_p=params.top_p,
         seed=options.seed,
         batch=options.batch,
-        dtype=str(resolve.DTYPES.get(options.dtype) or fastest_dtype(device)).removeprefix("torch."),
         backend=params.backend,
         graph=options.graph,
         compiled_decoder=options.compile_decoder,
         device=device.type,
         threads=torch.get_num_threads() if device.type == "cpu" else None,
     )
-    launch_batch = resolve.batch_launcher(options, model, tokenizer, recipe.labels(), params)
 
     with init_distributed() as context:
+        dtype = resolve.common_dtype(options, device, context, stored_dtype(options.out))
+        recipe = recipe_with(dtype=str(dtype).removeprefix("torch."))
+        launch_batch = resolve.batch_launcher(options, model, tokenizer, recipe.labels(), params, dtype)
         if context.is_main_process:
             _print_missing(sources.all_missing, "checked before the images are generated; without it, no such metric")
             inception.check(sources, device, recipe.resolution)

@@ -10,10 +10,12 @@ from torch import Tensor
 from mvar import digits, emoji
 from mvar.checkpoint import load_model, load_tokenizer
 from mvar.inference.api import launch
+from mvar.inference.dtypes import fastest_dtype
 from mvar.inference.results import PendingResult
 from mvar.inference.sampling import SamplingParams
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model
+from mvar.utils.distributed import DistContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # "auto": none
 PACKAGED: Mapping[str, Callable[[], tuple[Model, Tokenizer]]] = {"digits": digits.pretrained, "emoji": emoji.pretrained}
@@ -32,6 +34,24 @@ def load(weights: str | None, tokenizer: str | None, device: torch.device) -> tu
     return model, load_tokenizer(tokenizer, patch_nums=model.config.patch_nums, device=device)
 
 
+def common_dtype(
+    options: argparse.Namespace, device: torch.device, context: DistContext, resumed: str | None = None
+) -> torch.dtype:
+    """The dtype of --dtype, the same in all processes: for "auto" the main process decides. Every process calls it.
+
+    Args:
+        resumed: the dtype in which the run began, such as "float32", which "auto" keeps; None if it begins now.
+    """
+    if options.dtype in DTYPES:
+        return DTYPES[options.dtype]
+    dtype = next((dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{resumed}"), None)
+    if dtype is None and context.is_main_process:
+        dtype = fastest_dtype(device)
+    dtype = context.broadcast(dtype)
+    assert dtype is not None
+    return dtype
+
+
 def generate_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of :func:`mvar.generate`."""
     names = ("cfg", "top_k", "top_p", "seed", "backend", "graph")
@@ -45,7 +65,12 @@ def sampling_params(options: argparse.Namespace, *, more_smooth: bool = False) -
 
 
 def batch_launcher(
-    options: argparse.Namespace, model: Model, tokenizer: Tokenizer, labels: Tensor, params: SamplingParams
+    options: argparse.Namespace,
+    model: Model,
+    tokenizer: Tokenizer,
+    labels: Tensor,
+    params: SamplingParams,
+    dtype: torch.dtype,
 ) -> Callable[[int], PendingResult]:
     """A function of `start` that launches the generation of images start … start + --batch − 1."""
 
@@ -57,7 +82,7 @@ def batch_launcher(
             params,
             seed=options.seed,
             first_index=start,
-            dtype=DTYPES.get(options.dtype),
+            dtype=dtype,
             graph=options.graph,
             compile_decoder=options.compile_decoder,
         )

@@ -79,20 +79,22 @@ def run(options: argparse.Namespace) -> None:
         check_image(options.grid)
     for output in outputs:
         check_writable(output / "000000.png" if output is options.out else output)
-    model, tokenizer = resolve.load(options.weights, options.tokenizer, local_device(options.device))
+    device = local_device(options.device)
+    model, tokenizer = resolve.load(options.weights, options.tokenizer, device)
     classes = torch.tensor(class_names.class_indices(requested, model), dtype=torch.int64, device="cpu")
     labels = classes.repeat_interleave(options.count)
     side = tokenizer.resolution
     if options.grid is not None:
         check_image(options.grid, *grid_size(len(labels), options.count, side, side))
     params = resolve.sampling_params(options, more_smooth=options.smooth)
-    launch_batch = resolve.batch_launcher(options, model, tokenizer, labels, params)
 
     shape = (len(labels), side, side, 3)
     with init_distributed() as context, shared_array(options.npz or options.grid, shape, context) as pixels:
         if context.is_main_process and options.out is not None:
             prepare_folder(options.out, overwrite=options.overwrite)
         context.barrier()
+        dtype = resolve.common_dtype(options, device, context)
+        launch_batch = resolve.batch_launcher(options, model, tokenizer, labels, params, dtype)
         starts = context.shard(range(0, len(labels), options.batch), desc="images", unit="batch")
         for start, batch in prefetched(launch_batch, starts):
             if options.out is not None:

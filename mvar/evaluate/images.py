@@ -29,6 +29,7 @@ from mvar.utils.files import atomic_write, check_writable, write_json
 from mvar.utils.images import read_npz, save_npz, save_pixels
 
 Content = TypeVar("Content")
+RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ class Recipe:
         of d30 falls from 298 to 62 (openai/guided-diffusion #165, #153; FoundationVision/VAR #77).
         """
         return torch.arange(self.images, dtype=torch.int64, device="cpu") % self.classes
+
+
+def stored_dtype(folder: Path) -> str | None:
+    """The dtype of the images in the folder, such as "float32"; None if there are none, or none with a recipe.
+
+    Raises ValueError if the recipe cannot be read.
+    """
+    path = folder / RECIPE
+    return _read(path, dict).get("dtype") if _has_images(folder) and path.exists() else None
 
 
 def generate_images(
@@ -132,13 +142,13 @@ def write_pngs(folder: Path, recipe: Recipe, context: DistContext) -> None:
 
 def _write_recipe(folder: Path, recipe: Recipe, generated_by: Mapping[str, Any]) -> None:
     """Write the recipe and `generated_by`; raise ValueError if the folder has images of another recipe."""
-    path, generators, npz = folder / "recipe.json", folder / "generated_by.json", folder / "images.npz"
+    path, generators, npz = folder / RECIPE, folder / "generated_by.json", folder / "images.npz"
     for output in (path, npz, folder / "evaluation.json"):
         check_writable(output)
     for stale in folder.glob(".images.npz.*"):
         stale.unlink()  # a temporary file of a killed run, up to 10 GB
     requested, known = asdict(recipe), []
-    if npz.exists() or any((folder / "parts").glob("[0-9]*.npy")):
+    if _has_images(folder):
         if not path.exists():
             raise ValueError(f"{folder}: has images, but no {path.name}; give another folder")
         stored, known = _read(path, dict), _read(generators, list) if generators.exists() else []
@@ -156,6 +166,10 @@ def _write_recipe(folder: Path, recipe: Recipe, generated_by: Mapping[str, Any])
         write_json(path, requested)
     is_new = not npz.exists() and generated_by not in known
     write_json(generators, [*known, generated_by] if is_new else known)
+
+
+def _has_images(folder: Path) -> bool:
+    return (folder / "images.npz").exists() or any((folder / "parts").glob("[0-9]*.npy"))
 
 
 def _read(path: Path, kind: Callable[[Any], Content]) -> Content:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mvar.inference.dtypes import fastest_dtype
 from mvar.inference.model import InferenceModel, check_dtype
 from mvar.inference.tokenizer import InferenceTokenizer
 from mvar.models.sharding import is_sharded
@@ -17,7 +18,6 @@ from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model, ScaleTransformer
 from mvar.models.weights import ENCODER, REMEDY, custom_layer, plain_module, weights
 from mvar.utils.errors import message
-from mvar_kernels.dispatch import fastest_dtype
 
 SETTING_TYPES = (int, float, str, tuple, type(None))
 

@@ -85,6 +85,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[LaunchCall]:
 
 PLANTED = """
 import os, sys, time
+import torch
 from mvar.cli import resolve
 from mvar.cli.main import main
 from mvar.utils.distributed import DistContext
@@ -101,9 +102,13 @@ def met(processes):
     meet(processes)
 
 resolve.launch, DistContext.barrier = launched, met
+resolve.fastest_dtype = lambda device: (torch.bfloat16, torch.float32)[int(os.environ["RANK"])]
 main(["sample", "--classes", "1,2", "--batch", "1", "--device", "cpu", "--npz", sys.argv[1]])
 """
-"""A program that runs the planted statement in its second batch, which belongs to the second process."""
+"""A program that runs the planted statement in its second batch, which belongs to the second process.
+
+The processes find different dtypes to be the fastest.
+"""
 
 
 @pytest.fixture
@@ -132,6 +137,13 @@ def planted(tmp_path: Path) -> Iterator[Callable[[str], list[subprocess.Popen[st
             return started
 
         yield start
+
+
+def test_processes_use_the_dtype_of_the_main_process(planted: Callable[[str], list[subprocess.Popen[str]]]) -> None:
+    for process in reversed(planted("print(options['dtype'], flush=True)")):
+        out, error = process.communicate(timeout=100)
+        assert process.returncode == 0, error
+        assert ("torch.bfloat16" in out) == ("images in" not in out), out
 
 
 def test_failed_process_leaves_no_partial_files(
@@ -211,6 +223,7 @@ def test_batches_are_split_between_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: list[LaunchCall]
 ) -> None:
     monkeypatch.setattr(DistContext, "barrier", lambda processes: None)
+    monkeypatch.setattr(DistContext, "broadcast", lambda processes, value: value or torch.float32)
     for rank in range(3):
         monkeypatch.setattr(distributed, "init_distributed", lambda rank=rank: nullcontext(DistContext(rank, 3)))
         main(["sample", "--classes", "0-8", "--batch", "2", "--out", str(tmp_path), "--device", "cpu"])
@@ -223,7 +236,7 @@ def test_batches_are_split_between_processes(
         (  # the recipe of VAR
             "",
             SamplingParams(1.5, 900, 0.96, False, False, "auto"),
-            {"seed": 0, "dtype": None, "graph": None, "compile_decoder": False},
+            {"seed": 0, "dtype": torch.float16, "graph": None, "compile_decoder": False},
         ),
         (
             "--cfg 2 --top-k 7 --top-p 0.5 --smooth --backend reference --seed 3 --dtype bf16 --no-graph "
@@ -235,8 +248,14 @@ def test_batches_are_split_between_processes(
     ids=["defaults", "others"],
 )
 def test_options_are_passed_to_launch(
-    arguments: str, how: SamplingParams, options: dict[str, object], tmp_path: Path, launches: list[LaunchCall]
+    arguments: str,
+    how: SamplingParams,
+    options: dict[str, object],
+    tmp_path: Path,
+    launches: list[LaunchCall],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(resolve, "fastest_dtype", lambda device: torch.float16)
     target = ["--grid", f"{tmp_path}/grid.png", "--device", "cpu"]
     main(["sample", "--classes", "3,5", "--count", "2", "--batch", "3", *target, *arguments.split()])
     assert launches == [([3, 3, 5], how, options | {"first_index": 0}), ([5], how, options | {"first_index": 3})]

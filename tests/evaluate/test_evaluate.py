@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ from mvar.evaluate import frechet_distance, images, precision_recall
 from mvar.evaluate.images import Recipe
 from mvar.evaluate.inception import FEATURES, LOGITS, WEIGHTS
 from mvar.models.weights import fingerprint
-from mvar.utils import files, machine
+from mvar.utils import distributed, files, machine
 from mvar.utils.distributed import DistContext
 from mvar.utils.images import read_npz, save_npz, to_bytes
 from tests.cli.test_cli import fails
@@ -118,6 +119,53 @@ def test_resume_after_sigkill(uninterrupted: Path, tmp_path: Path, monkeypatch: 
 
     main([*ARGUMENTS, "--out", str(tmp_path)])
     assert len(drawn) == len(BATCHES - finished)  # all images exist: nothing is drawn
+
+
+def test_resumed_run_keeps_its_dtype(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under --dtype auto, although another dtype is the fastest by then; not without images, or in another dtype."""
+    launch, used = resolve.launch, []
+
+    def launched(*arguments: Any, dtype: torch.dtype, **options: Any) -> Any:
+        used.append(dtype)
+        if len(used) == 3:
+            raise ValueError("interrupted")
+        return launch(*arguments, dtype=dtype, **options)
+
+    monkeypatch.setattr(resolve, "launch", launched)
+    arguments = [*ARGUMENTS, "--out", str(tmp_path), "--dtype"]
+    assert images.stored_dtype(tmp_path) is None
+    monkeypatch.setattr(resolve, "fastest_dtype", lambda device: torch.float32)
+    assert "interrupted" in fails(capsys, *arguments, "auto")
+    assert images.stored_dtype(tmp_path) == "float32" and set(used) == {torch.float32}
+    monkeypatch.setattr(resolve, "fastest_dtype", lambda device: torch.bfloat16)
+    error = fails(capsys, *arguments, "bf16")
+    assert "dtype float32 in the folder, bfloat16 requested" in error
+    main([*arguments, "auto"])
+    assert set(used) == {torch.float32} and len(used) > len(BATCHES)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["recipe"]["dtype"] == "float32"
+    (tmp_path / "images.npz").unlink()
+    assert images.stored_dtype(tmp_path) is None
+
+
+def test_processes_use_the_dtype_of_the_main_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes, which does not decide: the main process sends it bfloat16 and no missing batches."""
+    monkeypatch.setattr(distributed, "init_distributed", lambda: nullcontext(DistContext(1, 2)))
+    monkeypatch.setattr(DistContext, "barrier", lambda self: None)
+    sent: list[Any] = [torch.bfloat16, []]
+    monkeypatch.setattr(DistContext, "broadcast", lambda self, value: sent.pop(0))
+    monkeypatch.setattr(resolve, "fastest_dtype", lambda device: pytest.fail("the main process decides"))
+    recipes: list[Recipe] = []
+    generate = images.generate_images
+
+    def generated(folder: Path, recipe: Recipe, *arguments: Any) -> Path:
+        recipes.append(recipe)
+        return generate(folder, recipe, *arguments)
+
+    monkeypatch.setattr(images, "generate_images", generated)
+    main([*ARGUMENTS, "--out", str(tmp_path), "--dtype", "auto"])
+    assert [recipe.dtype for recipe in recipes] == ["bfloat16"] and sent == []
 
 
 def test_images_do_not_depend_on_the_number_of_processes(uninterrupted: Path, tmp_path: Path) -> None:
