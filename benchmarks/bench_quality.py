@@ -26,7 +26,6 @@ from benchmarks.analysis.frechet import BATCH, FeatureSpace
 from benchmarks.common.environment import DEVICE, argument_parser
 from benchmarks.common.results import save
 from mvar import digits
-from mvar.cli.resolve import load
 from mvar.inference.prepare import prepared_model, prepared_tokenizer
 from mvar.models.tokenizer import Tokenizer
 from mvar.utils.files import expanded
@@ -129,7 +128,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="images per class (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    model, tokenizer = load(options.weights, options.tokenizer, DEVICE)
+    if options.weights is None:
+        model, tokenizer = digits.pretrained()
+    else:
+        model, tokenizer = mvar.load_model(options.weights), mvar.load_tokenizer(options.tokenizer)
+    model.to(DEVICE), tokenizer.to(DEVICE)
     if options.weights is None:
         space, sampling = frechet.digit_features(), dict[str, Any](digits.SAMPLING)
     else:

@@ -265,7 +265,8 @@ class StoredTokenizer(_Stored, Generic[AnyTokenizer]):
             return make(TokenizerConfig.from_state_dict(self.state, patch_nums))
 
         self._built: Callable[[], AnyTokenizer] = partial(self.build, made)
-        self.config = self._built().config
+        built = self._built()
+        self.config, self.resolution = built.config, built.resolution
 
     @torch.inference_mode(False)
     def tokenizer(self, device: str | torch.device) -> AnyTokenizer:

@@ -4,8 +4,9 @@ import csv
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from mvar.models.transformer import Model
+from mvar.stored import StoredModel
 
 Name = tuple[str]
 """A class name, in a tuple so that its length is the number of classes, as for a range."""
@@ -34,7 +35,7 @@ def parse(text: str, flag: str = "--classes") -> list[range | Name]:
     return parts
 
 
-def class_indices(parts: Sequence[range | Name], model: Model, flag: str = "--classes") -> list[int]:
+def class_indices(parts: Sequence[range | Name], model: StoredModel[Any], flag: str = "--classes") -> list[int]:
     """Class indices in the given order. Raises ValueError for unknown or ambiguous names and indices out of range."""
     names, classes = model.class_names or (), list[int]()
     for part in parts:

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     from mvar.data.folder import CropDataset, ImageFolder
     from mvar.data.order import in_order
     from mvar.inference.likelihood import classify
-    from mvar.utils.distributed import local_device
+    from mvar.utils.distributed import DistContext, local_device
     from mvar.utils.files import atomic_write, check_writable, is_standard_output
 
     if options.batch < 1:
@@ -62,7 +62,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--keep: give --scales, the scales on which all classes are compared first")
     if options.out is not None:
         check_writable(options.out)
-    model, tokenizer = resolve.load(options.weights, options.tokenizer, local_device(options.device))
+    files, device = resolve.Files(options), local_device(options.device)
+    dtype = resolve.common_dtype(options, device, DistContext())
+    model, tokenizer, _ = files.load(device, dtype, encoder=True)
     names = model.class_names or tuple(map(str, range(model.config.num_classes)))
     folder = ImageFolder(options.folder, tokenizer.resolution, mid_resolution=options.mid_reso, labeled=False)
     order = in_order(len(folder), batch=options.batch, rank=0, world_size=1)
@@ -81,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
                 images,
                 scales=options.scales,
                 keep=options.keep,
-                dtype=resolve.DTYPES.get(options.dtype),
+                dtype=dtype,
                 backend=options.backend,
             )
             for i, label, nats, exact in zip(

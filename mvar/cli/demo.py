@@ -97,12 +97,13 @@ def _emoji(options: argparse.Namespace, device: "torch.device") -> None:
     import torch
 
     from mvar import emoji
-    from mvar.cli import resolve
     from mvar.inference.api import generate
     from mvar.inference.edit import edit
     from mvar.utils.images import grid, save_image
 
-    model, tokenizer = resolve.load("emoji", None, device)
+    model, tokenizer = emoji.pretrained()
+    model.to(device)
+    tokenizer.to(device)
     assert model.class_names is not None
     arguments = _arguments(options, emoji.SAMPLING)
     classes = model.config.num_classes

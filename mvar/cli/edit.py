@@ -2,7 +2,15 @@
 
 import argparse
 
-from mvar.cli.options import add_compile_decoder, add_execution, add_sampling, add_weights, check_images, path
+from mvar.cli.options import (
+    add_compile_decoder,
+    add_execution,
+    add_sampling,
+    add_shortcuts,
+    add_weights,
+    check_images,
+    path,
+)
 
 HELP = "generate parts of an image anew: in-painting, out-painting, class-conditional editing, variations"
 EXAMPLES = """\
@@ -72,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
     group = add_sampling(parser, cfg=1.5, top_k=900, top_p=0.96)
     group.add_argument("--smooth", action="store_true", help="average codes by Gumbel-softmax (more_smooth of VAR)")
+    add_shortcuts(group)
     add_compile_decoder(add_execution(parser))
 
 
@@ -83,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     from mvar.cli.sample import prepare_folder
     from mvar.inference.edit import edit
     from mvar.utils import canvas
-    from mvar.utils.distributed import local_device
+    from mvar.utils.distributed import DistContext, local_device
     from mvar.utils.files import check_writable
     from mvar.utils.images import check_image, grid, grid_size, save_image
 
@@ -103,17 +112,19 @@ def run(options: argparse.Namespace) -> None:
     else:
         raise ValueError("nothing of the image would be kept: give --mask, --box, --outpaint or --keep-scales")
     check_writable(options.out / "strip.png")
-    model, tokenizer = resolve.load(options.weights, options.tokenizer, local_device(options.device))
-    side = tokenizer.resolution
+    files, device = resolve.Files(options), local_device(options.device)
+    side = files.tokenizer.resolution
     check_image(options.out / "strip.png", *grid_size(options.count + 2, options.count + 2, side, side))
-    label = model.config.num_classes
+    label = files.model.config.num_classes
     if requested is not None:
-        (label,) = class_names.class_indices(requested, model, "--class")
+        (label,) = class_names.class_indices(requested, files.model, "--class")
     pixels, mask, steps = source.fitted(side)
     print(f"{options.image}: {steps}")
     if not options.overwrite:
         prepare_folder(options.out, overwrite=False)
 
+    arguments = resolve.generate_arguments(options) | {"dtype": resolve.common_dtype(options, device, DistContext())}
+    model, tokenizer, refiner = files.load(device, arguments["dtype"], labels=[label], encoder=True)
     results = []
     for start in range(0, options.count, options.batch):
         count = min(options.batch, options.count - start)
@@ -128,9 +139,12 @@ def run(options: argparse.Namespace) -> None:
             blend=options.blend,
             fill=options.fill if options.fill is not None else bool(options.outpaint) or not options.keep_scales,
             reencode=options.reencode,
+            refiner=refiner,
+            refine_from=options.refine_from,
+            guidance_until=options.guidance_until,
             first_index=start,
             compile_decoder=options.compile_decoder,
-            **resolve.generate_arguments(options),
+            **arguments,
         )
         results.append(out.images.cpu())
     prepare_folder(options.out, overwrite=options.overwrite)  # earlier results are removed once there are new ones

@@ -9,6 +9,8 @@ from mvar.utils.files import expanded
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
 MAX_IMAGES = 10**8  # per run: 20 TB at 256×256
 WEIGHTS = "a file, a folder of save_pretrained, hf://owner/repository or hf://owner/repository/file"
+REFINERS = ("digits_refiner", "emoji_refiner")
+"""Models in the package for --refiner."""
 WORKERS = min(8, os.cpu_count() or 1)
 """Default number of processes that read images."""
 Group = argparse._ArgumentGroup
@@ -56,6 +58,24 @@ def add_sampling(parser: argparse.ArgumentParser, cfg: float | None, top_k: int 
         "--seed", type=int, default=0, help="the random numbers of image i depend on (seed, i) only (default: 0)"
     )
     return group
+
+
+def add_shortcuts(group: Group) -> None:
+    """Options that save multiplications, and change the images."""
+    group.add_argument(
+        "--guidance-until",
+        type=int,
+        metavar="K",
+        help="guidance on the K coarsest scales only (default: on all)",
+    )
+    group.add_argument(
+        "--refiner",
+        type=source,
+        help=f"a smaller model for the fine scales: {', '.join(REFINERS)}, or {WEIGHTS}",
+    )
+    group.add_argument(
+        "--refine-from", type=int, metavar="K", help="number of coarsest scales that --weights generates"
+    )
 
 
 def add_execution(parser: argparse.ArgumentParser) -> Group:

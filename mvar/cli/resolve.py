@@ -1,37 +1,87 @@
 """Build the model, the tokenizer and the arguments of generation from parsed options."""
 
 import argparse
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mvar import digits, emoji
-from mvar.checkpoint import load_model, load_tokenizer
+from mvar.checkpoint import ASSETS
+from mvar.cli.options import REFINERS
 from mvar.inference.api import launch
 from mvar.inference.dtypes import fastest_dtype
+from mvar.inference.model import InferenceModel
 from mvar.inference.results import PendingResult
 from mvar.inference.sampling import SamplingParams
+from mvar.inference.tokenizer import InferenceTokenizer
 from mvar.models.tokenizer import Tokenizer
-from mvar.models.transformer import Model
+from mvar.models.transformer import Model, from_config
+from mvar.stored import StoredModel, StoredTokenizer
 from mvar.utils.distributed import DistContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # "auto": none
-PACKAGED: Mapping[str, Callable[[], tuple[Model, Tokenizer]]] = {"digits": digits.pretrained, "emoji": emoji.pretrained}
+PACKAGED: Mapping[str, str] = {"digits": "digits_tokenizer", "emoji": "emoji_tokenizer"}
+"""Models in the package by --weights, and their tokenizers."""
 
 
-def load(weights: str | None, tokenizer: str | None, device: torch.device) -> tuple[Model, Tokenizer]:
-    """Load the model of --weights and the tokenizer of --tokenizer to the device."""
-    if tokenizer is None and weights in (None, *PACKAGED):
-        model, images = PACKAGED[weights or "digits"]()
-        return model.to(device), images.to(device)
-    if weights is None or tokenizer is None:
-        raise ValueError(
-            "--weights and --tokenizer: give both, or neither for the digits model in the package, or --weights emoji"
+class Loaded(NamedTuple):
+    """Models and tokenizer for inference."""
+
+    model: InferenceModel
+    tokenizer: InferenceTokenizer
+    refiner: InferenceModel | None
+
+
+class Files:
+    """The files of --weights, --tokenizer and --refiner, which are read when their dtype and labels are known."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        weights, tokenizer = options.weights, options.tokenizer
+        if tokenizer is None and weights in (None, *PACKAGED):
+            name = weights or "digits"
+            weights, tokenizer = _asset(name), _asset(PACKAGED[name])
+        elif weights is None or tokenizer is None:
+            raise ValueError(
+                "--weights and --tokenizer: give both, or neither for the digits model in the package, or --weights "
+                "emoji"
+            )
+        refiner = getattr(options, "refiner", None)
+        if (refiner is None) != (getattr(options, "refine_from", None) is None):
+            raise ValueError("--refiner and --refine-from: give both or neither")
+        self.model: StoredModel[Model] = StoredModel(weights, from_config)
+        self.tokenizer: StoredTokenizer[Tokenizer] = StoredTokenizer(
+            tokenizer, Tokenizer, patch_nums=self.model.config.patch_nums
         )
-    model = load_model(weights, device=device)
-    return model, load_tokenizer(tokenizer, patch_nums=model.config.patch_nums, device=device)
+        self.refiner: StoredModel[Model] | None = None
+        if refiner is not None:
+            self.refiner = StoredModel(_asset(refiner) if refiner in REFINERS else refiner, from_config)
+
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        labels: Sequence[int] | Tensor | None = None,
+        encoder: bool = False,
+    ) -> Loaded:
+        """Load for inference.
+
+        Args:
+            labels: the only classes of the run, see :class:`InferenceModel`.
+            encoder: load the tokenizer's encoder.
+        """
+        refiner = None if self.refiner is None else self.refiner.inference_model(device, dtype, labels)
+        return Loaded(
+            self.model.inference_model(device, dtype, labels),
+            self.tokenizer.inference_tokenizer(device, dtype, encoder=encoder),
+            refiner,
+        )
+
+
+def _asset(name: str) -> Path:
+    return ASSETS / f"{name}.safetensors"
 
 
 def common_dtype(
@@ -60,29 +110,31 @@ def generate_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def sampling_params(options: argparse.Namespace, *, more_smooth: bool = False) -> SamplingParams:
     return SamplingParams(
-        options.cfg, options.top_k, options.top_p, more_smooth, return_scales=False, backend=options.backend
+        options.cfg,
+        options.top_k,
+        options.top_p,
+        more_smooth,
+        return_scales=False,
+        backend=options.backend,
+        guidance_until=options.guidance_until,
     )
 
 
 def batch_launcher(
-    options: argparse.Namespace,
-    model: Model,
-    tokenizer: Tokenizer,
-    labels: Tensor,
-    params: SamplingParams,
-    dtype: torch.dtype,
+    options: argparse.Namespace, loaded: Loaded, labels: Tensor, params: SamplingParams
 ) -> Callable[[int], PendingResult]:
     """A function of `start` that launches the generation of images start … start + --batch − 1."""
 
     def launch_batch(start: int) -> PendingResult:
         return launch(
-            model,
-            tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             labels[start : start + options.batch],
             params,
+            refiner=loaded.refiner,
+            refine_from=options.refine_from,
             seed=options.seed,
             first_index=start,
-            dtype=dtype,
             graph=options.graph,
             compile_decoder=options.compile_decoder,
         )

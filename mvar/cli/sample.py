@@ -9,6 +9,7 @@ from mvar.cli.options import (
     add_compile_decoder,
     add_execution,
     add_sampling,
+    add_shortcuts,
     add_weights,
     check_images,
     path,
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--smooth", action="store_true", help="average codes by Gumbel-softmax (more_smooth of VAR); not for FID"
     )
+    add_shortcuts(group)
     add_compile_decoder(add_execution(parser))
 
 
@@ -80,10 +82,10 @@ def run(options: argparse.Namespace) -> None:
     for output in outputs:
         check_writable(output / "000000.png" if output is options.out else output)
     device = local_device(options.device)
-    model, tokenizer = resolve.load(options.weights, options.tokenizer, device)
-    classes = torch.tensor(class_names.class_indices(requested, model), dtype=torch.int64, device="cpu")
+    files = resolve.Files(options)
+    classes = torch.tensor(class_names.class_indices(requested, files.model), dtype=torch.int64, device="cpu")
     labels = classes.repeat_interleave(options.count)
-    side = tokenizer.resolution
+    side = files.tokenizer.resolution
     if options.grid is not None:
         check_image(options.grid, *grid_size(len(labels), options.count, side, side))
     params = resolve.sampling_params(options, more_smooth=options.smooth)
@@ -94,7 +96,8 @@ def run(options: argparse.Namespace) -> None:
             prepare_folder(options.out, overwrite=options.overwrite)
         context.barrier()
         dtype = resolve.common_dtype(options, device, context)
-        launch_batch = resolve.batch_launcher(options, model, tokenizer, labels, params, dtype)
+        loaded = files.load(device, dtype, labels=classes)
+        launch_batch = resolve.batch_launcher(options, loaded, labels, params)
         starts = context.shard(range(0, len(labels), options.batch), desc="images", unit="batch")
         for start, batch in prefetched(launch_batch, starts):
             if options.out is not None:

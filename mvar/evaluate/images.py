@@ -37,7 +37,7 @@ class Recipe:
     """All settings that determine the pixels. Equal recipes give equal images with any number of processes.
 
     Attributes:
-        model, tokenizer: SHA-256 of the weights.
+        model, tokenizer, refiner: SHA-256 of the weights.
         graph: None for the device's default.
         threads: threads per process on a CPU, since they change the last bit of a float32 convolution.
     """
@@ -59,6 +59,9 @@ class Recipe:
     device: str
     threads: int | None
     more_smooth: bool = False
+    refiner: str | None = None
+    refine_from: int | None = None
+    guidance_until: int | None = None
     format: int = 1
 
     @property
