@@ -1,7 +1,6 @@
 """Bytes and FLOPs of a generation with guidance, counted: linear layers by their weights, ops by their specs."""
 
 from functools import cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +28,25 @@ class Work(NamedTuple):
         return Work(self.moved_bytes + times * other[0], self.flops + times * other[1])
 
 
-def work(algorithm: str, config: ModelConfig, batch: int = 1, itemsize: int = 2) -> dict[str, Work]:
-    """By part of the model, without decoder and quantizer. Not counted: embeddings, the head's modulation."""
+def work(
+    algorithm: str,
+    config: ModelConfig,
+    batch: int = 1,
+    itemsize: int = 2,
+    *,
+    first: int = 0,
+    last: int | None = None,
+    guided: int | None = None,
+) -> dict[str, Work]:
+    """By part of the model, without decoder and quantizer. Not counted: embeddings, the head's modulation.
+
+    Args:
+        first, last: the model generates the scales from index `first` to before `last`, all by default. A refiner, with
+            `first` above 0, processes the coarser ones together with the first.
+        guided: number of scales with unconditional rows; None for all.
+    """
     C, E, H, N, V = config.channels, config.inner_width, config.mixer_heads, config.state_dim, config.num_codes
-    hidden, depth, rows = round(C * config.mlp_ratio), config.depth, ROWS * batch
+    hidden, depth, scales = round(C * config.mlp_ratio), config.depth, config.scales
     branches = 2 if algorithm == VAR else 3
     parts = {name: Work() for name in ("linear layers", "attention", "mixer", "adaLN", "drawing")}
 
@@ -43,11 +57,15 @@ def work(algorithm: str, config: ModelConfig, batch: int = 1, itemsize: int = 2)
     def op(part: str, name: str, sizes: dict[str, int], times: int, **options: Any) -> None:
         parts[part] = parts[part].plus(SPECS[name].work(Case("", sizes, options), itemsize), times)
 
-    for k, (new, seen) in enumerate(zip(config.scales, accumulate(config.scales), strict=True), 1):
+    for k in range(first, len(scales) if last is None else last):
+        rows = batch * (ROWS if guided is None or k < guided else 1)
+        start = 0 if k == first else k
+        here = scales[start : k + 1]
+        new, seen = sum(here), sum(scales[: k + 1])
         for inputs, outputs in ((C, 3 * C), (C, C), (C, hidden), (hidden, C)):
             linear(rows * new, inputs, outputs)
-        causal = {"scales": config.scales[:k], "pattern": "causal", "query_scales": 1}
-        pattern = causal if algorithm == VAR else {"scales": (new,), "pattern": "diagonal"}
+        causal = {"scales": scales[: k + 1], "pattern": "causal", "query_scales": len(here)}
+        pattern = causal if algorithm == VAR else {"scales": here, "pattern": "diagonal"}
         op("attention", "scale_attention", {"B": rows, "H": config.heads, "D": HEAD_DIM}, depth, **pattern)
         if algorithm != VAR:
             tokens = new if algorithm == OURS else seen
@@ -55,18 +73,19 @@ def work(algorithm: str, config: ModelConfig, batch: int = 1, itemsize: int = 2)
             op("mixer", "mamba2_mixer", sizes, depth, scales=None)
             linear(rows * tokens, C, 2 * E + 2 * N + H)
             linear(rows * tokens, E, C)
-        if algorithm == PUBLIC or k == 1:  # the modulation, which does not depend on the scale
+        if algorithm == PUBLIC or k == first:  # the modulation, which does not depend on the scale
             linear(rows, C, 3 * branches * C)
         op("adaLN", "adaln", {"B": rows, "L": new, "C": C}, 1)
         op("adaLN", "gated_adaln", {"B": rows, "L": new, "C": C}, branches * depth)
-        linear((rows if algorithm == PUBLIC else batch) * new, C, V, 1)  # guidance after the head, or before it
-        op("drawing", "sample_tokens", {"B": batch, "l": new, "V": V}, 1, guided=False)
+        sampled = scales[k]
+        linear((rows if algorithm == PUBLIC else batch) * sampled, C, V, 1)  # guidance after the head, or before it
+        op("drawing", "sample_tokens", {"B": batch, "l": sampled, "V": V}, 1, guided=False)
     return parts
 
 
-def model_flops(algorithm: str, config: ModelConfig) -> int:
-    """Per image: the matmuls and scans of blocks and head."""
-    parts = work(algorithm, config)
+def model_flops(algorithm: str, config: ModelConfig, **scales: int | None) -> int:
+    """Per image: the matmuls and scans of blocks and head. scales: `first`, `last`, `guided` of :func:`work`."""
+    parts = work(algorithm, config, **scales)  # type: ignore[arg-type]
     return sum(parts[name].flops for name in ("linear layers", "attention", "mixer"))
 
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.environment import DEVICE
+from examples.emoji import evaluate
 from mvar import digits
 from mvar.evaluate import Moments, frechet, moments
 from mvar.evaluate.inception import FEATURES, Inception, find_sources
 
 RESAMPLES = 200
 BATCH = 50
+EMOJI_STEPS = 400
+"""Training steps of the emoji's classifier."""
 
 
 class FeatureSpace(NamedTuple):
@@ -55,6 +58,24 @@ def digit_features() -> FeatureSpace:
         return found
 
     return FeatureSpace(f"classifier of real digits ({accuracy:.1%} of held-out ones right); no FID", features, real)
+
+
+def emoji_features(folder: Path, side: int) -> FeatureSpace:
+    """The classifier of examples/emoji/evaluate.py, trained on the training images; real ones are the held-out ones."""
+    train, classes = evaluate.read(folder / "train", round(evaluate.MARGIN * side))
+    held_out, _ = evaluate.read(folder / "val", round(evaluate.MARGIN * side), classes)
+    classifier = evaluate.train_classifier(train, len(classes), side, seed=0, steps=EMOJI_STEPS)
+    pixels = evaluate.center(held_out.pixels, side)
+    held = classifier.features(pixels)
+    accuracy = float((classifier.predict(pixels) == held_out.labels).float().mean())
+
+    def real(generator: torch.Generator | None) -> Moments:
+        return moments(held if generator is None else held[resampled(held_out.labels, generator)])
+
+    def features(pixels: Tensor) -> Tensor:
+        return classifier.features(pixels.permute(0, 3, 1, 2) / 255)
+
+    return FeatureSpace(f"classifier of real emoji ({accuracy:.1%} of held-out ones right); no FID", features, real)
 
 
 def inception_features(weights: Path | None, reference: Path | None) -> FeatureSpace:

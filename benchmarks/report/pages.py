@@ -10,7 +10,17 @@ from typing import Any
 from benchmarks.analysis import lower_bounds, scaling
 from benchmarks.common.markdown import table
 from benchmarks.common.results import RESULTS, ROOT
-from benchmarks.report import compiled_kernels, editing, generation, kernel_costs, ops, plots, quality, training
+from benchmarks.report import (
+    compiled_kernels,
+    editing,
+    generation,
+    kernel_costs,
+    ops,
+    plots,
+    quality,
+    shortcuts,
+    training,
+)
 from mvar.utils.files import atomic_write
 from mvar_kernels.testing.registry import SPECS
 
@@ -71,6 +81,12 @@ def device(name: str, results: dict[str, Any]) -> dict[str, str]:
         found["Training"] = "\n".join(steps)
     if models := named("plug_in_"):
         found["accelerate in a VAR repository"] = accelerated(list(models.values()))
+    of_packaged = named("shortcuts_")
+    if "shortcuts" in results:
+        found["Shortcuts"] = shortcuts.shortcuts(results["shortcuts"]["rows"], of_packaged)
+    found |= {f"Shortcuts, {model}": shortcuts.quality(rows) for model, rows in of_packaged.items()}
+    if "memory" in results:
+        found["Memory"] = shortcuts.memory(results["memory"]["rows"])
     found |= {f"Quality, {model}": quality.quality(rows) for model, rows in named("parity_").items()}
     found |= {f"Editing, {model}": editing.editing(rows) for model, rows in named("editing_").items()}
     if op_rows := {op: results[op]["rows"] for op in SPECS if op in results}:

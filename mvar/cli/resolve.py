@@ -135,6 +135,7 @@ def batch_launcher(
             refine_from=options.refine_from,
             seed=options.seed,
             first_index=start,
+            dtype=loaded.model.dtype,
             graph=options.graph,
             compile_decoder=options.compile_decoder,
         )

@@ -64,6 +64,7 @@ def test_images_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
         assert np.array_equal(np.asarray(Image.open(path)), contents[0]["arr_0"][i])
 
 
+DIGITS = Path(mvar.__file__).parent / "assets" / "digits.safetensors"
 LaunchCall = tuple[list[int], SamplingParams, dict[str, object]]
 
 
@@ -203,19 +204,19 @@ def test_signal_leaves_no_partial_files(number: signal.Signals, tmp_path: Path) 
     assert (result.returncode, result.stdout) == (-number, "1\n") and list(tmp_path.iterdir()) == []
 
 
-def test_classes_by_name(
-    launches: list[LaunchCall], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_by_name(launches: list[LaunchCall], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = digits.pretrained()
     model.class_names = ("cat", "dog", "eel", "eel", "fox 2", "5", "6, or six", "7", "Käfer", "5")
-    monkeypatch.setattr(resolve, "load", lambda *_: (model, tokenizer))
-    main(["sample", "--classes", 'dog, fox 2,7-8,"6, or six",cat,5,Käfer', "--npz", f"{tmp_path}/all.npz"])
+    mvar.save(tmp_path / "model.safetensors", model)
+    mvar.save(tmp_path / "tokenizer.safetensors", tokenizer)
+    files = ["--weights", f"{tmp_path}/model.safetensors", "--tokenizer", f"{tmp_path}/tokenizer.safetensors"]
+    target = ["--npz", f"{tmp_path}/all.npz"]
+    main(["sample", "--classes", 'dog, fox 2,7-8,"6, or six",cat,5,Käfer', *target, *files])
     assert launches[0][0] == [1, 4, 7, 8, 6, 0, 5, 8]
-    error = fails(capsys, "sample", "--classes", "1,cow", "--npz", f"{tmp_path}/all.npz")
+    error = fails(capsys, "sample", "--classes", "1,cow", *target, *files)
     assert "--classes: unknown class 'cow'; the model has cat, dog, eel, eel, fox 2, …" in error
-    assert "ambiguous class 'eel'" in fails(capsys, "sample", "--classes", "eel", "--npz", f"{tmp_path}/all.npz")
-    model.class_names = None
-    error = fails(capsys, "sample", "--classes", "cat", "--npz", f"{tmp_path}/all.npz")
+    assert "ambiguous class 'eel'" in fails(capsys, "sample", "--classes", "eel", *target, *files)
+    error = fails(capsys, "sample", "--classes", "cat", *target)
     assert "unknown class 'cat'; the model has no class names" in error
 
 
@@ -236,13 +237,13 @@ def test_batches_are_split_between_processes(
         (  # the recipe of VAR
             "",
             SamplingParams(1.5, 900, 0.96, False, False, "auto"),
-            {"seed": 0, "dtype": torch.float16, "graph": None, "compile_decoder": False},
+            {"seed": 0, "dtype": torch.float16, "graph": None, "compile_decoder": False, "refine_from": None},
         ),
         (
             "--cfg 2 --top-k 7 --top-p 0.5 --smooth --backend reference --seed 3 --dtype bf16 --no-graph "
-            "--compile-decoder",
-            SamplingParams(2, 7, 0.5, True, False, "reference"),
-            {"seed": 3, "dtype": torch.bfloat16, "graph": False, "compile_decoder": True},
+            f"--compile-decoder --guidance-until 3 --refiner {DIGITS} --refine-from 2",
+            SamplingParams(2, 7, 0.5, True, False, "reference", guidance_until=3),
+            {"seed": 3, "dtype": torch.bfloat16, "graph": False, "compile_decoder": True, "refine_from": 2},
         ),
     ],
     ids=["defaults", "others"],
@@ -258,6 +259,8 @@ def test_options_are_passed_to_launch(
     monkeypatch.setattr(resolve, "fastest_dtype", lambda device: torch.float16)
     target = ["--grid", f"{tmp_path}/grid.png", "--device", "cpu"]
     main(["sample", "--classes", "3,5", "--count", "2", "--batch", "3", *target, *arguments.split()])
+    refiners = [given.pop("refiner") for *_, given in launches]
+    assert all((refiner is None) == (options["refine_from"] is None) for refiner in refiners)
     assert launches == [([3, 3, 5], how, options | {"first_index": 0}), ([5], how, options | {"first_index": 3})]
 
 
