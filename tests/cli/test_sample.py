@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -342,3 +343,19 @@ def test_prefetched_starts_next_batch_before_yielding() -> None:
         assert pixels.shape == (2, 4, 4, 3) and pixels.dtype == torch.uint8 and bool((pixels == start).all())
     with pytest.raises(FloatingPointError, match="not finite"):
         next(batches)
+
+
+def test_shortcuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The images are those of `generate` with the same options."""
+    shortcuts = ["--guidance-until", "3", "--refiner", "digits_refiner", "--refine-from", "2"]
+    arguments = ["sample", "--classes", "3,5", "--dtype", "fp32", "--device", "cpu", "--npz", f"{tmp_path}/all.npz"]
+    main([*arguments, *shortcuts])
+    refiner = mvar.load_model(DIGITS.with_name("digits_refiner.safetensors"))
+    options: dict[str, Any] = {"guidance_until": 3, "refiner": refiner, "refine_from": 2, "dtype": torch.float32}
+    want = mvar.generate(*digits.pretrained(), [3, 5], **options)
+    with np.load(tmp_path / "all.npz") as stored:
+        # The table of modulations is computed for other rows, which moves the last bits.
+        assert np.abs(stored["arr_0"].astype(int) - to_bytes(want.images).numpy()).max() <= 1
+    assert "--refiner and --refine-from: give both or neither" in fails(capsys, *arguments, *shortcuts[:4])
+    assert "refine_from: expected a whole number from 0 to 4" in fails(capsys, *arguments, *shortcuts[:5], "9")
+    assert "guidance_until: expected a whole number" in fails(capsys, *arguments, "--guidance-until", "9")

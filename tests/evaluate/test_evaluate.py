@@ -121,6 +121,21 @@ def test_resume_after_sigkill(uninterrupted: Path, tmp_path: Path, monkeypatch: 
     assert len(drawn) == len(BATCHES - finished)  # all images exist: nothing is drawn
 
 
+def test_shortcuts_are_part_of_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "--count", "1", "--dtype", "fp32", "--device", "cpu", "--out", str(tmp_path)]
+    shortcuts = ["--refiner", "digits_refiner", "--refine-from", "2", "--guidance-until", "3"]
+    main([*arguments, *shortcuts])
+    refiner = mvar.load_model(Path(mvar.__file__).parent / "assets" / "digits_refiner.safetensors")
+    options: dict[str, Any] = {"refiner": refiner, "refine_from": 2, "guidance_until": 3, "dtype": torch.float32}
+    want = to_bytes(mvar.generate(*digits.pretrained(), range(10), **options).images).numpy()
+    with np.load(tmp_path / "images.npz") as content:
+        assert np.abs(content["arr_0"].astype(int) - want).max() <= 1
+    recipe = json.loads((tmp_path / "evaluation.json").read_text())["recipe"]
+    assert recipe["refiner"] == fingerprint(refiner)
+    assert (recipe["refine_from"], recipe["guidance_until"]) == (2, 3)
+    assert "refine_from 2 in the folder, None requested" in fails(capsys, *arguments)
+
+
 def test_resumed_run_keeps_its_dtype(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
