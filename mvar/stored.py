@@ -36,7 +36,7 @@ WEIGHTS_FILE, CONFIG_FILE, CLASS_NAMES = "model.safetensors", "config.json", "cl
 """The files of a folder or a repository of `save_pretrained`, and the key of class names in its configuration."""
 # Buffers of the published files that follow from the configuration and are not loaded.
 DERIVED_BUFFERS = ("attn_bias_for_masking",)
-READ_BYTES = 2**24
+READ_BYTES = 2**22
 """Bytes of the file after which its pages are released."""
 
 AnyModel = TypeVar("AnyModel", bound=Model)

@@ -3,7 +3,8 @@
 The parameters of the recurrence and of q/k norm stay in float32 (:data:`FLOAT32`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -64,22 +65,19 @@ class InferenceModel(ScaleTransformer):
         self.head_nm.ada_lin = _modulation_layer(model.head_nm.ada_lin, dtype)
         self.shared_ada_lin = _modulation_layer(model.shared_ada_lin, dtype)
         self.register_buffer("modulation_table", None)
-        self.blocks = nn.ModuleList()
-        if classes is None:
-            self.blocks.extend(InferenceBlock(block, dtype) for block in blocks or model.typed_blocks())
-        else:
-            self._tabulate_modulation(classes, blocks or model.typed_blocks())
+        # Unlike a loop variable, map keeps no reference to a block while the next one is loaded.
+        converted = map(partial(InferenceBlock, dtype=dtype), blocks or model.typed_blocks())
+        self.blocks = nn.ModuleList(converted if classes is None else self._with_table(classes, converted))
         self.eval().requires_grad_(False)
 
-    def _tabulate_modulation(self, classes: Tensor, blocks: Iterable[Block]) -> None:
-        """Convert the blocks and replace the modulation layers by their outputs for these classes."""
+    def _with_table(self, classes: Tensor, blocks: "Iterable[InferenceBlock]") -> "Iterator[InferenceBlock]":
+        """Yield the blocks, and replace all modulation layers by their outputs for these classes."""
         cond = self.class_emb(classes)
         shared, vectors = self.shared_ada_lin(cond), []
         for block in blocks:
-            converted = InferenceBlock(block, self.dtype)
-            vectors.append(converted.modulation(shared))
-            converted.drop_modulation()
-            self.blocks.append(converted)
+            vectors.append(block.modulation(shared))
+            block.drop_modulation()
+            yield block
         vectors.append(self.head_nm.ada_lin(cond))
         self.vector_sizes = [part.shape[-1] for part in vectors]
         self.register_buffer("modulation_table", torch.cat(vectors, -1))

@@ -188,7 +188,7 @@ def test_fingerprints_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_peak_memory(suffix: str, dtype: str, tmp_path: Path) -> None:
     """Loading takes at most 1.25 times the weights in their dtype, with the pages of the float32 file."""
-    model, _ = mvar.build(16, num_classes=10, patch_nums=(1, 2, 3), width=256)
+    model, _ = mvar.build(32, num_classes=10, patch_nums=(1, 2, 3), width=192)
     if suffix == "pth":
         torch.save(model.state_dict(), tmp_path / "model.pth")
     else:
