@@ -1,14 +1,15 @@
 """What holds the memory of a training step: `python -m benchmarks.bench_training_memory`.
 
 Sizes of the tensors of M-VAR at 256×256, and the peak memory of each part of a step, with and without `--recompute`
-and `--opt adamw8bit`. Every case runs in a process of its own. A part's peak includes all that is held meanwhile. On a
-CPU it is the process's, with the free memory that glibc keeps; in the cases "mmap", allocations of 1 MiB and more are
-returned as soon as they are freed, as with MALLOC_MMAP_THRESHOLD_=1048576.
+and `--opt adamw8bit`; with --rounds the times of both instead. Every case runs in a process of its own. A part's peak
+includes all that is held meanwhile. On a CPU it is the process's, with the free memory that glibc keeps; in the cases
+"mmap", allocations of 1 MiB and more are returned as soon as they are freed, as with MALLOC_MMAP_THRESHOLD_=1048576.
 """
 
 import ctypes
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.baselines.eager_training import OURS
 from benchmarks.bench_training_step import DTYPES, TrainingStep
-from benchmarks.common.environment import DEVICE, REHEARSAL, argument_parser
+from benchmarks.common.environment import DEVICE, REHEARSAL, argument_parser, set_allocator
 from benchmarks.common.markdown import table
 from benchmarks.common.memory import in_subprocess, peak_gib
 from benchmarks.common.results import save
+from benchmarks.common.timing import interleaved
 from mvar.train.distributed import checkpoint_activations
+from mvar.train.optimizer import adamw8bit
 from mvar_kernels.precision import float32_matmuls
 
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 2**20  # mallopt's number of the setting; see malloc.h
@@ -97,6 +100,29 @@ def measure(depth: int, batch: int, case: Case) -> dict[str, float]:
     return sizes | peaks | {"peak": max(peaks.values()), "peak beyond the sum": max(peaks.values()) - sizes["sum"]}
 
 
+@float32_matmuls(DEVICE, fast=True)
+def times(depth: int, batch: int, dtype: str, rounds: int) -> dict[str, float]:
+    """Median milliseconds of forward and backward pass, without and with recomputation, and of the optimizers."""
+    training = TrainingStep(depth, batch)
+    blocks, optimizers = training.model.typed_blocks(), [training.stepper.optimizer, adamw8bit(training.model)]
+
+    def passes(recompute: bool) -> None:
+        training.model.zero_grad()
+        if recompute:
+            checkpoint_activations(blocks)
+        try:
+            training.stepper.backward(training.loss(OURS, getattr(torch, dtype)))
+        finally:
+            for block in blocks if recompute else ():
+                del block.forward  # the one of the instance
+
+    runs = {"forward and backward": partial(passes, False), "with recomputation": partial(passes, True)}
+    runs |= {name: optimizer.step for name, optimizer in zip(("adamw", "adamw8bit"), optimizers, strict=True)}
+    for run in runs.values():
+        run()
+    return interleaved(runs, rounds=rounds, seconds=0, warm_up=False)
+
+
 def report(results: dict[str, dict[str, float]]) -> str:
     names = next(iter(results.values()))
     return table(("GiB", *results), [(name, *(f"{of[name]:.2f}" for of in results.values())) for name in names])
@@ -107,16 +133,21 @@ def main(run: Callable[..., dict[str, float]] = in_subprocess) -> None:
     parser.add_argument("--depth", type=int, default=1 if REHEARSAL else 16)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--cases", nargs="+", type=int, help=f"numbers from 0 to {len(CASES) - 1}", default=())
+    parser.add_argument("--rounds", type=int, default=0, help="measure times, the median of so many")
     options = parser.parse_args()
-    chosen: list[Any] = [CASES[i] for i in options.cases] or CASES
+    if options.rounds:
+        set_allocator()
+        for dtype in DTYPES:
+            print(dtype, times(options.depth, options.batch, dtype, options.rounds), flush=True)
+        return
     results: dict[str, dict[str, float]] = {}
-    for case in chosen:
+    for case in [CASES[i] for i in options.cases] or CASES:
         if case.mmap and DEVICE.type != "cpu":
             continue
         results[str(case)] = run(measure, options.depth, options.batch, case)
         print(case, results[str(case)], flush=True)
-    print(report(results))
-    print(save(f"memory_d{options.depth}", {"batch": options.batch, "gib": results}))
+        path = save(f"memory_d{options.depth}", {"batch": options.batch, "gib": results})
+    print(report(results), path, sep="\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tests.helpers import training
 
 installed = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 RATE, DECAY = 1e-2, 0.1
+ITEMS = 512  # 8 iterations
 SIGNED, UNSIGNED = 0.9 / 64 / 2, 0.9 / 128 / 2
 """Half the distance of neighbouring codes from 0.1 to 1 of a block's largest moment: 64 or 128 codes are there."""
 
@@ -85,29 +86,29 @@ def test_small_tensors_are_float32() -> None:
 @installed
 def test_training_and_resumption(tmp_path: Path) -> None:
     """Losses fall as with AdamW; a run that is resumed equals the uninterrupted one bit for bit."""
-    flags = training.flags(tmp_path / "run", opt="adamw8bit")
-    uninterrupted = training.trainer(flags)
+    flags = training.flags(tmp_path / "run", opt="adamw8bit", save_every=5)
+    uninterrupted = training.trainer(flags, items=ITEMS)
     uninterrupted.run()
     losses = training.losses(tmp_path / "run")
-    training.trainer(training.flags(tmp_path / "adamw")).run()
+    training.trainer(training.flags(tmp_path / "adamw"), items=ITEMS).run()
     expected = training.losses(tmp_path / "adamw")
     # Blocks hold moments of very different sizes, and the small ones are rounded more coarsely than in the test above.
     # An update that is a tenth off loses at most a tenth of what it gains, to first order.
-    assert losses[0] == expected[0] and losses[0] - losses[-1] > 0.9 * (expected[0] - expected[-1]) > 0.45
+    assert losses[0] == expected[0] and losses[0] - losses[-1] > 0.9 * (expected[0] - expected[-1]) > 0.2
 
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000022")
-    resumed = training.trainer(flags)
-    assert resumed.resume() and resumed.iteration == 16
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000008")
+    resumed = training.trainer(flags, items=ITEMS)
+    assert resumed.resume() and resumed.iteration == 5
     resumed.run()
-    assert training.losses(tmp_path / "run")[-6:] == losses[-6:]
+    assert training.losses(tmp_path / "run")[-3:] == losses[-3:]
     found, right = resumed._tensors(), uninterrupted._tensors()
     assert found.keys() == right.keys() and all(torch.equal(found[name], right[name]) for name in right)
     kinds = {name.partition(".")[0] for name in right}
     assert kinds == {"model", "state1", "state2", "absmax1", "absmax2", "average"}
     assert {right[name].dtype for name in right if name.startswith("state1")} == {torch.uint8, torch.float32}
     assert resumed.optimizer.state_dict() == uninterrupted.optimizer.state_dict()
-    assert set(resumed.optimizer.state_dict()["steps"]) == {22}
+    assert set(resumed.optimizer.state_dict()["steps"]) == {8}
 
     for out, saved, given in (("run", "adamw8bit", "adamw"), ("adamw", "adamw", "adamw8bit")):
         with pytest.raises(ValueError, match=f"--opt: the run in .* has {saved}, not {given}; keep it"):
-            training.trainer(training.flags(tmp_path / out, opt=given)).resume()
+            training.trainer(training.flags(tmp_path / out, opt=given), items=ITEMS).resume()
