@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mvar
 from benchmarks.analysis.roofline import peak_tflops
@@ -24,7 +25,7 @@ from benchmarks.common.timing import interleaved
 from benchmarks.generation.methods import random_pair
 from mvar.models.config import HEAD_DIM
 from mvar.train.metrics import flops_per_image
-from mvar.train.optimizer import OptimizerStep, adamw
+from mvar.train.optimizer import OptimizerStep, adamw, adamw8bit
 from mvar_kernels.precision import float32_matmuls
 
 DTYPES = ("float32", "bfloat16")
@@ -36,7 +37,7 @@ MAX_ERROR = 1e-3  # of a gradient's norm, float32: sums in other orders over som
 class TrainingStep:
     """A model, a batch, an optimizer, and a step of each implementation."""
 
-    def __init__(self, depth: int, batch: int) -> None:
+    def __init__(self, depth: int, batch: int, opt: str = "adamw") -> None:
         sizes: dict[str, Any] = {"width": HEAD_DIM * depth, "label_drop": 0.0, "drop_path": 0.0, "qk_norm": False}
         model, tokenizer = random_pair(depth, 256, "mvar", **sizes)
         assert isinstance(model, mvar.MVAR)
@@ -46,13 +47,20 @@ class TrainingStep:
         labels = torch.randint(model.config.num_classes, (batch,), generator=generator)
         inputs = self.tokenizer.teacher_forcing_inputs(tokens)
         self.data = [value.to(DEVICE) for value in (labels, inputs, tokens)]
-        self.stepper = OptimizerStep(adamw(self.model), DEVICE, clip=2.0, float16=False, average=0.0)
+        optimizer = adamw8bit(self.model) if opt == "adamw8bit" else adamw(self.model)
+        self.stepper = OptimizerStep(optimizer, DEVICE, clip=2.0, float16=False, average=0.0)
         self.objectives = {name: OBJECTIVES[name](model) for name in OBJECTIVES if name != EXACT}
 
     def step(self, implementation: str, dtype: torch.dtype) -> None:
+        self.stepper.backward(self.loss(implementation, dtype))
+        self.optimize()
+
+    def loss(self, implementation: str, dtype: torch.dtype) -> Tensor:
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-            loss = self.objectives[implementation](*self.data).loss
-        self.stepper.backward(loss)
+            loss: Tensor = self.objectives[implementation](*self.data).loss
+        return loss
+
+    def optimize(self) -> None:
         self.stepper.step(learning_rate=1e-6, weight_decay=0.05)
 
     def peak(self, implementation: str, dtype: torch.dtype) -> float:

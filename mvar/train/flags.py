@@ -114,8 +114,13 @@ class Flags(RunFlags):
     aln: float = flag(0.5, "factor on the modulation layers' initial weights")
     alng: float = flag(1e-5, "factor on the initial weights of the gates in the modulation layers")
     # Optimization
-    opt: str = flag("adamw", "optimizer; both names select AdamW", lowered, choices=("adam", "adamw"))
-    afuse: bool = flag(True, "fused AdamW", free=True)
+    opt: str = flag(
+        "adamw",
+        "optimizer: adam and adamw select AdamW; adamw8bit AdamW with moments in 8 bits, by bitsandbytes",
+        lowered,
+        choices=("adam", "adamw", "adamw8bit"),
+    )
+    afuse: bool = flag(True, "fused AdamW, without effect on adamw8bit", free=True)
     ls: float = flag(0.0, "label smoothing")
     # Progressive training
     pg: float = flag(0.0, "fraction of the training in which scales are added one by one; 0: all scales from the start")

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ NO_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss", "A_log"
 """Parameters with one of these in their names have no weight decay; neither have vectors and biases."""
 INIT_SCALE, MAX_SCALE, GROWTH_INTERVAL = 2.0**11, 2.0**15, 1000
 """Loss scale in float16, VAR's values; the largest float16 is 65,504."""
+BETAS = (0.9, 0.95)
 
 
 def adamw(module: nn.Module, *, fused: bool = True) -> torch.optim.AdamW:
@@ -20,13 +22,39 @@ def adamw(module: nn.Module, *, fused: bool = True) -> torch.optim.AdamW:
 
     :meth:`OptimizerStep.step` sets learning rate and weight decay.
     """
+    return torch.optim.AdamW(parameter_groups(module), lr=0.0, betas=BETAS, weight_decay=0, fused=fused)
+
+
+def adamw8bit(module: nn.Module) -> torch.optim.Optimizer:
+    """:func:`adamw` with moments in 8 bits and a float32 scale for every 256 of them (arXiv 2110.02861).
+
+    The moments of tensors with fewer than 4,096 elements are float32. The parameters must be on their device, and must
+    not be sharded. Raises ImportError if bitsandbytes is not installed.
+    """
+    optimizer = bitsandbytes().optim.AdamW8bit(parameter_groups(module), lr=0.0, betas=BETAS, weight_decay=0)
+    for i, group in enumerate(optimizer.param_groups):
+        for j, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, i, j)  # so that a checkpoint can be loaded into it
+    return cast(torch.optim.Optimizer, optimizer)
+
+
+def bitsandbytes() -> Any:
+    """The package bitsandbytes. Raises ImportError if it is not installed."""
+    try:
+        return import_module("bitsandbytes")
+    except ImportError as error:
+        raise ImportError("--opt=adamw8bit requires bitsandbytes: pip install 'mvar[adamw8bit]'") from error
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """The trainable parameters: those with weight decay, and those without."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     plain = {n for n, p in named if p.dim() <= 1 or n.endswith("bias") or any(part in n for part in NO_DECAY)}
     groups = [
         {"params": [p for n, p in named if n not in plain], "decays": True},
         {"params": [p for n, p in named if n in plain], "decays": False},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.95), weight_decay=0, fused=fused)
+    return [g for g in groups if g["params"]]
 
 
 class StepResult(NamedTuple):
@@ -79,14 +107,15 @@ class OptimizerStep:
         return StepResult(norm, finite)
 
     def tensors(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Every parameter, with its value, AdamW's moments and step count, and its moving average by name."""
+        """Every parameter, with its value, the optimizer's state and its moving average by name."""
         for i, parameter in enumerate(self.parameters):
             moments = self.optimizer.state[parameter]
             if not moments:  # before the first step: AdamW's initial state
                 moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            saved = {name: value for name, value in moments.items() if isinstance(value, Tensor) and "qmap" not in name}
             average = {"average": self.average[i]} if self.average else {}
-            yield parameter, {"model": parameter, **moments, **average}
+            yield parameter, {"model": parameter, **saved, **average}
 
     def named_tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """:meth:`tensors` of the module's parameters as "kind.name", the names of a checkpoint."""
@@ -104,6 +133,7 @@ class OptimizerStep:
             "consecutive_skips": self.consecutive_skips,
             "taken": self.taken,
             "scaler": self.scaler.state_dict(),
+            "steps": [state["step"] for state in self._counting()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -111,6 +141,16 @@ class OptimizerStep:
         self.consecutive_skips = state["consecutive_skips"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+        for of_parameter, step in zip(self._counting(), state.get("steps", ()), strict=True):
+            of_parameter["step"] = step
+
+    def _counting(self) -> list[dict[str, Any]]:
+        """The optimizer's states with the step count as an int, those of bitsandbytes, in the order of the parameters.
+
+        torch's optimizers count in tensors.
+        """
+        states = [self.optimizer.state[parameter] for parameter in self.parameters]
+        return [state for state in states if isinstance(state.get("step"), int)]
 
     def _update_average(self) -> None:
         if self.average:

@@ -17,7 +17,7 @@ from mvar.train.flags import COMPILE_MODES, Flags
 from mvar.train.loop import Loop, local_batch
 from mvar.train.metrics import MetricAccumulator, MetricLogger, flops_per_image
 from mvar.train.objective import Objective, autocast
-from mvar.train.optimizer import OptimizerStep, adamw
+from mvar.train.optimizer import OptimizerStep, adamw, adamw8bit
 from mvar.train.schedule import Schedule
 from mvar.train.tensorboard import tags
 
@@ -60,7 +60,7 @@ class Trainer(Loop[Flags, Schedule]):
         self.objective = self.objective_type(model, smoothing=flags.ls, backend=flags.backend).train()
         self.module = parallelize(self.objective, blocks, context, fsdp=flags.fsdp)
         optimizer = OptimizerStep(
-            adamw(self.objective, fused=flags.afuse),
+            adamw8bit(self.objective) if flags.opt == "adamw8bit" else adamw(self.objective, fused=flags.afuse),
             context.device,
             clip=flags.tclip,
             float16=flags.fp16 == 1,

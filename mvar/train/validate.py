@@ -15,6 +15,7 @@ from mvar.stored import HUB
 from mvar.train.distributed import TrainContext
 from mvar.train.flags import ARCHITECTURE, Flags
 from mvar.train.objective import Objective, autocast
+from mvar.train.optimizer import bitsandbytes
 from mvar.train.process import check_run
 from mvar.train.run_flags import flag_error, require
 from mvar.train.schedule import check_stages
@@ -32,6 +33,9 @@ def check(flags: Flags, context: TrainContext) -> None:
         ImportError: a package is not installed.
     """
     check_run(flags, context)
+    if flags.opt == "adamw8bit":
+        require(not flags.fsdp, "opt", "adamw with --fsdp, which shards the moments", flags.opt)
+        bitsandbytes()
     if flags.fsdp and not dist.is_initialized():
         raise ValueError("--fsdp: start the run with torchrun, even for a single process")
     _check_files(flags)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mvar
-from benchmarks import bench_training_run, bench_training_step
+from benchmarks import bench_training_memory, bench_training_run, bench_training_step
 from benchmarks.baselines import eager_training
 from benchmarks.baselines.eager_training import COMPILED, EAGER, EXACT, OBJECTIVES, OURS, EagerObjective
 from benchmarks.bench_training_run import Run
@@ -188,6 +188,22 @@ def test_dtypes_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--batch=3"])
     bench_training_step.main()
     assert [(run["batch"], run["dtype"]) for run in files["train_d1"]["runs"]] == [(3, "float32")]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_memory_of_a_step() -> None:
+    """The moments are twice as large as the weights, the gradients as large; recomputation keeps fewer activations."""
+    cases = [bench_training_memory.Case("float32", recompute, "adamw") for recompute in (False, True)]
+    plain, recomputed = (bench_training_memory.measure(4, 3, case) for case in cases)
+    for sizes in (plain, recomputed):
+        assert 0 < sizes["weights"] == sizes["moments"] / 2
+        assert 1 <= sizes["gradients"] / sizes["weights"] < 1.01  # a few are views of larger tensors
+        held = ("process before the model", "tokenizer", "weights", "gradients", "moments")
+        assert sizes["sum"] == pytest.approx(sum(sizes[name] for name in held))
+        assert sizes["peak"] == max(value for name, value in sizes.items() if name.startswith("peak of"))
+    kept = "activations at the end of the forward pass"
+    assert 0 < recomputed[kept] < 0.5 * plain[kept]
+    assert f"| weights | {plain['weights']:.2f} |" in bench_training_memory.report({"float32": plain})
 
 
 def test_results_are_kept_per_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
