@@ -9,7 +9,7 @@ includes all that is held meanwhile. On a CPU it is the process's, with the free
 import ctypes
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,7 +116,10 @@ def times(depth: int, batch: int, dtype: str, rounds: int) -> dict[str, float]:
             for block in blocks if recompute else ():
                 del block.forward  # the one of the instance
 
-    runs = {"forward and backward": partial(passes, False), "with recomputation": partial(passes, True)}
+    runs: dict[str, Callable[[], Any]] = {
+        "forward and backward": partial(passes, False),
+        "with recomputation": partial(passes, True),
+    }
     runs |= {name: optimizer.step for name, optimizer in zip(("adamw", "adamw8bit"), optimizers, strict=True)}
     for run in runs.values():
         run()

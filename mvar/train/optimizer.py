@@ -43,7 +43,7 @@ def bitsandbytes() -> Any:
     try:
         return import_module("bitsandbytes")
     except ImportError as error:
-        raise ImportError("--opt=adamw8bit requires bitsandbytes: pip install 'mvar[adamw8bit]'") from error
+        raise ImportError("--opt=adamw8bit requires bitsandbytes: pip install 'bitsandbytes>=0.50'") from error
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

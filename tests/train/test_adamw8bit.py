@@ -25,7 +25,7 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit) as stopped:
         main(["train", *training.arguments(tmp_path / "run"), "--opt=adamw8bit"])
     assert stopped.value.code
-    assert "--opt=adamw8bit requires bitsandbytes: pip install 'mvar[adamw8bit]'" in capsys.readouterr().err
+    assert "--opt=adamw8bit requires bitsandbytes: pip install 'bitsandbytes>=0.50'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
