@@ -27,7 +27,6 @@ from mvar.checkpoint import load_packaged
 from mvar.models.weights import without_storage
 from mvar.stored import CONFIG_KEY
 
-NAME = "memory"
 INFERENCE, TABULATED, FLOAT32 = WAYS = ("inference", "inference, known labels", "float32 model")
 """`load_model(..., dtype)`, also with `labels`, and `load_model(...)`."""
 STORAGE_NAMES = {
@@ -122,12 +121,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the files of weights (default: a temporary one)")
     options = parser.parse_args()
     stored = getattr(torch, DTYPES[options.stored])
-    rows: list[Row] = load_rows(NAME) or []
     with TemporaryDirectory(dir=options.folder) as folder:
         tokenizer_file = Path(folder) / "tokenizer.safetensors"
         mvar.save(tokenizer_file, mvar.build(1)[1])
         for depth in options.depths:
             config = mvar.ModelConfig(depth, mvar.SCHEDULES[256])
+            rows: list[Row] = load_rows(f"loading_d{depth}") or []
             file = Path(folder) / "model.safetensors"
             write_random(file, config, stored)
             with without_storage():
@@ -140,7 +139,7 @@ def main() -> None:
                 rows = [row for row in rows if not row.items() >= case.items()]
                 rows.append(case | {"weights_gib": weights * dtype.itemsize / 2**30} | found)
                 print(rows[-1], flush=True)
-                print(save(NAME, rows), flush=True)
+                print(save(f"loading_d{depth}", rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def device(name: str, results: dict[str, Any]) -> dict[str, str]:
     if "shortcuts" in results:
         found["Shortcuts"] = shortcuts.shortcuts(results["shortcuts"]["rows"], of_packaged)
     found |= {f"Shortcuts, {model}": shortcuts.quality(rows) for model, rows in of_packaged.items()}
-    if "memory" in results:
-        found["Memory"] = shortcuts.memory(results["memory"]["rows"])
+    if loading := named("loading_"):
+        found["Memory of loading and generation"] = shortcuts.memory([row for rows in loading.values() for row in rows])
     found |= {f"Quality, {model}": quality.quality(rows) for model, rows in named("parity_").items()}
     found |= {f"Editing, {model}": editing.editing(rows) for model, rows in named("editing_").items()}
     if op_rows := {op: results[op]["rows"] for op in SPECS if op in results}:
