@@ -1,6 +1,5 @@
 """Peak memory of this process or its GPU, or of a child process. Linux."""
 
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.common.environment import ALLOCATOR, DEVICE
+from mvar.utils.memory import return_freed_memory
 
 T = TypeVar("T")
 
@@ -71,5 +71,4 @@ def _send(sender: Connection, function: Callable[..., Any], arguments: Sequence[
 def trim() -> None:
     """Return free memory to the system, which other processes need, in spite of the settings for timing."""
     gc.collect()
-    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
-        malloc_trim(0)
+    return_freed_memory()

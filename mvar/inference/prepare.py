@@ -194,7 +194,7 @@ def _normal_tensor(t: Tensor) -> Tensor:
 
 def _prepare_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype) -> InferenceTokenizer:
     state = weights(tokenizer, omit=ENCODER)
-    return InferenceTokenizer(tokenizer.config, {name: _normal_tensor(t) for name, t in state.items()}, dtype)
+    return InferenceTokenizer(tokenizer.config, ((name, _normal_tensor(t)) for name, t in state.items()), dtype)
 
 
 def _prepare_compiled_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype) -> InferenceTokenizer:

@@ -1,6 +1,6 @@
 """A tokenizer for inference: decoder in one dtype and channels last, upsampling fused with its convolutions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +18,21 @@ class InferenceTokenizer(Tokenizer):
 
     Args:
         config: its configuration.
-        state: its weights; without those of the encoder, which stays without storage, it does not encode images.
-            Tensors that need no conversion are shared.
+        weights: names and values; without those of the encoder, which then stays without storage, the tokenizer does
+            not encode images. Each is converted before the next one is taken; those that need no conversion are shared.
         dtype: of the decoder's weights and activations.
     """
 
-    def __init__(self, config: TokenizerConfig, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, config: TokenizerConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
         with without_storage():
             super().__init__(config)
         self.dtype = dtype
-        converted = {
-            name: t if name.startswith(FLOAT32) or not t.is_floating_point() else t.to(dtype)
-            for name, t in state.items()
-        }
+        converted = {name: _converted(name, t, dtype) for name, t in weights}
         missing, unexpected = self.load_state_dict(converted, assign=True, strict=False)
         if unexpected or any(not name.startswith(ENCODER + ".") for name in missing):
             raise RuntimeError(f"tokenizer: state dict: missing {missing}, unexpected {unexpected}")
         self.encodes = not missing
-        for module in (self.post_quant_conv, self.decoder):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        del converted
         for level in self.decoder.modules():
             if isinstance(level, UpLevel) and isinstance(level.upsample, nn.Sequential):
                 level.upsample = fuse_upsample_conv(level.upsample.conv)  # type: ignore[assignment, arg-type]
@@ -46,6 +42,12 @@ class InferenceTokenizer(Tokenizer):
         if not self.encodes:
             raise RuntimeError("the tokenizer was loaded without its encoder, for decoding only")
         return super().features(images)
+
+
+def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if name.startswith(FLOAT32) or not value.is_floating_point():
+        return value
+    return value.to(dtype, memory_format=torch.channels_last if value.dim() == 4 else torch.preserve_format)
 
 
 def fuse_upsample_conv(conv: nn.Conv2d) -> nn.ConvTranspose2d:

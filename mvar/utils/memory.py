@@ -1,4 +1,4 @@
-"""Pages of memory-mapped files."""
+"""Memory that the process holds without using it: pages of memory-mapped files, and freed blocks."""
 
 import ctypes
 import mmap
@@ -30,6 +30,12 @@ class MappedPages:
         for start, end in self._ranges:
             # Where the system refuses, the pages only stay in memory.
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def return_freed_memory() -> None:
+    """Let glibc's malloc return freed blocks to the system, which it otherwise keeps to reuse them."""
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)
 
 
 def _ranges(file: Path) -> list[tuple[int, int]]:
