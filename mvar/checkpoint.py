@@ -127,6 +127,10 @@ def load_tokenizer(
         OSError, CheckpointError: as :func:`load_model`.
         ValueError: another dtype.
     """
+    if dtype is None and not encoder:
+        raise ValueError(
+            "encoder: expected False with dtype only, as a tokenizer that can be trained keeps its encoder"
+        )
     stored = StoredTokenizer(path, Tokenizer, patch_nums=token_maps(resolution, patch_nums))
     return stored.tokenizer(device) if dtype is None else stored.inference_tokenizer(device, dtype, encoder=encoder)
 
@@ -151,7 +155,7 @@ def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | No
         ValueError: a layer's weights could not be loaded again or are not finite in `dtype`; the message has its name.
         OSError: the file cannot be written.
     """
-    module = unwrapped(module, Model, Tokenizer)
+    module = _trainable(module)
     names = class_names(module)
     state = weights(module)
     if (extra := extra_weight(module)) is not None:
@@ -165,6 +169,14 @@ def save(path: str | Path, module: Model | Tokenizer, *, dtype: torch.dtype | No
             save_file(state, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {message(error)}") from error
+
+
+def _trainable(module: Model | Tokenizer) -> Any:
+    """The unwrapped module. TypeError: it was loaded for inference."""
+    module = unwrapped(module, Model, Tokenizer)
+    if isinstance(module, InferenceTokenizer):
+        raise TypeError("got an InferenceTokenizer, which is for inference alone: load it without dtype")
+    return module
 
 
 def config_json(module: Model | Tokenizer) -> dict[str, Any]:
@@ -201,7 +213,7 @@ def published_state_dict(module: Model | Tokenizer, dtype: torch.dtype | None = 
         ValueError: the published code does not support this model.
         TypeError, ValueError: as :func:`save`.
     """
-    state = converted(weights(module), dtype)
+    state = converted(weights(_trainable(module)), dtype)
     if isinstance(module, Model):
         if module.config.bidirectional:
             raise ValueError("a model with a bidirectional mixer has no published format; write .safetensors")

@@ -1,13 +1,12 @@
 """Models and tokenizers in files: their configuration, and their weights, which are read part by part.
 
 The weights are memory-mapped. Loading for training copies each to the device in float32; loading for inference converts
-one block after another, so that neither a copy of the file nor one in float32 is ever in memory.
+one after another, a model's block by block, so that neither a copy of the file nor one in float32 is ever in memory.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -217,8 +216,9 @@ class StoredModel(_Stored, Generic[AnyModel]):
 
         def loaded(i: int) -> Block:
             return_freed_memory()  # d16 in bfloat16: 0.14 of 0.74 GiB, from converting the blocks before
-            block = self.load(model.typed_blocks()[i], device, dtype_of, prefix=f"blocks.{i}.")
-            self._check_schedule(block)
+            prefix = f"blocks.{i}."
+            block = self.load(model.typed_blocks()[i], device, dtype_of, prefix=prefix)
+            self._check_schedule(block, prefix)
             model.blocks[i] = nn.Identity()  # the block's memory is free once it is converted
             return block
 
@@ -228,7 +228,7 @@ class StoredModel(_Stored, Generic[AnyModel]):
         return_freed_memory()
         return converted
 
-    def _check_schedule(self, module: nn.Module) -> None:
+    def _check_schedule(self, module: nn.Module, prefix: str = "") -> None:
         """Raise CheckpointError unless all buffers that repeat the schedule are equal to the configuration's."""
         scales = torch.tensor(self.config.scales, dtype=torch.int64, device="cpu")
         levels = torch.arange(len(scales), dtype=torch.int64, device="cpu").repeat_interleave(scales)[None]
@@ -236,7 +236,7 @@ class StoredModel(_Stored, Generic[AnyModel]):
             expected = {"patch_nums": scales, "lvl_1L": levels}.get(name.rsplit(".")[-1])
             if expected is not None and not torch.equal(value.cpu().long(), expected):
                 maps = self.config.patch_nums
-                raise CheckpointError(f"{self.path}: {name}: does not follow from the patch numbers {maps}")
+                raise CheckpointError(f"{self.path}: {prefix}{name}: does not follow from the patch numbers {maps}")
 
 
 class StoredTokenizer(_Stored, Generic[AnyTokenizer]):
@@ -259,16 +259,19 @@ class StoredTokenizer(_Stored, Generic[AnyTokenizer]):
         patch_nums: Sequence[int] | None = None,
     ) -> None:
         super().__init__(path, "tokenizer", download)
-
-        def made(given: dict[str, Any]) -> AnyTokenizer:
-            override = {} if patch_nums is None else {"patch_nums": tuple(patch_nums)}
-            if given:
-                return make(TokenizerConfig(**(given | override)))
-            return make(TokenizerConfig.from_state_dict(self.state, patch_nums))
-
-        self._built: Callable[[], AnyTokenizer] = partial(self.build, made)
+        self._make, self._patch_nums = make, patch_nums
         built = self._built()
         self.config, self.resolution = built.config, built.resolution
+
+    def _built(self) -> AnyTokenizer:
+        def make(given: dict[str, Any]) -> AnyTokenizer:
+            override = {} if self._patch_nums is None else {"patch_nums": tuple(self._patch_nums)}
+            if given:
+                return self._make(TokenizerConfig(**(given | override)))
+            return self._make(TokenizerConfig.from_state_dict(self.state, self._patch_nums))
+
+        tokenizer: AnyTokenizer = self.build(make)
+        return tokenizer
 
     @torch.inference_mode(False)
     def tokenizer(self, device: str | torch.device) -> AnyTokenizer:

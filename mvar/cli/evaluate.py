@@ -24,7 +24,7 @@ mvar evaluate --weights d16.pth --tokenizer vae_ch160v4096z32.pth --out d16 \
 torchrun --nproc_per_node=8 -m mvar evaluate --weights d16.pth --tokenizer vae_ch160v4096z32.pth --out d16
 mvar evaluate --reconstruct imagenet/val --tokenizer vae_ch160v4096z32.pth --out vae"""
 
-OF_GENERATION = ("weights", "refiner", "refine_from", "guidance_until", "reference", "png")
+OF_GENERATION = ("weights", "refiner", "refine-from", "guidance-until", "reference", "png")
 OF_RECONSTRUCTION = ("resolution", "patch_nums", "mid_reso", "workers")
 
 
@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate generated images, or with --reconstruct a tokenizer."""
     for name in OF_RECONSTRUCTION if options.reconstruct is None else OF_GENERATION:
-        if getattr(options, name) not in (None, False):
+        value = getattr(options, name.replace("-", "_"))
+        if value is not None and value is not False:
             applies = "applies to --reconstruct only" if options.reconstruct is None else "not with --reconstruct"
             raise ValueError(f"--{name}: {applies}")
     (_generate if options.reconstruct is None else _reconstruct)(options)

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import mvar_kernels as mk
 from mvar.checkpoint import ASSETS
 from mvar.cli.options import REFINERS
-from mvar.inference.api import launch
+from mvar.inference.api import check_cfg, check_codes, check_same_classes, launch
 from mvar.inference.dtypes import fastest_dtype
 from mvar.inference.model import InferenceModel
 from mvar.inference.results import PendingResult
 from mvar.inference.sampling import SamplingParams
 from mvar.inference.tokenizer import InferenceTokenizer
+from mvar.models.config import checked_int
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model, from_config
 from mvar.stored import StoredModel, StoredTokenizer
@@ -56,7 +58,14 @@ class Files:
         )
         self.refiner: StoredModel[Model] | None = None
         if refiner is not None:
-            self.refiner = StoredModel(_asset(refiner) if refiner in REFINERS else refiner, from_config)
+            packaged = refiner in (*REFINERS, *PACKAGED)
+            self.refiner = StoredModel(_asset(refiner) if packaged else refiner, from_config)
+            check_same_classes(self.refiner, self.model)
+            check_codes(self.refiner.config, self.tokenizer.config, "refiner")
+        check_codes(self.model.config, self.tokenizer.config)
+        for name in ("refine_from", "guidance_until"):
+            if (value := getattr(options, name, None)) is not None:
+                checked_int(f"--{name.replace('_', '-')}", value, 0, len(self.model.config.scales))
 
     def load(
         self,
@@ -109,6 +118,10 @@ def generate_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling_params(options: argparse.Namespace, *, more_smooth: bool = False) -> SamplingParams:
+    """The validated parameters: an invalid one must not be found after earlier images were removed."""
+    check_cfg(options.cfg)
+    logits = torch.zeros(1, 1, 1, dtype=torch.float32, device="cpu")
+    mk.sample_tokens(logits, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     return SamplingParams(
         options.cfg,
         options.top_k,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from mvar.inference.prepare import custom_layer_of, has_version_counters, own_dt
 from mvar.inference.results import Generated, PendingResult
 from mvar.inference.sampling import SamplingParams, SourceImages, sample_batch
 from mvar.inference.tokenizer import InferenceTokenizer
-from mvar.models.config import checked_int, unboxed
+from mvar.models.config import ModelConfig, checked_int, unboxed
 from mvar.models.tokenizer import Tokenizer
 from mvar.models.transformer import Model
 from mvar.models.weights import unwrapped
@@ -24,6 +25,24 @@ from mvar_kernels.precision import true_float32
 
 MAX_CFG = 1e6  # far above useful values, without overflow in float32
 GRAPHS = Graphs()
+
+
+class HasClasses(Protocol):
+    """A model, or a file with one."""
+
+    config: ModelConfig
+    class_names: tuple[str, ...] | None
+
+
+class HasCodes(Protocol):
+    """The configuration of a model or a tokenizer."""
+
+    @property
+    def num_codes(self) -> int: ...
+    @property
+    def code_dim(self) -> int: ...
+    @property
+    def patch_nums(self) -> tuple[int, ...]: ...
 
 
 def generate(
@@ -127,15 +146,18 @@ def launch(
         source: images to edit, one per label; the labels may then include num_classes, the unconditional class.
     """
     tokenizer = unwrapped(tokenizer, Tokenizer)
-    models = models_by_scale(model, refiner, refine_from)
-    for first, one in models.items():
-        check_fit(one, tokenizer, "refiner" if first else "model")
-    model = models[0]
+    model = unwrapped(model, Model, InferenceModel)
+    check_fit(model, tokenizer)
+    refiner = checked_refiner(refiner, refine_from, model, tokenizer)
+    models: dict[int, Model | InferenceModel] = {0: model}  # each by the index of the first scale that it generates
+    if refiner is not None:
+        models |= {checked_int("refine_from", refine_from, 0, len(model.config.scales)): refiner}
+        models.pop(len(model.config.scales), None)
     device = model.lvl_1L.device
     rows = class_rows(labels, model.config.num_classes + (source is not None), device)
     for one in models.values():
         if isinstance(one, InferenceModel):
-            one.check_labels(rows)
+            one.check_labels(rows, "refiner" if one is refiner else "model")
     params = replace(params, **{name: unboxed(getattr(params, name)) for name in ("cfg", "top_k", "top_p")})
     seed, first_index = unboxed(seed), unboxed(first_index)
     check_cfg(params.cfg)
@@ -150,7 +172,9 @@ def launch(
         raise RuntimeError(f"graph: CUDA graphs need a GPU, and the model is on {device}")
 
     with true_float32(device), torch.autocast(device.type, enabled=False):
-        prepared = {first: prepared_model(one, dtype) for first, one in models.items()}
+        prepared = {
+            first: prepared_model(one, dtype, "refiner" if one is refiner else "model") for first, one in models.items()
+        }
         decoder = prepared_tokenizer(tokenizer, dtype, compile_decoder)
     originals, owners = (*models.values(), tokenizer), (*prepared.values(), decoder)
     unprepared = [
@@ -181,29 +205,36 @@ def launch(
     return PendingResult(generated, finite, own_dtype(prepared[0]))
 
 
-def models_by_scale(
-    model: Model | InferenceModel, refiner: Model | InferenceModel | None, refine_from: int | None
-) -> dict[int, Model | InferenceModel]:
-    """The unwrapped models, each by the index of the first scale that it generates.
+def checked_refiner(
+    refiner: Model | InferenceModel | None,
+    refine_from: int | None,
+    model: Model | InferenceModel,
+    tokenizer: Tokenizer,
+) -> Model | InferenceModel | None:
+    """The unwrapped refiner.
 
     Raises:
-        TypeError: not models.
-        ValueError: `refiner` without `refine_from` or the reverse, `refine_from` out of range, or a refiner with other
-            classes.
+        TypeError: not a model.
+        ValueError: `refiner` without `refine_from` or the reverse, or a refiner that does not fit the model and the
+            tokenizer.
     """
-    model = unwrapped(model, Model, InferenceModel)
     if (refiner is None) != (refine_from is None):
         raise ValueError("refiner and refine_from: expected both or neither")
     if refiner is None:
-        return {0: model}
+        return None
     refiner = unwrapped(refiner, Model, InferenceModel)
-    if refiner.config.num_classes != model.config.num_classes:
-        counts = f"{model.config.num_classes} classes of the model, got {refiner.config.num_classes}"
-        raise ValueError(f"refiner: expected the {counts}")
+    check_fit(refiner, tokenizer, "refiner")
+    check_same_classes(refiner, model)
+    return refiner
+
+
+def check_same_classes(refiner: HasClasses, model: HasClasses) -> None:
+    """Raise ValueError unless both have the same number of classes and, where both have names, the same names."""
+    counts = refiner.config.num_classes, model.config.num_classes
+    if counts[0] != counts[1]:
+        raise ValueError(f"refiner: expected the {counts[1]} classes of the model, got {counts[0]}")
     if refiner.class_names and model.class_names and tuple(refiner.class_names) != tuple(model.class_names):
         raise ValueError("refiner: expected the class names of the model, got others")
-    first = checked_int("refine_from", refine_from, 0, len(model.config.scales))
-    return {0: model, first: refiner} if first < len(model.config.scales) else {0: model}
 
 
 @contextmanager
@@ -250,16 +281,21 @@ def check_cfg(cfg: float) -> None:
         raise ValueError(f"cfg: expected a number from 0 to {MAX_CFG:g}, got {cfg!r}")
 
 
+def check_codes(model: HasCodes, tokenizer: HasCodes, name: str = "model") -> None:
+    """Raise ValueError unless both have the same codes, code width and token maps."""
+    for size in ("num_codes", "code_dim", "patch_nums"):
+        of_model, of_tokenizer = getattr(model, size), getattr(tokenizer, size)
+        if of_model != of_tokenizer:
+            raise ValueError(f"{name} and tokenizer do not fit together: {size} {of_model} against {of_tokenizer}")
+
+
 def check_fit(model: Model | InferenceModel, tokenizer: Tokenizer, name: str = "model") -> None:
     """Raise ValueError unless model and tokenizer agree on codes, code width, token maps and device.
 
     Args:
         name: of the model, for messages.
     """
-    for size in ("num_codes", "code_dim", "patch_nums"):
-        of_model, of_tokenizer = getattr(model.config, size), getattr(tokenizer, size)
-        if of_model != of_tokenizer:
-            raise ValueError(f"{name} and tokenizer do not fit together: {size} {of_model} against {of_tokenizer}")
+    check_codes(model.config, tokenizer.config, name)
     devices = model.lvl_1L.device, next(tokenizer.quantize.parameters()).device
     if "meta" in (devices[0].type, devices[1].type):
         raise ValueError(f"{name} and tokenizer: expected weights, got modules without storage, on the meta device")

@@ -202,6 +202,8 @@ class _Scorer:
     def score(self, index: Tensor, labels: Tensor, scales: int) -> Tensor:
         """Log-likelihood of the first scales of pairs of image index and label, both (n,): (n, scales) float64."""
         device = self.tokens.device
+        if isinstance(self.model, InferenceModel):
+            self.model.check_labels(labels)
         unprepared = [self.original] if isinstance(self.original, Model) and self.model is self.original else []
         with evaluation_mode(unprepared), true_float32(device), torch.autocast(device.type, enabled=False):
             chunks = zip(index.split(self.batch), labels.split(self.batch), strict=True)

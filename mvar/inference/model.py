@@ -3,7 +3,7 @@
 The parameters of the recurrence and of q/k norm stay in float32 (:data:`FLOAT32`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from mvar.inference.labels import class_rows
 from mvar.inference.onednn import PrepackedFeedForward, PrepackedLinear, can_prepack
+from mvar.inference.only import OnlyForInference
 from mvar.models.blocks import Block, MVARBlock
 from mvar.models.layers import Attention, CausalAttention, FeedForward, IntraScaleAttention, Mamba2, State, separate_dt
 from mvar.models.transformer import Model, ScaleTransformer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_TABLE = 0.75
+"""Of the modulation layers' elements. With ImageNet's 1,000 classes a table has 0.98 of them in d16 and 0.52 in d30."""
 FLOAT32 = ("A_log", "dt_bias", ".D", "scale_mul_1H11", "in_proj.weight")
 """Ends of the names of weights whose rounding would change every decay or temperature; dt is a part of in_proj."""
 
@@ -27,7 +30,7 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
 
 
-class InferenceModel(ScaleTransformer):
+class InferenceModel(OnlyForInference, ScaleTransformer):
     """A model for inference alone, in one dtype: returned by :func:`mvar.load_model` with a dtype.
 
     :func:`mvar.generate` uses it as it is, and so do :func:`mvar.edit`, :func:`mvar.log_likelihood` and
@@ -38,8 +41,8 @@ class InferenceModel(ScaleTransformer):
             no conversion are shared.
         dtype: of weights and activations.
         labels: the only classes that will be used, besides the unconditional one: the vectors of their modulation are
-            computed here and replace the modulation layers, a third of M-VAR's weights, if they take less memory. None
-            for all classes.
+            computed here and replace the modulation layers, a third of M-VAR's weights, if they take three quarters of
+            their memory or less. None for all classes.
         blocks: the blocks of the model, if they are to be loaded one after another; None for `model.blocks`.
     """
 
@@ -65,6 +68,8 @@ class InferenceModel(ScaleTransformer):
         self.head_nm.ada_lin = _modulation_layer(model.head_nm.ada_lin, dtype)
         self.shared_ada_lin = _modulation_layer(model.shared_ada_lin, dtype)
         self.register_buffer("modulation_table", None)
+        C = self.config.channels
+        self.vector_sizes = [*(3 * block.branches * C for block in model.typed_blocks()), 2 * C]
         # Unlike a loop variable, map keeps no reference to a block while the next one is loaded.
         converted = map(partial(InferenceBlock, dtype=dtype), blocks or model.typed_blocks())
         self.blocks = nn.ModuleList(converted if classes is None else self._with_table(classes, converted))
@@ -73,14 +78,15 @@ class InferenceModel(ScaleTransformer):
     def _with_table(self, classes: Tensor, blocks: "Iterable[InferenceBlock]") -> "Iterator[InferenceBlock]":
         """Yield the blocks, and replace all modulation layers by their outputs for these classes."""
         cond = self.class_emb(classes)
-        shared, vectors = self.shared_ada_lin(cond), []
+        shared = self.shared_ada_lin(cond)
+        table = cond.new_empty(len(classes), sum(self.vector_sizes))
+        columns = iter(table.split(self.vector_sizes, -1))
         for block in blocks:
-            vectors.append(block.modulation(shared))
+            next(columns).copy_(block.modulation(shared))
             block.drop_modulation()
             yield block
-        vectors.append(self.head_nm.ada_lin(cond))
-        self.vector_sizes = [part.shape[-1] for part in vectors]
-        self.register_buffer("modulation_table", torch.cat(vectors, -1))
+        next(columns).copy_(self.head_nm.ada_lin(cond))
+        self.register_buffer("modulation_table", table)
         # The index of other classes is out of range, so that they raise an error instead of using a wrong row.
         rows = torch.full((self.config.num_classes + 1,), len(classes), dtype=torch.int64, device=cond.device)
         rows[classes] = torch.arange(len(classes), dtype=torch.int64, device=cond.device)
@@ -92,36 +98,43 @@ class InferenceModel(ScaleTransformer):
             return super().modulation_vectors(labels, cond)
         return self.modulation_table[self.table_rows[labels]].split(self.vector_sizes, -1)
 
-    def check_labels(self, labels: Tensor) -> None:
-        """Raise ValueError for a class that is not among those that the model was loaded for."""
+    def check_labels(self, labels: Tensor, name: str = "model") -> None:
+        """Raise ValueError for a class that is not among those that the model was loaded for.
+
+        Args:
+            name: of the model, for messages.
+        """
         if self.modulation_table is None:
             return
         missing = labels[self.table_rows[labels] == len(self.modulation_table)]
         if len(missing):
-            raise ValueError(f"labels: the model was loaded for other classes only, got {int(missing[0])}")
+            known = (self.table_rows[:-1] < len(self.modulation_table)).nonzero().flatten().tolist()
+            classes = ", ".join(map(str, known[:5])) + ", …" * (len(known) > 5)
+            raise ValueError(f"labels: the {name} was loaded for the classes {classes} only, got {int(missing[0])}")
 
-    def train(self, mode: bool = True) -> "InferenceModel":
-        if mode:
-            raise RuntimeError("the model is for inference: to train it, load it without dtype")
-        return super().train(mode)
+    # Prepacked weights are opaque to PyTorch: it would copy, save and load a model without them.
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("an InferenceModel has no state dict: load the model without dtype")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InferenceModel":
-        converted = fn(self.pos_start)
-        if (converted.device, converted.dtype) != (self.pos_start.device, self.pos_start.dtype):
-            raise RuntimeError("an InferenceModel cannot be moved or converted: load it with that device and dtype")
-        return self
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("an InferenceModel takes no state dict: load the model without dtype")
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("an InferenceModel cannot be copied: load it again")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("an InferenceModel cannot be copied or pickled: load it again")
 
 
 def _tabulated_classes(model: Model, labels: Sequence[int] | Tensor) -> Tensor | None:
-    """The classes of the table, with the unconditional one; None if it would be larger than the modulation layers."""
+    """The classes of the table, with the unconditional one; None if it would save less than a quarter of the layers."""
     unconditional, device = model.config.num_classes, model.lvl_1L.device
     classes = class_rows(labels, unconditional + 1, device).unique()
     classes = torch.cat([classes[classes < unconditional], classes.new_tensor([unconditional])])
     blocks = model.typed_blocks()
     vectors = sum(3 * block.branches for block in blocks) + 2
     layers = sum(p.numel() for name, p in model.named_parameters() if "ada_" in name)
-    smaller = len(classes) * vectors * model.config.channels < layers
-    return classes if smaller else None
+    return classes if len(classes) * vectors * model.config.channels <= MAX_TABLE * layers else None
 
 
 class InferenceBlock(Block):

@@ -22,7 +22,7 @@ from mvar.utils.errors import message
 SETTING_TYPES = (int, float, str, tuple, type(None))
 
 
-def prepared_model(model: Model | InferenceModel, dtype: torch.dtype | None) -> ScaleTransformer:
+def prepared_model(model: Model | InferenceModel, dtype: torch.dtype | None, name: str = "model") -> ScaleTransformer:
     """Return a copy of the model for inference in `dtype`, cached until the model's weights or layers change.
 
     Changes are detected by torch's version counters, which optimizers, load_state_dict and in-place operations
@@ -33,12 +33,13 @@ def prepared_model(model: Model | InferenceModel, dtype: torch.dtype | None) -> 
 
     Args:
         dtype: None for the device's fastest, or for a model that is returned unchanged its own.
+        name: of the model, for messages.
 
     Raises:
         ValueError: a model that is returned unchanged has another dtype or, with custom layers, is sharded.
     """
     if isinstance(model, InferenceModel):
-        _check_dtype(model, dtype)
+        _check_dtype(model, dtype, name)
         return model
     prepared: ScaleTransformer = _cached(model, dtype, _prepare_model)
     return prepared
@@ -53,17 +54,16 @@ def prepared_tokenizer(tokenizer: Tokenizer, dtype: torch.dtype | None, compiled
         compiled: run the decoder through torch.compile.
     """
     if isinstance(tokenizer, InferenceTokenizer):
-        _check_dtype(tokenizer, dtype)
+        _check_dtype(tokenizer, dtype, "tokenizer")
         if not compiled:
             return tokenizer
     prepared: Tokenizer = _cached(tokenizer, dtype, _prepare_compiled_tokenizer if compiled else _prepare_tokenizer)
     return prepared
 
 
-def _check_dtype(module: InferenceModel | InferenceTokenizer, dtype: torch.dtype | None) -> None:
+def _check_dtype(module: InferenceModel | InferenceTokenizer, dtype: torch.dtype | None, name: str) -> None:
     if dtype not in (None, module.dtype):
-        kind = "tokenizer" if isinstance(module, InferenceTokenizer) else "model"
-        raise ValueError(f"dtype: the {kind} was loaded in {module.dtype} for inference, got {dtype}")
+        raise ValueError(f"dtype: the {name} was loaded in {module.dtype} for inference, got {dtype}")
 
 
 def release(module: nn.Module) -> None:

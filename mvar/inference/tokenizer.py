@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from mvar.inference.only import OnlyForInference
 from mvar.models.autoencoder import UpLevel
 from mvar.models.tokenizer import Tokenizer, TokenizerConfig
 from mvar.models.weights import ENCODER, without_storage
@@ -13,7 +14,7 @@ FLOAT32 = ("quantize.", "quant_conv.", "encoder.")
 """Parts that stay in float32."""
 
 
-class InferenceTokenizer(Tokenizer):
+class InferenceTokenizer(OnlyForInference, Tokenizer):
     """A tokenizer for decoding: returned by :func:`mvar.load_tokenizer` with a dtype.
 
     Args:

@@ -41,10 +41,10 @@ def return_freed_memory() -> None:
 def _ranges(file: Path) -> list[tuple[int, int]]:
     """Address ranges of this process that map the file."""
     try:
-        lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+        lines = Path("/proc/self/maps").read_text(errors="surrogateescape").split("\n")
     except OSError:  # not Linux
         return []
-    name = str(file.resolve())
+    name = str(file.resolve()).replace("\n", r"\012")  # as the kernel writes it
     fields = [line.split(maxsplit=5) for line in lines]  # address, permissions, offset, device, inode, path
     found = [entry[0].split("-") for entry in fields if len(entry) == 6 and entry[5] == name]
     return [(int(start, 16), int(end, 16)) for start, end in found]

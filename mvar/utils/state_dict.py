@@ -8,6 +8,7 @@ import codecs
 import json
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -51,6 +52,9 @@ MAGIC = {
     b"\x89HDF": "an HDF5 file; expected .pth or .safetensors",
     b"\x93NUMPY": "a NumPy array; expected .pth or .safetensors",
 }
+
+
+_lock = threading.Lock()
 
 
 class CheckpointError(ValueError):
@@ -159,7 +163,7 @@ def _allowed_globals() -> list[Any]:
 
 def _unpickle(file: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_allowed_globals()):
+        with _lock, torch.serialization.safe_globals(_allowed_globals()):  # which are of the process
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         # torch's message recommends weights_only=False, which would run code from the file.

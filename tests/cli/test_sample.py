@@ -357,5 +357,14 @@ def test_shortcuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         # The table of modulations is computed for other rows, which moves the last bits.
         assert np.abs(stored["arr_0"].astype(int) - to_bytes(want.images).numpy()).max() <= 1
     assert "--refiner and --refine-from: give both or neither" in fails(capsys, *arguments, *shortcuts[:4])
-    assert "refine_from: expected a whole number from 0 to 4" in fails(capsys, *arguments, *shortcuts[:5], "9")
-    assert "guidance_until: expected a whole number" in fails(capsys, *arguments, "--guidance-until", "9")
+    out = ["--out", f"{tmp_path}/out", "--overwrite"]
+    main([*arguments, *out])
+    for wrong, message in (
+        ([*shortcuts[:5], "9"], "--refine-from: expected a whole number from 0 to 4, got 9"),
+        (["--guidance-until", "9"], "--guidance-until: expected a whole number from 0 to 4, got 9"),
+        (["--top-p", "5"], "top_p: expected"),
+        (["--cfg", "-1"], "cfg: expected"),
+        (["--refiner", "emoji", "--refine-from", "2"], "refiner: expected the 10 classes of the model, got 40"),
+    ):
+        assert message in fails(capsys, *arguments, *out, *wrong)
+        assert len(list((tmp_path / "out").iterdir())) == 2  # the images of the earlier run

@@ -16,7 +16,7 @@ def small(depth: int = 2, seed: int = 4, **sizes: Any) -> tuple[Any, Tokenizer]:
     tokenizer = mvar.TokenizerConfig(
         (1, 2, 3, 5), num_codes=64, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False
     )
-    model, images = mvar.build(depth, num_classes=10, tokenizer=tokenizer, **sizes)
+    model, images = mvar.build(depth, tokenizer=tokenizer, **{"num_classes": 10} | sizes)
     return mvar.init_weights(model, alng=1.0, hd=1.0, seed=seed), images
 
 

@@ -113,9 +113,14 @@ def test_editing() -> None:
         ({"refine_from": 5}, ValueError, "refine_from"),
         ({"refine_from": 1.5}, ValueError, "refine_from"),
         ({"refiner": torch.nn.Linear(2, 2)}, TypeError, "expected an mvar.Model"),
-        ({"refiner": mvar.build(1, num_classes=9, patch_nums=(1, 2, 3, 5))[0]}, ValueError, "expected the 10 classes"),
+        ({"refiner": refiner(num_classes=9)}, ValueError, "refiner: expected the 10 classes of the model, got 9"),
         (
             {"refiner": mvar.build(1, num_classes=10, patch_nums=(1, 2, 3, 4))[0]},
+            ValueError,
+            "refiner and tokenizer do not fit together: num_codes",
+        ),
+        (
+            {"refiner": mvar.build(1, num_classes=10, patch_nums=(1, 2, 3, 5))[0], "refine_from": 4},
             ValueError,
             "refiner and tokenizer do not fit together: num_codes",
         ),

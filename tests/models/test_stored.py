@@ -1,5 +1,8 @@
 """Tests loading for inference: the same images as after loading in float32, and the memory that it takes."""
 
+import copy
+import gc
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -76,19 +79,22 @@ def test_known_labels(kind: str, tmp_path: Path) -> None:
     mask = torch.ones(10, 10, dtype=torch.bool)
     for model in (everything, known):  # the unconditional class is always in the table
         assert mvar.edit(model, tokenizer, images, mask).tokens.shape == (1, 39)
-    with pytest.raises(ValueError, match="labels: the model was loaded for other classes only, got 2"):
+    with pytest.raises(ValueError, match="labels: the model was loaded for the classes 1, 3, 7 only, got 2"):
         mvar.generate(known, tokenizer, [3, 2])
+    with pytest.raises(ValueError, match="labels: the refiner was loaded for the classes 1, 3, 7 only, got 2"):
+        mvar.generate(everything, tokenizer, [2], refiner=known, refine_from=1)
     with pytest.raises(IndexError):
         known(torch.tensor([2]), torch.zeros(1, 38, 32))
+    for function in (mvar.log_likelihood, mvar.classify):
+        with pytest.raises(ValueError, match="labels: the model was loaded for the classes 1, 3, 7 only, got 0"):
+            function(known, tokenizer, images)  # type: ignore[operator]
 
 
 def test_large_tables_are_not_made(tmp_path: Path) -> None:
-    """With a shared layer the table of ten classes and two blocks has more rows than the layer has columns for them."""
-    *_, model_file, _ = saved(tmp_path, width=64, **KINDS["shared_adaln"])
-    assert mvar.load_model(model_file, dtype=torch.float32, labels=[1]).modulation_table is not None
+    """A table has at most three quarters of the layers' 65·11·64 elements, with a row of 11·64 for each class."""
     wide, _ = mvar.build(1, num_classes=100, patch_nums=(1, 2), width=64)
     mvar.save(tmp_path / "wide.safetensors", wide)
-    for count, smaller in ((60, True), (70, False)):
+    for count, smaller in ((47, True), (48, False)):
         loaded = mvar.load_model(tmp_path / "wide.safetensors", dtype=torch.float32, labels=range(count))
         assert (loaded.modulation_table is not None) == smaller
 
@@ -118,15 +124,47 @@ def test_only_for_inference(tmp_path: Path) -> None:
     model = mvar.load_model(model_file, dtype=torch.bfloat16)
     assert model.to("cpu") is model and model.eval() is model
     assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
-    with pytest.raises(RuntimeError, match="the model is for inference: to train it, load it without dtype"):
+    with pytest.raises(RuntimeError, match="InferenceModel is for inference: to train it, load it without dtype"):
         model.train()
     with pytest.raises(RuntimeError, match="cannot be moved or converted"):
         model.float()
     with pytest.raises(TypeError, match="got a InferenceModel, which is for inference alone: load it without dtype"):
-        mvar.save(tmp_path / "again.safetensors", model)
+        mvar.save(tmp_path / "again.safetensors", model)  # type: ignore[arg-type]
+    for use in (model.state_dict, lambda: model.load_state_dict({})):
+        with pytest.raises(RuntimeError, match="state dict: load the model without dtype"):
+            use()
+    for use in (lambda: copy.deepcopy(model), lambda: pickle.dumps(model)):
+        with pytest.raises(TypeError, match="load it again"):
+            use()
     decoder = mvar.load_tokenizer(tokenizer_file, dtype=torch.bfloat16, encoder=False)
     with pytest.raises(RuntimeError, match="the tokenizer was loaded without its encoder"):
         decoder.encode(torch.zeros(1, 3, 10, 10))
+    assert decoder.to("cpu") is decoder and copy.deepcopy(decoder).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="InferenceTokenizer cannot be moved or converted"):
+        decoder.float()
+    with pytest.raises(RuntimeError, match="InferenceTokenizer is for inference"):
+        decoder.train()
+    with pytest.raises(TypeError, match="InferenceTokenizer, which is for inference alone: load it without dtype"):
+        mvar.save(tmp_path / "again.safetensors", decoder)
+    with pytest.raises(ValueError, match="encoder: expected False with dtype only"):
+        mvar.load_tokenizer(tokenizer_file, encoder=False)  # type: ignore[call-overload]
+
+
+def test_nothing_stays_mapped(tmp_path: Path) -> None:
+    """Also without a run of the garbage collector, and for files with characters that end a line."""
+    *_, model_file, tokenizer_file = saved(tmp_path)
+    files = [file.rename(tmp_path / f"{file.stem}\n\x85 1.safetensors") for file in (model_file, tokenizer_file)]
+    stored = StoredModel(files[0], mvar.from_config)
+    assert stored._pages._ranges
+    del stored
+    gc.disable()
+    try:
+        loaded = [mvar.load_model(files[0]), mvar.load_model(files[0], dtype=torch.float32)]
+        decoders = [mvar.load_tokenizer(files[1]), mvar.load_tokenizer(files[1], dtype=torch.float32)]
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+    assert loaded and decoders
 
 
 @pytest.mark.parametrize(
@@ -157,7 +195,7 @@ def test_damaged_block_is_named(tmp_path: Path) -> None:
     state = mvar.load_model(model_file).state_dict()
     state["blocks.1.attn.patch_nums"][0] = 9
     torch.save(state, tmp_path / "model.pth")
-    with pytest.raises(mvar.CheckpointError, match="blocks.1.attn.patch_nums|patch_nums: does not follow"):
+    with pytest.raises(mvar.CheckpointError, match=r"model.pth: blocks.1.attn.patch_nums: does not follow"):
         mvar.load_model(tmp_path / "model.pth", dtype=torch.float32)
 
 
@@ -200,7 +238,7 @@ from pathlib import Path
 def held(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-mvar.load_model({str(Path(mvar.__file__).parent / "assets" / "digits.safetensors")!r}, dtype=torch.{dtype})
+mvar.load_model({str(tmp_path / f"model.{suffix}")!r}, dtype=torch.{dtype})  # for what the first use loads
 Path("/proc/self/clear_refs").write_text("5")
 before = held("VmRSS")
 model = mvar.load_model({str(tmp_path / f"model.{suffix}")!r}, dtype=torch.{dtype})
