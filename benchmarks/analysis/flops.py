@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvar.inference.prepare import prepared_tokenizer
+from mvar.inference.tokenizer import InferenceTokenizer
 from mvar.models.config import HEAD_DIM, ModelConfig
 from mvar.models.tokenizer import Tokenizer, TokenizerConfig
 from mvar_kernels.testing.registry import SPECS
@@ -94,8 +94,8 @@ def decoder_flops(config: TokenizerConfig, batch: int, prepared: bool = True) ->
     """Of the decoder's convolutions and matmuls, as the engine prepares it or as it is published."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         decoder = Tokenizer(config)
-        if prepared:  # which needs weights with storage, of any value
-            decoder = prepared_tokenizer(decoder.to_empty(device="cpu"), torch.float32).to("meta")
+        if prepared:
+            decoder = InferenceTokenizer(config, decoder.state_dict().items(), torch.float32)
         decoder.eval()
         decoder.decode_features(torch.empty(batch, config.code_dim, *2 * config.patch_nums[-1:]))
     return float(counter.get_total_flops())
