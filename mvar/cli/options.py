@@ -9,7 +9,7 @@ from mvar.utils.files import expanded
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
 MAX_IMAGES = 10**8  # per run: 20 TB at 256×256
 WEIGHTS = "a file, a folder of save_pretrained, hf://owner/repository or hf://owner/repository/file"
-REFINERS = ("digits_refiner", "emoji_refiner")
+REFINERS = ("digits_refiner",)
 """Models in the package for --refiner."""
 WORKERS = min(8, os.cpu_count() or 1)
 """Default number of processes that read images."""
