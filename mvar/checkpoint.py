@@ -64,8 +64,8 @@ def load_model(
             block by block, without a float32 copy, with a peak of memory little above its size. None for a model to
             train, or to use in several dtypes.
         labels: with `dtype`, the only classes that will be generated. The modulation of these and of the unconditional
-            class is computed once and replaces the modulation layers, a third of M-VAR's weights, if that is smaller.
-            None for all classes.
+            class is computed once and replaces the modulation layers, a third of M-VAR's weights, if that saves a
+            quarter of them. None for all classes.
 
     Raises:
         OSError: the file does not exist or could not be downloaded.
@@ -213,7 +213,8 @@ def published_state_dict(module: Model | Tokenizer, dtype: torch.dtype | None = 
         ValueError: the published code does not support this model.
         TypeError, ValueError: as :func:`save`.
     """
-    state = converted(weights(_trainable(module)), dtype)
+    module = _trainable(module)
+    state = converted(weights(module), dtype)
     if isinstance(module, Model):
         if module.config.bidirectional:
             raise ValueError("a model with a bidirectional mixer has no published format; write .safetensors")

@@ -59,7 +59,9 @@ class InferenceModel(OnlyForInference, ScaleTransformer):
     ) -> None:
         super().__init__()
         self.config, self.class_names, self.dtype = model.config, model.class_names, dtype
-        classes = None if labels is None else _tabulated_classes(model, labels)
+        C = self.config.channels
+        self.vector_sizes = [*(3 * block.branches * C for block in model.typed_blocks()), 2 * C]
+        classes = None if labels is None else _tabulated_classes(model, labels, sum(self.vector_sizes))
         self.class_emb, self.lvl_embed = model.class_emb.to(dtype), model.lvl_embed.to(dtype)
         self.pos_start, self.pos_1LC = _frozen(model.pos_start, dtype), _frozen(model.pos_1LC, dtype)
         self.register_buffer("lvl_1L", model.lvl_1L)
@@ -68,8 +70,6 @@ class InferenceModel(OnlyForInference, ScaleTransformer):
         self.head_nm.ada_lin = _modulation_layer(model.head_nm.ada_lin, dtype)
         self.shared_ada_lin = _modulation_layer(model.shared_ada_lin, dtype)
         self.register_buffer("modulation_table", None)
-        C = self.config.channels
-        self.vector_sizes = [*(3 * block.branches * C for block in model.typed_blocks()), 2 * C]
         # Unlike a loop variable, map keeps no reference to a block while the next one is loaded.
         converted = map(partial(InferenceBlock, dtype=dtype), blocks or model.typed_blocks())
         self.blocks = nn.ModuleList(converted if classes is None else self._with_table(classes, converted))
@@ -126,15 +126,13 @@ class InferenceModel(OnlyForInference, ScaleTransformer):
         raise TypeError("an InferenceModel cannot be copied or pickled: load it again")
 
 
-def _tabulated_classes(model: Model, labels: Sequence[int] | Tensor) -> Tensor | None:
+def _tabulated_classes(model: Model, labels: Sequence[int] | Tensor, columns: int) -> Tensor | None:
     """The classes of the table, with the unconditional one; None if it would save less than a quarter of the layers."""
     unconditional, device = model.config.num_classes, model.lvl_1L.device
     classes = class_rows(labels, unconditional + 1, device).unique()
     classes = torch.cat([classes[classes < unconditional], classes.new_tensor([unconditional])])
-    blocks = model.typed_blocks()
-    vectors = sum(3 * block.branches for block in blocks) + 2
     layers = sum(p.numel() for name, p in model.named_parameters() if "ada_" in name)
-    return classes if len(classes) * vectors * model.config.channels <= MAX_TABLE * layers else None
+    return classes if len(classes) * columns <= MAX_TABLE * layers else None
 
 
 class InferenceBlock(Block):

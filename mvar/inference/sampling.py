@@ -86,13 +86,11 @@ def sample_batch(
         generated_of_scale = generated.split(config.scales, 1)
     for k, length in enumerate(config.scales):
         progress = k / last if last else 0.0
-        first = k
         if k in models:
-            # Its states come from teacher forcing of all coarser scales, in one pass together with this scale.
-            transformer, first = _Transformer(models[k], labels, params.backend, guided=k < guided_scales), 0
+            transformer = _Transformer(models[k], labels, params.backend, guided=k < guided_scales)
         elif k == guided_scales:
             transformer.drop_unconditional()
-        hidden = transformer.hidden(inputs[max(first - 1, 0) :], first)[:, -length:]
+        hidden = transformer.hidden(inputs)[:, -length:]
         logits = transformer.logits(hidden, params.cfg * progress)  # (B, l, V)
         finite = finite & logits.amax(-1).isfinite().all()  # −∞ excludes a code; all codes at −∞ are an error
         options: dict[str, Any] = {
@@ -145,24 +143,28 @@ class _Transformer:
         cond = model.class_emb(rows)
         self.modulation = model.modulation(rows, cond, self._expand)
         self.start = self._expand(model.start(cond))
-        self.positions = model.positions().split(model.config.scales, 1)
+        self.positions = model.positions()
+        self.scales_done = 0
         self.states: Sequence[State | None] = model.empty_states(len(self.start))
 
-    def hidden(self, inputs: Sequence[Tensor], first: int) -> Tensor:
-        """The head's input for consecutive scales from index `first` on, and a step of the states: (rows, tokens, C).
+    def hidden(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The head's input for all scales up to the last input that the states do not include yet: (rows, tokens, C).
+
+        A model that takes over at a scale thus computes the states of all coarser ones in the same pass.
 
         Args:
-            inputs: (B, tokens, code_dim) float32 of each of these scales; the scale with index 0 has none.
+            inputs: (B, tokens, code_dim) float32 of each scale so far; the first scale has none.
         """
+        all_scales, first = self.model.config.scales, self.scales_done
+        self.scales_done = len(inputs) + 1
         parts = [] if first else [self.start]
-        last = first + len(parts) + len(inputs)
-        if inputs:
-            joined = torch.cat([*inputs], 1) if len(inputs) > 1 else inputs[0]
+        if missing := inputs[max(first - 1, 0) :]:
+            joined = torch.cat([*missing], 1) if len(missing) > 1 else missing[0]
             embedded = self.model.word_embed(joined.to(self.start.dtype))
             parts.append(embedded.repeat(2, 1, 1) if self.guided else embedded)
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        x = x + torch.cat(self.positions[first:last], 1)
-        scales = self.model.config.scales[first:last]
+        start, scales = sum(all_scales[:first]), all_scales[first : self.scales_done]
+        x = x + self.positions[:, start : start + x.shape[1]]
         hidden, self.states = self.model.hidden(x, self.modulation, scales, self.states, backend=self.backend)
         return hidden
 

@@ -121,6 +121,7 @@ def test_published_attention_masks() -> None:
     for architecture in ("mvar", "var"):
         model = mvar.init_weights(from_config(mvar.ModelConfig(depth=1, patch_nums=(1, 2), architecture=architecture)))
         mask = published_state_dict(model)["attn_bias_for_masking"]
+        assert torch.equal(published_state_dict(torch.nn.DataParallel(model))["attn_bias_for_masking"], mask)
         assert mask.shape == (1, 1, 5, 5) and mask[0, 0, 0, :2].tolist() == [0.0, -torch.inf]
         assert mask[0, 0, 1, 0] == (0.0 if architecture == "var" else -torch.inf)
         assert not mask[0, 0, 1:, 1:].any()
