@@ -143,10 +143,15 @@ int64_t workspace(const GroupNormSizes& n) {
   return Sample(n, nullptr).floats * (threads_take_samples(n) ? threads() : 1);
 }
 
+// Shared out among the threads of the parallel region that calls it, which then wait for each other, or for one alone.
 template <typename Body>
-void for_each(int64_t count, bool parallel, Body body) {
-#pragma omp parallel for schedule(static) if (parallel)
-  for (int64_t i = 0; i < count; ++i) body(i);
+MVAR_INLINE void for_each(int64_t count, bool shared, Body body) {
+  if (shared) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; ++i) body(i);
+  } else {
+    for (int64_t i = 0; i < count; ++i) body(i);
+  }
 }
 
 MVAR_INLINE Vec total(const Vec (&slot)[kSlots]) { return (slot[0] + slot[1]) + (slot[2] + slot[3]); }
@@ -278,20 +283,22 @@ void block_dx(Map<const T> grad, Map<const T> x, Map<T> dx, const GroupNormSizes
 }
 
 // body(b, s, for_blocks, for_groups) for every sample: for_blocks(work) runs work(first, last, partial) for the positions
-// of each block, for_groups(work) runs work(g) for each group.
+// of each block, for_groups(work) runs work(g) for each group. One parallel region for all: for regions inside of another
+// one, even of a single thread, GCC's OpenMP starts new threads every time, 60 to 100 µs (a virtual AMD Zen 4).
 template <typename Body>
 void for_each_sample(const GroupNormSizes& n, float* workspace, Body body) {
-  const bool whole = threads_take_samples(n), shared = !whole && worth_threads(n);
+  const bool whole = threads_take_samples(n);
   const int64_t floats = Sample(n, nullptr).floats;
+#pragma omp parallel if (worth_threads(n))
   for_each(n.B, whole, [&](int64_t b) {
     const Sample s(n, workspace + (whole ? this_thread() * floats : 0));
     const auto for_blocks = [&](auto work) {
-      for_each(blocks(n), shared, [&](int64_t k) {
+      for_each(blocks(n), !whole, [&](int64_t k) {
         const int64_t first = k * positions(n), last = first + positions(n);
         work(first, last < n.L ? last : n.L, s.partial + k * Sample::kPartials * n.C);
       });
     };
-    const auto for_groups = [&](auto work) { for_each(n.groups, shared, work); };
+    const auto for_groups = [&](auto work) { for_each(n.groups, !whole, work); };
     body(b, s, for_blocks, for_groups);
   });
 }
