@@ -98,6 +98,24 @@ def test_decoder_dtypes() -> None:
     assert rough.dtype == torch.float32 and 35 < psnr_db < 80  # below 80 dB, so it did run in bfloat16
 
 
+def test_decoder_runs_on_parts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most DECODED_PIXELS at a time, but one image at least; the images are those of the whole batch."""
+    _, tokenizer = mvar.build(
+        1, num_classes=2, tokenizer=mvar.TokenizerConfig((1, 2, 4), num_codes=16, ch=32, ch_mult=(1, 2))
+    )
+    prepared = prepared_tokenizer(tokenizer, torch.float32)
+    features = torch.randn(5, 32, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole = prepared.decode_features(features)
+    batches: list[int] = []
+    prepared.decoder.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    for pixels, expected in ((2 * 8 * 8, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr("mvar.inference.tokenizer.DECODED_PIXELS", pixels)
+        batches.clear()
+        torch.testing.assert_close(prepared.decode_features(features), whole, rtol=0, atol=1e-5)
+        assert batches == expected
+    assert prepared.decode_features(features[:0]).shape == (0, 3, 8, 8)
+
+
 def test_copy_does_not_change_model() -> None:
     """Preparing a copy does not convert, replace or pack any parameter of the original."""
     model, _ = mvar.build(
