@@ -80,19 +80,18 @@ def speed(options: argparse.Namespace) -> None:
     for batch, name in product(options.batches, options.dtypes):
         dtype = getattr(torch, DTYPES[name])
         labels = (torch.arange(batch) * 37 % 1000).to(DEVICE)
-        runs: dict[Any, Callable[[], Any]] = {
-            shortcut: partial(
-                mvar.generate, pair[0], pair[1], labels, cfg=CFG, dtype=dtype, **shortcut.options(scales, refiner)
-            )
+        runs: dict[Any, Callable[..., Any]] = {
+            shortcut: partial(mvar.generate, *pair, cfg=CFG, dtype=dtype, **shortcut.options(scales, refiner))
             for shortcut in shortcuts
         }
         if options.public:
             chunk = methods.fastest_chunk(pair, batch, dtype)
-            runs[PUBLIC] = partial(methods.generate, methods.METHODS["public"], pair, labels, dtype, chunk=chunk)
+            runs[PUBLIC] = partial(methods.generate, methods.METHODS["public"], pair, dtype=dtype, chunk=chunk)
         with float32_matmuls(DEVICE, fast=DEVICE.type == "cpu"):
             for run in runs.values():
-                run()
-            times = latencies(runs, rounds=options.rounds, seconds=0, warm_up=False)
+                run(labels=labels[:1] if DEVICE.type == "cpu" else labels)  # on a CPU weights are packed, no more
+            timed = {method: partial(run, labels=labels) for method, run in runs.items()}
+            times = latencies(timed, rounds=options.rounds, seconds=0, warm_up=False)
         case = {"depth": options.depth, "refiner_depth": options.refiner_depth, "batch": batch, "dtype": DTYPES[name]}
         rows = [row for row in rows if not row.items() >= case.items()]
         decoder = decoder_flops(pair[1].config, batch) / batch

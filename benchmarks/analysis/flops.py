@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvar.inference.tokenizer import InferenceTokenizer
@@ -92,10 +93,27 @@ def model_flops(algorithm: str, config: ModelConfig, **scales: int | None) -> in
 @cache
 def decoder_flops(config: TokenizerConfig, batch: int, prepared: bool = True) -> float:
     """Of the decoder's convolutions and matmuls, as the engine prepares it or as it is published."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        decoder = Tokenizer(config)
-        if prepared:
-            decoder = InferenceTokenizer(config, decoder.state_dict().items(), torch.float32)
-        decoder.eval()
-        decoder.decode_features(torch.empty(batch, config.code_dim, *2 * config.patch_nums[-1:]))
+    with FlopCounterMode(display=False) as counter:
+        _decode(_decoder(config, prepared), batch)
     return float(counter.get_total_flops())
+
+
+def decoder_norm_bytes(config: TokenizerConfig, batch: int, itemsize: int) -> int:
+    """The least that the decoder's GroupNorms move: input and output, once."""
+    moved: list[int] = []
+    decoder = _decoder(config)
+    for norm in (layer for layer in decoder.modules() if isinstance(layer, nn.GroupNorm)):
+        norm.register_forward_pre_hook(lambda _, inputs: moved.append(2 * itemsize * inputs[0].numel()))
+    _decode(decoder, batch)
+    return sum(moved)
+
+
+def _decoder(config: TokenizerConfig, prepared: bool = True) -> Tokenizer:
+    with torch.device("meta"):
+        decoder = Tokenizer(config).eval()
+    return InferenceTokenizer(config, decoder.state_dict().items(), torch.float32) if prepared else decoder
+
+
+def _decode(decoder: Tokenizer, batch: int) -> None:
+    config = decoder.config
+    decoder.decode_features(torch.empty(batch, config.code_dim, *2 * config.patch_nums[-1:], device="meta"))

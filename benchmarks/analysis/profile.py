@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import mvar
-from benchmarks.analysis.flops import OURS, Work, decoder_flops, work
+from benchmarks.analysis.flops import OURS, Work, decoder_flops, decoder_norm_bytes, work
 from benchmarks.analysis.roofline import copy_gbps, matmul_tflops
 from benchmarks.common.environment import DEVICE
 from benchmarks.common.timing import interleaved
 from mvar.models.tokenizer import Tokenizer
 
-GENERATION, DECODER = "generation", "decoder"
+GENERATION, DECODER, CONVOLUTIONS = "generation", "decoder", "convolutions"
 PART_OF = {
     "aten::linear": "linear layers",
     "mkldnn::_linear_pointwise": "linear layers",
@@ -25,12 +25,14 @@ PART_OF = {
     "mvar::gated_adaln": "adaLN",
     "mvar::sample_tokens": "drawing",
     "aten::embedding": "quantizer",
-    "aten::conv2d": "quantizer",  # outside the decoder
+    "aten::conv2d": CONVOLUTIONS,
+    "aten::conv_transpose2d": CONVOLUTIONS,
     "aten::upsample_bicubic2d": "quantizer",
     "aten::adaptive_avg_pool2d": "quantizer",
     DECODER: DECODER,
 }
-"""Operators, and the part that their time counts for; what an operator calls counts for its caller."""
+"""Operators, and the part that their time counts for; what an operator calls counts for its caller, but the decoder's
+convolutions for themselves."""
 
 
 def profile_cpu(model: mvar.Model, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -38,8 +40,10 @@ def profile_cpu(model: mvar.Model, tokenizer: Tokenizer, labels: Tensor, dtype: 
     run = partial(mvar.generate, model, tokenizer, labels, dtype=dtype)
     run()
     total, spent = sorted((_profiled(run) for _ in range(3)), key=lambda found: found[0])[1]
-    decoder = Work(0, round(decoder_flops(tokenizer.config, len(labels))))
-    parts = work(OURS, model.config, len(labels), dtype.itemsize) | {"quantizer": Work(), DECODER: decoder}
+    convolutions = Work(0, round(decoder_flops(tokenizer.config, len(labels))))
+    decoder = Work(decoder_norm_bytes(tokenizer.config, len(labels), dtype.itemsize))
+    parts = work(OURS, model.config, len(labels), dtype.itemsize)
+    parts |= {CONVOLUTIONS: convolutions, "quantizer": Work(), DECODER: decoder}
     gflops, gbps = 1e3 * matmul_tflops(dtype), copy_gbps()
     return {
         "total_ms": total,
@@ -84,12 +88,16 @@ def _profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float]]:
             torch.cuda.synchronize()
     parts = dict.fromkeys(dict.fromkeys(PART_OF.values()), 0.0)
 
-    def add(event: Any) -> None:
+    def add(event: Any) -> float:
+        """Milliseconds that belong to parts, of what the event calls."""
+        found = 0.0
         for child in event.cpu_children:
+            inside = add(child) if child.name not in PART_OF or child.name == DECODER else 0.0
             if child.name in PART_OF:
-                parts[PART_OF[child.name]] += _ms(child)
-            else:
-                add(child)
+                parts[PART_OF[child.name]] += _ms(child) - inside
+                inside = _ms(child)
+            found += inside
+        return found
 
     # A range is an event of the host, with the kernels launched in it; its copy on the device has none.
     on_host = torch.autograd.DeviceType.CPU

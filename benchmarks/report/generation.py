@@ -135,11 +135,13 @@ def by_part(profiles: Sequence[Row]) -> str:
             )
             cells += [three_digits(ms), *[_bound(bound)] * bounded]
         rows.append(cells)
+    if all("convolutions" in profile["parts_ms"] for profile in profiles):
+        rows.append(_without_multiplications(profiles, bounded))
     if bounded:
         rates = ", ".join(f"{p['peak_gflops']:.0f} GFLOP/s in {p['dtype']}" for p in profiles)
         note = (
             f"Lower bounds: the larger of FLOPs at the matmul rate measured beside it ({rates}) and bytes at the rate "
-            f"of a copy ({profiles[0]['copy_gbps']:.0f} GB/s); the quantizer's are not counted.\n"
+            f"of a copy ({profiles[0]['copy_gbps']:.0f} GB/s). The quantizer has none, the decoder GroupNorms'.\n"
         )
     else:
         rates = ", ".join(
@@ -150,6 +152,16 @@ def by_part(profiles: Sequence[Row]) -> str:
             f"the host's. Linear layers, TFLOP/s, beside a matmul of 8192×8192 matrices: {rates}.\n"
         )
     return table(columns, rows) + "\n" + note
+
+
+def _without_multiplications(profiles: Sequence[Row], bounded: bool) -> list[str]:
+    """Share of all parts but linear layers and convolutions, and on a CPU of the sum of their lower bounds."""
+    cells = ["all but linear layers and convolutions"]
+    for profile in profiles:
+        for times in (profile[name] for name in ("parts_ms", *["floor_ms"] * bounded)):
+            others = sum(ms for part, ms in times.items() if part not in ("linear layers", "convolutions"))
+            cells.append(f"{others / profile['total_ms']:.1%}")
+    return cells
 
 
 def one_image(rows: Sequence[Row]) -> list[Row]:

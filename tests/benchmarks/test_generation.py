@@ -17,7 +17,7 @@ import mvar
 import mvar.inference.model
 from benchmarks import bench_generation
 from benchmarks.analysis import profile, roofline
-from benchmarks.analysis.flops import model_flops
+from benchmarks.analysis.flops import decoder_norm_bytes, model_flops
 from benchmarks.baselines import eager_generation
 from benchmarks.common import limits
 from benchmarks.generation import checks, methods, plan
@@ -336,13 +336,22 @@ def test_flops_include_decoder() -> None:
     assert flops_per_image(METHODS["tokens"], (model, tokenizer)) == model_flops(OURS.algorithm, model.config)
 
 
+def test_decoder_norm_bytes() -> None:
+    """8 GroupNorms at 3×3 and 5 at 6×6, 32 channels each."""
+    deeper = mvar.TokenizerConfig((1, 2, 3), num_codes=64, ch=32, ch_mult=(1, 1), num_res_blocks=1, attention=False)
+    assert decoder_norm_bytes(deeper, batch=3, itemsize=2) == 3 * 2 * 2 * 32 * (8 * 3**2 + 5 * 6**2)
+
+
 def test_profile_has_all_parts() -> None:
     found = profile.profile_gpu(*tiny_pair(1, 256, "mvar"), torch.arange(1), torch.float32)
     spent = found["parts_ms"]
     assert sum(spent.values()) == pytest.approx(found["total_ms"])
-    assert all(spent[name] > 0 for name in ("linear layers", "attention", "mixer", "adaLN", "drawing", "decoder"))
+    parts = "linear layers", "convolutions", "attention", "mixer", "adaLN", "drawing", "quantizer", "decoder"
+    assert all(spent[name] > 0 for name in parts)
     described = Configuration(1, 256, 2, "bfloat16", ALL).sizes()
     text = report.by_part([described | found])
+    outside = sum(ms for name, ms in spent.items() if name not in ("linear layers", "convolutions"))
+    assert f"| all but linear layers and convolutions | {outside / found['total_ms']:.1%} |" in text
     assert "| gaps |" in text and "lower bound" not in text and "of 8192×8192 matrices" in text
 
 
