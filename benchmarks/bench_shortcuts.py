@@ -89,7 +89,7 @@ def speed(options: argparse.Namespace) -> None:
             runs[PUBLIC] = partial(methods.generate, methods.METHODS["public"], pair, dtype=dtype, chunk=chunk)
         with float32_matmuls(DEVICE, fast=DEVICE.type == "cpu"):
             for run in runs.values():
-                run(labels=labels[:1] if DEVICE.type == "cpu" else labels)  # on a CPU weights are packed, no more
+                run(labels=labels[:1] if DEVICE.type == "cpu" else labels)  # on a CPU, one image packs the weights
             timed = {method: partial(run, labels=labels) for method, run in runs.items()}
             times = latencies(timed, rounds=options.rounds, seconds=0, warm_up=False)
         case = {"depth": options.depth, "refiner_depth": options.refiner_depth, "batch": batch, "dtype": DTYPES[name]}

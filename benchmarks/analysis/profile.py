@@ -31,8 +31,8 @@ PART_OF = {
     "aten::adaptive_avg_pool2d": "quantizer",
     DECODER: DECODER,
 }
-"""Operators, and the part that their time counts for; what an operator calls counts for its caller, but the decoder's
-convolutions for themselves."""
+"""Operators, and the part that their time counts for. What an operator calls counts for its caller, except in the
+decoder, where convolutions count for themselves."""
 
 
 def profile_cpu(model: mvar.Model, tokenizer: Tokenizer, labels: Tensor, dtype: torch.dtype) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from benchmarks.common.markdown import table, three_digits
 from benchmarks.report import published
 
 Row = dict[str, Any]
+PRODUCTS = "linear layers", "convolutions"
 PART_NAMES = {"drawing": "token sampling"}  # parts that have another name in result files
 NOT_MEASURED = "Generation: not yet measured (`python -m benchmarks.bench_generation`).\n"
 
@@ -135,13 +136,15 @@ def by_part(profiles: Sequence[Row]) -> str:
             )
             cells += [three_digits(ms), *[_bound(bound)] * bounded]
         rows.append(cells)
-    if all("convolutions" in profile["parts_ms"] for profile in profiles):
+    split = all("convolutions" in profile["parts_ms"] for profile in profiles)
+    if split:
         rows.append(_without_multiplications(profiles, bounded))
     if bounded:
         rates = ", ".join(f"{p['peak_gflops']:.0f} GFLOP/s in {p['dtype']}" for p in profiles)
         note = (
             f"Lower bounds: the larger of FLOPs at the matmul rate measured beside it ({rates}) and bytes at the rate "
-            f"of a copy ({profiles[0]['copy_gbps']:.0f} GB/s). The quantizer has none, the decoder GroupNorms'.\n"
+            f"of a copy ({profiles[0]['copy_gbps']:.0f} GB/s); the quantizer's are not counted. "
+            + ("The decoder is without its convolutions; its bound is that of its GroupNorms.\n" if split else "\n")
         )
     else:
         rates = ", ".join(
@@ -155,12 +158,13 @@ def by_part(profiles: Sequence[Row]) -> str:
 
 
 def _without_multiplications(profiles: Sequence[Row], bounded: bool) -> list[str]:
-    """Share of all parts but linear layers and convolutions, and on a CPU of the sum of their lower bounds."""
+    """Share of all parts but linear layers and convolutions; on a CPU also if each took no longer than its bound."""
     cells = ["all but linear layers and convolutions"]
     for profile in profiles:
+        products = sum(profile["parts_ms"][part] for part in PRODUCTS)
         for times in (profile[name] for name in ("parts_ms", *["floor_ms"] * bounded)):
-            others = sum(ms for part, ms in times.items() if part not in ("linear layers", "convolutions"))
-            cells.append(f"{others / profile['total_ms']:.1%}")
+            others = sum(ms for part, ms in times.items() if part not in PRODUCTS)
+            cells.append(f"{others / (products + others):.1%}")
     return cells
 
 

@@ -143,7 +143,8 @@ int64_t workspace(const GroupNormSizes& n) {
   return Sample(n, nullptr).floats * (threads_take_samples(n) ? threads() : 1);
 }
 
-// Shared out among the threads of the parallel region that calls it, which then wait for each other, or for one alone.
+// shared: all threads of the parallel region call it, each does its part, and they wait for each other. Otherwise the
+// calling thread does all.
 template <typename Body>
 MVAR_INLINE void for_each(int64_t count, bool shared, Body body) {
   if (shared) {
@@ -283,8 +284,8 @@ void block_dx(Map<const T> grad, Map<const T> x, Map<T> dx, const GroupNormSizes
 }
 
 // body(b, s, for_blocks, for_groups) for every sample: for_blocks(work) runs work(first, last, partial) for the positions
-// of each block, for_groups(work) runs work(g) for each group. One parallel region for all: for regions inside of another
-// one, even of a single thread, GCC's OpenMP starts new threads every time, 60 to 100 µs (a virtual AMD Zen 4).
+// of each block, for_groups(work) runs work(g) for each group. There is one parallel region per call, since GCC's OpenMP
+// starts new threads for a region inside of another one, even of a single thread: 60 to 100 µs (a virtual AMD Zen 4).
 template <typename Body>
 void for_each_sample(const GroupNormSizes& n, float* workspace, Body body) {
   const bool whole = threads_take_samples(n);

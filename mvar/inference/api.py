@@ -99,7 +99,7 @@ def generate(
             captured, with a warning where it cannot. The tokens are the same with and without a graph: both pad
             batches on a GPU to a few sizes.
         compile_decoder: run the decoder through torch.compile, which takes a minute at the first call with each batch
-            size.
+            size; on a CPU with each size of the parts in which a batch is decoded, one image at 256×256 and above.
 
     Raises:
         ValueError, TypeError: an argument out of range, a model and a tokenizer that do not fit together, or a layer

@@ -13,9 +13,9 @@ from mvar.models.weights import ENCODER, without_storage
 FLOAT32 = ("quantize.", "quant_conv.", "encoder.")
 """Parts that stay in float32."""
 DECODED_PIXELS = 256 * 256
-"""On a CPU the decoder runs on so many pixels at a time, or on one image. glibc's malloc requests larger activations
-from the system and returns them each time: eight images of 256×256 at once take 1.13 times as long in float32, and as
-long in bfloat16 (two AMD Zen 4 cores)."""
+"""On a CPU the decoder runs on at most so many pixels at a time, but on one image at least. glibc's malloc requests
+larger activations from the system and returns them each time: decoding eight images of 256×256 at once takes 1.13 times
+as long as one after another in float32, and as long in bfloat16 (two AMD Zen 4 cores)."""
 
 
 class InferenceTokenizer(OnlyForInference, Tokenizer):
