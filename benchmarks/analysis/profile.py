@@ -88,16 +88,14 @@ def _profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float]]:
             torch.cuda.synchronize()
     parts = dict.fromkeys(dict.fromkeys(PART_OF.values()), 0.0)
 
-    def add(event: Any) -> float:
-        """Milliseconds that belong to parts, of what the event calls."""
-        found = 0.0
+    def add(event: Any, part: str | None = None) -> None:
+        """Count the time that an event spends itself, not in what it calls, for its part or that of its caller."""
+        if part in (None, DECODER):
+            part = PART_OF.get(event.name, part)
+        if part:
+            parts[part] += _ms(event) - sum(map(_ms, event.cpu_children))
         for child in event.cpu_children:
-            inside = add(child) if child.name not in PART_OF or child.name == DECODER else 0.0
-            if child.name in PART_OF:
-                parts[PART_OF[child.name]] += _ms(child) - inside
-                inside = _ms(child)
-            found += inside
-        return found
+            add(child, part)
 
     # A range is an event of the host, with the kernels launched in it; its copy on the device has none.
     on_host = torch.autograd.DeviceType.CPU

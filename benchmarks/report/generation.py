@@ -143,8 +143,9 @@ def by_part(profiles: Sequence[Row]) -> str:
         rates = ", ".join(f"{p['peak_gflops']:.0f} GFLOP/s in {p['dtype']}" for p in profiles)
         note = (
             f"Lower bounds: the larger of FLOPs at the matmul rate measured beside it ({rates}) and bytes at the rate "
-            f"of a copy ({profiles[0]['copy_gbps']:.0f} GB/s); the quantizer's are not counted. "
-            + ("The decoder is without its convolutions; its bound is that of its GroupNorms.\n" if split else "\n")
+            f"of a copy ({profiles[0]['copy_gbps']:.0f} GB/s); the quantizer's are not counted."
+            + " The decoder is without its convolutions; its bound is that of its GroupNorms." * split
+            + "\n"
         )
     else:
         rates = ", ".join(
