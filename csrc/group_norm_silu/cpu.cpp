@@ -285,7 +285,7 @@ void block_dx(Map<const T> grad, Map<const T> x, Map<T> dx, const GroupNormSizes
 
 // body(b, s, for_blocks, for_groups) for every sample: for_blocks(work) runs work(first, last, partial) for the positions
 // of each block, for_groups(work) runs work(g) for each group. There is one parallel region per call, since GCC's OpenMP
-// starts new threads for a region inside of another one, even of a single thread: 60 to 100 µs (a virtual AMD Zen 4).
+// starts new threads for a region inside of another one, even of a single thread: 0.1 ms or more (a virtual AMD Zen 4).
 template <typename Body>
 void for_each_sample(const GroupNormSizes& n, float* workspace, Body body) {
   const bool whole = threads_take_samples(n);
